@@ -1,0 +1,151 @@
+"""Causal attention over padded batches, and the key-value cache that decoding needs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jlora.runtime import jt
+
+from jittor import nn
+
+MASKED = -1e9  # far below any score, and finite: softmax of a wholly masked row stays defined
+
+
+@dataclass(frozen=True)
+class KeyRange:
+    """Which keys of each row are real: ``first[b] <= key < last[b]``.
+
+    Padding stands on the left or on the right of a row, never inside it, so two numbers a row say
+    everything that an attention mask says. Both are int32 Vars of shape (B,).
+    """
+
+    first: jt.Var
+    last: jt.Var
+
+    @classmethod
+    def from_mask(cls, attention_mask) -> KeyRange:
+        """Make a KeyRange of an attention mask (B, S), 1 for real tokens and 0 for padding.
+
+        Raises:
+            ValueError: the mask is not 2-D, or the ones of a row are not one unbroken run.
+        """
+        mask = np.asarray(attention_mask.numpy() if isinstance(attention_mask, jt.Var) else attention_mask)
+        if mask.ndim != 2:
+            raise ValueError(f"attention_mask must have shape (B, S), got {mask.shape}")
+        mask = mask != 0
+        count = mask.sum(1)
+        first = mask.argmax(1)
+        last = first + count
+        columns = np.arange(mask.shape[1])
+        run = (columns >= first[:, None]) & (columns < last[:, None])
+        if not (run == mask).all():
+            row = int((run != mask).any(1).argmax())
+            raise ValueError(
+                f"attention_mask row {row} has padding inside it; pad on the left or on the right"
+            )
+        return cls(jt.array(first.astype(np.int32)), jt.array(last.astype(np.int32)))
+
+    def take(self, rows: jt.Var) -> KeyRange:
+        return KeyRange(self.first[rows], self.last[rows])
+
+
+def positions(batch: int, tokens: int, past: int, keys: KeyRange | None) -> jt.Var:
+    """Position of each new token, (B, T) int32: counted from the row's first real token."""
+    column = (jt.arange(tokens) + past).int32().unsqueeze(0)  # (1, T)
+    if keys is None:
+        return column.broadcast((batch, tokens))
+    return jt.maximum(column - keys.first.unsqueeze(1), jt.int32(0))
+
+
+class CausalAttention(nn.Module):
+    """softmax(q k^T / sqrt(D)) v, where a token sees itself and what stands before it.
+
+    Grouped-query attention: query head h uses key-value head ``h // (H / H_kv)``.
+    """
+
+    def execute(self, q: jt.Var, k: jt.Var, v: jt.Var, keys: KeyRange | None = None) -> jt.Var:
+        """Attend.
+
+        Args:
+            q: (B, T, H, D) float32, the T newest tokens.
+            k, v: (B, S, H_kv, D) float32, S >= T; the last T of them belong to q's tokens.
+            keys: which keys are real; None when all are.
+
+        Returns:
+            (B, T, H, D) float32. Rows of padding hold values that nobody may use.
+        """
+        B, T, H, D = q.shape
+        S, groups = k.shape[1], H // k.shape[2]
+        if groups > 1:
+            k = repeat_heads(k, groups)
+            v = repeat_heads(v, groups)
+        q, k, v = (x.permute(0, 2, 1, 3) for x in (q, k, v))  # (B, H, T or S, D)
+        scores = jt.matmul(q, k.permute(0, 1, 3, 2)) / math.sqrt(D)  # (B, H, T, S)
+        key = jt.arange(S).unsqueeze(0)  # (1, S)
+        seen = key <= (jt.arange(T) + (S - T)).unsqueeze(1)  # (T, S)
+        seen = seen.unsqueeze(0)  # (1, T, S)
+        if keys is not None:
+            real = jt.logical_and(key >= keys.first.unsqueeze(1), key < keys.last.unsqueeze(1))
+            seen = jt.logical_and(seen, real.unsqueeze(1))  # (B, T, S)
+        scores = scores + (1.0 - seen.float32()).unsqueeze(1) * MASKED
+        weights = nn.softmax(scores, dim=-1)
+        return jt.matmul(weights, v).permute(0, 2, 1, 3)  # (B, T, H, D)
+
+
+def repeat_heads(x: jt.Var, groups: int) -> jt.Var:
+    """(B, S, H_kv, D) -> (B, S, H_kv * groups, D), each head ``groups`` times in a row."""
+    B, S, H, D = x.shape
+    return x.unsqueeze(3).broadcast((B, S, H, groups, D)).reshape(B, S, H * groups, D)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, one pair of (B, S, H_kv, D) Vars a layer."""
+
+    def __init__(self, layers: int):
+        self.layers: list[tuple[jt.Var, jt.Var] | None] = [None] * layers
+        self.keys: KeyRange | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of tokens held, padding included."""
+        return 0 if self.layers[0] is None else self.layers[0][0].shape[1]
+
+    def extend(self, layer: int, k: jt.Var, v: jt.Var) -> tuple[jt.Var, jt.Var]:
+        """Append new keys and values (B, T, H_kv, D) to a layer; returns all of them."""
+        if self.layers[layer] is not None:
+            past_k, past_v = self.layers[layer]
+            k, v = jt.concat([past_k, k], dim=1), jt.concat([past_v, v], dim=1)
+        self.layers[layer] = (k, v)
+        return k, v
+
+    def reorder(self, rows) -> None:
+        """Make row i of the cache what row ``rows[i]`` was; rows may repeat, vanish or grow."""
+        rows = jt.array(np.asarray(rows, dtype=np.int32))
+        self.layers = [None if kv is None else (kv[0][rows], kv[1][rows]) for kv in self.layers]
+        if self.keys is not None:
+            self.keys = self.keys.take(rows)
+
+
+def step_keys(cache: KVCache | None, attention_mask, new_tokens: int) -> tuple[int, KeyRange | None]:
+    """The number of past tokens and the real keys for a model call.
+
+    A mask given with a cache covers past and new tokens, as in transformers. Without one the
+    cache's own ranges go on: rows that were padded on the left stay so.
+    """
+    past = 0 if cache is None else cache.length
+    if attention_mask is not None:
+        keys = KeyRange.from_mask(attention_mask)
+        if attention_mask.shape[1] != past + new_tokens:
+            raise ValueError(
+                f"attention_mask covers {attention_mask.shape[1]} tokens, "
+                f"but past and new tokens are {past} + {new_tokens}"
+            )
+    elif cache is not None and cache.keys is not None:
+        keys = KeyRange(cache.keys.first, cache.keys.last + new_tokens)
+    else:
+        keys = None
+    if cache is not None:
+        cache.keys = keys
+    return past, keys

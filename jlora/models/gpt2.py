@@ -1,0 +1,174 @@
+"""GPT-2 (Radford et al. 2019), with the parameter names of the Hugging Face checkpoints."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+
+from jlora.layers import Conv1D
+from jlora.models.attention import CausalAttention, KeyRange, KVCache, positions, step_keys
+from jlora.models.loss import TargetLoss
+from jlora.runtime import jt
+
+from jittor import nn
+
+
+@dataclass
+class GPT2Config:
+    """The fields of a GPT-2 ``config.json`` that change what is computed."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    layer_norm_epsilon: float = 1e-5
+    activation_function: str = "gelu_new"
+    bos_token_id: int | None = 50256
+    eos_token_id: int | None = 50256
+    model_type: str = "gpt2"
+
+    @classmethod
+    def from_dict(cls, config: dict) -> GPT2Config:
+        """Take what this class knows out of a ``config.json``.
+
+        Raises:
+            ValueError: the file asks for a variant of GPT-2 that is not built here.
+        """
+        config = {**config, "n_positions": config.get("n_positions", config.get("n_ctx", 1024))}
+        known = {field.name for field in fields(cls)}
+        result = cls(**{key: value for key, value in config.items() if key in known})
+        if result.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
+            raise ValueError(f"activation_function {result.activation_function!r} is not supported")
+        for key in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
+            if config.get(key):
+                raise ValueError(f"{key} is not supported")
+        if config.get("scale_attn_weights", True) is False:
+            raise ValueError("scale_attn_weights=false is not supported")
+        if config.get("tie_word_embeddings", True) is False:
+            raise ValueError("tie_word_embeddings=false is not supported for GPT-2")
+        if result.n_embd % result.n_head:
+            raise ValueError(f"n_embd {result.n_embd} is not a multiple of n_head {result.n_head}")
+        return result
+
+    def to_dict(self) -> dict:
+        """What ``config.json`` holds, transformers' architecture name included."""
+        return {"architectures": ["GPT2LMHeadModel"], "n_ctx": self.n_positions, **asdict(self)}
+
+    @property
+    def max_positions(self) -> int:
+        return self.n_positions
+
+    @property
+    def hidden_size(self) -> int:
+        return self.n_embd
+
+
+class GELU(nn.Module):
+    """The tanh approximation of GELU that GPT-2 was trained with ("gelu_new")."""
+
+    def execute(self, x: jt.Var) -> jt.Var:
+        return 0.5 * x * (1.0 + jt.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+class LayerNorm(nn.Module):
+    """y = weight * (x - mean) / sqrt(var + eps) + bias over the last dimension."""
+
+    def __init__(self, size: int, eps: float):
+        self.weight = jt.ones((size,))
+        self.bias = jt.zeros((size,))
+        self.eps = eps
+
+    def execute(self, x: jt.Var) -> jt.Var:
+        centred = x - x.mean(-1, keepdims=True)
+        variance = (centred * centred).mean(-1, keepdims=True)
+        return centred / jt.sqrt(variance + self.eps) * self.weight + self.bias
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPT2Config, layer: int):
+        self.layer, self.heads = layer, config.n_head
+        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.attention = CausalAttention()
+
+    def execute(self, x: jt.Var, keys: KeyRange | None, cache: KVCache | None) -> jt.Var:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).reshape(B, T, 3, self.heads, C // self.heads)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # each (B, T, H, D)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        return self.c_proj(self.attention(q, k, v, keys).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPT2Config):
+        inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = Conv1D(inner, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, inner)
+        self.act = GELU()
+
+    def execute(self, x: jt.Var) -> jt.Var:
+        return self.c_proj(self.act(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPT2Config, layer: int):
+        self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def execute(self, x: jt.Var, keys: KeyRange | None, cache: KVCache | None) -> jt.Var:
+        x = x + self.attn(self.ln_1(x), keys, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2Model(nn.Module):
+    def __init__(self, config: GPT2Config):
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+
+    def execute(self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None) -> jt.Var:
+        B, T = input_ids.shape
+        past, keys = step_keys(cache, attention_mask, T)
+        x = self.wte(input_ids) + self.wpe(positions(B, T, past, keys))  # (B, T, C)
+        for block in self.h:
+            x = block(x, keys, cache)
+        return self.ln_f(x)
+
+
+class GPT2LMHeadModel(nn.Module):
+    """GPT-2 with its language-model head, which is the token embedding itself."""
+
+    def __init__(self, config: GPT2Config):
+        self.config = config
+        self.transformer = GPT2Model(config)
+        self.target_loss = TargetLoss()
+
+    def hidden_states(self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None) -> jt.Var:
+        """Token ids (B, T) int32 -> states after the final norm (B, T, C) float32."""
+        return self.transformer(input_ids, attention_mask, cache)
+
+    @property
+    def output_embedding(self) -> jt.Var:
+        """The weight of the language-model head, (V, C)."""
+        return self.transformer.wte.weight
+
+    def lm_head_logits(self, hidden: jt.Var) -> jt.Var:
+        """States (..., C) -> logits (..., V)."""
+        return nn.matmul_transpose(hidden, self.output_embedding)
+
+    def execute(self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None) -> jt.Var:
+        """Token ids (B, T) int32 -> logits (B, T, V) float32.
+
+        ``attention_mask`` (B, past + T) is 1 for real tokens and 0 for padding, which stands on
+        one side only. With a ``cache`` the new keys and values are added to it.
+        """
+        return self.lm_head_logits(self.hidden_states(input_ids, attention_mask, cache))
+
+    def new_cache(self) -> KVCache:
+        return KVCache(self.config.n_layer)

@@ -1,0 +1,250 @@
+"""The Llama family: Llama 2 and 3, SmolLM2, Qwen2 and Qwen2.5, Mistral without sliding window.
+
+Touvron et al. 2023 (arXiv 2302.13971); parameter names are those of the Hugging Face checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+from jlora.models.attention import CausalAttention, KeyRange, KVCache, positions, step_keys
+from jlora.models.loss import TargetLoss
+from jlora.runtime import jt
+
+from jittor import nn
+
+MODEL_TYPES = ("llama", "mistral", "qwen2")
+
+
+@dataclass
+class LlamaConfig:
+    """The fields of a Llama-family ``config.json`` that change what is computed."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    model_type: str = "llama"
+
+    def __post_init__(self):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, config: dict) -> LlamaConfig:
+        """Take what this class knows out of a ``config.json``.
+
+        Raises:
+            ValueError: the file asks for something that is not built here.
+        """
+        known = {field.name for field in fields(cls)}
+        result = cls(**{key: value for key, value in config.items() if key in known})
+        if result.model_type not in MODEL_TYPES:
+            raise ValueError(f"model_type {result.model_type!r} is not one of {', '.join(MODEL_TYPES)}")
+        # transformers 5 writes both fields as one dict, rope_parameters.
+        rope = config.get("rope_parameters") or {}
+        if "rope_theta" in rope:
+            result.rope_theta = rope["rope_theta"]
+            if rope.get("rope_type", "default") != "default":
+                result.rope_scaling = rope
+        if config.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported")
+        if config.get("use_sliding_window") or (
+            result.model_type == "mistral" and config.get("sliding_window")
+        ):
+            raise ValueError("sliding-window attention is not supported")
+        if result.num_attention_heads % result.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {result.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {result.num_key_value_heads}"
+            )
+        return result
+
+    def to_dict(self) -> dict:
+        """What ``config.json`` holds, transformers' architecture name included."""
+        name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[self.model_type]
+        values = {key: value for key, value in asdict(self).items() if value is not None}
+        return {"architectures": [f"{name}ForCausalLM"], "hidden_act": "silu", **values}
+
+    @property
+    def max_positions(self) -> int:
+        return self.max_position_embeddings
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Qwen2 has biases on q, k and v alone; ``attention_bias`` puts them on o as well."""
+        return self.attention_bias or self.model_type == "qwen2"
+
+
+def rope_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Angle per position of each pair of dimensions, (D / 2,) float32.
+
+    Rotary embedding (Su et al., arXiv 2104.09864), with Llama 3.1's scaling or plain linear
+    scaling where the config asks for it, as transformers computes them.
+
+    Raises:
+        ValueError: another kind of scaling.
+    """
+    half = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**half
+    scaling = config.rope_scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "linear":
+        frequencies = frequencies / scaling["factor"]
+    elif kind == "llama3":
+        old_context = scaling["original_max_position_embeddings"]
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        # How far each wave lies between "longer than the old context" (0) and "short" (1).
+        turns = old_context * frequencies / (2 * math.pi)
+        share = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        frequencies = (1 - share) * frequencies / scaling["factor"] + share * frequencies
+    elif kind != "default":
+        raise ValueError(f"rope_scaling of type {kind!r} is not supported")
+    return frequencies.astype(np.float32)
+
+
+class Rotary(nn.Module):
+    """Turns each pair (x[i], x[i + D/2]) of a head by the angle of its position."""
+
+    def execute(self, x: jt.Var, cos: jt.Var, sin: jt.Var) -> jt.Var:
+        """x (B, T, H, D), cos and sin (B, T, D / 2) -> (B, T, H, D)."""
+        half = x.shape[-1] // 2
+        a, b = x[..., :half], x[..., half:]
+        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+        return jt.concat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension."""
+
+    def __init__(self, size: int, eps: float):
+        self.weight = jt.ones((size,))
+        self.eps = eps
+
+    def execute(self, x: jt.Var) -> jt.Var:
+        return x / jt.sqrt((x * x).mean(-1, keepdims=True) + self.eps) * self.weight
+
+
+class SwiGLU(nn.Module):
+    """silu(gate) * up."""
+
+    def execute(self, gate: jt.Var, up: jt.Var) -> jt.Var:
+        return gate * jt.sigmoid(gate) * up
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        self.layer = layer
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        C, D = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(C, self.heads * D, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(C, self.kv_heads * D, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(C, self.kv_heads * D, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(self.heads * D, C, bias=config.attention_bias)
+        self.rotary = Rotary()
+        self.attention = CausalAttention()
+
+    def execute(self, x, cos, sin, keys: KeyRange | None, cache: KVCache | None) -> jt.Var:
+        B, T, _ = x.shape
+        q = self.q_proj(x).reshape(B, T, self.heads, self.head_dim)
+        k = self.k_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
+        v = self.v_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
+        q, k = self.rotary(q, cos, sin), self.rotary(k, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        return self.o_proj(self.attention(q, k, v, keys).reshape(B, T, self.heads * self.head_dim))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        C, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(C, inner, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(C, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, C, bias=config.mlp_bias)
+        self.act = SwiGLU()
+
+    def execute(self, x: jt.Var) -> jt.Var:
+        return self.down_proj(self.act(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def execute(self, x, cos, sin, keys: KeyRange | None, cache: KVCache | None) -> jt.Var:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, keys, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaModel(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._frequencies = jt.array(rope_frequencies(config))  # underscore: no parameter
+
+    def execute(self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None) -> jt.Var:
+        B, T = input_ids.shape
+        past, keys = step_keys(cache, attention_mask, T)
+        angle = positions(B, T, past, keys).float32().unsqueeze(-1) * self._frequencies
+        cos, sin = jt.cos(angle), jt.sin(angle)  # (B, T, D / 2)
+        x = self.embed_tokens(input_ids)  # (B, T, C)
+        for block in self.layers:
+            x = block(x, cos, sin, keys, cache)
+        return self.norm(x)
+
+
+class LlamaForCausalLM(nn.Module):
+    """A Llama-family model with its language-model head, tied to the embedding or not."""
+
+    def __init__(self, config: LlamaConfig):
+        self.config = config
+        self.model = LlamaModel(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.target_loss = TargetLoss()
+
+    def hidden_states(self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None) -> jt.Var:
+        """Token ids (B, T) int32 -> states after the final norm (B, T, C) float32."""
+        return self.model(input_ids, attention_mask, cache)
+
+    @property
+    def output_embedding(self) -> jt.Var:
+        """The weight of the language-model head, (V, C)."""
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    def lm_head_logits(self, hidden: jt.Var) -> jt.Var:
+        """States (..., C) -> logits (..., V)."""
+        return nn.matmul_transpose(hidden, self.output_embedding)
+
+    def execute(self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None) -> jt.Var:
+        """Token ids (B, T) int32 -> logits (B, T, V) float32.
+
+        ``attention_mask`` (B, past + T) is 1 for real tokens and 0 for padding, which stands on
+        one side only. With a ``cache`` the new keys and values are added to it.
+        """
+        return self.lm_head_logits(self.hidden_states(input_ids, attention_mask, cache))
+
+    def new_cache(self) -> KVCache:
+        return KVCache(self.config.num_hidden_layers)
