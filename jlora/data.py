@@ -1,0 +1,389 @@
+"""From (prompt, completion) texts to padded token batches with loss masks.
+
+The layout is microsoft/LoRA's (`examples/NLG/src/data_utils.py`)::
+
+    ids     = encode(prompt) + [separator] + encode(" " + completion) + [end]
+    inputs  = ids[:-1]
+    targets = ids[1:]        # shifted here, not in the model
+    mask    = 1 where the target is a completion token or the end, 0 over the prompt
+
+Differences, each on purpose: batches are padded to their own longest row, not to 512; examples of
+like length stand together; and an input that is too long loses the end of its *prompt*, where the
+reference cuts on the right and so loses the answer.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.errors import UserError
+from jlora.files import read_text
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training pair as text."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class TokenExample:
+    """One training pair as token ids.
+
+    Attributes:
+        ids: prompt, separator, completion and end token.
+        prompt_length: tokens before the completion, the separator included; the loss counts
+            ``ids[prompt_length:]``.
+        cut: prompt tokens that were dropped so that the example fits ``max_length``.
+    """
+
+    ids: list[int]
+    prompt_length: int
+    cut: int = 0
+
+    @property
+    def input_length(self) -> int:
+        """Tokens that the model reads: all but the last."""
+        return len(self.ids) - 1
+
+
+@dataclass
+class Batch:
+    """Right-padded rows; T is the longest row of this batch.
+
+    Attributes:
+        input_ids: (B, T) int32.
+        targets: (B, T) int32, ``input_ids`` shifted by one.
+        mask: (B, T) float32, 1 where the target counts in the loss.
+        lengths: (B,) int32, real input tokens of each row.
+    """
+
+    input_ids: np.ndarray
+    targets: np.ndarray
+    mask: np.ndarray
+    lengths: np.ndarray
+
+
+# Encoding ------------------------------------------------------------------------------------
+
+
+def encode_example(
+    example: Example,
+    tokenizer,
+    max_length: int | None = None,
+    separator_id: int | None = None,
+    end_id: int | None = None,
+) -> TokenExample:
+    """Encode one example; see `encode_examples`."""
+    return encode_examples([example], tokenizer, max_length, separator_id, end_id)[0]
+
+
+def encode_examples(
+    examples: Sequence[Example],
+    tokenizer,
+    max_length: int | None = None,
+    separator_id: int | None = None,
+    end_id: int | None = None,
+) -> list[TokenExample]:
+    """Encode examples in the reference's layout.
+
+    Args:
+        max_length: most input tokens (``len(ids) - 1``) that an example may have, at most the
+            model's context. A longer one loses tokens from its prompt's end; the separator and the
+            whole completion stay. `TokenExample.cut` says how many were dropped.
+        separator_id: token between prompt and completion; default the tokenizer's end token.
+        end_id: token after the completion; default the tokenizer's end token.
+
+    Raises:
+        UserError: a completion alone is too long, or there is no end token.
+    """
+    separator_id = _special_id(separator_id, tokenizer, "separator_id")
+    end_id = _special_id(end_id, tokenizer, "end_id")
+    prompts = tokenizer.encode_batch([example.prompt for example in examples])
+    completions = tokenizer.encode_batch([" " + example.completion for example in examples])
+    encoded = []
+    for number, (prompt, completion) in enumerate(zip(prompts, completions), start=1):
+        kept = list(prompt)
+        if max_length is not None:
+            # ids = kept + separator + completion + end, and the model reads all but the end.
+            room = max_length - 1 - len(completion)
+            if room < min(1, len(prompt)):
+                raise UserError(
+                    f"example {number} ({_shorten(examples[number - 1].completion)!r}): its "
+                    f"completion of {len(completion)} tokens leaves no room for the prompt in "
+                    f"max_length {max_length}; raise max_length or drop the example"
+                )
+            kept = kept[:room]
+        encoded.append(
+            TokenExample(
+                ids=[*kept, separator_id, *completion, end_id],
+                prompt_length=len(kept) + 1,
+                cut=len(prompt) - len(kept),
+            )
+        )
+    return encoded
+
+
+def encode_prompts(
+    prompts: Sequence[str],
+    tokenizer,
+    max_length: int | None = None,
+    separator_id: int | None = None,
+) -> list[list[int]]:
+    """Encode prompts for generation: ``encode(prompt) + [separator]``, as in training.
+
+    Args:
+        max_length: most tokens of a prompt, the separator included: the model's context less the
+            tokens to be generated.
+
+    Raises:
+        UserError: a prompt is longer. Generation does not cut: what a cut prompt yields is an
+            answer to another question.
+    """
+    separator_id = _special_id(separator_id, tokenizer, "separator_id")
+    encoded = [[*ids, separator_id] for ids in tokenizer.encode_batch(list(prompts))]
+    for number, ids in enumerate(encoded, start=1):
+        if max_length is not None and len(ids) > max_length:
+            raise UserError(
+                f"prompt {number} ({_shorten(prompts[number - 1])!r}) has {len(ids)} tokens with "
+                f"the separator, and {max_length} fit before the new tokens; shorten it, ask for "
+                "fewer new tokens or take a model with a longer context"
+            )
+    return encoded
+
+
+def check_vocabulary(token_examples: Sequence[TokenExample], vocab_size: int) -> None:
+    """Fail before an embedding look-up reads past its table.
+
+    Raises:
+        UserError: an id is outside the model's vocabulary: the tokenizer is another model's.
+    """
+    for number, example in enumerate(token_examples, start=1):
+        if max(example.ids) >= vocab_size or min(example.ids) < 0:
+            bad = next(token for token in example.ids if not 0 <= token < vocab_size)
+            raise UserError(
+                f"example {number} has token id {bad}, and the model's vocabulary has {vocab_size} "
+                "words; the tokenizer (or separator_id/end_id) is another model's"
+            )
+
+
+def _special_id(given: int | None, tokenizer, name: str) -> int:
+    token_id = tokenizer.eos_token_id if given is None else given
+    if token_id is None:
+        raise UserError(f"the tokenizer names no end token; set {name} to a token id")
+    return int(token_id)
+
+
+def _shorten(text: str, width: int = 40) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+# Order and batches -----------------------------------------------------------------------------
+
+# Rows are sorted by length inside windows of this many batches: wide enough that almost nothing is
+# padded, narrow enough that a batch is still a random draw.
+WINDOW_BATCHES = 50
+
+
+def epoch_batches(
+    lengths: Sequence[int],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    group_by_length: bool = True,
+    shuffle: bool = True,
+) -> list[list[int]]:
+    """The batches of one epoch as lists of row numbers; every row stands in exactly one.
+
+    A function of its arguments alone (NumPy's PCG64 seeded by ``(seed, epoch)``), so a resumed run
+    sees the batches that an uninterrupted one would have seen. The last, shorter batch is kept.
+
+    Args:
+        lengths: tokens of each row.
+        group_by_length: put rows of like length in a batch; the batches are then shuffled.
+        shuffle: False gives the rows in the file's order, as the reference code reads them;
+            ``group_by_length`` has no effect then.
+
+    Raises:
+        UserError: no rows, or a batch size or seed that makes no sense.
+    """
+    if len(lengths) == 0:
+        raise UserError("no examples to make batches of; check the data file")
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size}: must be at least 1")
+    if seed < 0:
+        raise UserError(f"seed {seed}: must not be negative")
+    if not shuffle:
+        return _chunks(range(len(lengths)), batch_size)
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths))
+    if not group_by_length:
+        return _chunks(order, batch_size)
+    sizes = np.asarray(lengths)
+    batches = []
+    for window in _chunks(order, batch_size * WINDOW_BATCHES):
+        by_length = np.argsort(sizes[window], kind="stable")
+        batches += _chunks(np.asarray(window)[by_length], batch_size)
+    return [batches[index] for index in generator.permutation(len(batches))]
+
+
+def _chunks(rows: Sequence[int], size: int) -> list[list[int]]:
+    return [[int(row) for row in rows[start : start + size]] for start in range(0, len(rows), size)]
+
+
+class BatchOrder:
+    """Which rows the batch of a step has, over as many epochs as asked for.
+
+    A resumed run asks for its next step and gets what the uninterrupted run would have got.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        group_by_length: bool = True,
+        shuffle: bool = True,
+    ):
+        self._arguments = (lengths, batch_size, seed)
+        self._keywords = {"group_by_length": group_by_length, "shuffle": shuffle}
+        self._epoch = 0
+        self._batches = epoch_batches(*self._arguments, epoch=0, **self._keywords)
+        self.per_epoch = len(self._batches)
+
+    def batch(self, step: int) -> list[int]:
+        """Row numbers of batch ``step``, counted from 0 over all epochs."""
+        epoch, index = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            self._batches = epoch_batches(*self._arguments, epoch=epoch, **self._keywords)
+            self._epoch = epoch
+        return self._batches[index]
+
+
+def collate(token_examples: Sequence[TokenExample], pad_id: int) -> Batch:
+    """Pad rows on the right to the longest of them; see `Batch` for shapes and dtypes.
+
+    Padded targets are ``pad_id`` too (a valid index), with mask 0.
+    """
+    lengths = np.array([example.input_length for example in token_examples], dtype=np.int32)
+    shape = (len(token_examples), int(lengths.max()))
+    input_ids = np.full(shape, pad_id, dtype=np.int32)
+    targets = np.full(shape, pad_id, dtype=np.int32)
+    mask = np.zeros(shape, dtype=np.float32)
+    for row, example in enumerate(token_examples):
+        length = example.input_length
+        input_ids[row, :length] = example.ids[:-1]
+        targets[row, :length] = example.ids[1:]
+        # Target t is ids[t + 1], so the first completion token is target prompt_length - 1.
+        mask[row, example.prompt_length - 1 : length] = 1.0
+    return Batch(input_ids, targets, mask, lengths)
+
+
+# Readers that the tasks share ------------------------------------------------------------------
+
+
+def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, line without its end) for every line that is not blank.
+
+    A byte order mark at the start is dropped. Only ``\\n`` and ``\\r\\n`` end a line.
+
+    Raises:
+        UserError: the file cannot be read, is not UTF-8, or has nothing in it.
+    """
+    text = _text_without_mark(path)
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, line.removesuffix("\r")
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object) for every line of a JSON Lines file.
+
+    Raises:
+        UserError: as `text_lines`, or a line is not a JSON object.
+    """
+    for number, line in text_lines(path):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", str(error))
+            raise UserError(
+                f"{path}:{number}: not JSON ({reason}); write one object a line"
+            ) from error
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{path}:{number}: a JSON {type(row).__name__}, not an object; "
+                'write one object a line, as {"prompt": "...", "completion": "..."}'
+            )
+        yield number, row
+
+
+def csv_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number from 1, values of ``columns``) for every row of a CSV file with a header.
+
+    Raises:
+        UserError: as `text_lines`, or a column is missing, or a row has another number of fields
+            than the header.
+    """
+    text = _text_without_mark(path)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    wanted: list[int] = []
+    width = 0
+    start = 1
+    try:
+        for row in reader:
+            # A quoted field may hold line ends; the row starts after the previous one's last line.
+            number, start = start, reader.line_num + 1
+            if not row:
+                continue
+            if not wanted:
+                header = [name.strip() for name in row]
+                missing = [name for name in columns if name not in header]
+                if missing:
+                    raise UserError(
+                        f"{path}:{number}: no column {' or '.join(missing)} in the header "
+                        f"({_shorten(', '.join(header), 60)}); needed are {', '.join(columns)}"
+                    )
+                wanted = [header.index(name) for name in columns]
+                width = len(header)
+                continue
+            if len(row) != width:
+                raise UserError(
+                    f"{path}:{number}: {len(row)} fields, and the header has {width}; "
+                    'put "quotes" round a field that holds a comma'
+                )
+            yield number, [row[index] for index in wanted]
+    except csv.Error as error:
+        raise UserError(f"{path}:{start}: broken CSV ({error}); check the quotes") from error
+
+
+def _text_without_mark(path: str | Path) -> str:
+    text = read_text(path).removeprefix("\ufeff")
+    if not text.strip():
+        raise UserError(f"{path}: the file is empty; give one with examples")
+    return text
+
+
+def string_field(row: dict[str, Any], key: str, path: str | Path, number: int) -> str:
+    """The text under ``key`` of a JSON object.
+
+    Raises:
+        UserError: it is missing or not a string (with file and line).
+    """
+    if key not in row:
+        found = _shorten(", ".join(map(str, row)), 60) or "none"
+        raise UserError(f"{path}:{number}: no key {key!r} (found: {found})")
+    value = row[key]
+    if not isinstance(value, str):
+        raise UserError(f"{path}:{number}: {key!r} is a {type(value).__name__}, not a string")
+    return value

@@ -1,0 +1,118 @@
+"""Datasets: how to read one, which references belong together, which metrics judge it.
+
+A task is a file here with a `TASK`; `get_task` finds it by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jlora.data import Example
+from jlora.errors import UserError
+
+# Modules are imported when their task is asked for.
+NAMES = ("e2e", "jsonl")
+
+
+@dataclass(frozen=True)
+class ReferenceGroup:
+    """One distinct input with all the texts that answer it."""
+
+    prompt: str
+    references: list[str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a dataset has to say about itself.
+
+    Attributes:
+        name: as in `get_task`.
+        read: reads one file; raises UserError (with file and line) where it cannot.
+        metrics: names of the scores that this dataset is judged by.
+        splits: for each split the file names that may hold it, best first.
+    """
+
+    name: str
+    read: Callable[[str | Path], list[Example]]
+    metrics: tuple[str, ...]
+    splits: Mapping[str, tuple[str, ...]]
+
+    def groups(self, examples: Sequence[Example]) -> list[ReferenceGroup]:
+        """Group examples by prompt, in the order in which prompts are first seen."""
+        return group_by_prompt(examples)
+
+    def find_data(self, folder: str | Path | None, split: str) -> Path:
+        """Path of a split's file; see `find_data`."""
+        return find_data(self.name, self.splits, split, folder)
+
+
+def group_by_prompt(examples: Sequence[Example]) -> list[ReferenceGroup]:
+    """Group examples by prompt, in the order in which prompts are first seen."""
+    references: dict[str, list[str]] = {}
+    for example in examples:
+        references.setdefault(example.prompt, []).append(example.completion)
+    return [ReferenceGroup(prompt, texts) for prompt, texts in references.items()]
+
+
+def find_data(
+    name: str,
+    splits: Mapping[str, tuple[str, ...]],
+    split: str,
+    explicit: str | Path | None = None,
+) -> Path:
+    """Find the file of a split.
+
+    ``explicit`` (``--data``) is a file, or a folder and then the only place looked in. Without it:
+    ``$JLORA_DATA``, ``./data``, ``../shared/data``. A folder holds the files itself or in a
+    folder named after the task.
+
+    Raises:
+        UserError: nothing found; lists the places looked in.
+    """
+    if split not in splits:
+        raise UserError(f"task {name} has no split {split!r}; it has {', '.join(splits)}")
+    if explicit is not None:
+        explicit = Path(explicit)
+        if explicit.is_file():
+            return explicit
+        if not explicit.is_dir():
+            raise UserError(f"no file or folder {explicit}; check --data")
+        folders = [explicit]
+    else:
+        folders = [Path("data"), Path("..") / "shared" / "data"]
+        if os.environ.get("JLORA_DATA"):
+            folders.insert(0, Path(os.environ["JLORA_DATA"]))
+    looked = []
+    for folder in folders:
+        # The task's own folder first: data/test.txt may be another task's.
+        for place in (folder / name, folder):
+            for file_name in splits[split]:
+                if (place / file_name).is_file():
+                    return place / file_name
+            looked.append(str(place))
+    raise UserError(
+        f"no {split} data for task {name}: none of {', '.join(splits[split])} in "
+        f"{', '.join(looked)}; give the file or its folder with --data or $JLORA_DATA"
+    )
+
+
+def get_task(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        UserError: there is none; shows the nearest names.
+    """
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=2, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(NAMES)}"
+        raise UserError(f"no task {name!r}; {hint}")
+    return importlib.import_module(f"jlora.tasks.{name}").TASK
+
+
+__all__ = ["NAMES", "ReferenceGroup", "Task", "find_data", "get_task", "group_by_prompt"]
