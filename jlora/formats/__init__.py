@@ -1,0 +1,1 @@
+"""Checkpoint files <-> dictionaries of numpy arrays; no Jittor in here."""

@@ -1,0 +1,283 @@
+"""GGUF files -> Hugging Face names, shapes and config.json, as numpy arrays.
+
+The names and layouts are those of llama.cpp's ``convert_hf_to_gguf.py``, undone:
+
+* Llama: the rows of q_proj and k_proj are stored in the order of interleaved rotary pairs
+  (0, d/2, 1, d/2+1, ...) of each head; Hugging Face keeps the two halves one after the other.
+* GPT-2: Conv1D weights are stored as (out, in); Hugging Face has them as (in, out).
+* Qwen2: stored as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.errors import UserError
+from jlora.files import os_error
+from jlora.formats.safetensors_file import one_line
+
+QUANTIZATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
+
+LLAMA_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+GPT2_NAMES = {
+    "token_embd": "transformer.wte",
+    "position_embd": "transformer.wpe",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+    "attn_norm": "ln_1",
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_norm": "ln_2",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
+
+
+@dataclass
+class GGUFFile:
+    """What a GGUF file holds, in Hugging Face's terms.
+
+    ``tensors``: name -> float32 array; ``config``: as in config.json; ``metadata``: the file's own
+    key-value pairs (tokenizer included).
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, np.ndarray] = field(repr=False)
+    metadata: dict[str, Any] = field(repr=False)
+
+
+def read_gguf(path: str | Path) -> GGUFFile:
+    """Read a GGUF file of the llama, qwen2 or gpt2 architecture.
+
+    Raises:
+        UserError: no GGUF file, truncated, an unknown architecture or tensor, or a quantization
+            other than F32, F16, BF16, Q8_0, Q4_0, Q4_1.
+    """
+    path = Path(path)
+    metadata, raw = read_raw(path)
+    architecture = metadata.get("general.architecture")
+    if architecture not in ("llama", "qwen2", "gpt2"):
+        raise UserError(
+            f"{path}: architecture {architecture!r}; only llama, qwen2 and gpt2 are read from GGUF"
+        )
+    try:
+        factors = raw.pop("rope_freqs.weight", None)
+        if architecture == "gpt2":
+            tensors = rename(path, raw, GPT2_NAMES, "transformer.h")
+            config = gpt2_config(metadata, tensors)
+            for name in tensors:
+                if name.endswith(".weight") and ("attn.c_" in name or "mlp.c_" in name):
+                    tensors[name] = np.ascontiguousarray(tensors[name].T)
+        else:
+            tensors = rename(path, raw, LLAMA_NAMES, "model.layers")
+            config = llama_config(path, architecture, metadata, tensors, factors)
+            if architecture == "llama":
+                heads = config["num_attention_heads"], config["num_key_value_heads"]
+                for name in tensors:
+                    if ".q_proj." in name:
+                        tensors[name] = unpermute(tensors[name], heads[0])
+                    elif ".k_proj." in name:
+                        tensors[name] = unpermute(tensors[name], heads[1])
+    except KeyError as error:
+        raise UserError(
+            f"{path}: the GGUF file lacks {error.args[0]}; convert the model again with a current "
+            "llama.cpp"
+        ) from error
+    for key in ("bos", "eos", "padding"):
+        value = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if value is not None:
+            config[f"{'pad' if key == 'padding' else key}_token_id"] = int(value)
+    return GGUFFile(path, config, tensors, metadata)
+
+
+def read_raw(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Metadata and dequantized float32 tensors under the file's own names."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    try:
+        with open(path, "rb") as handle:
+            if handle.read(4) != b"GGUF":
+                raise UserError(f"{path}: not a GGUF file (it does not begin with `GGUF`)")
+        reader = GGUFReader(path)
+    except OSError as error:
+        raise os_error("read", path, error) from error
+    except UserError:
+        raise
+    except Exception as error:  # the reader indexes into the file without checks of its own
+        raise damaged(path, error) from error
+    tensors = {}
+    for tensor in reader.tensors:
+        kind = tensor.tensor_type
+        if kind.name not in QUANTIZATIONS:
+            raise UserError(
+                f"{path}: tensor {tensor.name} is quantized as {kind.name}; only "
+                f"{', '.join(QUANTIZATIONS)} are read: take a file of one of these kinds"
+            )
+        try:
+            array = dequantize(tensor.data, kind).astype(np.float32)
+            # GGUF lists the fastest dimension first. The copy lets go of the mapped file.
+            shape = tuple(int(n) for n in reversed(tensor.shape))
+            tensors[tensor.name] = np.array(array.reshape(shape))
+        except Exception as error:
+            raise damaged(path, error) from error
+    try:
+        metadata = {name: entry.contents() for name, entry in reader.fields.items()}
+    except Exception as error:
+        raise damaged(path, error) from error
+    return metadata, tensors
+
+
+def damaged(path: Path, error: BaseException) -> UserError:
+    """The error for a file that the gguf package cannot walk through."""
+    return UserError(
+        f"{path}: a damaged or incomplete GGUF file ({one_line(error)[:200]}); download it again"
+    )
+
+
+def rename(
+    path: Path, raw: dict[str, np.ndarray], names: dict[str, str], blocks: str
+) -> dict[str, np.ndarray]:
+    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``."""
+    tensors = {}
+    for name, array in raw.items():
+        parts = name.split(".")
+        middle = ""
+        if parts[0] == "blk" and len(parts) == 4 and parts[1].isdecimal():
+            middle = f"{blocks}.{parts[1]}."
+            parts = parts[2:]
+        if len(parts) != 2 or parts[0] not in names:
+            raise UserError(
+                f"{path}: tensor {name} has no place in this architecture (mixtures of experts and "
+                "other variants are not supported)"
+            )
+        tensors[f"{middle}{names[parts[0]]}.{parts[1]}"] = array
+    return tensors
+
+
+def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Undo llama.cpp's row order of q_proj and k_proj: (heads * d, ...) -> the same shape."""
+    half = rows.shape[0] // heads // 2
+    pairs = rows.reshape(heads, half, 2, *rows.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def shortest(value: float) -> float:
+    """A float32 of the metadata as the number someone wrote: 9.99999974e-06 -> 1e-05."""
+    return float(str(np.float32(value)))
+
+
+def llama_config(
+    path: Path,
+    architecture: str,
+    metadata: dict[str, Any],
+    tensors: dict[str, np.ndarray],
+    factors: np.ndarray | None,
+) -> dict[str, Any]:
+    """config.json of a Llama or Qwen2 model."""
+
+    def get(key: str) -> Any:
+        return metadata[f"{architecture}.{key}"]
+
+    heads = get("attention.head_count")
+    if "model.embed_tokens.weight" not in tensors:
+        raise KeyError("token_embd.weight")
+    hidden = get("embedding_length")
+    head_dim = metadata.get(f"{architecture}.attention.key_length") or hidden // heads
+    config = {
+        "model_type": architecture,
+        "architectures": ["Qwen2ForCausalLM" if architecture == "qwen2" else "LlamaForCausalLM"],
+        "vocab_size": tensors["model.embed_tokens.weight"].shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.get(f"{architecture}.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": shortest(get("attention.layer_norm_rms_epsilon")),
+        "rope_theta": shortest(metadata.get(f"{architecture}.rope.freq_base", 10000.0)),
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in tensors,
+    }
+    kind = metadata.get(f"{architecture}.rope.scaling.type", "none")
+    if kind not in ("none", "linear"):
+        raise UserError(
+            f"{path}: rotary scaling {kind!r} is not supported; take the model from Hugging Face"
+        )
+    if kind == "linear":
+        factor = float(get("rope.scaling.factor"))
+        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    if factors is not None:
+        config["rope_scaling"] = llama3_scaling(path, factors, config["rope_theta"], head_dim)
+    return config
+
+
+def llama3_scaling(path: Path, factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]:
+    """Llama 3's rope_scaling entry from the per-frequency divisors that GGUF keeps instead.
+
+    Every Llama 3.x has low 1, high 4 and 8192 original positions, only the factor differs (8 or
+    32). The divisors are computed again from that and must agree, otherwise nothing is guessed.
+    """
+    factor, low, high, original = float(factors.max()), 1.0, 4.0, 8192
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if expected.shape != factors.shape or not np.allclose(expected, factors, rtol=1e-4):
+        raise UserError(
+            f"{path}: its rope_freqs are not those of Llama 3; take the model from Hugging Face"
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+
+
+def gpt2_config(metadata: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+    """config.json of a GPT-2 model; a repeated embedding under ``output`` is dropped."""
+    for name, key in (
+        ("transformer.wte.weight", "token_embd"),
+        ("transformer.wpe.weight", "position_embd"),
+    ):
+        if name not in tensors:
+            raise KeyError(f"{key}.weight")
+    embedding = tensors["transformer.wte.weight"]
+    head = tensors.get("lm_head.weight")
+    # Quantizers may store the two copies with different precision; GPT-2 has only one.
+    if head is not None and head.shape == embedding.shape:
+        del tensors["lm_head.weight"]
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": embedding.shape[0],
+        "n_positions": tensors["transformer.wpe.weight"].shape[0],
+        "n_embd": metadata["gpt2.embedding_length"],
+        "n_layer": metadata["gpt2.block_count"],
+        "n_head": metadata["gpt2.attention.head_count"],
+        "n_inner": metadata["gpt2.feed_forward_length"],
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": shortest(metadata["gpt2.attention.layer_norm_epsilon"]),
+        "tie_word_embeddings": True,
+    }

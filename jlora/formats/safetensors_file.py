@@ -1,0 +1,183 @@
+"""Safetensors files <-> numpy arrays, bfloat16 and sharded files included."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from jlora.errors import UserError
+from jlora.files import atomic_path, os_error, read_text
+
+#: safetensors' dtype names that numpy has; BF16 is converted, everything else is refused.
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+def bfloat16_to_float32(raw: np.ndarray) -> np.ndarray:
+    """The float32 values of bfloat16 bit patterns (uint16 array): their upper 16 bits."""
+    return (raw.astype(np.uint32) << 16).view(np.float32)
+
+
+def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
+    """Read every tensor of a safetensors file, in the file's dtypes; bfloat16 becomes float32.
+
+    Raises:
+        UserError: the file is missing, truncated or corrupt, or has a dtype numpy lacks.
+    """
+    path = Path(path)
+    header, start = read_header(path)
+    tensors = {}
+    try:
+        with open(path, "rb") as handle:
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                first, last = entry["data_offsets"]
+                handle.seek(start + first)
+                tensors[name] = to_array(path, name, entry, handle.read(last - first))
+    except OSError as error:
+        raise os_error("read", path, error) from error
+    return tensors
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The free text pairs in a safetensors header (empty when there are none)."""
+    header, _ = read_header(Path(path))
+    return dict(header.get("__metadata__") or {})
+
+
+def read_header(path: Path) -> tuple[dict, int]:
+    """Return the header of a checked file and the offset of its data.
+
+    The safetensors package does the checking (sizes, offsets, overlaps, truncation), because it
+    is the format's definition; its numpy reader alone cannot give bfloat16.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with open(path, "rb") as handle:
+            head = handle.read(8)
+            size = path.stat().st_size
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+            if length > size - 8:
+                raise UserError(
+                    f"{path}: not a complete safetensors file ({size} bytes); copy or download "
+                    "it again"
+                )
+            text = handle.read(length)
+        with safe_open(str(path), framework="numpy"):
+            pass
+        return json.loads(text), 8 + length
+    except OSError as error:
+        raise os_error("read", path, error) from error
+    except (SafetensorError, ValueError) as error:
+        raise UserError(
+            f"{path}: not a valid safetensors file ({one_line(error)}); copy or download it again"
+        ) from error
+
+
+def to_array(path: Path, name: str, entry: dict, data: bytes) -> np.ndarray:
+    """One tensor from its header entry and its bytes."""
+    kind, shape = entry["dtype"], entry["shape"]
+    if kind == "BF16":
+        return bfloat16_to_float32(np.frombuffer(data, "<u2")).reshape(shape)
+    if kind not in DTYPES:
+        raise UserError(
+            f"{path}: tensor {name} has dtype {kind}; only {', '.join(DTYPES)} and BF16 are read"
+        )
+    # A copy, because arrays over bytes are read-only.
+    return np.frombuffer(data, DTYPES[kind]).reshape(shape).copy()
+
+
+def read_sharded(index: str | Path) -> dict[str, np.ndarray]:
+    """Read the files that a ``model.safetensors.index.json`` names.
+
+    Raises:
+        UserError: the index is malformed, a file is missing, or a tensor is not where it says.
+    """
+    index = Path(index)
+    weight_map = read_index(index)
+    tensors: dict[str, np.ndarray] = {}
+    for name in sorted(set(weight_map.values())):
+        tensors.update(read_safetensors(index.parent / name))
+    check_shards(index, weight_map, tensors)
+    return tensors
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """The tensor-to-file map of an ``*.index.json``, with every file present."""
+    try:
+        weight_map = json.loads(read_text(index))["weight_map"]
+        files = sorted(set(weight_map.values()))
+        wrong = [f for f in files if not isinstance(f, str) or Path(f).name != f]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{index}: not a checkpoint index (no usable weight_map); download it again"
+        ) from error
+    if wrong:
+        raise UserError(f"{index}: names a file outside its folder: {wrong[0]!r}")
+    absent = [f for f in files if not (index.parent / f).is_file()]
+    if absent:
+        raise UserError(
+            f"{index.parent}: {len(absent)} of {len(files)} files named by {index.name} are "
+            f"missing: {', '.join(absent[:3])}; download them"
+        )
+    return weight_map
+
+
+def check_shards(index: Path, weight_map: Mapping[str, str], tensors: Mapping) -> None:
+    """Every tensor that the index promises must have been in the files."""
+    lost = [name for name in weight_map if name not in tensors]
+    if lost:
+        raise UserError(
+            f"{index}: {len(lost)} tensors are not in the files it names, first {lost[0]}; "
+            "download the files again"
+        )
+
+
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write arrays as a safetensors file, atomically.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    with atomic_path(path) as temporary:
+        try:
+            save_file(arrays, str(temporary), metadata=dict(metadata or {"format": "np"}))
+        except SafetensorError as error:
+            # The package wraps a full disk or a missing permission in its own exception.
+            raise UserError(
+                f"cannot write {path}: {one_line(error)}; free some space or choose another folder"
+            ) from error
+        # The package makes files that only their owner may read, whatever the umask.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's text without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
