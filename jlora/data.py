@@ -185,6 +185,7 @@ def _special_id(given: int | None, tokenizer, name: str) -> int:
 
 
 def _shorten(text: str, width: int = 40) -> str:
+    text = " ".join(text.split())  # a message is one line
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
@@ -386,4 +387,12 @@ def string_field(row: dict[str, Any], key: str, path: str | Path, number: int) -
     value = row[key]
     if not isinstance(value, str):
         raise UserError(f"{path}:{number}: {key!r} is a {type(value).__name__}, not a string")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        # JSON may spell half of a surrogate pair, which no tokenizer or file takes.
+        raise UserError(
+            f"{path}:{number}: {key!r} holds half of a surrogate pair (\\u{ord(value[error.start]):04x}), "
+            "which is no character; remove it"
+        ) from error
     return value

@@ -16,7 +16,7 @@ from jlora.data import Example
 from jlora.errors import UserError
 
 # Modules are imported when their task is asked for.
-NAMES = ("e2e", "jsonl")
+NAMES = ("e2e", "jsonl", "restaurants")
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,24 @@ class Task:
         read: reads one file; raises UserError (with file and line) where it cannot.
         metrics: names of the scores that this dataset is judged by.
         splits: for each split the file names that may hold it, best first.
+        built_in: gives a split's examples without any file.
     """
 
     name: str
     read: Callable[[str | Path], list[Example]]
     metrics: tuple[str, ...]
     splits: Mapping[str, tuple[str, ...]]
+    built_in: Callable[[str], list[Example]] | None = None
+
+    def load(self, data: str | Path | None, split: str) -> list[Example]:
+        """The examples of a split, from ``data`` or the usual places; see `find_data`.
+
+        Raises:
+            UserError: no data, or it cannot be read.
+        """
+        if data is None and self.built_in is not None:
+            return self.built_in(split)
+        return self.read(self.find_data(data, split))
 
     def groups(self, examples: Sequence[Example]) -> list[ReferenceGroup]:
         """Group examples by prompt, in the order in which prompts are first seen."""
@@ -77,11 +89,12 @@ def find_data(
     """
     if split not in splits:
         raise UserError(f"task {name} has no split {split!r}; it has {', '.join(splits)}")
+    # os.path answers False where Path.is_file raises (a folder that may not be entered).
     if explicit is not None:
         explicit = Path(explicit)
-        if explicit.is_file():
+        if os.path.isfile(explicit):
             return explicit
-        if not explicit.is_dir():
+        if not os.path.isdir(explicit):
             raise UserError(f"no file or folder {explicit}; check --data")
         folders = [explicit]
     else:
@@ -93,7 +106,7 @@ def find_data(
         # The task's own folder first: data/test.txt may be another task's.
         for place in (folder / name, folder):
             for file_name in splits[split]:
-                if (place / file_name).is_file():
+                if os.path.isfile(place / file_name):
                     return place / file_name
             looked.append(str(place))
     raise UserError(
