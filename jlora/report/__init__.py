@@ -1,0 +1,1 @@
+"""What a finished run looks like: tables for the terminal, a loss curve, one HTML page."""

@@ -1,0 +1,202 @@
+"""Scores and samples as text for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jlora.errors import UserError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How one score is printed: ``value * scale`` with ``decimals`` digits."""
+
+    key: str
+    label: str
+    scale: float = 1.0
+    decimals: int = 4
+    lower_is_better: bool = False
+
+    def text(self, value: float | None, sign: bool = False) -> str:
+        """The printed value; an en dash for a score that is not there."""
+        if value is None:
+            return "–"
+        return f"{value * self.scale:{'+' if sign else ''}.{self.decimals}f}"
+
+
+# Scales and digits of tables 3, 4, 13 and 14 of the LoRA paper (arXiv 2106.09685).
+METRICS = (
+    Metric("BLEU", "BLEU", 100, 1),
+    Metric("NIST", "NIST", 1, 2),
+    Metric("METEOR", "METEOR", 100, 1),
+    Metric("ROUGE_L", "ROUGE-L", 100, 1),
+    Metric("CIDEr", "CIDEr", 1, 2),
+    Metric("TER", "TER", 1, 2, lower_is_better=True),
+    Metric("accuracy", "Accuracy", 100, 1),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One input with what the model made of it; ``before`` and ``reference`` may be missing."""
+
+    prompt: str
+    after: str
+    before: str | None = None
+    reference: str | None = None
+
+
+def metrics_of(*scores: Mapping[str, Any] | None) -> list[Metric]:
+    """The metrics that occur in any of ``scores``: the known ones in the paper's order, then others.
+
+    Values that are no numbers (and counts, which are whole numbers) are no scores.
+    """
+    present: dict[str, None] = {}
+    for one in scores:
+        for key, value in (one or {}).items():
+            known = any(metric.key == key for metric in METRICS)
+            if isinstance(value, float) or (known and type(value) is int):
+                present.setdefault(key)
+    known_metrics = [metric for metric in METRICS if metric.key in present]
+    known_keys = {metric.key for metric in METRICS}
+    return known_metrics + [Metric(key, key) for key in present if key not in known_keys]
+
+
+def score_table(
+    before: Mapping[str, float] | None,
+    after: Mapping[str, float] | None,
+    extra_rows: Iterable[tuple[str, Mapping[str, float]]] = (),
+    markdown: bool = False,
+) -> str:
+    """A table of scores, one row a system, as the paper prints them (BLEU x 100 and so on).
+
+    Args:
+        before: scores of the untouched model as fractions ({"BLEU": 0.56, ...}), or None.
+        after: scores of the fine-tuned model, or None.
+        extra_rows: (name, scores) to compare with, for example a published system.
+        markdown: a Markdown table instead of aligned plain text.
+
+    Returns:
+        lines joined by newlines, without one at the end.
+
+    Raises:
+        UserError: there is no score at all.
+    """
+    rows = [(name, scores) for name, scores in (("before", before), ("after", after)) if scores]
+    rows += list(extra_rows)
+    metrics = metrics_of(*(scores for _, scores in rows))
+    if not metrics:
+        raise UserError("there are no scores to print; run `jlora evaluate` first")
+    cells = [["", *(metric.label for metric in metrics)]]
+    for name, scores in rows:
+        cells.append([name, *(metric.text(scores.get(metric.key)) for metric in metrics)])
+    if before and after:
+        difference = ["difference"]
+        for metric in metrics:
+            change = difference_of(metric, before, after)
+            difference.append(metric.text(change, sign=True))
+        cells.insert(3, difference)
+    return _markdown(cells) if markdown else _plain(cells)
+
+
+def difference_of(
+    metric: Metric, before: Mapping[str, float], after: Mapping[str, float]
+) -> float | None:
+    """``after - before`` of the values as printed, so that the table adds up; None if one lacks."""
+    if before.get(metric.key) is None or after.get(metric.key) is None:
+        return None
+    digits = metric.decimals
+    old = round(before[metric.key] * metric.scale, digits)
+    new = round(after[metric.key] * metric.scale, digits)
+    return (new - old) / metric.scale
+
+
+def pair_samples(
+    after: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]] = ()
+) -> list[Sample]:
+    """Join prediction records ({"prompt", "prediction", "references"?}) by their prompt.
+
+    Where some inputs were predicted before training, only those are kept.
+    """
+    old = {record["prompt"]: record["prediction"] for record in before}
+    samples = []
+    for record in after:
+        prompt = record["prompt"]
+        references = record.get("references") or [None]
+        samples.append(Sample(prompt, record["prediction"], old.get(prompt), references[0]))
+    paired = [sample for sample in samples if sample.before is not None]
+    return paired or samples
+
+
+def pick(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """``count`` samples spread evenly over all, always the same ones."""
+    if count >= len(samples):
+        return list(samples)
+    return [samples[index * len(samples) // count] for index in range(count)]
+
+
+def samples(items: Sequence[Sample], count: int = 5, width: int = 88) -> str:
+    """Sample inputs with the outputs before and after training, for the terminal."""
+    blocks = []
+    for sample in pick(items, count):
+        lines = _field("input", sample.prompt, width)
+        if sample.before is not None:
+            lines += _field("before", sample.before, width)
+        lines += _field("after", sample.after, width)
+        if sample.reference is not None:
+            lines += _field("reference", sample.reference, width)
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def slots(prompt: str) -> list[tuple[str, str]] | None:
+    """The slots of an E2E input, None for any other text.
+
+    Both notations are known: ``name : Blue Spice | area : riverside`` and
+    ``name[Blue Spice], area[riverside]``.
+    """
+    text = prompt.strip()
+    if re.fullmatch(r"(?:[^\[\],]+\[[^\[\]]*\]\s*,?\s*)+", text):
+        pairs = re.findall(r"([^\[\],]+)\[([^\[\]]*)\]", text)
+    else:
+        parts = [part.partition(" : ") for part in text.split(" | ")]
+        # One "a : b" alone is as likely a sentence with a colon as an input with one slot.
+        if len(parts) < 2 or not all(separator for _, separator, _ in parts):
+            return None
+        pairs = [(key, value) for key, _, value in parts]
+    return [(key.strip(), value.strip()) for key, value in pairs]
+
+
+def visible(text: str) -> str:
+    """``text`` on one line, control characters (which could drive the terminal) made visible."""
+    text = " ".join(text.split())
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
+
+
+def _field(label: str, text: str, width: int) -> list[str]:
+    indent = 11
+    shown = textwrap.shorten(visible(text), 600, placeholder=" …") or "(empty)"
+    lines = textwrap.wrap(shown, max(20, width - indent))
+    return [f"{label if number == 0 else '':<{indent}}{line}" for number, line in enumerate(lines)]
+
+
+def _plain(cells: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = []
+    for row in cells:
+        name = row[0].ljust(widths[0])
+        values = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
+        lines.append("  ".join([name, *values]).rstrip())
+    lines.insert(1, "-" * max(len(line) for line in lines))
+    return "\n".join(lines)
+
+
+def _markdown(cells: list[list[str]]) -> str:
+    head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+    lines = ["| " + " | ".join(head) + " |", "|:--|" + "--:|" * (len(head) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)
