@@ -1,0 +1,187 @@
+"""What this machine has: compiler, Python headers, processor, GPU. Looks only, changes nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import glob
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Optional
+
+# What each package manager calls the things Jittor needs.
+PACKAGES = {
+    "compiler": {"apt-get": "g++", "dnf": "gcc-c++", "apk": "g++", "pacman": "gcc"},
+    "headers": {"apt-get": "python3-dev", "dnf": "python3-devel", "apk": "python3-dev"},
+    "openmp": {"apt-get": "libgomp1", "dnf": "libgomp", "apk": "libgomp", "pacman": "gcc-libs"},
+    "java": {"apt-get": "default-jre-headless", "dnf": "java-latest-openjdk-headless"},
+    "mpi": {"apt-get": "openmpi-bin libopenmpi-dev", "dnf": "openmpi-devel"},
+}
+INSTALL = {"apt-get": "install -y", "dnf": "install -y", "apk": "add", "pacman": "-S --noconfirm"}
+
+
+def install_command(thing: str) -> Optional[str]:
+    """The command that installs ``thing`` (a key of PACKAGES) here, or None if unknown."""
+    if platform.system() == "Darwin":
+        return "xcode-select --install" if thing in ("compiler", "headers", "openmp") else None
+    for manager, verb in INSTALL.items():
+        package = PACKAGES[thing].get(manager)
+        if package and shutil.which(manager):
+            sudo = "" if os.geteuid() == 0 else "sudo "
+            update = f"{sudo}apt-get update && " if manager == "apt-get" else ""
+            return f"{update}{sudo}{manager} {verb} {package}"
+    return None
+
+
+def compiler() -> Optional[str]:
+    """The C++ compiler that Jittor will use: ``cc_path`` if set, else g++ (clang++ on macOS)."""
+    if os.environ.get("cc_path"):
+        return shutil.which(os.environ["cc_path"])
+    return shutil.which("clang++" if platform.system() == "Darwin" else "g++")
+
+
+def compiler_problem(path: str) -> Optional[str]:
+    """Compile nothing: ask the compiler for its version. None if it answers, else why not."""
+    try:
+        result = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, errors="replace", timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if result.returncode != 0:
+        lines = (result.stderr or result.stdout).strip().splitlines()
+        return lines[-1] if lines else f"exit code {result.returncode}"
+    return None
+
+
+def python_header() -> Path:
+    """Where Python.h of the running interpreter belongs, there or not."""
+    return Path(sysconfig.get_paths()["include"]) / "Python.h"
+
+
+def python_config() -> Optional[Path]:
+    """The running interpreter's own python3.x-config, which Jittor asks for compiler flags."""
+    name = f"python3.{sys.version_info.minor}-config"
+    path = Path(sys.base_prefix) / "bin" / name
+    return path if path.is_file() else None
+
+
+def find_nvcc() -> Optional[Path]:
+    """A CUDA compiler whose runtime library stands where Jittor will look for it."""
+    candidates = [
+        os.environ.get("nvcc_path"),
+        shutil.which("nvcc"),
+        "/usr/local/cuda/bin/nvcc",
+        "/usr/bin/nvcc",
+        "/opt/cuda/bin/nvcc",
+    ]
+    for candidate in candidates:
+        if not candidate or not Path(candidate).is_file():
+            continue
+        # /usr/bin/nvcc is the distribution's package, whose libraries are not beside it.
+        folder = Path(candidate).resolve().parent.parent / "lib64"
+        if candidate == "/usr/bin/nvcc":
+            folder = Path(f"/usr/lib/{platform.machine()}-linux-gnu")
+        if (folder / "libcudart.so").exists():
+            return Path(candidate)
+    return None
+
+
+def gpu_problem() -> Optional[str]:
+    """Why Jittor cannot use an NVIDIA GPU here; None when everything it needs seems to be there."""
+    if not glob.glob("/dev/nvidia[0-9]*") and not Path("/dev/dxg").exists():
+        return "no NVIDIA GPU"
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is an NVIDIA GPU but no driver library (libcuda.so.1)"
+    if find_nvcc() is None:
+        return "there is an NVIDIA GPU but no CUDA toolkit with nvcc and libcudart.so"
+    return None
+
+
+def processors() -> int:
+    """Processor cores this process may use: affinity, container quota, no hyper-threads."""
+    try:
+        available = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        available = os.cpu_count() or 1
+    total = os.cpu_count() or 1
+    physical = _physical_cores() or total
+    # Matrix products gain nothing from a second thread on the same core; keep the same share.
+    cores = max(1, round(available * min(1.0, physical / total)))
+    quota = _cgroup_quota()
+    return max(1, min(cores, quota)) if quota else cores
+
+
+def _physical_cores() -> Optional[int]:
+    import psutil
+
+    return psutil.cpu_count(logical=False)
+
+
+def _cgroup_quota() -> Optional[int]:
+    """The container's processor limit (``docker run --cpus``), rounded up."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            return -(-int(quota) // int(period))
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def memory_limit() -> int:
+    """Bytes of memory this process may use: the machine's, or the container's limit if smaller."""
+    import psutil
+
+    limit = psutil.virtual_memory().total
+    try:
+        limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):
+        pass
+    return limit
+
+
+def cpu_model() -> str:
+    """The processor's name, as the system gives it."""
+    for line in _cpuinfo():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model", "Hardware") and value.strip():
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """Which of the vector and matrix extensions that matter for training the CPU has."""
+    names = {
+        "avx2": "AVX2",
+        "avx512f": "AVX-512",
+        "avx512_vnni": "VNNI",
+        "avx512_bf16": "AVX512_BF16",
+        "amx_tile": "AMX",
+        "amx_bf16": "AMX_BF16",
+        "asimd": "NEON",
+        "asimdhp": "FP16",
+        "asimddp": "DOTPROD",
+        "sve": "SVE",
+        "bf16": "BF16",
+        "i8mm": "I8MM",
+    }
+    for line in _cpuinfo():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            flags = set(value.split())
+            return [shown for flag, shown in names.items() if flag in flags]
+    return []
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return []
