@@ -17,7 +17,6 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jlora.errors import UserError
 from jlora.files import atomic_path, os_error, recover_directory, write_text
@@ -183,16 +182,13 @@ def convert_gguf(path: Path, folder: Path) -> None:
 def pull_hugging_face(name: str) -> Path:
     """Copy a model of Hugging Face's hub into the cache."""
     folder = model_folder(name)
-    hub: Any = None
     try:
         import huggingface_hub as hub
-    except ImportError:
-        pass
-    if hub is None:
+    except ImportError as error:
         raise UserError(
             f"{name} comes from Hugging Face, which needs the package huggingface_hub: run "
             f"`{sys.executable} -m pip install huggingface_hub`; or {by_hand(name)}"
-        )
+        ) from error
     say(f"downloading {name} from huggingface.co")
     try:
         files = hub.list_repo_files(name)

@@ -217,8 +217,9 @@ def llama_config(
         "rms_norm_eps": shortest(get("attention.layer_norm_rms_epsilon")),
         "rope_theta": shortest(metadata.get(f"{architecture}.rope.freq_base", 10000.0)),
         "tie_word_embeddings": "lm_head.weight" not in tensors,
-        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in tensors,
     }
+    if architecture == "llama":  # Qwen2's biases are part of its architecture
+        config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in tensors
     kind = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if kind not in ("none", "linear"):
         raise UserError(

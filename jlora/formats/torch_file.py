@@ -1,0 +1,323 @@
+"""PyTorch's .bin and .pt files -> numpy arrays, without PyTorch and without running anything.
+
+Such a file is a pickle, a program that may call any function. `TensorUnpickler` knows the few
+names that saved tensors need and refuses every other one. Both layouts are read: the zip archive
+(torch 1.6 and later) and the older stream of pickles that starts with a magic number, in which
+GPT-2's original checkpoints are kept.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from jlora.errors import UserError
+from jlora.files import os_error
+from jlora.formats.safetensors_file import bfloat16_to_float32, check_shards, one_line, read_index
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_PROTOCOL = 1001
+#: Storage class -> dtype of its bytes; bfloat16 is read as its bits and widened to float32.
+STORAGES = {
+    "DoubleStorage": "f8",
+    "FloatStorage": "f4",
+    "HalfStorage": "f2",
+    "BFloat16Storage": "u2",
+    "LongStorage": "i8",
+    "IntStorage": "i4",
+    "ShortStorage": "i2",
+    "CharStorage": "i1",
+    "ByteStorage": "u1",
+    "BoolStorage": "?",
+}
+DTYPE_NAMES = (
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+)
+#: Under these keys training programs keep the weights beside optimizer states and the like.
+NESTED_KEYS = ("model_state_dict", "state_dict")
+
+
+@dataclass(frozen=True)
+class StorageType:
+    """A torch storage class, as the pickle names it."""
+
+    name: str
+
+
+@dataclass
+class Storage:
+    """A flat array; ``values`` comes after the pickle that mentions it (legacy layout)."""
+
+    kind: str
+    count: int
+    values: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A strided view of a storage, checked and made into an array once the data is there."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def numpy(self) -> np.ndarray:
+        """A contiguous copy.
+
+        Raises:
+            ValueError: the view does not lie inside its storage.
+        """
+        values = self.storage.values
+        if values is None:
+            raise ValueError("its data is not in the file")
+        numbers = (self.offset, *self.shape, *self.stride)
+        if len(self.shape) != len(self.stride) or any(n < 0 for n in numbers):
+            raise ValueError(f"shape {self.shape} with strides {self.stride}")
+        if 0 in self.shape:
+            return np.zeros(self.shape, values.dtype)
+        last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride))
+        elements = 1
+        for n in self.shape:
+            elements *= n
+        # Views may repeat elements (stride 0), but a saved parameter never outgrows its storage.
+        if last >= len(values) or elements > len(values):
+            raise ValueError(
+                f"shape {self.shape} at offset {self.offset} reaches past its storage of "
+                f"{len(values)} values"
+            )
+        size = values.dtype.itemsize
+        steps = tuple(step * size for step in self.stride)
+        return np.array(np.lib.stride_tricks.as_strided(values[self.offset :], self.shape, steps))
+
+
+def rebuild_tensor(storage, offset, shape, stride, *_autograd) -> LazyTensor:
+    """torch._utils._rebuild_tensor and _rebuild_tensor_v2."""
+    if not isinstance(storage, Storage):
+        raise ValueError("a tensor without a storage")
+    return LazyTensor(storage, int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
+
+
+def rebuild_parameter(data, *_autograd) -> LazyTensor:
+    """torch._utils._rebuild_parameter: the tensor itself."""
+    return data
+
+
+def shape_tuple(values=()) -> tuple:
+    """torch.Size."""
+    return tuple(values)
+
+
+#: Every callable that a file may ask for.
+ALLOWED = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor"): rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
+    ("torch", "Size"): shape_tuple,
+}
+
+
+class TensorUnpickler(pickle.Unpickler):
+    """An unpickler for saved tensors and plain containers only."""
+
+    def __init__(self, handle: BinaryIO, path: Path, find_storage):
+        super().__init__(handle, encoding="utf-8")
+        self.path, self.find_storage = path, find_storage
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in ALLOWED:
+            return ALLOWED[module, name]
+        if module in ("torch", "torch.cuda") and name in STORAGES:
+            return StorageType(name)
+        if module == "torch" and name in DTYPE_NAMES:
+            return name
+        raise UserError(
+            f"{self.path}: refused, because it asks to load {module}.{name}, which is no tensor "
+            "and could run code; save only the weights (torch.save(model.state_dict(), ...)) or "
+            "take a safetensors file"
+        )
+
+    def persistent_load(self, pid: Any) -> Storage:
+        kind, storage_type, key, _location, count = pid[:5]
+        if kind != "storage" or not isinstance(storage_type, StorageType):
+            raise ValueError(f"an unknown reference {kind!r}")
+        if len(pid) > 5 and pid[5] is not None:
+            raise ValueError("a storage that is a view of another (torch before 0.4)")
+        return self.find_storage(storage_type.name, str(key), int(count))
+
+
+def read_torch(path: str | Path) -> dict[str, np.ndarray]:
+    """Read the state dict of a .bin or .pt file; bfloat16 becomes float32.
+
+    ``{"model_state_dict": {...}}`` and ``{"state_dict": {...}}`` are looked into.
+
+    Raises:
+        UserError: missing, truncated or damaged file; one that asks for anything but tensors
+            (named); no tensors inside.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as handle:
+            head = handle.read(512)
+            handle.seek(0)
+            if head[:4] == b"PK\x03\x04":
+                tree = read_zip(handle, path)
+            elif head[:1] == b"\x80":
+                tree = read_legacy(handle, path)
+            else:
+                tar = head[257:262] == b"ustar"
+                what = "torch 0.1's tar layout" if tar else "something else" if head else "empty"
+                raise UserError(
+                    f"{path}: not a file of torch.save ({what}); give a .bin, .pt or safetensors "
+                    "file"
+                )
+        return to_arrays(tree, path)
+    except OSError as error:
+        raise os_error("read", path, error) from error
+    except UserError:
+        raise
+    # A damaged pickle can fail in any way that Python code can.
+    except Exception as error:
+        raise UserError(
+            f"{path}: a damaged or incomplete PyTorch file ({type(error).__name__}: "
+            f"{one_line(error)[:200]}); copy or download it again"
+        ) from error
+
+
+def read_zip(handle: BinaryIO, path: Path) -> Any:
+    """The zip layout: NAME/data.pkl and one file NAME/data/KEY for each storage."""
+    with zipfile.ZipFile(handle) as archive:
+        pickles = [n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl"]
+        if len(pickles) != 1:
+            raise UserError(
+                f"{path}: a zip file without torch's data.pkl; give a file of "
+                "torch.save(state_dict)"
+            )
+        root = pickles[0][: -len("data.pkl")]
+        order = "<"
+        if f"{root}byteorder" in archive.namelist():
+            order = ">" if archive.read(f"{root}byteorder") == b"big" else "<"
+        storages: dict[str, Storage] = {}
+
+        def find_storage(kind: str, key: str, count: int) -> Storage:
+            if key not in storages:
+                dtype = np.dtype(STORAGES[kind]).newbyteorder(order)
+                member = archive.getinfo(f"{root}data/{key}")
+                # Before reading, so that a packed file cannot unpack to more than it says.
+                if member.file_size != count * dtype.itemsize:
+                    raise ValueError(
+                        f"storage {key} has {member.file_size} bytes for {count} values"
+                    )
+                values = np.frombuffer(archive.read(member), dtype)
+                storages[key] = Storage(kind, count, values)
+            if storages[key].kind != kind:
+                raise ValueError(f"storage {key} is used with two dtypes")
+            return storages[key]
+
+        return TensorUnpickler(io.BytesIO(archive.read(pickles[0])), path, find_storage).load()
+
+
+def read_legacy(handle: BinaryIO, path: Path) -> Any:
+    """The older layout: magic number, protocol, system, tree, storage keys, then the data."""
+    storages: dict[str, Storage] = {}
+
+    def find_storage(kind: str, key: str, count: int) -> Storage:
+        storage = storages.setdefault(key, Storage(kind, count))
+        if (storage.kind, storage.count) != (kind, count):
+            raise ValueError(f"storage {key} is described twice, differently")
+        return storage
+
+    def load() -> Any:
+        return TensorUnpickler(handle, path, find_storage).load()
+
+    if load() != LEGACY_MAGIC:
+        raise UserError(
+            f"{path}: a pickle, but none of torch.save; give a .bin, .pt or safetensors file"
+        )
+    if load() != LEGACY_PROTOCOL:
+        raise UserError(f"{path}: an unknown version of torch's older layout")
+    system = load()
+    order = "<" if system.get("little_endian", sys.byteorder == "little") else ">"
+    tree = load()
+    keys = load()
+    for key in keys:
+        storage = storages.get(str(key))
+        if storage is None:
+            raise ValueError(f"data for an unknown storage {key}")
+        dtype = np.dtype(STORAGES[storage.kind]).newbyteorder(order)
+        count = struct.unpack(order + "q", handle.read(8))[0]
+        if count != storage.count:
+            raise ValueError(f"storage {key} has {count} values instead of {storage.count}")
+        data = handle.read(count * dtype.itemsize)
+        if len(data) != count * dtype.itemsize:
+            raise ValueError("the file ends inside its data")
+        storage.values = np.frombuffer(data, dtype)
+    return tree
+
+
+def to_arrays(tree: Any, path: Path) -> dict[str, np.ndarray]:
+    """The state dict inside a loaded tree, as native-endian arrays."""
+    for key in NESTED_KEYS:
+        if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping):
+            tree = tree[key]
+            break
+    tensors = {}
+    if isinstance(tree, Mapping):
+        tensors = {
+            k: v for k, v in tree.items() if isinstance(k, str) and isinstance(v, LazyTensor)
+        }
+    if not tensors:
+        inside = (
+            ", ".join(map(str, list(tree)[:5]))
+            if isinstance(tree, Mapping)
+            else type(tree).__name__
+        )
+        raise UserError(
+            f"{path}: no weights inside (found: {inside or 'nothing'}); a state dict is expected, "
+            f"at the top or under {' or '.join(NESTED_KEYS)}"
+        )
+    arrays = {}
+    for name, tensor in tensors.items():
+        try:
+            array = tensor.numpy()
+        except ValueError as error:
+            raise UserError(f"{path}: tensor {name} is damaged: {error}") from error
+        if tensor.storage.kind == "BFloat16Storage":
+            array = bfloat16_to_float32(array)
+        arrays[name] = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return arrays
+
+
+def read_torch_sharded(index: str | Path) -> dict[str, np.ndarray]:
+    """Read the files that a ``pytorch_model.bin.index.json`` names.
+
+    Raises:
+        UserError: as `read_torch`, or a file or tensor of the index is missing.
+    """
+    index = Path(index)
+    weight_map = read_index(index)
+    tensors: dict[str, np.ndarray] = {}
+    for name in sorted(set(weight_map.values())):
+        tensors.update(read_torch(index.parent / name))
+    check_shards(index, weight_map, tensors)
+    return tensors

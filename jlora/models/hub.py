@@ -1,0 +1,324 @@
+"""`load`: a name or a path -> a model with its weights, configuration and tokenizer."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.errors import UserError
+from jlora.files import read_text
+from jlora.formats.gguf_file import read_gguf
+from jlora.formats.safetensors_file import read_safetensors, read_sharded
+from jlora.formats.torch_file import read_torch, read_torch_sharded
+from jlora.pull import WHEELS, pull, pulled
+from jlora.tokenizer import Tokenizer, find_files
+
+#: Buffers that older checkpoints saved beside the weights; the models compute them themselves.
+BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$|\.position_ids$")
+#: OpenAI's TensorFlow names for a layer's gain, weight and bias.
+TENSORFLOW_ENDINGS = {".g": ".weight", ".w": ".weight", ".b": ".bias"}
+BASE_PREFIXES = {"gpt2": "transformer.", "llama": "model.", "mistral": "model.", "qwen2": "model."}
+SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
+
+
+@dataclass
+class Checkpoint:
+    """Everything that makes a model, before Jittor has seen any of it."""
+
+    source: Path
+    config: dict[str, Any]
+    config_source: str
+    tensors: dict[str, np.ndarray]
+    tokenizer: Tokenizer | None
+
+
+def load(name_or_path: str | Path, dtype: str = "float32") -> Any:
+    """Load a pretrained model.
+
+    Args:
+        name_or_path: a Hugging Face folder (config.json with safetensors or pytorch_model.bin,
+            in one piece or several), a .gguf file, a bare GPT-2 .bin file as OpenAI's and
+            microsoft/LoRA's downloads are (its size is found from the shapes), or a name: of a
+            model pulled before, of one that `jlora pull` knows, or of one on Hugging Face.
+        dtype: of the weights; only ``"float32"``, to which smaller kinds are converted.
+
+    Returns:
+        The model: ``model(input_ids (B, T) int32)`` -> logits (B, T, V) float32, with
+        ``.config``, ``.tokenizer`` (None when the checkpoint has none, see
+        `require_tokenizer`) and ``.name_or_path``. It is in eval mode.
+
+    Raises:
+        UserError: nothing there, a damaged file, or weights that do not fit the configuration.
+    """
+    if dtype != "float32":
+        raise UserError(f"dtype {dtype!r} is not supported; weights are kept as float32")
+    checkpoint = read_checkpoint(find(str(name_or_path)))
+    model = build_model(checkpoint.config, checkpoint.config_source)
+    tokenizer, rows = checkpoint.tokenizer, model.config.vocab_size
+    if tokenizer is not None and tokenizer.vocab_size > rows:
+        raise UserError(
+            f"{checkpoint.source}: the tokenizer has {tokenizer.vocab_size} tokens but the model "
+            f"only {rows}; they belong to different models, put the right tokenizer there"
+        )
+    tensors = hugging_face_names(checkpoint.tensors, model.config.model_type)
+    load_weights(model, tensors, f"{checkpoint.source} ({checkpoint.config_source})")
+    model.tokenizer = tokenizer
+    model.name_or_path = str(name_or_path)
+    model.eval()
+    return model
+
+
+def require_tokenizer(model: Any) -> Tokenizer:
+    """The model's tokenizer, or an error that says how to give it one."""
+    if model.tokenizer is None:
+        path = Path(model.name_or_path)
+        folder = path.parent if path.is_file() else path
+        raise UserError(
+            f"{model.name_or_path} has no tokenizer; put tokenizer.json, vocab.json with "
+            f"merges.txt, or GPT-2's encoder.json with vocab.bpe into {folder}"
+        )
+    return model.tokenizer
+
+
+def find(name: str) -> Path:
+    """The file or folder that a name or path means, fetched when it is a known name."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    folder = pulled(name)
+    if folder is not None:
+        return folder
+    # Anything that cannot be a name on a hub is a path with a slip in it.
+    is_path = path.suffix in SUFFIXES or path.is_absolute() or name.startswith((".", "~"))
+    if is_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(f"{name}: no such file or folder; check the path, or `jlora pull` a name")
+    if name not in WHEELS:
+        folder = hugging_face_cache(name)
+        if folder is not None:
+            return folder
+    return pull(name)
+
+
+def hugging_face_cache(name: str) -> Path | None:
+    """The folder of a model that huggingface_hub has downloaded before, if it is whole."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(name, "config.json")
+    except Exception:  # the package is absent, or does not take this for a name
+        return None
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    return folder if weight_file(folder) is not None else None
+
+
+def weight_file(folder: Path) -> Path | None:
+    """The file to start reading a folder's weights from; safetensors come first."""
+    for name in (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ):
+        if (folder / name).is_file():
+            return folder / name
+    for pattern in ("*.safetensors", "*.gguf"):
+        found = [p for p in sorted(folder.glob(pattern)) if not p.name.startswith("adapter_")]
+        if len(found) == 1:
+            return found[0]
+    return None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read configuration, weights and tokenizer from a folder or a file."""
+    folder = path if path.is_dir() else path.parent
+    weights = weight_file(folder) if path.is_dir() else path
+    if weights is None:
+        hint = "a folder needs config.json with model.safetensors or pytorch_model.bin"
+        if (folder / "adapter_config.json").is_file():
+            hint = "this is an adapter: load its base model and attach it with --adapter"
+        elif list(folder.glob("*.gguf")) or list(folder.glob("*.safetensors")):
+            hint = "there are several files without an index.json: give one of them"
+        raise UserError(f"{folder}: no model weights found; {hint}")
+    tokenizer = Tokenizer.from_folder(folder) if find_files(folder) else None
+    if weights.suffix == ".gguf":
+        model = read_gguf(weights)
+        if tokenizer is None:
+            tokenizer = Tokenizer.from_gguf(model.metadata, weights)
+        return Checkpoint(weights, model.config, "its metadata", model.tensors, tokenizer)
+    tensors = read_weights(weights)
+    config_path = folder / "config.json"
+    if config_path.is_file():
+        return Checkpoint(weights, read_config(config_path), "config.json", tensors, tokenizer)
+    config = gpt2_config_from_shapes(weights, hugging_face_names(tensors, "gpt2"))
+    return Checkpoint(weights, config, "size found from its shapes", tensors, tokenizer)
+
+
+def read_weights(path: Path) -> dict[str, np.ndarray]:
+    """Tensors of a weight file or of the files that an index names."""
+    if path.name.endswith(".safetensors.index.json"):
+        return read_sharded(path)
+    if path.name.endswith(".bin.index.json"):
+        return read_torch_sharded(path)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    if path.suffix in (".bin", ".pt", ".pth"):
+        return read_torch(path)
+    raise UserError(
+        f"{path}: not a kind of file that weights are read from; give {', '.join(SUFFIXES)} or a "
+        "Hugging Face folder"
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json as a dictionary."""
+    try:
+        config = json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); download it again") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(f"{path}: not a model's config.json (no model_type)")
+    return config
+
+
+def gpt2_config_from_shapes(path: Path, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+    """config.json of a bare GPT-2 checkpoint; every size of GPT-2 has heads of 64."""
+    wte, wpe = tensors.get("transformer.wte.weight"), tensors.get("transformer.wpe.weight")
+    layers = [re.match(r"transformer\.h\.(\d+)\.", name) for name in tensors]
+    numbers = [int(match.group(1)) for match in layers if match]
+    inner = tensors.get("transformer.h.0.mlp.c_fc.weight")
+    if any(a is None or a.ndim != 2 for a in (wte, wpe, inner)) or not numbers:
+        raise UserError(
+            f"{path}: a bare file is understood only for GPT-2; put the model's config.json "
+            f"beside it in {path.parent}"
+        )
+    if wte.shape[1] % 64:
+        raise UserError(
+            f"{path}: embedding size {wte.shape[1]} is no multiple of GPT-2's head size 64; put "
+            f"the model's config.json beside it in {path.parent}"
+        )
+    return {
+        "model_type": "gpt2",
+        "vocab_size": wte.shape[0],
+        "n_positions": wpe.shape[0],
+        "n_embd": wte.shape[1],
+        "n_layer": max(numbers) + 1,
+        "n_head": wte.shape[1] // 64,
+        "n_inner": inner.shape[1],
+        "tie_word_embeddings": True,
+    }
+
+
+def hugging_face_names(tensors: dict[str, np.ndarray], model_type: str) -> dict[str, np.ndarray]:
+    """The names of the language-model class: prefixes mended, buffers left out."""
+    mended = {}
+    base = BASE_PREFIXES[model_type]
+    for name, array in tensors.items():
+        while name.startswith(("module.", "_orig_mod.")):  # DataParallel, torch.compile
+            name = name.split(".", 1)[1]
+        if BUFFERS.search(name):
+            continue
+        if model_type == "gpt2" and name[-2:] in TENSORFLOW_ENDINGS:
+            name = name[:-2] + TENSORFLOW_ENDINGS[name[-2:]]
+        mended[name] = array
+    if any(name.startswith(base) for name in mended):
+        return mended
+    # A checkpoint of the bare model class, without the language-model head around it.
+    return {n if n.startswith("lm_head.") else base + n: a for n, a in mended.items()}
+
+
+def build_model(config: dict[str, Any], source: str = "config.json") -> Any:
+    """A model of the right family, its parameters still to be given.
+
+    Jittor makes arrays when they are asked for, so initial values that are replaced first cost
+    nothing.
+    """
+    from jlora.models.gpt2 import GPT2Config, GPT2LMHeadModel
+    from jlora.models.llama import LlamaConfig, LlamaForCausalLM
+
+    model_type = config.get("model_type")
+    if model_type not in BASE_PREFIXES:
+        raise UserError(
+            f"{source}: model_type {model_type!r} is not supported; only {', '.join(BASE_PREFIXES)}"
+        )
+    try:
+        if model_type == "gpt2":
+            return GPT2LMHeadModel(GPT2Config.from_dict(config))
+        return LlamaForCausalLM(LlamaConfig.from_dict(config))
+    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        raise UserError(f"{source}: {error}; this model cannot be used") from error
+
+
+def load_weights(model: Any, tensors: dict[str, np.ndarray], source: str = "checkpoint") -> None:
+    """Give every parameter of a model its values, as float32.
+
+    ``tensors`` is emptied on the way, so that a large model is not in memory twice. A head that
+    repeats the tied embedding is accepted.
+
+    Raises:
+        UserError: keys are missing, unexpected or of another shape: all kinds in one message.
+    """
+    from jlora.runtime import jt
+
+    parameters = dict(model.named_parameters())
+    drop_tied_head(model, parameters, tensors, source)
+    problems = difference(
+        {name: tuple(p.shape) for name, p in parameters.items()},
+        {name: tuple(a.shape) for name, a in tensors.items()},
+    )
+    if problems:
+        raise UserError(f"{source}: the weights do not fit the model: {'; '.join(problems)}")
+    for name, parameter in parameters.items():
+        parameter.assign(jt.array(tensors.pop(name).astype(np.float32, copy=False)))
+
+
+def drop_tied_head(
+    model: Any, parameters: dict[str, Any], tensors: dict[str, np.ndarray], source: str
+) -> None:
+    """Remove lm_head.weight where the model uses its embedding instead, if they are equal."""
+    if "lm_head.weight" not in tensors or "lm_head.weight" in parameters:
+        return
+    base = BASE_PREFIXES[model.config.model_type]
+    names = {"transformer.": "transformer.wte.weight", "model.": "model.embed_tokens.weight"}
+    embedding = tensors.get(names[base])
+    if embedding is not None and not np.array_equal(tensors["lm_head.weight"], embedding):
+        raise UserError(
+            f"{source}: lm_head.weight differs from {names[base]} although the configuration ties "
+            "them; set tie_word_embeddings to false in config.json (Llama family only)"
+        )
+    del tensors["lm_head.weight"]
+
+
+def difference(expected: dict[str, tuple], found: dict[str, tuple]) -> list[str]:
+    """Say what is missing, unexpected and misshapen, the first few of each."""
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    misshapen = [n for n in expected if n in found and expected[n] != found[n]]
+    problems = []
+    if missing:
+        named = [name + nearest(name, unexpected) for name in missing[:3]]
+        problems.append(listing("missing", missing, named))
+    if unexpected:
+        problems.append(listing("unexpected", unexpected, unexpected[:3]))
+    if misshapen:
+        named = [f"{n} is {found[n]} instead of {expected[n]}" for n in misshapen[:3]]
+        problems.append(listing("misshapen", misshapen, named))
+    return problems
+
+
+def nearest(name: str, candidates: list[str]) -> str:
+    """The most similar unexpected name, as a hint."""
+    close = difflib.get_close_matches(name, candidates, n=1)
+    return f" (nearest: {close[0]})" if close else ""
+
+
+def listing(word: str, names: list[str], shown: list[str]) -> str:
+    """``3 missing: a, b, c`` or ``7 missing: a, b, c, ...``."""
+    return f"{len(names)} {word}: {', '.join(shown)}" + (", ..." if len(names) > 3 else "")
