@@ -86,6 +86,8 @@ class LoRALayer:
     @is_train.setter
     def is_train(self, mode: bool) -> None:
         self._training = mode
+        if isinstance(self.lora_dropout, nn.Module):
+            self.lora_dropout.is_train = mode
         if not self.merge_weights:
             return
         if mode:

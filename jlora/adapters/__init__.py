@@ -1,0 +1,12 @@
+"""LoRA adapters on whole models, in PEFT's vocabulary and file format.
+
+model = get_peft_model(model, LoraConfig(r=4, lora_alpha=32, target_modules=["c_attn"]))
+...                                    # train model.trainable_parameters()
+model.save_pretrained("adapter")
+model = PeftModel.from_pretrained(base, "adapter")
+"""
+
+from jlora.adapters.config import LoraConfig
+from jlora.adapters.model import MergeReport, PeftModel, get_peft_model
+
+__all__ = ["LoraConfig", "MergeReport", "PeftModel", "get_peft_model"]
