@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import glob
 import os
@@ -11,7 +12,6 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Optional
 
 # What each package manager calls the things Jittor needs.
 PACKAGES = {
@@ -24,7 +24,7 @@ PACKAGES = {
 INSTALL = {"apt-get": "install -y", "dnf": "install -y", "apk": "add", "pacman": "-S --noconfirm"}
 
 
-def install_command(thing: str) -> Optional[str]:
+def install_command(thing: str) -> str | None:
     """The command that installs ``thing`` (a key of PACKAGES) here, or None if unknown."""
     if platform.system() == "Darwin":
         return "xcode-select --install" if thing in ("compiler", "headers", "openmp") else None
@@ -37,14 +37,14 @@ def install_command(thing: str) -> Optional[str]:
     return None
 
 
-def compiler() -> Optional[str]:
+def compiler() -> str | None:
     """The C++ compiler that Jittor will use: ``cc_path`` if set, else g++ (clang++ on macOS)."""
     if os.environ.get("cc_path"):
         return shutil.which(os.environ["cc_path"])
     return shutil.which("clang++" if platform.system() == "Darwin" else "g++")
 
 
-def compiler_problem(path: str) -> Optional[str]:
+def compiler_problem(path: str) -> str | None:
     """Compile nothing: ask the compiler for its version. None if it answers, else why not."""
     try:
         result = subprocess.run(
@@ -63,14 +63,14 @@ def python_header() -> Path:
     return Path(sysconfig.get_paths()["include"]) / "Python.h"
 
 
-def python_config() -> Optional[Path]:
+def python_config() -> Path | None:
     """The running interpreter's own python3.x-config, which Jittor asks for compiler flags."""
     name = f"python3.{sys.version_info.minor}-config"
     path = Path(sys.base_prefix) / "bin" / name
     return path if path.is_file() else None
 
 
-def find_nvcc() -> Optional[Path]:
+def find_nvcc() -> Path | None:
     """A CUDA compiler whose runtime library stands where Jittor will look for it."""
     candidates = [
         os.environ.get("nvcc_path"),
@@ -91,7 +91,7 @@ def find_nvcc() -> Optional[Path]:
     return None
 
 
-def gpu_problem() -> Optional[str]:
+def gpu_problem() -> str | None:
     """Why Jittor cannot use an NVIDIA GPU here; None when everything it needs seems to be there."""
     if not glob.glob("/dev/nvidia[0-9]*") and not Path("/dev/dxg").exists():
         return "no NVIDIA GPU"
@@ -118,13 +118,13 @@ def processors() -> int:
     return max(1, min(cores, quota)) if quota else cores
 
 
-def _physical_cores() -> Optional[int]:
+def _physical_cores() -> int | None:
     import psutil
 
     return psutil.cpu_count(logical=False)
 
 
-def _cgroup_quota() -> Optional[int]:
+def _cgroup_quota() -> int | None:
     """The container's processor limit (``docker run --cpus``), rounded up."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -140,10 +140,8 @@ def memory_limit() -> int:
     import psutil
 
     limit = psutil.virtual_memory().total
-    try:
+    with contextlib.suppress(OSError, ValueError):
         limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):
-        pass
     return limit
 
 

@@ -32,7 +32,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from jlora import machine
 from jlora.errors import UserError
@@ -70,7 +70,7 @@ def set_seed(seed: int) -> None:
     __getattr__("jt").set_global_seed(seed)
 
 
-def use_gpu(wanted: Optional[bool] = None) -> bool:
+def use_gpu(wanted: bool | None = None) -> bool:
     """Compute on the GPU (True), on the CPU (False), or on the GPU if one works (None).
 
     Returns:
@@ -97,7 +97,7 @@ def use_gpu(wanted: Optional[bool] = None) -> bool:
     return True
 
 
-def onednn_paths() -> Optional[tuple[Path, Path]]:
+def onednn_paths() -> tuple[Path, Path] | None:
     """Folders (include, lib) of the oneDNN that Jittor installed, or None.
 
     Imports Jittor, because the import is what installs oneDNN.
@@ -146,7 +146,7 @@ def check_environment() -> None:
         )
 
 
-def home_problem() -> Optional[str]:
+def home_problem() -> str | None:
     """Why Jittor cannot keep its compiled code under the home folder; None if it can."""
     mend = "set HOME to a folder that can be written, for example `export HOME=/tmp/home`"
     try:
@@ -251,7 +251,7 @@ def _fingerprint() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
-def _first_import() -> Optional[str]:
+def _first_import() -> str | None:
     """Import Jittor in a child process. Returns None if that went well, else its output."""
     environment = {
         # Seen by MPI as one of its ranks, the child would wait for the others for ever.
@@ -424,7 +424,7 @@ def _conda_mend() -> str:
 
 
 def _cause(output: str) -> str:
-    """The line of a compiler's or Python's output that says most: the first error, else the last."""
+    """The line of an output that says most: the first error, else the last line."""
     lines = [line for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"\berror:|^\w*(Error|Exception)\b", line)]
     return _short((errors or lines or ["it said nothing"])[0 if errors else -1])

@@ -1,0 +1,41 @@
+# Every target makes .venv and installs jlora by itself. Needed beforehand: python3 with venv and
+# headers, make, g++ (on Debian and Ubuntu: apt-get install python3-dev python3-venv make g++).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-all lint install clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(BIN)/jlora demo
+
+test: lint
+	$(BIN)/python -m pytest -q -m "not slow" --durations=10
+
+test-all: lint
+	$(BIN)/python -m pytest -q --durations=20
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make: $(PYTHON) not found; install it, or: make PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' || { \
+	  echo "make: jlora needs Python 3.9 or newer; try: make PYTHON=python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "make: this Python has no venv; run: apt-get install python3-venv" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find jlora tests -name __pycache__ -type d -prune -exec rm -rf {} +
