@@ -109,7 +109,10 @@ def encode_examples(
     """
     separator_id = _special_id(separator_id, tokenizer, "separator_id")
     end_id = _special_id(end_id, tokenizer, "end_id")
-    prompts = tokenizer.encode_batch([example.prompt for example in examples])
+    # Prompts repeat (E2E's 42,061 training rows have 4,862); completions hardly do.
+    distinct = list(dict.fromkeys(example.prompt for example in examples))
+    ids_of = dict(zip(distinct, tokenizer.encode_batch(distinct)))
+    prompts = [ids_of[example.prompt] for example in examples]
     completions = tokenizer.encode_batch([" " + example.completion for example in examples])
     encoded = []
     for number, (prompt, completion) in enumerate(zip(prompts, completions), start=1):
@@ -392,7 +395,7 @@ def string_field(row: dict[str, Any], key: str, path: str | Path, number: int) -
     except UnicodeEncodeError as error:
         # JSON may spell half of a surrogate pair, which no tokenizer or file takes.
         raise UserError(
-            f"{path}:{number}: {key!r} holds half of a surrogate pair (\\u{ord(value[error.start]):04x}), "
-            "which is no character; remove it"
+            f"{path}:{number}: {key!r} holds half of a surrogate pair "
+            f"(\\u{ord(value[error.start]):04x}), which is no character; remove it"
         ) from error
     return value

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jlora.data import json_lines, string_field
 from jlora.errors import UserError
 from jlora.files import atomic_path, write_text
@@ -28,7 +30,7 @@ class TextHypothesis:
 
     Attributes:
         text: the decoded tokens, without the end token, stripped.
-        ids: generated tokens.
+        ids: generated tokens, the end token included.
         logprob: sum of their log-probabilities, natural logarithm.
         length: number of generated tokens, the end token included.
         finished: it ends with an end token.
@@ -41,8 +43,11 @@ class TextHypothesis:
     finished: bool
 
     def score(self, length_penalty: float) -> float:
-        """``logprob / length ** length_penalty``, the reference's ranking; higher is better."""
-        return self.logprob / self.length**length_penalty
+        """``logprob / length ** length_penalty``; higher is better.
+
+        In float32 as the reference and the search compute it, so that ties fall alike.
+        """
+        return float(np.float32(self.logprob) / np.float32(self.length**length_penalty))
 
 
 @dataclass(frozen=True)
@@ -60,12 +65,12 @@ def make_prediction(
     """Decode the hypotheses of a beam search and choose the best one.
 
     Args:
-        hypotheses: `jlora.beam.Hypothesis` of one input.
+        hypotheses: what `jlora.beam.beam_search` found for one input.
         decode: token ids to text, without special tokens.
     """
     texts = [
         TextHypothesis(
-            text=decode(list(hypothesis.ids)).strip(),
+            text=decode(list(hypothesis.text_ids)).strip(),
             ids=[int(token) for token in hypothesis.ids],
             logprob=float(hypothesis.logprob),
             length=int(hypothesis.length),
@@ -87,9 +92,15 @@ def best(hypotheses: Sequence[TextHypothesis], length_penalty: float) -> TextHyp
 def rerank(predictions: Sequence[Prediction], length_penalty: float) -> list[Prediction]:
     """Choose again for another length penalty; hypotheses keep their stored order.
 
+    The result is what a new search would choose, unless the search was told to stop early
+    (`BeamConfig.rank_up_to`) and the penalty is above that number.
+
     Raises:
-        UserError: a prediction has no hypotheses (it was not made by beam search).
+        UserError: a prediction has no hypotheses (it was not made by beam search), or the penalty
+            is no sensible number.
     """
+    if not abs(length_penalty) <= 10:
+        raise UserError(f"length penalty {length_penalty}: give a number from -10 to 10, as 0.8")
     for number, prediction in enumerate(predictions, start=1):
         if not prediction.hypotheses:
             raise UserError(

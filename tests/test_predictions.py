@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
+from jlora.decoding import Hypothesis
 from jlora.errors import UserError
 from jlora.predictions import (
     Prediction,
@@ -38,16 +38,23 @@ def test_ties_keep_the_stored_order_and_unfinished_ones_compete():
 def test_ranking_needs_hypotheses():
     with pytest.raises(UserError, match="prediction 2 has no hypotheses"):
         rerank([Prediction("p", "a", [SHORT]), Prediction("q", "b")], 0.8)
+    for penalty in (float("nan"), float("inf"), 11.0):
+        with pytest.raises(UserError, match="length penalty"):
+            rerank([Prediction("p", "a", [SHORT])], penalty)
 
 
 def test_from_beam_search():
     beams = [
-        SimpleNamespace(ids=[1, 9], logprob=-2.0, length=2, finished=True),
-        SimpleNamespace(ids=(1, 2, 3, 9), logprob=-3.0, length=4, finished=True),
+        Hypothesis(ids=[1, 9], logprob=-2.0, length=2, finished=True),
+        Hypothesis(ids=[1, 2, 3, 4], logprob=-3.0, length=4, finished=False),
     ]
     made = make_prediction("p", beams, lambda ids: " " + "-".join(map(str, ids)) + " ", 1.0)
-    assert made.prediction == "1-2-3-9"
-    assert made.hypotheses[0] == TextHypothesis("1-9", [1, 9], -2.0, 2, True)
+    assert made.prediction == "1-2-3-4"
+    # The end token is no text, whether or not the tokenizer calls it special.
+    assert made.hypotheses[0] == TextHypothesis("1", [1, 9], -2.0, 2, True)
+    for penalty in (0.0, 0.8, 1.3):
+        scores = [hypothesis.score(penalty) for hypothesis in made.hypotheses]
+        assert scores == [hypothesis.score(penalty) for hypothesis in beams]
 
 
 def test_written_and_read_again(tmp_path):
