@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+
 from jlora.runtime import jt
 
-from jittor import nn
+from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
 
 MASKED = -1e9  # far below any score, and finite: softmax of a wholly masked row stays defined
 

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, fields
 
 from jlora.layers import Conv1D
 from jlora.models.attention import CausalAttention, KeyRange, KVCache, positions, step_keys
-from jlora.models.loss import TargetLoss
+from jlora.models.head import LanguageHead
 from jlora.runtime import jt
 
-from jittor import nn
+from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
 
 
 @dataclass
@@ -147,7 +147,7 @@ class GPT2LMHeadModel(nn.Module):
     def __init__(self, config: GPT2Config):
         self.config = config
         self.transformer = GPT2Model(config)
-        self.target_loss = TargetLoss()
+        self.head = LanguageHead()
 
     def hidden_states(self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None) -> jt.Var:
         """Token ids (B, T) int32 -> states after the final norm (B, T, C) float32."""
@@ -160,7 +160,11 @@ class GPT2LMHeadModel(nn.Module):
 
     def lm_head_logits(self, hidden: jt.Var) -> jt.Var:
         """States (..., C) -> logits (..., V)."""
-        return nn.matmul_transpose(hidden, self.output_embedding)
+        return self.head(hidden, self.output_embedding)
+
+    def target_losses(self, hidden: jt.Var, targets: jt.Var, smoothing: float = 0.0) -> jt.Var:
+        """Losses (N,) of states (N, C) for targets (N,) int32; see `LanguageHead.losses`."""
+        return self.head.losses(hidden, self.output_embedding, targets, smoothing)
 
     def execute(self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None) -> jt.Var:
         """Token ids (B, T) int32 -> logits (B, T, V) float32.

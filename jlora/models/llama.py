@@ -9,11 +9,12 @@ import math
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
+
 from jlora.models.attention import CausalAttention, KeyRange, KVCache, positions, step_keys
-from jlora.models.loss import TargetLoss
+from jlora.models.head import LanguageHead
 from jlora.runtime import jt
 
-from jittor import nn
+from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 
@@ -222,7 +223,7 @@ class LlamaForCausalLM(nn.Module):
         self.model = LlamaModel(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.target_loss = TargetLoss()
+        self.head = LanguageHead()
 
     def hidden_states(self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None) -> jt.Var:
         """Token ids (B, T) int32 -> states after the final norm (B, T, C) float32."""
@@ -236,7 +237,11 @@ class LlamaForCausalLM(nn.Module):
 
     def lm_head_logits(self, hidden: jt.Var) -> jt.Var:
         """States (..., C) -> logits (..., V)."""
-        return nn.matmul_transpose(hidden, self.output_embedding)
+        return self.head(hidden, self.output_embedding)
+
+    def target_losses(self, hidden: jt.Var, targets: jt.Var, smoothing: float = 0.0) -> jt.Var:
+        """Losses (N,) of states (N, C) for targets (N,) int32; see `LanguageHead.losses`."""
+        return self.head.losses(hidden, self.output_embedding, targets, smoothing)
 
     def execute(self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None) -> jt.Var:
         """Token ids (B, T) int32 -> logits (B, T, V) float32.

@@ -1,0 +1,53 @@
+"""Fused causal attention: `jlora.models.attention.CausalAttention` without the (T, S) matrix."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from jlora.kernels.native import operator
+from jlora.runtime import jt
+
+SHAPE = """
+    jlora::AttentionShape s{in0_shape0, in0_shape1, in1_shape1, in0_shape2, in1_shape2, in0_shape3,
+                            (float)data["scale"]};
+"""
+
+
+class _Attention(jt.Function):
+    def execute(self, q, k, v, first, last):
+        B, T, H, D = q.shape
+        self.scale = 1.0 / math.sqrt(D)
+        out, lse = operator(
+            [(B, T, H, D), (B, H, T)],
+            ["float32", "float32"],
+            [q, k, v, first, last],
+            SHAPE + "jlora::attention_forward(s, in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, out1_p);",
+            "attention.h",
+            scale=self.scale,
+        )
+        self.saved = [q, k, v, first, last, out, lse]
+        return out
+
+    def grad(self, dout):
+        q, k, v = self.saved[:3]
+        dq, dk, dv = operator(
+            [q.shape, k.shape, v.shape],
+            ["float32"] * 3,
+            [*self.saved, dout],
+            SHAPE + "jlora::attention_backward(s, in0_p, in1_p, in2_p, in3_p, in4_p, in5_p, in6_p, "
+            "in7_p, out0_p, out1_p, out2_p);",
+            "attention.h",
+            scale=self.scale,
+        )
+        return dq, dk, dv, None, None
+
+
+def causal_attention(q, k, v, keys=None):
+    """Attend as `CausalAttention` does; q (B, T, H, D), k and v (B, S, H_kv, D), all float32."""
+    if keys is None:
+        B, S = k.shape[:2]
+        first, last = jt.array(np.zeros(B, np.int32)), jt.array(np.full(B, S, np.int32))
+    else:
+        first, last = keys.first, keys.last
+    return _Attention.apply(q, k, v, first, last)

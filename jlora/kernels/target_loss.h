@@ -1,0 +1,54 @@
+// Language-model head, softmax, label smoothing and the gradient in one pass over blocks of
+// targets, so that no (targets x vocabulary) matrix is kept.
+#pragma once
+#include <algorithm>
+#include <vector>
+#include "packed_linear.h"
+#include "vector_math.h"
+
+namespace jlora {
+// One row of logits becomes its loss; with `gradient` the row becomes d loss / d logits.
+inline float softmax_loss(float* row, int64_t V, int64_t target, float smoothing, bool gradient) {
+    float peak = row[0];
+    for (int64_t j = 1; j < V; j++) peak = row[j] > peak ? row[j] : peak;
+    const float picked = row[target];
+    double total = 0, mean = 0;
+    // Partial sums of one block each keep float sums over 50,000 words exact to 1e-7.
+    for (int64_t from = 0; from < V; from += 1024) {
+        const int64_t to = std::min(V, from + 1024);
+        float part = 0, plain = 0;
+        for (int64_t j = from; j < to; j++) {
+            plain += row[j];
+            const float e = fast_exp(row[j] - peak);
+            row[j] = e;
+            part += e;
+        }
+        total += part;
+        mean += plain;
+    }
+    mean /= V;
+    if (gradient) {
+        const float inverse = (float)(1.0 / total), even = smoothing / V;
+        for (int64_t j = 0; j < V; j++) row[j] = row[j] * inverse - even;
+        row[target] -= 1.0f - smoothing;
+    }
+    return (float)(std::log(total) + peak - (1.0 - smoothing) * picked - smoothing * mean);
+}
+
+// hidden (N, C), forward = packed (V, C), backward = packed (C, V) -> losses (N,), dhidden (N, C)
+inline void target_loss(const float* hidden, void* forward, void* backward, const int* targets,
+        float* losses, float* dhidden, int64_t N, int64_t C, int64_t V, float smoothing,
+        bool gradient, bool bf16) {
+    const int64_t block = 128;
+    static std::vector<float> logits;
+    logits.resize(std::min(N, block) * V);
+    for (int64_t from = 0; from < N; from += block) {
+        const int64_t rows = std::min(block, N - from);
+        multiply(hidden + from * C, forward, logits.data(), rows, V, C, bf16);
+        #pragma omp parallel for schedule(dynamic)
+        for (int64_t i = 0; i < rows; i++)
+            losses[from + i] = softmax_loss(logits.data() + i * V, V, targets[from + i], smoothing, gradient);
+        if (gradient) multiply(logits.data(), backward, dhidden + from * C, rows, C, V, bf16);
+    }
+}
+}  // namespace jlora

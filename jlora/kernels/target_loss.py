@@ -1,0 +1,35 @@
+"""Fused `jlora.models.loss.TargetLoss` over a packed, frozen language-model head."""
+
+from __future__ import annotations
+
+from jlora.kernels.native import operator
+from jlora.kernels.packed_linear import PackedWeight
+from jlora.runtime import jt
+
+
+class _TargetLoss(jt.Function):
+    def execute(self, hidden, head, targets, smoothing):
+        wanted = not hidden.is_stop_grad() and not jt.flags.no_grad
+        losses, self.dhidden = operator(
+            [targets.shape, hidden.shape if wanted else (1,)],
+            ["float32", "float32"],
+            [hidden, head.forward_blob, head.backward_blob, targets],
+            "jlora::target_loss(in0_p, (void*)in1_p, (void*)in2_p, in3_p, out0_p, out1_p, "
+            "in0_shape0, in0_shape1, (int64_t)data[\"vocabulary\"], (float)data[\"smoothing\"], "
+            "data[\"gradient\"] != 0, data[\"bf16\"] != 0);",
+            "target_loss.h",
+            onednn=True,
+            vocabulary=head.n,
+            smoothing=smoothing,
+            gradient=wanted,
+            bf16=head.bf16,
+        )
+        return losses
+
+    def grad(self, dlosses):
+        return self.dhidden * dlosses.unsqueeze(1), None, None, None
+
+
+def target_loss(hidden: jt.Var, head: PackedWeight, targets: jt.Var, smoothing: float) -> jt.Var:
+    """Losses (N,) of hidden states (N, C) for int32 targets (N,), as `TargetLoss` computes them."""
+    return _TargetLoss.apply(hidden, head, targets, smoothing)

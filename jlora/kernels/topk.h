@@ -1,0 +1,107 @@
+#pragma once
+#include <algorithm>
+#include <cfloat>
+#include <vector>
+
+#include "vector_math.h"
+
+namespace jlora {
+
+// Inside, "forbidden" is -FLT_MAX, and infinities and NaN are told by their bits: so it stays right
+// under -ffinite-math-only, where the compiler may assume that there are none.
+constexpr uint32_t kNan = 0x7fc00000u, kInfinity = 0x7f800000u, kMinusInfinity = 0xff800000u;
+constexpr int64_t kChunk = 128;
+
+inline float float_of_bits(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
+
+// Copies a row, -inf becoming -FLT_MAX. False if it holds NaN or +inf.
+inline bool copy_row(const float* from, float* to, int64_t size) {
+    const uint32_t* bits = (const uint32_t*)from;
+    uint32_t bad = 0;
+    #pragma omp simd reduction(|:bad)
+    for (int64_t i = 0; i < size; i++) {
+        uint32_t b = bits[i];
+        bad |= (uint32_t)((b & 0x7fffffffu) >= kInfinity) & (uint32_t)(b != kMinusInfinity);
+        to[i] = b == kMinusInfinity ? -FLT_MAX : from[i];
+    }
+    return !bad;
+}
+
+inline float largest(const float* x, int64_t size) {
+    float best = -FLT_MAX;
+    #pragma omp simd reduction(max:best)
+    for (int64_t i = 0; i < size; i++) best = std::max(best, x[i]);
+    return best;
+}
+
+inline float sum_exp(const float* x, int64_t size, float shift) {
+    float sum = 0;
+    #pragma omp simd reduction(+:sum)
+    for (int64_t i = 0; i < size; i++) sum += fast_exp(x[i] - shift);
+    return sum;
+}
+
+struct Edits { const int *penalised, *banned; int64_t penalised_size, banned_size; float penalty; };
+
+inline void row_topk(const float* logits, int64_t size, const Edits& edits, int64_t k,
+                     float* values, int* ids, float* row, float* chunk_best) {
+    if (!copy_row(logits, row, size)) {
+        for (int64_t i = 0; i < k; i++) values[i] = float_of_bits(kNan), ids[i] = (int)i;
+        return;
+    }
+    // Each new value is computed from the logits, so an id given twice is penalised once.
+    for (int64_t i = 0; i < edits.penalised_size; i++) {
+        int id = edits.penalised[i];
+        if (id < 0 || id >= size || row[id] == -FLT_MAX) continue;
+        row[id] = logits[id] < 0 ? logits[id] * edits.penalty : logits[id] / edits.penalty;
+    }
+    for (int64_t i = 0; i < edits.banned_size; i++) {
+        int id = edits.banned[i];
+        if (id >= 0 && id < size) row[id] = -FLT_MAX;
+    }
+    float best = -FLT_MAX;
+    for (int64_t at = 0, c = 0; at < size; at += kChunk, c++) {
+        chunk_best[c] = largest(row + at, std::min(kChunk, size - at));
+        best = std::max(best, chunk_best[c]);
+    }
+    double sum = 0;  // float sums of one chunk each: no rounding builds up over the row
+    int64_t held = 0;
+    for (int64_t at = 0, c = 0; at < size; at += kChunk, c++) {
+        int64_t end = std::min(at + kChunk, size);
+        sum += sum_exp(row + at, end - at, best);
+        if (held == k && !(chunk_best[c] > values[k - 1])) continue;
+        for (int64_t i = at; i < end; i++) {
+            float x = row[i];
+            if (held == k && !(x > values[k - 1])) continue;
+            int64_t place = held < k ? held++ : k - 1;
+            for (; place > 0 && values[place - 1] < x; place--) {  // equal ones stay in front
+                values[place] = values[place - 1];
+                ids[place] = ids[place - 1];
+            }
+            values[place] = x;
+            ids[place] = (int)i;
+        }
+    }
+    double log_sum = (double)best + std::log(sum);
+    for (int64_t i = 0; i < k; i++)
+        values[i] = values[i] == -FLT_MAX ? float_of_bits(kMinusInfinity)
+                                          : (float)((double)values[i] - log_sum);
+}
+
+inline void topk(const float* logits, int64_t rows, int64_t size, const Edits& edits, int64_t k,
+                 float* values, int* ids) {
+    #pragma omp parallel
+    {
+        std::vector<float> row(size), chunk_best((size + kChunk - 1) / kChunk);
+        #pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) {
+            Edits own = edits;
+            own.penalised += r * edits.penalised_size;
+            own.banned += r * edits.banned_size;
+            row_topk(logits + r * size, size, own, k, values + r * k, ids + r * k,
+                     row.data(), chunk_best.data());
+        }
+    }
+}
+
+}  // namespace jlora

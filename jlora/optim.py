@@ -1,0 +1,142 @@
+"""AdamW and the learning-rate schedule, over the trainable parameters as one flat vector.
+
+Jittor's own optimisers count steps in ``backward()``, which is wrong under gradient accumulation,
+so the step stands here: gradients in, parameters updated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jlora.errors import UserError
+from jlora.runtime import jt
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclass
+class OptimConfig:
+    """Settings of AdamW and its schedule."""
+
+    lr: float = 2e-4
+    schedule: str = "linear"  # after the warm-up: linear to 0, cosine to 0, or constant
+    warmup_steps: int = 0  # linear from 0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    variant: str = "torch"  # torch (torch.optim.AdamW) or loralib (microsoft/LoRA's optimizer.py)
+    max_grad_norm: float = 0.0  # 0: no clipping
+
+    def check(self) -> None:
+        """Raises UserError for a value that makes no sense."""
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}")
+        if self.variant not in ("torch", "loralib"):
+            raise UserError(f"AdamW variant {self.variant!r} is not one of torch, loralib")
+        for name in ("lr", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} must be at least 0, not {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
+    """Learning rate of update ``step``, counted from 0, out of ``total_steps``.
+
+    The first update of a warm-up has rate 0, as in transformers and microsoft/LoRA.
+    """
+    if step < config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    share = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
+    return config.lr * max(0.0, 1.0 - share)
+
+
+class AdamW:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101).
+
+    Two variants. "torch": weights decay before the update, eps is added to sqrt(v) after bias
+    correction. "loralib": eps is added to sqrt(v) before, and the decay comes after the update.
+
+    Attributes:
+        m, v: (P,) float32, running means of the gradient and its square, P all parameters.
+        updates: updates made so far.
+    """
+
+    def __init__(self, parameters: Sequence[jt.Var], config: OptimConfig):
+        config.check()
+        self.parameters = list(parameters)
+        self.config = config
+        self.sizes = [int(np.prod(p.shape)) for p in self.parameters]
+        self.m = jt.zeros((sum(self.sizes),)).stop_grad()
+        self.v = jt.zeros((sum(self.sizes),)).stop_grad()
+        self.updates = 0
+
+    def flatten(self, tensors: Sequence[jt.Var]) -> jt.Var:
+        """Tensors shaped as the parameters -> one (P,) Var."""
+        return jt.concat([tensor.reshape(-1) for tensor in tensors])
+
+    def step(self, gradient: jt.Var, lr: float) -> None:
+        """Update all parameters.
+
+        Args:
+            gradient: (P,) float32, see `flatten`.
+            lr: this update's learning rate.
+        """
+        c = self.config
+        self.updates += 1
+        with jt.no_grad():
+            if c.max_grad_norm:
+                norm = jt.sqrt((gradient * gradient).sum())
+                gradient = gradient * jt.minimum(c.max_grad_norm / (norm + 1e-6), jt.float32(1.0))
+            self.m = (c.beta1 * self.m + (1 - c.beta1) * gradient).stop_grad()
+            self.v = (c.beta2 * self.v + (1 - c.beta2) * gradient * gradient).stop_grad()
+            correct1 = 1 - c.beta1**self.updates
+            correct2 = 1 - c.beta2**self.updates
+            flat = self.flatten(self.parameters)
+            decay = 1 - lr * c.weight_decay
+            if c.variant == "torch":
+                change = self.m / (jt.sqrt(self.v) / math.sqrt(correct2) + c.eps)
+                flat = flat * decay - (lr / correct1) * change
+            else:
+                change = self.m / (jt.sqrt(self.v) + c.eps)
+                flat = (flat - (lr * math.sqrt(correct2) / correct1) * change) * decay
+            start = 0
+            for parameter, size in zip(self.parameters, self.sizes):
+                parameter.update(flat[start : start + size].reshape(parameter.shape))
+                start += size
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What a resumed run needs: m, v and the number of updates."""
+        return {
+            "m": self.m.numpy(),
+            "v": self.v.numpy(),
+            "updates": np.array([self.updates], dtype=np.int64),
+        }
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        """Take back what `state` gave.
+
+        Raises:
+            UserError: it belongs to other parameters.
+        """
+        if state["m"].shape != tuple(self.m.shape):
+            raise UserError(
+                f"the checkpoint's optimiser holds {state['m'].size} parameters and this adapter "
+                f"has {sum(self.sizes)}; resume with the settings the run was started with"
+            )
+        self.m = jt.array(state["m"]).stop_grad()
+        self.v = jt.array(state["v"]).stop_grad()
+        self.updates = int(state["updates"][0])

@@ -1,0 +1,280 @@
+"""The training loop, to be read from top to bottom."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from jlora.adapters import PeftModel
+from jlora.data import Batch, BatchOrder, TokenExample, collate
+from jlora.errors import UserError
+from jlora.loggers import Loggers, MetricsLogger
+from jlora.optim import AdamW, OptimConfig, learning_rate
+from jlora.runtime import jt, set_seed
+from jlora.state import Progress, load_checkpoint, save_checkpoint
+
+
+@dataclass
+class TrainConfig:
+    """Settings of a training run; one step is one update of the adapter."""
+
+    batch_size: int = 8
+    grad_accumulation: int = 1  # batches a step
+    steps: int | None = None  # None: as many as `epochs` takes
+    epochs: float = 5.0
+    label_smoothing: float = 0.0
+    max_length: int = 512  # most input tokens of an example
+    group_by_length: bool = True  # rows of like length in a batch: little padding
+    shuffle: bool = True
+    seed: int = 110
+    log_every: int = 10
+    valid_every: int = 100  # steps; 0: only at the end
+    valid_batch_size: int = 16
+    save_every: int = 100
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def check(self) -> None:
+        """Raises UserError for a value that makes no sense."""
+        self.optim.check()
+        for name in ("batch_size", "grad_accumulation", "max_length", "log_every", "save_every",
+                     "valid_batch_size"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"steps must be at least 1, not {self.steps}")
+        if self.steps is None and not 0 < self.epochs < math.inf:
+            raise UserError(f"epochs must be above 0, not {self.epochs}")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(
+                f"label_smoothing must be at least 0 and below 1, not {self.label_smoothing}"
+            )
+        if self.seed < 0 or self.valid_every < 0:
+            raise UserError("seed and valid_every must not be negative")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    progress: Progress
+    total_steps: int
+    interrupted: bool
+
+
+def batch_loss(model, batch: Batch, label_smoothing: float = 0.0) -> jt.Var:
+    """Mean loss over the targets that count, a scalar Var.
+
+    The head is applied at those positions alone. The small constant in the denominator is
+    microsoft/LoRA's.
+    """
+    where = np.flatnonzero(batch.mask)
+    targets = jt.array(batch.targets.reshape(-1)[where])
+    hidden = model.hidden_states(jt.array(batch.input_ids))  # (B, T, C)
+    picked = hidden.reshape(-1, hidden.shape[-1])[jt.array(where.astype(np.int32))]  # (N, C)
+    return model.target_losses(picked, targets, label_smoothing).sum() / (len(where) + 1e-4)
+
+
+def validation_loss(
+    model, examples: Sequence[TokenExample], batch_size: int, pad_id: int = 0
+) -> float:
+    """Mean loss over all target tokens of ``examples``, without dropout and label smoothing."""
+    model.eval()
+    rows = sorted(range(len(examples)), key=lambda row: examples[row].input_length)
+    total, count = 0.0, 0
+    with jt.no_grad():
+        for start in range(0, len(rows), batch_size):
+            batch = collate([examples[row] for row in rows[start : start + batch_size]], pad_id)
+            targets = int(batch.mask.sum())
+            total += batch_loss(model, batch).item() * (targets + 1e-4)
+            count += targets
+    return total / count
+
+
+def train(
+    model: PeftModel,
+    examples: Sequence[TokenExample],
+    valid_examples: Sequence[TokenExample],
+    config: TrainConfig,
+    run: Path,
+    make_loggers: Callable[[int, int], list] = lambda total, start: [],
+    resume: bool = False,
+) -> TrainResult:
+    """Train the adapter of ``model``.
+
+    The run folder gets ``metrics.jsonl``, ``checkpoint/``, ``adapter/`` (the last one) and, when
+    there are validation examples, ``best/``. The first Ctrl-C ends the step, saves and returns;
+    the second stops at once.
+
+    Args:
+        examples: what to learn from.
+        valid_examples: may be empty.
+        run: folder of the run.
+        make_loggers: gives more loggers for (total steps, first step); metrics.jsonl is always
+            written.
+        resume: go on from ``run/checkpoint``.
+
+    Raises:
+        UserError: a setting makes no sense, nothing is trainable, the loss is not a number, the
+            adapter does not move, or the checkpoint does not fit.
+    """
+    config.check()
+    if not examples:
+        raise UserError("no training examples; check the data file")
+    named = model.trainable_parameters()
+    if not named:
+        raise UserError("nothing is trainable: the adapter has no parameters (is r above 0?)")
+    parameters = [parameter for _, parameter in named]
+    optimizer = AdamW(parameters, config.optim)
+    order = BatchOrder(
+        [example.input_length for example in examples],
+        config.batch_size,
+        config.seed,
+        group_by_length=config.group_by_length,
+        shuffle=config.shuffle,
+    )
+    accumulate = config.grad_accumulation
+    total = config.steps or math.ceil(config.epochs * order.per_epoch / accumulate)
+
+    progress = Progress(fingerprint=fingerprint(config, examples, named))
+    if resume:
+        saved, tensors, optimizer_state = load_checkpoint(run / "checkpoint")
+        if saved.fingerprint != progress.fingerprint:
+            raise UserError(
+                f"{run}: the checkpoint belongs to other settings, data or adapter shapes; resume "
+                "with the ones the run was started with, or start a new run folder"
+            )
+        progress = saved
+        model.set_adapter_tensors(tensors)
+        optimizer.load_state(optimizer_state)
+
+    loggers = Loggers(
+        [
+            MetricsLogger(run / "metrics.jsonl", progress.step if resume else None),
+            *make_loggers(total, progress.step),
+        ]
+    )
+
+    def save() -> None:
+        model.save_pretrained(run / "adapter")
+        save_checkpoint(
+            run / "checkpoint", progress, model.adapter_tensors(), optimizer.state()
+        )
+
+    def validate() -> None:
+        loss = validation_loss(model, valid_examples, config.valid_batch_size)
+        loggers.log({"step": progress.step, "valid_loss": loss})
+        if progress.best_valid_loss is None or loss < progress.best_valid_loss:
+            progress.best_valid_loss, progress.best_step = loss, progress.step
+            model.save_pretrained(run / "best")
+
+    stop = StopRequest()
+    with loggers, stop:
+        while progress.step < total and not stop.requested:
+            started = time.monotonic()
+            step = progress.step
+            # Dropout's random numbers are a function of the seed and the step, nothing else.
+            set_seed(config.seed * 1_000_003 + step)
+            model.train()
+            loss, gradient, tokens = 0.0, None, 0
+            for micro in range(step * accumulate, (step + 1) * accumulate):
+                batch = collate([examples[row] for row in order.batch(micro)], pad_id=0)
+                batch_mean = batch_loss(model, batch, config.label_smoothing) / accumulate
+                flat = optimizer.flatten(jt.grad(batch_mean, parameters))
+                gradient = flat if gradient is None else gradient + flat
+                gradient.sync()
+                loss += batch_mean.item()
+                tokens += int(batch.lengths.sum())
+            if not math.isfinite(loss):
+                save()  # the parameters are those before this step: good ones
+                raise UserError(
+                    f"the loss is {loss} at step {step + 1}; the adapter before it is in "
+                    f"{run / 'adapter'}. Lower the learning rate or raise max_grad_norm"
+                )
+            lr = learning_rate(config.optim, step, total)
+            optimizer.step(gradient, lr)
+            jt.sync_all()
+
+            progress.step += 1
+            elapsed = time.monotonic() - started
+            progress.seconds += elapsed
+            if progress.step == config.optim.warmup_steps + 3:
+                check_adapter_moves(model)
+            if progress.step % config.log_every == 0 or progress.step in (1, total):
+                loggers.log(
+                    {
+                        "step": progress.step,
+                        "loss": loss,
+                        "lr": lr,
+                        "tokens_per_s": round(tokens / elapsed, 1),
+                        "seconds": round(progress.seconds, 3),
+                    }
+                )
+            last = progress.step == total
+            due = config.valid_every and progress.step % config.valid_every == 0
+            if valid_examples and (due or last):
+                validate()
+            if progress.step % config.save_every == 0 or last:
+                save()
+        if stop.requested:
+            save()
+    model.eval()
+    return TrainResult(progress, total, interrupted=progress.step < total)
+
+
+def check_adapter_moves(model: PeftModel) -> None:
+    """After a few updates every lora_B that is still zero has got no gradient.
+
+    Raises:
+        UserError: all of them are zero: the run would train nothing.
+    """
+    tensors = model.adapter_tensors()
+    ups = {name: value for name, value in tensors.items() if name.endswith("lora_B")}
+    if ups and not any(value.any() for value in ups.values()):
+        raise UserError(
+            f"all {len(ups)} lora_B are still zero after the first steps: no gradient reaches the "
+            "adapter. Check that the learning rate is above 0 and that nothing freezes it"
+        )
+
+
+def fingerprint(config: TrainConfig, examples: Sequence[TokenExample], named) -> str:
+    """Hash of all that decides the course of a run: settings, data and trainable shapes."""
+    settings = asdict(config)
+    for name in ("log_every", "save_every", "valid_every", "valid_batch_size"):
+        del settings[name]  # these only look at the run
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for example in examples:
+        digest.update(np.asarray([example.prompt_length, *example.ids], np.int32).tobytes())
+    for name, parameter in named:
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+    return digest.hexdigest()
+
+
+class StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a wish; a second Ctrl-C stops at once."""
+
+    def __enter__(self) -> StopRequest:
+        self.requested = False
+        self._before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # not in the main thread: signals are not ours
+                break
+        return self
+
+    def _note(self, number, frame) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __exit__(self, *exc_info) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
