@@ -141,14 +141,10 @@ class ProgressLogger:
             total=total_steps,
             initial=start_step,
             file=stream,
-            desc="training",
-            unit="step",
             dynamic_ncols=terminal,
             mininterval=0.2 if terminal else 30.0,
-            bar_format=(
-                "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} "
-                "[{elapsed}, {remaining} left{postfix}]"
-            ),
+            # The bar takes the room that the rest leaves, so that 80 columns show everything.
+            bar_format="{n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
         )
 
     def log(self, record: Mapping[str, Any]) -> None:
