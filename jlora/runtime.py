@@ -103,17 +103,22 @@ def onednn_paths() -> tuple[Path, Path] | None:
     Imports Jittor, because the import is what installs oneDNN.
     """
     __getattr__("jt")
-    import jittor_utils
-
-    for home in sorted(_onednn_homes(Path(jittor_utils.home()))):
+    for home in installed_onednn():
         return home / "include", home / "lib"
     return None
 
 
-def _onednn_homes(jittor_home: Path) -> list[Path]:
-    headers = (jittor_home / ".cache" / "jittor" / "mkl").glob("dnnl*/include/dnnl.hpp")
+def installed_onednn() -> list[Path]:
+    """The folders of the oneDNN that Jittor has installed so far, without importing Jittor."""
+    try:
+        home = Path(os.environ.get("JITTOR_HOME") or Path.home())
+    except RuntimeError:
+        return []
+    if "jittor_utils" in sys.modules:  # it also knows a home kept from an earlier JITTOR_HOME
+        home = Path(sys.modules["jittor_utils"].home())
+    headers = sorted((home / ".cache" / "jittor" / "mkl").glob("dnnl*/include/dnnl.hpp"))
     homes = [header.parent.parent for header in headers]
-    return [home for home in homes if list((home / "lib").glob("libdnnl.*"))]
+    return [home for home in homes if any((home / "lib").glob("libdnnl.*"))]
 
 
 # --- 1. the environment ---------------------------------------------------------------------
@@ -259,7 +264,8 @@ def _first_import() -> str | None:
         for name, value in os.environ.items()
         if not name.startswith(("OMPI_", "PMIX_", "PRTE_"))
     }
-    environment.update(use_mpi="0", log_silent="0", PYTHONUNBUFFERED="1")
+    # With log_v 1 Jittor tells why its own library cannot be loaded (conda's libstdc++).
+    environment.update(use_mpi="0", log_silent="0", log_v="1", PYTHONUNBUFFERED="1")
     # Jittor starts a g++ for every 3 GiB of memory it sees; this makes it one a core, and no more
     # than fit into the container's memory.
     workers = max(1, min(machine.processors(), machine.memory_limit() // 2**30))
@@ -386,7 +392,7 @@ def _process_settings_kept() -> Iterator[None]:
 def _explain(output: str) -> UserError:
     """What Jittor printed or raised -> one line with the cause and the way out."""
     mends = [
-        (r"GLIBCXX_[\d.]+'? not found|CXXABI_[\d.]+'? not found", _conda_mend),
+        (r"(GLIBCXX|CXXABI)_[\d.]+\S? not found", _conda_mend),
         (r"Python\.h: No such file|python3[.\d]*-config\b.*not found", lambda: _install("headers")),
         (r"openmp library not found|omp\.h: No such file", lambda: _install("openmp")),
         (
@@ -402,7 +408,7 @@ def _explain(output: str) -> UserError:
             lambda: "the compiler ran out of memory; close other programs or give it 2 GB",
         ),
         (
-            r"libcudart|libcublas|libcudnn|libcu\w+\.so",
+            r"libcu\w+\.so\S*( not found|: cannot open)",
             lambda: "set nvcc_path= (empty) to use the CPU",
         ),
         (r"numpy.*(_ARRAY_API|1\.x|compiled using)", lambda: "run `pip install 'numpy<2'`"),

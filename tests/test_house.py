@@ -1,0 +1,115 @@
+"""Rules of the house that no linter knows. The direction of imports is checked by import-linter."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "jlora"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+ENVIRONMENT_WRITERS = {"setdefault", "update", "pop", "popitem", "clear", "__setitem__"}
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def is_environ(node: ast.AST) -> bool:
+    return (isinstance(node, ast.Attribute) and node.attr == "environ") or (
+        isinstance(node, ast.Name) and node.id == "environ"
+    )
+
+
+def environment_writes(tree: ast.Module) -> list[int]:
+    """Lines that change os.environ: assignment, deletion, putenv, a method that writes."""
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and is_environ(node.value):
+            if not isinstance(node.ctx, ast.Load):
+                lines.append(node.lineno)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            method = node.func
+            if method.attr in ("putenv", "unsetenv") or (
+                is_environ(method.value) and method.attr in ENVIRONMENT_WRITERS
+            ):
+                lines.append(node.lineno)
+    return lines
+
+
+def all_imports(tree: ast.Module) -> list[tuple[int, str]]:
+    """(line, module) of every import, those in functions too; `from a.b import c` is a.b."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.append((node.lineno, node.module))
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=named)
+def test_only_the_runtime_sets_environment_variables(path: Path):
+    if path != PACKAGE / "runtime.py":
+        assert environment_writes(parse(path)) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os; os.environ['x'] = '1'",
+        "import os; del os.environ['x']",
+        "from os import environ; environ.setdefault('x', '1')",
+        "import os; os.putenv('x', '1')",
+    ],
+)
+def test_environment_writes_are_seen(code: str):
+    assert environment_writes(ast.parse(code)) == [1]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=named)
+def test_jittor_is_imported_after_the_runtime(path: Path):
+    """`import jittor` before `from jlora.runtime import jt` would skip the set-up."""
+    if path == PACKAGE / "runtime.py":
+        return
+    seen_runtime = False
+    for line, name in sorted(all_imports(parse(path))):
+        seen_runtime = seen_runtime or name == "jlora.runtime"
+        if name.split(".")[0] in ("jittor", "jittor_utils"):
+            assert seen_runtime, f"{named(path)}:{line} imports {name} before jlora.runtime"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=named)
+def test_no_other_framework_is_imported(path: Path):
+    frameworks = {"torch", "transformers", "peft", "loralib", "tensorflow"}
+    found = {name for _, name in all_imports(parse(path)) if name.split(".")[0] in frameworks}
+    assert not found
+
+
+def test_every_module_has_its_place_in_the_import_contract():
+    contract = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    layers = contract.partition("[[tool.importlinter.contracts]]")[2]
+    for path in MODULES:
+        name = module_name(path)
+        parents = [name.rsplit(".", i)[0] for i in range(name.count("."))]
+        placed = any(f"({parent})" in layers or f'"{parent}"' in layers for parent in parents)
+        # The package itself and jlora.models, whose parts stand on different floors.
+        assert placed or name in ("jlora", "jlora.models"), f"{name} is missing in pyproject.toml"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=named)
+def test_every_module_says_what_it_is(path: Path):
+    tree = parse(path)
+    if tree.body:
+        assert ast.get_docstring(tree), f"{named(path)} has no docstring"
