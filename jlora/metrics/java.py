@@ -165,10 +165,14 @@ class JavaProcess:
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             stream.close()
 
-    def exchange(self, line: str, answers: int) -> list[str]:
-        """Send one line and return the ``answers`` lines that come back."""
+    def exchange(self, line: str, answers: int, patience: float = 1.0) -> list[str]:
+        """Send one line and return the ``answers`` lines that come back.
+
+        ``patience`` multiplies the time limit, for an answer that has to wait for loading.
+        """
         data = line.encode("utf-8", errors="replace") + b"\n"
-        if not self._pump(data, lambda: self._buffer.count(b"\n") >= answers):
+        seconds = self.timeout * patience
+        if not self._pump(data, lambda: self._buffer.count(b"\n") >= answers, seconds):
             raise self._ended()
         *lines, rest = bytes(self._buffer).split(b"\n", answers)
         self._buffer = bytearray(rest)
@@ -176,26 +180,29 @@ class JavaProcess:
 
     def finish(self, data: bytes) -> bytes:
         """Send ``data``, close the input, and return all output once the process has ended well."""
-        self._pump(data, lambda: False, close=True)
+        self._pump(data, lambda: False, self.timeout, close=True)
         try:
             status = self._process.wait(self.timeout)
         except subprocess.TimeoutExpired:
-            raise self._silent() from None
+            raise self._silent(self.timeout) from None
         if status:
             raise self._ended()
         return bytes(self._buffer)
 
     def error_output(self) -> bytes:
         """What the process has written to its standard error so far."""
-        self._errors.seek(0)
-        return self._errors.read(100_000)
+        # Not seek and read: the process shares the file's position and may still be writing.
+        return os.pread(self._errors.fileno(), 100_000, 0)
 
-    def _pump(self, data: bytes, enough: Callable[[], bool], close: bool = False) -> bool:
+    def _pump(
+        self, data: bytes, enough: Callable[[], bool], seconds: float, close: bool = False
+    ) -> bool:
         """Write and read at the same time, so that full pipes on both sides cannot block.
 
         Returns whether ``enough()`` came true; False means that the output has ended.
         """
-        deadline = time.monotonic() + self.timeout + len(data) / BYTES_PER_SECOND
+        seconds += len(data) / BYTES_PER_SECOND
+        deadline = time.monotonic() + seconds
         most = len(self._buffer) + 1_000_000 + 20 * len(data)
         stdin, stdout = self._process.stdin, self._process.stdout
         pending = memoryview(data)
@@ -205,7 +212,7 @@ class JavaProcess:
             while True:
                 ready = selector.select(max(0.0, deadline - time.monotonic()))
                 if not ready:
-                    raise self._silent()
+                    raise self._silent(seconds)
                 for key, _ in ready:
                     if key.fileobj is stdout:
                         chunk = os.read(stdout.fileno(), 65536)
@@ -230,9 +237,9 @@ class JavaProcess:
                 if not pending and enough():
                     return True
 
-    def _silent(self) -> UserError:
+    def _silent(self, seconds: float) -> UserError:
         return UserError(
-            f"{self.name}: {self.java} did not answer within {self.timeout:g} seconds; {WAY_OUT}, "
+            f"{self.name}: {self.java} did not answer within {seconds:.1f} seconds; {WAY_OUT}, "
             f"or on a slow machine set {TIMEOUT_VARIABLE} to more seconds"
         )
 
@@ -243,7 +250,9 @@ class JavaProcess:
         except subprocess.TimeoutExpired:
             status = "closed its output"
         output = self.error_output() or bytes(self._buffer)
-        lines = output.decode("utf-8", errors="replace").split("\n")
-        words = " ".join(next((line for line in reversed(lines) if line.strip()), "").split())[:200]
+        lines = [line for line in output.decode("utf-8", errors="replace").splitlines() if line]
+        # Of a Java stack trace the line that names the error, not the last place it passed.
+        telling = [line for line in lines if "Exception" in line or "Error" in line] or lines[-1:]
+        words = " ".join(" ".join(telling[:1]).split())[:200]
         said = f" ({words})" if words else ""
         return UserError(f"{self.name}: {self.java} {status}{said}; {WAY_OUT}")

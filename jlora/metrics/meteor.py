@@ -7,6 +7,8 @@ from jlora.metrics.java import JavaProcess, jar
 
 ARGUMENTS = ["-Xmx1G", "-XX:+UseSerialGC", "-Dfile.encoding=UTF-8"]
 SEPARATOR = " ||| "
+# The paraphrase table takes 4 to 10 seconds of processor time, more on a busy machine.
+LOADING_PATIENCE = 2.0
 
 
 class Meteor:
@@ -42,12 +44,12 @@ class Meteor:
         for hypothesis, group in zip(hypotheses, references):
             hypothesis = hypothesis.replace("|||", "").replace("  ", " ")
             line = SEPARATOR.join(["SCORE", *group, hypothesis])
-            answer = self._process.exchange(line, answers=1)[0]
+            patience = 1.0 if statistics else LOADING_PATIENCE
+            answer = self._process.exchange(line, 1, patience)[0]
             self._numbers(answer)
             statistics.append(answer.strip())
-        answers = self._process.exchange(
-            SEPARATOR.join(["EVAL", *statistics]), answers=len(statistics) + 1
-        )
+        line = SEPARATOR.join(["EVAL", *statistics])
+        answers = self._process.exchange(line, len(statistics) + 1)
         return self._numbers(answers[-1])[0]
 
     def _numbers(self, answer: str) -> list[float]:
