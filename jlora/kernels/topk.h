@@ -82,10 +82,11 @@ inline void row_topk(const float* logits, int64_t size, const Edits& edits, int6
             ids[place] = (int)i;
         }
     }
-    double log_sum = (double)best + std::log(sum);
+    // The cast keeps the two subtractions apart: log_sum is lost beside a large logit.
+    double log_sum = std::log(sum);
     for (int64_t i = 0; i < k; i++)
         values[i] = values[i] == -FLT_MAX ? float_of_bits(kMinusInfinity)
-                                          : (float)((double)values[i] - log_sum);
+                                          : (float)((double)(values[i] - best) - log_sum);
 }
 
 inline void topk(const float* logits, int64_t rows, int64_t size, const Edits& edits, int64_t k,
