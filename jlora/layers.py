@@ -529,7 +529,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     Raises:
         UserError: another value of ``bias``.
     """
-    biases = _bias_names(model, bias)
+    biases = bias_names(model, bias)
     set_trainable(model, {n for n, _ in model.named_parameters() if "lora_" in n} | biases)
 
 
@@ -538,7 +538,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, jt.Var]:
 
     Args and Raises: as `mark_only_lora_as_trainable`.
     """
-    biases = _bias_names(model, bias)
+    biases = bias_names(model, bias)
     return {n: p for n, p in model.state_dict().items() if "lora_" in n or n in biases}
 
 
@@ -558,7 +558,8 @@ def set_trainable(model: nn.Module, names: Iterable[str]) -> None:
             parameter.stop_grad()
 
 
-def _bias_names(model: nn.Module, bias: str) -> set[str]:
+def bias_names(model: nn.Module, bias: str) -> set[str]:
+    """Names of the biases that "none", "all" or "lora_only" (those of LoRA layers) stands for."""
     if bias == "none":
         return set()
     names = {name for name, _ in model.named_parameters() if "bias" in name}

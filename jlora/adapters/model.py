@@ -7,13 +7,17 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from jlora.adapters import storage
+from jlora.adapters.attach import ModulesToSave, attach, detach
 from jlora.adapters.config import LoraConfig
-from jlora.adapters.targets import default_targets, is_target, name_fits, no_match, pattern_value
+from jlora.adapters.targets import default_targets
 from jlora.errors import UserError
-from jlora.layers import Conv1D, Embedding, Linear, LoRALayer, MergedLinear, set_trainable
+from jlora.formats.peft_file import read_peft, write_peft
+from jlora.layers import Embedding, LoRALayer, MergedLinear, bias_names, set_trainable
 from jlora.runtime import jt
 
 from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
@@ -61,24 +65,30 @@ class PeftModel(nn.Module):
 
     Everything the base model has (``config``, ``tokenizer``, ``hidden_states``, ``new_cache``, ...)
     is there under the same name. Parameter names are the base model's, without a prefix.
+
+    Attributes:
+        base_model: the model with the LoRA layers in it.
+        peft_config: its `LoraConfig`, target_modules always given.
     """
 
     def __init__(self, model: nn.Module, config: LoraConfig):
-        if any(isinstance(m, LoRALayer) for m in model.modules()):
+        if isinstance(model, PeftModel) or any(isinstance(m, LoRALayer) for m in model.modules()):
             raise UserError(
                 "the model has LoRA layers already; merge_and_unload() or unload() them first"
             )
-        if config.target_modules is None:
-            model_type = getattr(getattr(model, "config", None), "model_type", None)
-            config = replace(config, target_modules=default_targets(model_type))
-        if config.base_model_name_or_path is None:
-            config = replace(config, base_model_name_or_path=getattr(model, "name_or_path", None))
-        targets = _find_targets(model, config)
+        config = _completed(config, model)
+        self._base_record = storage.describe_base(model)
+        attach(model, config)
         self.base_model = model
         self.peft_config = config
-        for name, layer in targets.items():
-            _set_module(model, name, _lora_layer(name, layer, config))
-        self._adapter_names = {n for n, _ in model.named_parameters() if ".lora_" in f".{n}"}
+        self._unloaded = False
+        names = {name for name, _ in model.named_parameters()}
+        self._bias_names = bias_names(model, config.bias)
+        # What unload() and disable_adapter() put back.
+        self._other_biases = self._copy_biases()
+        self._adapter_names = self._bias_names | {
+            name for name in names if "lora_" in name or ".modules_to_save." in f".{name}"
+        }
         self._trainable_names = self._adapter_names
         set_trainable(model, self._trainable_names)
 
@@ -98,15 +108,26 @@ class PeftModel(nn.Module):
         set_trainable(self.base_model, self._trainable_names)
         return self
 
+    def get_base_model(self) -> nn.Module:
+        """The model inside, with the LoRA layers in it."""
+        return self.base_model
+
+    # --- parameters ---
+
     def lora_layers(self) -> dict[str, LoRALayer]:
         """The LoRA layers by module name."""
+        return self._modules_of(LoRALayer)
+
+    def _modules_of(self, kind: type) -> dict[str, Any]:
         modules = self.base_model.named_modules()
-        return {name: module for name, module in modules if isinstance(module, LoRALayer)}
+        return {name: module for name, module in modules if isinstance(module, kind)}
 
     def trainable_parameters(self) -> list[tuple[str, jt.Var]]:
         """Names and Vars of what the optimiser shall change, in the model's order."""
-        named = self.base_model.named_parameters()
-        return [(name, var) for name, var in named if name in self._trainable_names]
+        return self._named(self._trainable_names)
+
+    def _named(self, names: set[str]) -> list[tuple[str, jt.Var]]:
+        return [(name, var) for name, var in self.base_model.named_parameters() if name in names]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters, the adapter's among the latter."""
@@ -123,8 +144,7 @@ class PeftModel(nn.Module):
 
     def adapter_tensors(self) -> dict[str, np.ndarray]:
         """All that belongs to the adapter, by parameter name, as float32 arrays."""
-        named = self.base_model.named_parameters()
-        return {n: v.float32().numpy() for n, v in named if n in self._adapter_names}
+        return {name: var.float32().numpy() for name, var in self._named(self._adapter_names)}
 
     def set_adapter_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Replace the adapter's parameters by `adapter_tensors` of another time or place.
@@ -132,18 +152,231 @@ class PeftModel(nn.Module):
         Raises:
             UserError: names are missing or unknown or shapes differ; nothing is changed then.
         """
-        parameters = {
-            n: v for n, v in self.base_model.named_parameters() if n in self._adapter_names
-        }
+        parameters = dict(self._named(self._adapter_names))
         shapes = {name: tuple(var.shape) for name, var in parameters.items()}
         check_tensors("the adapter", shapes, tensors)
+        with self._unmerged():
+            for name, var in parameters.items():
+                var.update(jt.array(np.ascontiguousarray(tensors[name])).cast(var.dtype))
+
+    # --- on, off, merged ---
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside the block the model computes what the base model computes."""
+        wrapped = [*self.lora_layers().values(), *self._modules_of(ModulesToSave).values()]
+        with self._unmerged():
+            self._swap_biases()
+            for module in wrapped:
+                module.adapter_enabled = False
+            try:
+                yield
+            finally:
+                self._swap_biases()
+                for module in wrapped:
+                    module.adapter_enabled = True
+
+    @contextlib.contextmanager
+    def _unmerged(self) -> Iterator[None]:
         merged = [layer for layer in self.lora_layers().values() if layer.merged]
         for layer in merged:
             layer.unmerge()
-        for name, var in parameters.items():
-            var.update(jt.array(np.ascontiguousarray(tensors[name])).cast(var.dtype))
-        for layer in merged:
+        try:
+            yield
+        finally:
+            for layer in merged:
+                layer.merge()
+
+    def _copy_biases(self) -> dict[str, jt.Var]:
+        return {name: var.clone().stop_grad() for name, var in self._named(self._bias_names)}
+
+    def _swap_biases(self) -> None:
+        here = self._copy_biases()
+        for name, var in self._named(self._bias_names):
+            var.update(self._other_biases[name])
+        self._other_biases = here
+
+    def merge_adapter(self) -> MergeReport:
+        """Add the changes to the weights, in float32; `unmerge_adapter` takes them away again.
+
+        Raises:
+            UserError: a LoRA embedding is the output head as well, which merging would change.
+        """
+        self._check_loaded()
+        self._check_untied()
+        report = MergeReport(0, 0.0, "none", 0.0)
+        for name, layer in self.lora_layers().items():
+            if layer.merged or not layer.has_adapter:
+                continue
+            before, change = layer.weight.float32(), layer.delta_weight()
+            largest = float(change.abs().max().item())
             layer.merge()
+            lost = 0.0
+            if layer.weight.dtype != "float32":
+                lost = (layer.weight.float32() - before - change).abs().max().item()
+            best = largest > report.largest_change
+            report = MergeReport(
+                report.layers + 1,
+                largest if best else report.largest_change,
+                name if best else report.layer,
+                max(report.rounding_error, lost),
+            )
+        return report
+
+    def unmerge_adapter(self) -> None:
+        """Give all weights back as they were before `merge_adapter`."""
+        for layer in self.lora_layers().values():
+            layer.unmerge()
+
+    def merge_and_unload(self, quiet: bool = False) -> nn.Module:
+        """The plain model with the adapter in its weights; one line says how much they changed.
+
+        This model is empty afterwards and cannot be merged again.
+
+        Raises:
+            UserError: it was unloaded before, or a LoRA embedding is the output head as well.
+        """
+        self._check_loaded()
+        self._check_untied()
+        # Counted and reported as one merge, also when some layers were merged before.
+        self.unmerge_adapter()
+        report = self.merge_adapter()
+        if not quiet:
+            print(report)
+        return self._detach(keep_trained_modules=True)
+
+    def unload(self) -> nn.Module:
+        """The plain base model as it was before it got the adapter."""
+        self._check_loaded()
+        self.unmerge_adapter()
+        self._swap_biases()
+        return self._detach(keep_trained_modules=False)
+
+    def _detach(self, keep_trained_modules: bool) -> nn.Module:
+        detach(self.base_model, keep_trained_modules)
+        self._unloaded = True
+        self._adapter_names = self._trainable_names = self._bias_names = set()
+        set_trainable(self.base_model, set())
+        return self.base_model
+
+    def _check_loaded(self) -> None:
+        if self._unloaded:
+            raise UserError(
+                "the adapter was merged or unloaded already; load it again with "
+                "PeftModel.from_pretrained"
+            )
+
+    def _check_untied(self) -> None:
+        head = getattr(self.base_model, "output_embedding", None)
+        tied = [
+            name
+            for name, layer in self._modules_of(Embedding).items()
+            if layer.has_adapter and layer.weight is head
+        ]
+        tied += [name for name, module in self._modules_of(ModulesToSave).items() if module.tied]
+        if tied:
+            raise UserError(
+                f"{tied[0]} is the output head as well, which the adapter leaves alone and merging "
+                "would change; keep the adapter unmerged"
+            )
+
+    # --- files ---
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the adapter as PEFT does, and what PEFT has no field for beside it.
+
+        Raises:
+            UserError: the folder cannot be written, or there is no adapter any more.
+        """
+        self._check_loaded()
+        modules = dict(self.base_model.named_modules())
+        tensors = {}
+        for name, array in self.adapter_tensors().items():
+            owner = modules[name.rpartition(".")[0]]
+            if isinstance(owner, MergedLinear) and name.endswith("lora_B"):
+                array = storage.block_matrix(array, owner.enable_lora, owner.r)
+            tensors[storage.to_peft_key(name, owner)] = array
+        layers = self.lora_layers()
+        transposed = any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values())
+        config = storage.peft_config(self.peft_config, layers)
+        config = replace(config, fan_in_fan_out=transposed)
+        notes = {"enable_lora": self.peft_config.enable_lora, "base_model": self._base_record}
+        write_peft(folder, config.to_dict(), tensors, notes)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        folder: str | Path,
+        is_trainable: bool = False,
+        force: bool = False,
+    ) -> PeftModel:
+        """Load an adapter that PEFT or jlora wrote onto its base model.
+
+        Args:
+            model: the base model; changed in place.
+            folder: holds ``adapter_config.json`` and the weights.
+            is_trainable: go on training it; otherwise the model is put in eval mode, as in PEFT.
+            force: load it although it was made for another base model.
+
+        Raises:
+            UserError: files missing or damaged, settings jlora lacks, another base model, tensors
+                that fit no module, are missing or of another shape. ``model`` is unchanged then.
+        """
+        files = read_peft(folder)
+        config = LoraConfig.from_dict(
+            files.config, source=str(Path(folder) / "adapter_config.json")
+        )
+        if not force and files.notes.get("base_model"):
+            storage.check_base(files.notes["base_model"], model, str(folder))
+        config = _completed(config, model)
+        tensors = {storage.from_peft_key(key): array for key, array in files.tensors.items()}
+        config, tensors = _without_head(config, tensors, model, str(files.path))
+        config, tensors = storage.native_config(model, config, tensors, files.notes)
+        peft_model = cls(model, config)
+        try:
+            peft_model._load(tensors, str(files.path))
+        except BaseException:
+            peft_model.unload()
+            raise
+        if not is_trainable:
+            peft_model._trainable_names = set()
+            set_trainable(model, set())
+            peft_model.eval()
+        return peft_model
+
+    def _load(self, tensors: dict[str, np.ndarray], source: str) -> None:
+        """Set the adapter from tensors by PEFT's names without its prefix and wrappers."""
+        own = dict(self._named(self._adapter_names))
+        modules = dict(self.base_model.named_modules())
+        by_file_name = {}
+        for name in own:
+            key = storage.to_peft_key(name, modules[name.rpartition(".")[0]])
+            by_file_name[storage.from_peft_key(key)] = name
+        shapes = {key: tuple(own[name].shape) for key, name in by_file_name.items()}
+        if tensors and not set(shapes) & set(tensors):
+            raise UserError(
+                f"{source} fits no module of the model: it has {next(iter(tensors))}, "
+                f"the model {next(iter(shapes))}"
+            )
+        # PEFT writes the vocabulary beside the adapter when it was a target or was resized, and
+        # leaves out the biases of "lora_only".
+        current = dict(self.base_model.named_parameters())
+        base = {n: a for n, a in tensors.items() if n not in shapes and n in current}
+        for name, array in base.items():
+            if tuple(current[name].shape) != array.shape or not np.array_equal(
+                current[name].float32().numpy(), array.astype(np.float32)
+            ):
+                raise UserError(
+                    f"{source} brings its own {name}, which differs from the base model's; "
+                    "merge the adapter with PEFT and load the result"
+                )
+        complete = {n: a for n, a in tensors.items() if n not in base}
+        for name, var in self._named(self._bias_names):
+            if self.peft_config.bias == "lora_only" and name not in complete:
+                complete[name] = var.float32().numpy()
+        check_tensors(source, shapes, complete)
+        self.set_adapter_tensors({own: complete[key] for key, own in by_file_name.items()})
 
 
 def check_tensors(
@@ -151,7 +384,7 @@ def check_tensors(
 ) -> None:
     """Raises: UserError: lists what is missing, unexpected or of another shape."""
     wrong = [
-        f"{name} is {tensors[name].shape} instead of {shape}"
+        f"{name} is {tuple(tensors[name].shape)} instead of {shape}"
         for name, shape in shapes.items()
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
@@ -170,73 +403,31 @@ def _listed(names: list[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
-def _find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """The modules to replace, by name."""
-    modules = dict(model.named_modules())
-    if config.target_modules == "all-linear":
-        head = getattr(model, "output_embedding", None)
-        targets = {
-            name: module
-            for name, module in modules.items()
-            if isinstance(module, (nn.Linear, Conv1D))
-            and module.weight is not head
-            and not name_fits(name, ["lm_head"])
-            and not (config.exclude_modules and name_fits(name, config.exclude_modules))
-        }
-    else:
-        targets = {n: m for n, m in modules.items() if n and is_target(n, config)}
-    for name, module in targets.items():
-        if not isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
-            raise UserError(
-                f"target_modules fits {name}, which is a {type(module).__name__} module; "
-                "LoRA goes on Linear, Conv1D and Embedding layers only"
-            )
-    if not targets:
-        possible = [
-            n for n, m in modules.items() if isinstance(m, (nn.Linear, Conv1D, nn.Embedding))
-        ]
-        raise no_match("target_modules", config.target_modules, possible)
-    if config.enable_lora is not None and not any(map(config_fuses(config), targets.values())):
-        raise UserError(
-            f"enable_lora has {len(config.enable_lora)} entries, but no target layer has "
-            f"{len(config.enable_lora)} times as many outputs as inputs"
+def _completed(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """The settings with what depends on the model filled in."""
+    if config.target_modules is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        config = replace(config, target_modules=default_targets(model_type))
+    if config.base_model_name_or_path is None:
+        config = replace(config, base_model_name_or_path=getattr(model, "name_or_path", None))
+    return config
+
+
+def _without_head(
+    config: LoraConfig, tensors: dict[str, np.ndarray], model: nn.Module, source: str
+) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """Leave out the classifier's head, which a language model has no place for, and say so."""
+    if config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+        return config, tensors
+    there = {name.partition(".")[0] for name, _ in model.named_modules()}
+    heads = {"score", "classifier"} - there
+    left = sorted(name for name in tensors if name.partition(".")[0] in heads)
+    if left:
+        log.warning(
+            "%s is a classifier's adapter: %s left out, since the model has no such head",
+            source,
+            ", ".join(left),
         )
-    return targets
-
-
-def config_fuses(config: LoraConfig):
-    """A test for the layers that ``enable_lora`` is about: n equal blocks as wide as the input."""
-
-    def fused(module: nn.Module) -> bool:
-        if config.enable_lora is None or isinstance(module, nn.Embedding):
-            return False
-        blocks = len(config.enable_lora)
-        if isinstance(module, Conv1D):
-            return module.nf == blocks * module.nx
-        return module.out_features == blocks * module.in_features
-
-    return fused
-
-
-def _lora_layer(name: str, module: nn.Module, config: LoraConfig) -> LoRALayer:
-    r = pattern_value(name, config.rank_pattern, config.r)
-    alpha = pattern_value(name, config.alpha_pattern, config.lora_alpha)
-    # Merging is an explicit call on a PeftModel, as in PEFT: merge_weights stays False.
-    if isinstance(module, nn.Embedding):
-        layer = Embedding.from_base(module, r, alpha)
-    elif config_fuses(config)(module):
-        layer = MergedLinear.from_base(module, r, alpha, config.lora_dropout, config.enable_lora)
-    else:
-        layer = Linear.from_base(module, r, alpha, config.lora_dropout)
-    layer.scaling = config.scaling(r, alpha)
-    return layer
-
-
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place called ``name``."""
-    path, _, last = name.rpartition(".")
-    parent = dict(model.named_modules())[path]
-    if isinstance(parent, nn.Sequential):
-        parent.layers[last] = module
-    else:
-        setattr(parent, last, module)
+    kept = [name for name in config.modules_to_save or [] if name not in heads]
+    config = replace(config, modules_to_save=kept or None)
+    return config, {name: array for name, array in tensors.items() if name not in left}

@@ -41,19 +41,27 @@ def is_target(name: str, config: LoraConfig) -> bool:
     """Whether ``config`` (its target_modules given) puts LoRA on the module called ``name``."""
     if config.exclude_modules and name_fits(name, config.exclude_modules):
         return False
+    if config.modules_to_save and is_inside(name, config.modules_to_save):
+        return False
     if not name_fits(name, config.target_modules):
         return False
-    if config.layers_to_transform is None or name in config.target_modules:
-        return True
     layers = config.layers_to_transform
-    return layer_number(name, config.layers_pattern) in ([layers] if _is_int(layers) else layers)
+    if layers is None or layers == [] or name in config.target_modules:
+        return True
+    number = layer_number(name, config.layers_pattern)
+    return number in ([layers] if isinstance(layers, int) else layers)
+
+
+def is_inside(name: str, modules: list[str]) -> bool:
+    """Whether a module is one of those that ``modules`` names, or a part of one."""
+    return any(f".{name}.".find(f".{module}.") >= 0 for module in modules)
 
 
 def layer_number(name: str, layers_pattern: list[str] | str | None) -> int | None:
     """``transformer.h.3.attn.c_attn`` -> 3; None where the name has no layer number."""
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
     for pattern in patterns or [r"[^.]*"]:
-        found = re.match(rf"(?:.*\.)?{pattern}\.(\d+)\.", name)
+        found = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", name)
         if found:
             return int(found.group(1))
     return None
@@ -85,7 +93,3 @@ def no_match(field: str, wanted: list[str] | str, names: Iterable[str]) -> UserE
         f"{field} {wanted!r} fits no module of the model that can take it; "
         f"{'nearest' if near else 'there are'}: {listed}"
     )
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, int)

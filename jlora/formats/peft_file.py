@@ -1,0 +1,108 @@
+"""PEFT adapter folders <-> settings and numpy arrays.
+
+A folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``adapter_model.bin``),
+and ``jlora_adapter.json`` where jlora wrote it, with what PEFT's file has no field for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.errors import UserError
+from jlora.files import atomic_path, read_text, recover_directory, write_text
+from jlora.formats.safetensors_file import read_safetensors, write_safetensors
+from jlora.formats.torch_file import read_torch
+
+CONFIG = "adapter_config.json"
+SAFETENSORS = "adapter_model.safetensors"
+TORCH = "adapter_model.bin"
+NOTES = "jlora_adapter.json"
+_OWN_FILES = {CONFIG, SAFETENSORS, NOTES}
+
+
+@dataclass
+class AdapterFiles:
+    """What a PEFT adapter folder holds.
+
+    Attributes:
+        config: ``adapter_config.json``.
+        tensors: arrays by PEFT's keys (``base_model.model....lora_A.weight``).
+        notes: ``jlora_adapter.json``, empty where there is none.
+        path: the file the tensors came from.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+    notes: dict[str, Any]
+    path: Path
+
+
+def read_peft(folder: str | Path) -> AdapterFiles:
+    """Read a PEFT adapter folder.
+
+    Raises:
+        UserError: no such folder, a file missing, damaged or not of its kind.
+    """
+    folder = Path(folder)
+    recover_directory(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; give the folder that holds {CONFIG}")
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} holds no {CONFIG}, so it is no PEFT adapter; check the path")
+    notes = read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
+    config = read_json(folder / CONFIG)
+    if (folder / SAFETENSORS).is_file():
+        return AdapterFiles(
+            config, read_safetensors(folder / SAFETENSORS), notes, folder / SAFETENSORS
+        )
+    if (folder / TORCH).is_file():
+        return AdapterFiles(config, read_torch(folder / TORCH), notes, folder / TORCH)
+    raise UserError(f"{folder} holds neither {SAFETENSORS} nor {TORCH}; copy the weights too")
+
+
+def write_peft(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    notes: Mapping[str, Any],
+) -> None:
+    """Write a PEFT adapter folder, all of it or nothing.
+
+    A folder that holds other files keeps them; its adapter files are then replaced one by one.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(entry.name not in _OWN_FILES for entry in folder.iterdir()):
+        _write_files(folder, config, tensors, notes)
+    else:
+        with atomic_path(folder, directory=True) as temporary:
+            _write_files(temporary, config, tensors, notes)
+
+
+def _write_files(folder: Path, config, tensors, notes) -> None:
+    write_safetensors(folder / SAFETENSORS, tensors, metadata={"format": "pt"})
+    write_text(folder / NOTES, json.dumps(notes, indent=2, sort_keys=True) + "\n")
+    write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises: UserError: not JSON, or not an object."""
+    try:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{error.lineno}: not JSON: {error.msg}; get the file anew"
+        ) from error
+    except RecursionError as error:
+        raise UserError(f"{path}: not JSON: nested too deep; get the file anew") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds {type(value).__name__}, not settings; get the file anew")
+    return value
