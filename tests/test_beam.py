@@ -124,7 +124,7 @@ def test_reference_run_needs_its_adapter(shared_data):
 
 def test_reference_run_with_jlora_gpt2(shared_data):
     """The same through jlora's own model on Jittor, weights merged by the plain helper."""
-    gpt2 = pytest.importorskip("jlora.models.gpt2")
+    from jlora.models import gpt2
     from jlora.runtime import jt
 
     folder = shared_data / "reference" / "microsoft_lora"
@@ -136,6 +136,35 @@ def test_reference_run_with_jlora_gpt2(shared_data):
         parameter.assign(jt.array(weights[name].astype(np.float32)))
     results = beam_search(model, prompts, config)
     assert [padded(r[0].ids, config.max_new_tokens) for r in results] == expected
+
+
+def test_llama_batched_equals_straightforward_search():
+    """Left padding, grouped heads and the growing cache of jlora's own model on Jittor."""
+    from jlora.models.llama import LlamaConfig, LlamaForCausalLM
+    from jlora.runtime import jt
+
+    settings = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
+    model = LlamaForCausalLM(settings)
+    generator = np.random.default_rng(0)
+    for _, parameter in model.named_parameters():
+        values = 0.5 * generator.standard_normal(parameter.shape)
+        parameter.assign(jt.array(values.astype(np.float32)))
+    plain = SimpleNamespace(logits=lambda ids: model(jt.array(np.int32([ids])))[0].numpy())
+    config = BeamConfig(eos_token_ids=(0, 3), num_beams=4, max_new_tokens=8, batch_size=3)
+    prompts = [[1, 2, 3, 4, 5], [6, 7], [8], [9, 10, 11], [12, 13]]
+    for prompt, found in zip(prompts, beam_search(model, prompts, config)):
+        best, best_score, ended = straightforward(plain, prompt, config)
+        assert found[0].ids == best
+        np.testing.assert_allclose(found[0].score(config.length_penalty), best_score, rtol=1e-4)
+        assert {tuple(h.ids) for h in found} == {ids for ids, _ in ended}
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -161,7 +190,9 @@ def test_equals_straightforward_search(seed):
             assert found == []
             continue
         assert found[0].ids == best
-        np.testing.assert_allclose(found[0].score(config.length_penalty), best_score, rtol=1e-5)
+        np.testing.assert_allclose(
+            found[0].score(config.length_penalty), best_score, rtol=1e-5, atol=1e-6
+        )
         assert {tuple(h.ids) for h in found} == {ids for ids, _ in ended}
         logprobs = dict(ended)
         for h in found:

@@ -30,7 +30,7 @@ inline bool copy_row(const float* from, float* to, int64_t size) {
 inline float largest(const float* x, int64_t size) {
     float best = -FLT_MAX;
     #pragma omp simd reduction(max:best)
-    for (int64_t i = 0; i < size; i++) best = std::max(best, x[i]);
+    for (int64_t i = 0; i < size; i++) best = x[i] > best ? x[i] : best;
     return best;
 }
 
