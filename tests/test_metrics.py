@@ -142,10 +142,9 @@ def test_nist_penalty_is_a_half_at_two_thirds_of_the_length():
 
 
 def test_nist_is_defined_where_the_official_script_divides_by_zero():
-    assert nist([["yes"], ["a", "b", "c"]], [[["no"]], [["a"]]]) == pytest.approx(
-        # four words, of which "a" matches; ten reference words would lower it, there are two
-        math.log2(2) / 4
-    )
+    # Lengths 1 and 3 give (1 - 2) + (3 - 2) = 0 trigrams. Of four words "a" matches: log2(2/1).
+    score = nist([["yes"], ["a", "b", "c"]], [[["no"]], [["a"]]])
+    assert score == pytest.approx(math.log2(2) / 4)
     assert nist([[""]], [[["a", "pub"]]]) == 0.0
 
 
@@ -162,9 +161,9 @@ def test_rouge_l_by_hand():
 
 
 def test_cider_by_hand():
-    # Two inputs that share no word: every idf is log 2; only 1-grams: cosine 1/2, no bigram match.
-    lengths = math.exp(-0.0)
-    expected = 10 * (0.5 * lengths + 0 + 0 + 0) / 4 / 2
+    # Two inputs without a common word: every idf is log 2. The first has cosine 1/2 in 1-grams and
+    # 0 in the other three orders, the second 0; equal lengths, so no length penalty.
+    expected = 10 * (0.5 / 4 + 0) / 2
     assert cider(["a x", "q"], [["y a"], ["r s"]]) == pytest.approx(expected)
 
 

@@ -140,7 +140,7 @@ def test_misbehaving_java_is_an_error_within_seconds(fake, quick, program, name)
     start = time.monotonic()
     with pytest.raises(UserError, match=message) as caught:
         # More than a pipe holds, so that writing blocks too.
-        texts = ["the old mill " * 20] * 1000
+        texts = ["the old mill " * 20] * 400
         if program == "ptb":
             ptb_tokenize(texts, path)
         else:
