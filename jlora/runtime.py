@@ -441,5 +441,6 @@ def _last_line(text: str) -> str:
 
 
 def _short(line: str, width: int = 200) -> str:
-    line = re.sub(r"\x1b\[[\d;]*[mK]", "", line).strip()
+    # Colours, and the progress bar of a download that failed.
+    line = re.sub(r"\x1b\[[\d;]*[mK]|\S+B \[[^]]*B/s\]", "", line).strip()
     return line if len(line) <= width else line[: width - 3] + "..."
