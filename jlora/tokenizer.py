@@ -163,7 +163,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: a JSON object is expected, found {type(value).__name__}")
@@ -196,21 +196,36 @@ def read_vocab_and_merges(vocab_path: Path, merges_path: Path, settings: dict[st
         if len(parts) != 2:
             raise UserError(f"{merges_path}:{number}: two tokens with one space are expected")
         merges.append((parts[0], parts[1]))
-    added = settings.get("added_tokens_decoder")
-    entries = list(added.values()) if isinstance(added, dict) else []
-    entries = [e for e in entries if isinstance(e, dict) and isinstance(e.get("content"), str)]
-    special = [e["content"] for e in entries if e.get("special", True)]
-    extra = [e["content"] for e in entries if not e.get("special", True)]
+    added = added_tokens(settings)
+    special = [text for text, _, is_special in added if is_special]
+    extra = [text for text, _, is_special in added if not is_special]
     if "<|endoftext|>" in vocab and "<|endoftext|>" not in special:
         special.append("<|endoftext|>")
     kind = "qwen2" if str(settings.get("tokenizer_class", "")).startswith("Qwen2") else "gpt2"
     try:
-        return byte_level_bpe(vocab, merges, kind, special, extra)
+        backend = byte_level_bpe(vocab, merges, kind, special, extra)
     except Exception as error:
         raise UserError(
             f"{vocab_path} and {merges_path} do not fit together ({error}); take both from one "
             "model"
         ) from error
+    for text, index, _ in added:
+        if backend.token_to_id(text) != index:
+            raise UserError(
+                f"{vocab_path}: added token {text!r} has id {index} in tokenizer_config.json, "
+                "which does not follow the vocabulary; use the model's tokenizer.json"
+            )
+    return backend
+
+
+def added_tokens(settings: dict[str, Any]) -> list[tuple[str, int, bool]]:
+    """(text, id, special) of tokenizer_config.json's added tokens, in the order of their ids."""
+    entries = settings.get("added_tokens_decoder")
+    found = []
+    for index, entry in (entries if isinstance(entries, dict) else {}).items():
+        if index.isdecimal() and isinstance(entry, dict) and isinstance(entry.get("content"), str):
+            found.append((entry["content"], int(index), bool(entry.get("special", True))))
+    return sorted(found, key=lambda token: token[1])
 
 
 def byte_level_bpe(

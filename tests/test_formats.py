@@ -279,7 +279,7 @@ def write_arrays(path, tensors, layout="zip"):
     def tree(refs):
         state = OrderedDict()
         for key, (name, array) in zip(refs, tensors.items()):
-            stride = tuple(s // array.itemsize for s in np.ascontiguousarray(array).strides)
+            stride = np.zeros(array.shape, np.int8).strides  # contiguous, counted in elements
             state[name] = tensor(refs[key], 0, array.shape, stride)
         return state
 
@@ -475,12 +475,17 @@ def test_sharded_torch(tmp_path):
 # GGUF --------------------------------------------------------------------------------------------
 
 
-def write_gguf(path, architecture, values, tensors, kinds=None):
-    """A small GGUF file; ``kinds`` quantizes some tensors."""
+def write_gguf(path, architecture, values, tensors, kinds=None, tokenizer=None):
+    """A small GGUF file; ``kinds`` quantizes some tensors, ``tokenizer`` is metadata as read."""
     from gguf import GGMLQuantizationType, GGUFWriter
     from gguf.quants import quantize
 
     writer = GGUFWriter(path, architecture)
+    for key, value in (tokenizer or {}).items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
     for key, value in values.items():
         if isinstance(value, float):
             writer.add_float32(key, value)

@@ -127,7 +127,7 @@ def read_index(index: Path) -> dict[str, str]:
         weight_map = json.loads(read_text(index))["weight_map"]
         files = sorted(set(weight_map.values()))
         wrong = [f for f in files if not isinstance(f, str) or Path(f).name != f]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{index}: not a checkpoint index (no usable weight_map); download it again"
         ) from error

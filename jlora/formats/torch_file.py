@@ -277,24 +277,17 @@ def read_legacy(handle: BinaryIO, path: Path) -> Any:
 
 def to_arrays(tree: Any, path: Path) -> dict[str, np.ndarray]:
     """The state dict inside a loaded tree, as native-endian arrays."""
-    for key in NESTED_KEYS:
-        if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping):
-            tree = tree[key]
-            break
+    found = type(tree).__name__
     tensors = {}
     if isinstance(tree, Mapping):
-        tensors = {
-            k: v for k, v in tree.items() if isinstance(k, str) and isinstance(v, LazyTensor)
-        }
-    if not tensors:
-        inside = (
-            ", ".join(map(str, list(tree)[:5]))
-            if isinstance(tree, Mapping)
-            else type(tree).__name__
-        )
+        inner = [tree[key] for key in NESTED_KEYS if isinstance(tree.get(key), Mapping)]
+        tree = inner[0] if inner else tree
+        found = ", ".join(map(str, list(tree)[:5])) or "nothing"
+        tensors = {k: v for k, v in tree.items() if isinstance(v, LazyTensor)}
+    if not tensors or not all(isinstance(name, str) for name in tensors):
         raise UserError(
-            f"{path}: no weights inside (found: {inside or 'nothing'}); a state dict is expected, "
-            f"at the top or under {' or '.join(NESTED_KEYS)}"
+            f"{path}: no weights inside (found: {found}); a state dict is expected, at the top or "
+            f"under {' or '.join(NESTED_KEYS)}"
         )
     arrays = {}
     for name, tensor in tensors.items():

@@ -14,9 +14,9 @@ import numpy as np
 from jlora.errors import UserError
 from jlora.files import read_text
 from jlora.formats.gguf_file import read_gguf
-from jlora.formats.safetensors_file import read_safetensors, read_sharded
+from jlora.formats.safetensors_file import one_line, read_safetensors, read_sharded
 from jlora.formats.torch_file import read_torch, read_torch_sharded
-from jlora.pull import WHEELS, pull, pulled
+from jlora.pull import NAME, WHEELS, pull, pulled
 from jlora.tokenizer import Tokenizer, find_files
 
 #: Buffers that older checkpoints saved beside the weights; the models compute them themselves.
@@ -96,7 +96,7 @@ def find(name: str) -> Path:
         return folder
     # Anything that cannot be a name on a hub is a path with a slip in it.
     is_path = path.suffix in SUFFIXES or path.is_absolute() or name.startswith((".", "~"))
-    if is_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if is_path or not NAME.fullmatch(name):
         raise UserError(f"{name}: no such file or folder; check the path, or `jlora pull` a name")
     if name not in WHEELS:
         folder = hugging_face_cache(name)
@@ -181,7 +181,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """config.json as a dictionary."""
     try:
         config = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); download it again") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise UserError(f"{path}: not a model's config.json (no model_type)")
@@ -253,7 +253,7 @@ def build_model(config: dict[str, Any], source: str = "config.json") -> Any:
             return GPT2LMHeadModel(GPT2Config.from_dict(config))
         return LlamaForCausalLM(LlamaConfig.from_dict(config))
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-        raise UserError(f"{source}: {error}; this model cannot be used") from error
+        raise UserError(f"{source}: {one_line(error)}; this model cannot be used") from error
 
 
 def load_weights(model: Any, tensors: dict[str, np.ndarray], source: str = "checkpoint") -> None:
