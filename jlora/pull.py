@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,6 +195,7 @@ def pull_hugging_face(name: str) -> Path:
             f"`{sys.executable} -m pip install huggingface_hub`; or {by_hand(name)}"
         ) from error
     check_writable(folder.parent)
+    check_reachable(name)
     say(f"downloading {name} from huggingface.co")
     try:
         files = hub.list_repo_files(name)
@@ -207,6 +210,19 @@ def pull_hugging_face(name: str) -> Path:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"could not fetch {name}: {reason}; {by_hand(name)}") from error
     return folder
+
+
+def check_reachable(name: str) -> None:
+    """Find out at once that there is no network; huggingface_hub itself tries for half a minute."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(endpoint, timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # an answer, even if no friendly one
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"could not fetch {name}: {endpoint} is out of reach ({error}); {by_hand(name)}"
+        ) from error
 
 
 def weight_files(name: str, files: list[str]) -> list[str]:

@@ -152,6 +152,7 @@ def test_bare_gpt2_file(tmp_path, layout, rename):
     config = model.config
     assert (config.n_layer, config.n_embd, config.n_head) == (2, 64, 1)
     assert (config.vocab_size, config.n_positions, config.n_inner) == (11, 8, 256)
+    assert config.eos_token_id is None  # 50256 belongs to GPT-2's own vocabulary
 
 
 def test_smaller_types_become_float32(tmp_path):
@@ -390,6 +391,17 @@ def fake_hub(monkeypatch, files=None, cached=None):
     module.list_repo_files, module.hf_hub_download = list_repo_files, hf_hub_download
     module.try_to_load_from_cache = lambda name, file: cached and str(cached / file)
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    monkeypatch.setattr(pull_module, "check_reachable", lambda name: None)
+
+
+def test_no_network_is_found_out_before_huggingface_hub_retries(cache, monkeypatch):
+    check = pull_module.check_reachable
+    fake_hub(monkeypatch, {})
+    monkeypatch.setattr(pull_module, "check_reachable", check)
+    for endpoint in ("http://127.0.0.1:9", "no url"):
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        text = message(pull, "gpt2-medium")
+        assert f"{endpoint} is out of reach" in text and "put them into" in text
 
 
 def test_pull_and_load_from_hugging_face(tmp_path, cache, monkeypatch):

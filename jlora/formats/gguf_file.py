@@ -101,10 +101,9 @@ def read_gguf(path: str | Path) -> GGUFFile:
             f"{path}: the GGUF file lacks {error.args[0]}; convert the model again with a current "
             "llama.cpp"
         ) from error
-    for key in ("bos", "eos", "padding"):
-        value = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if value is not None:
-            config[f"{'pad' if key == 'padding' else key}_token_id"] = int(value)
+    for key, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        value = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        config[f"{key}_token_id"] = None if value is None else int(value)
     return GGUFFile(path, config, tensors, metadata)
 
 

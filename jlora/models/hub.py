@@ -204,8 +204,11 @@ def gpt2_config_from_shapes(path: Path, tensors: dict[str, np.ndarray]) -> dict[
             f"{path}: embedding size {wte.shape[1]} is no multiple of GPT-2's head size 64; put "
             f"the model's config.json beside it in {path.parent}"
         )
+    end = 50256 if wte.shape[0] == 50257 else None  # another vocabulary has another end
     return {
         "model_type": "gpt2",
+        "bos_token_id": end,
+        "eos_token_id": end,
         "vocab_size": wte.shape[0],
         "n_positions": wpe.shape[0],
         "n_embd": wte.shape[1],
