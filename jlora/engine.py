@@ -91,7 +91,7 @@ def choose_precision() -> tuple[str, str]:
         return "plain", "the fused operators are for CPUs; on a GPU Jittor's own are used"
     if runtime.onednn_paths() is None:
         return "plain", "oneDNN was not found, so the plain layers run"
-    if machine.cpu_features() & {"avx512_bf16", "amx_bf16"}:
+    if any("BF16" in name for name in machine.cpu_features()):
         return "bf16", "the processor multiplies bf16"
     return "fp32", "the processor has no bf16 instructions"
 

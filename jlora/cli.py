@@ -1,0 +1,260 @@
+"""The ``jlora`` command: one subcommand a verb. Heavy imports are done where they are needed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jlora.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code is 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    arguments = parser().parse_args(argv)
+    try:
+        if arguments.verbose:
+            from jlora import runtime
+
+            runtime.set_verbose()
+        return arguments.function(arguments) or 0
+    except UserError as error:
+        print(f"jlora: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\njlora: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        sys.stderr.close()
+        return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="jlora", description="LoRA fine-tuning of language models on Jittor."
+    )
+    top.add_argument("--version", action="version", version=importlib.metadata.version("jlora"))
+    top.add_argument("-v", "--verbose", action="store_true", help="show Jittor's own messages")
+    verbs = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def verb(name: str, function, text: str) -> argparse.ArgumentParser:
+        command = verbs.add_parser(name, help=text, description=text)
+        command.set_defaults(function=function)
+        command.add_argument(
+            "-v", "--verbose", action="store_true", default=argparse.SUPPRESS,
+            help="show Jittor's own messages",
+        )  # fmt: skip
+        return command
+
+    demo = verb("demo", run_demo, "Tune a small model on E2E in minutes: scores before and after.")
+    demo.add_argument("--out", default="runs/demo", help="run folder (default: %(default)s)")
+    demo.add_argument("--data", help="folder with the E2E files")
+
+    doctor = verb("doctor", run_doctor, "Check this machine; exit code 0 when all needed is there.")
+    doctor.add_argument("--json", action="store_true", help="machine-readable output")
+
+    pull = verb("pull", run_pull, "Fetch a pretrained model into jlora's cache.")
+    pull.add_argument("name", help="smollm2-135m, or a Hugging Face name such as gpt2-medium")
+
+    run = verb("run", run_run, "Train, decode, score and report as a recipe says.")
+    run.add_argument("recipe", nargs="?", help="a YAML file, or the name of one that comes along")
+    add_run_options(run)
+
+    finetune = verb("finetune", run_finetune, "Train an adapter on prompt/completion data.")
+    finetune.add_argument("--recipe", help="start from this recipe's settings")
+    finetune.add_argument("--model", help="name or path of the base model")
+    finetune.add_argument("--task", help="e2e, jsonl or restaurants: how the files are read")
+    finetune.add_argument("--rank", type=int, help="r of LoRA")
+    finetune.add_argument("--alpha", type=float, help="lora_alpha")
+    finetune.add_argument("--target-modules", help="comma-separated, such as q_proj,v_proj")
+    finetune.add_argument("--lr", type=float, help="learning rate")
+    finetune.add_argument("--batch-size", type=int)
+    finetune.add_argument("--steps", type=int, help="updates")
+    finetune.add_argument("--epochs", type=float, help="instead of --steps")
+    finetune.add_argument("--seed", type=int)
+    add_run_options(finetune)
+
+    generate = verb("generate", run_generate, "Answer prompts with a model and its adapter.")
+    generate.add_argument("--model", required=True, help="name or path of the base model")
+    generate.add_argument("--adapter", help="adapter folder, such as RUN/best")
+    source = generate.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", action="append", help="a prompt; may be given several times")
+    source.add_argument("--data", help="a file of the task; its distinct inputs are the prompts")
+    generate.add_argument("--task", default="e2e", help="how --data is read (default: e2e)")
+    generate.add_argument("--out", help="predictions.jsonl to write; default: print the texts")
+    generate.add_argument("--method", choices=("beam", "greedy", "sample"), default="beam")
+    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.add_argument("--batch-size", type=int, default=16, help="prompts decoded together")
+    generate.add_argument("--beams", type=int, default=10)
+    generate.add_argument("--length-penalty", type=float, default=0.8)
+    generate.add_argument("--no-repeat-ngram-size", type=int, default=4)
+    generate.add_argument("--temperature", type=float, default=1.0, help="of sampling")
+    generate.add_argument("--top-k", type=int, default=0, help="of sampling; 0: all words")
+    generate.add_argument("--top-p", type=float, default=1.0, help="of sampling")
+    generate.add_argument("--seed", type=int, default=0, help="of sampling")
+    generate.add_argument("--separator-id", type=int, help="token after the prompt")
+    generate.add_argument("--end-id", type=int, action="append", help="end token; may repeat")
+    generate.add_argument(
+        "--raw", action="store_true", help="no separator token: go on with the prompt's own text"
+    )
+    generate.add_argument("--precision", default="auto", help="auto, bf16, fp32 or plain")
+
+    evaluate = verb("evaluate", run_evaluate, "BLEU, NIST, METEOR, ROUGE-L, CIDEr as E2E's script.")
+    evaluate.add_argument("task", choices=("e2e",))
+    evaluate.add_argument("--refs", required=True, help="references, groups split by empty lines")
+    evaluate.add_argument("--hyps", required=True, help="hypotheses, one a line")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+
+    rerank = verb("rerank", run_rerank, "Choose again for another length penalty; no decoding.")
+    rerank.add_argument("predictions", help="predictions.jsonl")
+    rerank.add_argument("--length-penalty", type=float, required=True)
+    rerank.add_argument("--out", required=True, help="predictions.jsonl to write (and .txt)")
+
+    report = verb("report", run_report, "Write RUN/report.html.")
+    report.add_argument("run", help="run folder")
+    return top
+
+
+def add_run_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", help="run folder (default: runs/RECIPE)")
+    command.add_argument("--data", help="folder with the data files")
+    command.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    command.add_argument("--precision", help="auto, bf16, fp32 or plain")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="change any setting of the recipe, such as train.steps=100; may be given several times",
+    )  # fmt: skip
+    command.add_argument("--log", action="append", choices=("wandb",), help="log there as well")
+
+
+def overrides(arguments: argparse.Namespace) -> list[str]:
+    """The recipe settings that the named options stand for."""
+    names = {
+        "model": "model", "task": "data.task", "data": "data.folder", "rank": "lora.r",
+        "alpha": "lora.lora_alpha", "lr": "train.optim.lr", "batch_size": "train.batch_size",
+        "steps": "train.steps", "epochs": "train.epochs", "seed": "train.seed",
+        "precision": "precision",
+    }  # fmt: skip
+    found = []
+    for option, key in names.items():
+        value = getattr(arguments, option, None)
+        if value is not None:
+            found.append(f"{key}={json.dumps(value)}")
+    if getattr(arguments, "epochs", None) is not None and arguments.steps is None:
+        found.append("train.steps=null")
+    if getattr(arguments, "target_modules", None):
+        found.append(f"lora.target_modules={json.dumps(arguments.target_modules.split(','))}")
+    if arguments.log:
+        found.append(f"log={json.dumps(arguments.log)}")
+    return found + arguments.set
+
+
+def open_recipe(arguments: argparse.Namespace, name: str | None):
+    """The recipe and the run folder that a command line means."""
+    from jlora.config import apply_override, find_recipe, load_recipe, make_recipe
+
+    if arguments.resume:
+        if overrides(arguments):
+            raise UserError("--resume takes every setting from the run folder; leave the others out")
+        out = arguments.out or (f"runs/{Path(name).stem}" if name else None)
+        if out is None:
+            raise UserError("--resume needs the run folder: --out RUN")
+        config = Path(out) / "config.yaml"
+        if not config.is_file():
+            raise UserError(f"{out}: no run to resume there; start it without --resume")
+        return load_recipe(config), Path(out)
+    if name:
+        recipe = load_recipe(find_recipe(name), overrides(arguments))
+    else:
+        values: dict = {}
+        for override in overrides(arguments):
+            apply_override(values, override)
+        if "model" not in values:
+            raise UserError("no --model given, such as --model smollm2-135m")
+        recipe = make_recipe(values, "command line")
+    return recipe, Path(arguments.out or f"runs/{Path(name).stem if name else 'finetune'}")
+
+
+def run_run(arguments: argparse.Namespace) -> int:
+    if not arguments.recipe and not arguments.resume:
+        raise UserError("no recipe given; try `jlora run e2e-smollm2-135m`")
+    recipe, run = open_recipe(arguments, arguments.recipe)
+    from jlora import workflow
+
+    return 130 if workflow.run_recipe(recipe, run, arguments.resume) is None else 0
+
+
+def run_finetune(arguments: argparse.Namespace) -> int:
+    recipe, run = open_recipe(arguments, arguments.recipe)
+    from jlora import workflow
+
+    recipe = workflow.open_run(run, recipe, arguments.resume)
+    model = workflow.build(recipe)
+    started = arguments.resume and (run / "checkpoint").is_dir()
+    if not workflow.finetune(recipe, run, model, started):
+        return 130
+    workflow.write_report(run)
+    best = run / "best" if (run / "best").is_dir() else run / "adapter"
+    print(f"adapter: {best}\ntry it: jlora generate --model {recipe.model} --adapter {best} --prompt ...")
+    return 0
+
+
+def run_generate(arguments: argparse.Namespace) -> int:
+    from jlora import workflow
+
+    return workflow.generate_texts(arguments)
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    from jlora.metrics import evaluate_e2e, read_hypotheses, read_references
+
+    scores = evaluate_e2e(read_hypotheses(arguments.hyps), read_references(arguments.refs))
+    if arguments.json:
+        print(json.dumps(scores))
+    else:
+        for name, value in scores.items():
+            print(f"{name:8} {value:.4f}")
+    return 0
+
+
+def run_rerank(arguments: argparse.Namespace) -> int:
+    from jlora.predictions import read_predictions, rerank, write_lines, write_predictions
+
+    predictions = rerank(read_predictions(arguments.predictions), arguments.length_penalty)
+    write_predictions(arguments.out, predictions)
+    write_lines(Path(arguments.out).with_suffix(".txt"), predictions)
+    return 0
+
+
+def run_pull(arguments: argparse.Namespace) -> int:
+    from jlora.pull import pull
+
+    print(pull(arguments.name))
+    return 0
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    from jlora.report.html import write_report
+
+    print(write_report(arguments.run))
+    return 0
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    from jlora import doctor
+
+    return doctor.main(as_json=arguments.json)
+
+
+def run_demo(arguments: argparse.Namespace) -> int:
+    from jlora import demo
+
+    return demo.main(arguments.out, arguments.data)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

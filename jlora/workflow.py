@@ -1,0 +1,246 @@
+"""A whole run, stage by stage: data, training, decoding, scoring, report.
+
+Every stage leaves its result in the run folder, and a resumed run skips what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jlora import engine
+from jlora.adapters import PeftModel, get_peft_model
+from jlora.beam import BeamConfig, beam_search
+from jlora.config import DecodeConfig, Recipe, dump_recipe, load_recipe
+from jlora.data import Example, check_vocabulary, encode_examples, encode_prompts
+from jlora.errors import UserError
+from jlora.files import check_writable, read_text, write_text
+from jlora.loggers import ProgressLogger, WandbLogger, read_metrics
+from jlora.metrics import evaluate_e2e
+from jlora.models.hub import load, require_tokenizer
+from jlora.predictions import (
+    Prediction,
+    make_prediction,
+    read_predictions,
+    write_lines,
+    write_predictions,
+)
+from jlora.report import environment
+from jlora.report.html import write_report
+from jlora.report.plots import loss_curve
+from jlora.report.tables import score_table
+from jlora.tasks import ReferenceGroup, get_task
+from jlora.train import train
+
+
+def say(message: str) -> None:
+    print(f"jlora: {message}", file=sys.stderr, flush=True)
+
+
+def open_run(run: Path, recipe: Recipe, resume: bool) -> Recipe:
+    """Make the run folder, or take up the recipe of the one that is there.
+
+    Raises:
+        UserError: a new run would overwrite an old one, or there is nothing to resume.
+    """
+    config = run / "config.yaml"
+    if resume:
+        if not config.is_file():
+            raise UserError(f"{run}: no run to resume there; start it without --resume")
+        return load_recipe(config)
+    if config.exists():
+        raise UserError(
+            f"{run} holds a run already; add --resume to go on with it, or choose another --out"
+        )
+    check_writable(run)
+    write_text(config, dump_recipe(recipe))
+    return recipe
+
+
+def load_split(recipe: Recipe, split: str) -> list[Example]:
+    """Examples of a split: from its own file if the recipe names one, else from the folder."""
+    data, task = recipe.data, get_task(recipe.data.task)
+    file = getattr(data, split)
+    return task.read(file) if file else task.load(data.folder, split)
+
+
+def test_groups(recipe: Recipe) -> list[ReferenceGroup]:
+    """The distinct test inputs with their references, evenly thinned to ``data.test_limit``."""
+    groups = get_task(recipe.data.task).groups(load_split(recipe, "test"))
+    limit = recipe.data.test_limit
+    if limit is None or limit >= len(groups):
+        return groups
+    return [groups[index * len(groups) // limit] for index in range(limit)]
+
+
+def build(recipe: Recipe, adapter: str | Path | None = None) -> PeftModel:
+    """The recipe's model with a new adapter, or with a trained one."""
+    say(f"loading {recipe.model}")
+    base = load(recipe.model)
+    require_tokenizer(base)
+    if adapter is None:
+        model = get_peft_model(base, recipe.lora)
+    else:
+        model = PeftModel.from_pretrained(base, adapter)
+    precision = engine.prepare(model, recipe.precision)
+    reason = engine.choose_precision()[1] if recipe.precision == "auto" else "as asked for"
+    say(f"precision {precision}: {reason}")
+    return model
+
+
+def finetune(recipe: Recipe, run: Path, model: PeftModel, resume: bool) -> bool:
+    """Train as the recipe says; whether the training is complete."""
+    data, tokenizer = recipe.data, model.tokenizer
+    sets = []
+    for split in ("train", "valid"):
+        examples = load_split(recipe, split)
+        if split == "train" and data.train_limit:
+            examples = examples[: data.train_limit]
+        if split == "valid":
+            examples = examples[:: data.valid_stride]
+        longest = min(recipe.train.max_length, model.config.max_positions)
+        encoded = encode_examples(examples, tokenizer, longest, data.separator_id, data.end_id)
+        check_vocabulary(encoded, model.config.vocab_size)
+        cut = sum(example.cut > 0 for example in encoded)
+        say(
+            f"{len(encoded):,} {split} examples"
+            + (f", {cut:,} prompts cut to {longest} tokens" if cut else "")
+        )
+        sets.append(encoded)
+
+    trainable, total = model.get_nb_trainable_parameters()
+    say(f"{trainable:,} trainable parameters of {total:,} ({100 * trainable / total:.3f} %)")
+
+    def loggers(steps: int, start: int) -> list:
+        extra = []
+        if "wandb" in recipe.log:
+            extra.append(WandbLogger(name=run.name, config={"recipe": dump_recipe(recipe)}, folder=run))
+        return [ProgressLogger(steps, start), *extra]
+
+    result = train(model, *sets, recipe.train, run, loggers, resume)
+    environment.record(run)
+    loss_curve(read_metrics(run / "metrics.jsonl"), run / "loss.png")
+    if result.interrupted:
+        say(
+            f"stopped after step {result.progress.step} of {result.total_steps}; everything is "
+            f"saved. Go on with: jlora run --resume --out {run}"
+        )
+    elif result.progress.best_valid_loss is not None:
+        say(
+            f"validation loss {result.progress.best_valid_loss:.4f} "
+            f"(best, at step {result.progress.best_step})"
+        )
+    return not result.interrupted
+
+
+def decode(
+    model,
+    prompts: Sequence[str],
+    decode_config: DecodeConfig,
+    separator_id: int | None,
+    end_id: int | None,
+    path: Path,
+) -> list[Prediction]:
+    """Answer prompts by beam search and write them to ``path``, a batch at a time.
+
+    Batches that an interrupted call has finished are kept in ``path`` with ``.partial`` and are
+    not decoded again.
+    """
+    tokenizer = model.tokenizer
+    end_id = tokenizer.eos_token_id if end_id is None else end_id
+    config = BeamConfig(
+        eos_token_ids=tuple(decode_config.eos_token_ids or [end_id]),
+        **{
+            name: getattr(decode_config, name)
+            for name in (
+                "num_beams", "length_penalty", "no_repeat_ngram_size", "max_new_tokens",
+                "min_length", "repetition_penalty", "batch_size", "rank_up_to",
+            )
+        },
+    )  # fmt: skip
+    longest = model.config.max_positions - config.max_new_tokens + 1
+    encoded = encode_prompts(prompts, tokenizer, longest, separator_id)
+    partial = path.with_name(path.name + ".partial")
+    done = {p.prompt: p for p in read_predictions(partial)} if partial.exists() else {}
+    # Prompts of like length are decoded together, as in training.
+    waiting = sorted(
+        (index for index, prompt in enumerate(prompts) if prompt not in done),
+        key=lambda index: (len(encoded[index]), encoded[index]),
+    )
+    model.eval()
+    from tqdm import tqdm
+
+    with tqdm(total=len(prompts), initial=len(prompts) - len(waiting), desc="decoding",
+              unit="input", mininterval=1 if sys.stderr.isatty() else 30) as bar:  # fmt: skip
+        for start in range(0, len(waiting), config.batch_size):
+            batch = waiting[start : start + config.batch_size]
+            found = beam_search(model, [encoded[index] for index in batch], config)
+            predictions = [
+                make_prediction(prompts[index], hypotheses, tokenizer.decode, config.length_penalty)
+                for index, hypotheses in zip(batch, found)
+            ]
+            done.update((p.prompt, p) for p in predictions)
+            write_predictions(partial, list(done.values()))
+            bar.update(len(batch))
+    ordered = [done[prompt] for prompt in prompts]
+    write_predictions(path, ordered)
+    write_lines(path.with_suffix(".txt"), ordered)
+    partial.unlink(missing_ok=True)
+    return ordered
+
+
+def run_recipe(recipe: Recipe, run: Path, resume: bool = False) -> dict | None:
+    """Train, decode the test inputs, score them and write the report.
+
+    Returns:
+        ``{"before": scores or absent, "after": scores}``; None when training was interrupted.
+    """
+    recipe = open_run(run, recipe, resume)
+    groups = test_groups(recipe)  # before hours of training: is there something to test on?
+    prompts = [group.prompt for group in groups]
+    references = [group.references for group in groups]
+    model = build(recipe)
+
+    def answer_and_score(model: PeftModel, key: str, path: Path) -> None:
+        scores = read_scores(run)
+        if key in scores:
+            return
+        data = recipe.data
+        predictions = decode(model, prompts, recipe.decode, data.separator_id, data.end_id, path)
+        scores[key] = evaluate_e2e([p.prediction for p in predictions], references)
+        write_text(run / "scores.json", json.dumps(scores, indent=1) + "\n")
+        environment.record(run)
+
+    if recipe.score_before:
+        say(f"the untouched model on {len(prompts)} test inputs")
+        with model.disable_adapter():
+            answer_and_score(model, "before", run / "predictions_before.jsonl")
+    if "after" not in read_scores(run):
+        started = resume and (run / "checkpoint").is_dir()
+        if not finetune(recipe, run, model, started):
+            return None
+        best = recipe.decode.adapter == "best" and (run / "best").is_dir()
+        chosen = run / ("best" if best else "adapter")
+        say(f"the tuned model ({chosen.name} adapter) on {len(prompts)} test inputs")
+        # From the files, so that what is scored is what a user gets; the old model goes first.
+        del model
+        model = build(recipe, chosen)
+        answer_and_score(model, "after", run / "predictions.jsonl")
+    scores = read_scores(run)
+    report = write_report(run, {group.prompt: group.references for group in groups})
+    print(score_table(scores.get("before"), scores["after"]))
+    say(f"report: {report}")
+    return scores
+
+
+def read_scores(run: Path) -> dict:
+    """RUN/scores.json, empty before there is one."""
+    path = run / "scores.json"
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON; remove it to score again") from error
