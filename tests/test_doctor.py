@@ -68,6 +68,7 @@ def test_no_compiler_is_a_line_and_not_a_traceback(tmp_path: Path):
 
 def test_missing_things_name_what_mends_them(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(machine, "install_command", lambda thing: f"install {thing}")
+    monkeypatch.delenv("cc_path", raising=False)  # Jittor itself sets it when it is imported
     monkeypatch.setattr(machine, "compiler", lambda: None)
     assert doctor._compiler().fix == "install compiler"
     monkeypatch.setattr(machine, "python_header", lambda: tmp_path / "Python.h")
