@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from jlora.kernels.native import operator
+from jlora.kernels.native import FusedFunction, operator
 from jlora.runtime import jt
 
 SHAPE = """
@@ -14,7 +14,7 @@ SHAPE = """
 """
 
 
-class _Attention(jt.Function):
+class _Attention(FusedFunction):
     def execute(self, q, k, v, first, last):
         B, T, H, D = q.shape
         self.scale = 1.0 / math.sqrt(D)
@@ -26,15 +26,15 @@ class _Attention(jt.Function):
             "attention.h",
             scale=self.scale,
         )
-        self.saved = [q, k, v, first, last, out, lse]
+        self.results = [out, lse]
         return out
 
     def grad(self, dout):
-        q, k, v = self.saved[:3]
+        q, k, v = self.inputs[:3]
         dq, dk, dv = operator(
             [q.shape, k.shape, v.shape],
             ["float32"] * 3,
-            [*self.saved, dout],
+            [*self.inputs, *self.results, dout],
             SHAPE + "jlora::attention_backward(s, in0_p, in1_p, in2_p, in3_p, in4_p, in5_p, in6_p, "
             "in7_p, out0_p, out1_p, out2_p);",
             "attention.h",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jlora.kernels.native import operator
+from jlora.kernels.native import FusedFunction, operator
 from jlora.runtime import jt
 
 from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
@@ -16,7 +16,7 @@ def _call(shapes, count, inputs, call, **data):
     return operator(shapes, dtypes, inputs, source, "elementwise.h", **data)
 
 
-class _RMSNorm(jt.Function):
+class _RMSNorm(FusedFunction):
     def execute(self, x, weight, eps):
         n = x.shape[-1]
         y, rstd = _call(
@@ -24,19 +24,19 @@ class _RMSNorm(jt.Function):
             "jlora::rms_forward(in0_p, in1_p, out0_p, out1_p, rows, n, (float)data[\"eps\"]);",
             n=n, eps=eps,
         )
-        self.saved = [x, weight, rstd]
+        self.rstd = rstd
         return y
 
     def grad(self, dy):
-        x = self.saved[0]
+        x, weight, _ = self.inputs
         dx = _call(
-            x.shape, 1, [*self.saved, dy],
+            x.shape, 1, [x, weight, self.rstd, dy],
             "jlora::rms_backward(in0_p, in1_p, in2_p, in3_p, out0_p, rows, n);", n=x.shape[-1],
         )
         return dx, None, None
 
 
-class _LayerNorm(jt.Function):
+class _LayerNorm(FusedFunction):
     def execute(self, x, weight, bias, eps):
         n = x.shape[-1]
         y, mean, rstd = _call(
@@ -45,53 +45,51 @@ class _LayerNorm(jt.Function):
             "(float)data[\"eps\"]);",
             n=n, eps=eps,
         )
-        self.saved = [x, weight, mean, rstd]
+        self.mean, self.rstd = mean, rstd
         return y
 
     def grad(self, dy):
-        x = self.saved[0]
+        x, weight, _, _ = self.inputs
         dx = _call(
-            x.shape, 1, [*self.saved, dy],
+            x.shape, 1, [x, weight, self.mean, self.rstd, dy],
             "jlora::layer_backward(in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, rows, n);",
             n=x.shape[-1],
         )
         return dx, None, None, None
 
 
-class _SwiGLU(jt.Function):
+class _SwiGLU(FusedFunction):
     def execute(self, gate, up):
-        self.saved = [gate, up]
         return _call(
-            gate.shape, 1, self.saved, "jlora::swiglu_forward(in0_p, in1_p, out0_p, rows);", n=1
+            gate.shape, 1, [gate, up], "jlora::swiglu_forward(in0_p, in1_p, out0_p, rows);", n=1
         )
 
     def grad(self, dy):
-        gate, up = self.saved
+        gate, up = self.inputs
         return _call(
             [gate.shape, up.shape], 2, [gate, up, dy],
             "jlora::swiglu_backward(in0_p, in1_p, in2_p, out0_p, out1_p, rows);", n=1,
         )
 
 
-class _GELU(jt.Function):
+class _GELU(FusedFunction):
     def execute(self, x):
-        self.saved = x
         return _call(x.shape, 1, [x], "jlora::gelu_forward(in0_p, out0_p, rows);", n=1)
 
     def grad(self, dy):
-        x = self.saved
+        x = self.inputs[0]
         return _call(x.shape, 1, [x, dy], "jlora::gelu_backward(in0_p, in1_p, out0_p, rows);", n=1)
 
 
-class _Rotary(jt.Function):
+class _Rotary(FusedFunction):
     def execute(self, x, cos, sin):
-        self.cos, self.sin = cos, sin
         return self.turn(x, 1)
 
     def turn(self, x, sign):
+        cos, sin = self.inputs[1:]
         heads, size = x.shape[-2:]
         return _call(
-            x.shape, 1, [x, self.cos, self.sin],
+            x.shape, 1, [x, cos, sin],
             "int64_t H = (int64_t)data[\"heads\"];\n"
             "jlora::rotate(in0_p, in1_p, in2_p, out0_p, rows / H, H, n, (float)data[\"sign\"]);",
             n=size, heads=heads, sign=sign,
@@ -101,16 +99,16 @@ class _Rotary(jt.Function):
         return self.turn(dy, -1), None, None
 
 
-class _Dropout(jt.Function):
+class _Dropout(FusedFunction):
     def execute(self, x, p, seed):
-        self.p, self.seed = p, seed
         return self.drop(x)
 
     def drop(self, x):
+        p, seed = self.inputs[1:]
         return _call(
             x.shape, 1, [x],
             "jlora::dropout(in0_p, out0_p, rows, (uint64_t)data[\"seed\"], data[\"p\"]);",
-            n=1, p=self.p, seed=self.seed,
+            n=1, p=p, seed=seed,
         )  # fmt: skip
 
     def grad(self, dy):

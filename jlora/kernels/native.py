@@ -60,3 +60,16 @@ def operator(shapes, dtypes, inputs, source: str, include: str, onednn=False, **
     for var in result if isinstance(result, (list, tuple)) else [result]:
         var.compile_options = {_options(onednn): 1}
     return result
+
+
+class FusedFunction(jt.Function):
+    """A ``jt.Function`` whose ``grad`` finds its arguments in ``self.inputs``.
+
+    Inside ``execute`` Jittor hands over taped copies of the arguments. Whoever keeps one of those
+    for the backward pass makes a cycle that is never freed (the tape holds the function, the
+    function its own tape), half a gigabyte a training step. The arguments as given are safe.
+    """
+
+    def __call__(self, *args):
+        self.inputs = args
+        return super().__call__(*args)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jlora.kernels.native import operator
+from jlora.kernels.native import FusedFunction, operator
 from jlora.runtime import jt
 
 SIZES = 'int64_t n = (int64_t)data["n"], k = (int64_t)data["k"]; bool bf16 = data["bf16"] != 0;\n'
@@ -61,11 +61,10 @@ def _multiply(x: jt.Var, blob: jt.Var, n: int, k: int, bf16: bool) -> jt.Var:
     )  # fmt: skip
 
 
-class _PackedProduct(jt.Function):
+class _PackedProduct(FusedFunction):
     def execute(self, x, weight):
-        self.weight = weight
         return _multiply(x, weight.forward_blob, weight.n, weight.k, weight.bf16)
 
     def grad(self, dy):
-        w = self.weight
+        w = self.inputs[1]
         return _multiply(dy, w.backward_blob, w.k, w.n, w.bf16), None

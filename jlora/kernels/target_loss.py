@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from jlora.kernels.native import operator
+from jlora.kernels.native import FusedFunction, operator
 from jlora.kernels.packed_linear import PackedWeight
 from jlora.runtime import jt
 
 
-class _TargetLoss(jt.Function):
+class _TargetLoss(FusedFunction):
     def execute(self, hidden, head, targets, smoothing):
         wanted = not hidden.is_stop_grad() and not jt.flags.no_grad
         losses, self.dhidden = operator(
