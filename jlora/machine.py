@@ -23,6 +23,8 @@ PACKAGES = {
 }
 INSTALL = {"apt-get": "install -y", "dnf": "install -y", "apk": "add", "pacman": "-S --noconfirm"}
 
+SYSTEM_PATH = "/usr/bin:/bin:/usr/sbin:/sbin"
+
 
 def install_command(thing: str) -> str | None:
     """The command that installs ``thing`` (a key of PACKAGES) here, or None if unknown."""
@@ -30,7 +32,8 @@ def install_command(thing: str) -> str | None:
         return "xcode-select --install" if thing in ("compiler", "headers", "openmp") else None
     for manager, verb in INSTALL.items():
         package = PACKAGES[thing].get(manager)
-        if package and shutil.which(manager):
+        # The system's folders too: a PATH that has lost g++ may have lost the manager with it.
+        if package and (shutil.which(manager) or shutil.which(manager, path=SYSTEM_PATH)):
             sudo = "" if os.geteuid() == 0 else "sudo "
             update = f"{sudo}apt-get update && " if manager == "apt-get" else ""
             return f"{update}{sudo}{manager} {verb} {package}"

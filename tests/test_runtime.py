@@ -358,7 +358,7 @@ def test_install_command_names_the_package_manager(monkeypatch):
     monkeypatch.setattr(machine.platform, "system", lambda: "Linux")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     which = {"dnf": "/usr/bin/dnf"}
-    monkeypatch.setattr(machine.shutil, "which", which.get)
+    monkeypatch.setattr(machine.shutil, "which", lambda name, path=None: which.get(name))
     assert machine.install_command("compiler") == "sudo dnf install -y gcc-c++"
     which["apt-get"] = "/usr/bin/apt-get"
     assert "apt-get install -y g++" in machine.install_command("compiler")
