@@ -271,7 +271,7 @@ class Linear(_LinearBase):
     def reset_lora_parameters(self) -> None:
         """A uniform in +-1/sqrt(in) (kaiming_uniform with a = sqrt(5)), B zero."""
         _kaiming_uniform(self.lora_A)
-        self.lora_B.update(jt.zeros(self.lora_B.shape))
+        assign(self.lora_B, jt.zeros(self.lora_B.shape))
 
 
 class MergedLinear(_LinearBase):
@@ -341,7 +341,7 @@ class MergedLinear(_LinearBase):
     def reset_lora_parameters(self) -> None:
         """A uniform in +-1/sqrt(in) (kaiming_uniform with a = sqrt(5)), B zero."""
         _kaiming_uniform(self.lora_A)
-        self.lora_B.update(jt.zeros(self.lora_B.shape))
+        assign(self.lora_B, jt.zeros(self.lora_B.shape))
 
     def _lora_B_matrix(self) -> jt.Var:
         """B as one ``(out, r * enabled)`` matrix, zero where output block and A's rows differ."""
@@ -407,8 +407,8 @@ class Embedding(LoRALayer, nn.Embedding):
 
     def reset_lora_parameters(self) -> None:
         """A zero, B standard normal."""
-        self.lora_A.update(jt.zeros(self.lora_A.shape))
-        self.lora_B.update(jt.randn(*self.lora_B.shape))
+        assign(self.lora_A, jt.zeros(self.lora_A.shape))
+        assign(self.lora_B, jt.randn(*self.lora_B.shape))
 
     def delta_weight(self) -> jt.Var:
         A, B = self.lora_A.float32(), self.lora_B.float32()
@@ -473,7 +473,7 @@ class ConvLoRA(LoRALayer, nn.Module):
     def reset_lora_parameters(self) -> None:
         """A uniform in +-1/sqrt(columns) (kaiming_uniform with a = sqrt(5)), B zero."""
         _kaiming_uniform(self.lora_A)
-        self.lora_B.update(jt.zeros(self.lora_B.shape))
+        assign(self.lora_B, jt.zeros(self.lora_B.shape))
 
     def to_base(self) -> nn.Module:
         """The plain convolution with this layer's weight (merged or not, as it is now)."""
@@ -572,6 +572,17 @@ def bias_names(model: nn.Module, bias: str) -> set[str]:
     raise UserError(f'bias must be "none", "all" or "lora_only", not {bias!r}')
 
 
+def assign(parameter: jt.Var, values: jt.Var) -> None:
+    """Give ``parameter`` new values and leave its being trainable or not as it is.
+
+    Jittor's ``update`` alone would freeze it wherever ``values`` has no gradient.
+    """
+    stopped = parameter.is_stop_grad()
+    parameter.update(values.clone())
+    if not stopped:
+        parameter.start_grad()
+
+
 def _block_index(enable_lora: list[bool], block_size: int, r: int) -> list[jt.Var]:
     """Four int32 index Vars: B's row for each output and column for each row of A; their blocks."""
     order = np.where(enable_lora, np.cumsum(enable_lora) - 1, -1)  # block -> place among enabled
@@ -587,7 +598,7 @@ def _block_index(enable_lora: list[bool], block_size: int, r: int) -> list[jt.Va
 def _kaiming_uniform(parameter: jt.Var) -> None:
     """Uniform in +-1/sqrt(columns): what kaiming_uniform gives for a = sqrt(5)."""
     bound = 1 / math.sqrt(parameter.shape[1])
-    parameter.update((jt.rand(*parameter.shape) * 2 - 1) * bound)
+    assign(parameter, (jt.rand(*parameter.shape) * 2 - 1) * bound)
 
 
 def _identity(x: jt.Var) -> jt.Var:

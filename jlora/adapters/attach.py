@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from jlora.adapters.config import LoraConfig
-from jlora.adapters.targets import is_target, name_fits, no_match, pattern_value
+from jlora.adapters.targets import is_inside, is_target, name_fits, no_match, pattern_value
 from jlora.errors import UserError
-from jlora.layers import Conv1D, Embedding, Linear, LoRALayer, MergedLinear
+from jlora.layers import Conv1D, Embedding, Linear, LoRALayer, MergedLinear, assign
 from jlora.runtime import jt
 
 from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
@@ -102,13 +102,19 @@ def attach(model: nn.Module, config: LoraConfig) -> None:
     head = getattr(model, "output_embedding", None)
     for wanted in config.modules_to_save or []:
         modules = dict(model.named_modules())
-        found = {n: m for n, m in modules.items() if n and name_fits(n, [wanted])}
-        if not found:
+        # PEFT compares the plain ends here: "norm" stands for "input_layernorm" too.
+        found = {n: m for n, m in modules.items() if n.endswith(wanted) and _may_be_copied(m)}
+        outer = {n: m for n, m in found.items() if not is_inside(n, [f for f in found if f != n])}
+        if not outer:
             detach(model)
             raise no_match("modules_to_save", [wanted], modules)
-        for name, module in found.items():
+        for name, module in outer.items():
             tied = isinstance(module, nn.Embedding) and module.weight is head
             set_module(model, name, ModulesToSave(module, tied))
+
+
+def _may_be_copied(module: nn.Module) -> bool:
+    return not any(isinstance(part, (LoRALayer, ModulesToSave)) for part in module.modules())
 
 
 def lora_layer(name: str, module: nn.Module, config: LoraConfig) -> LoRALayer:
@@ -133,14 +139,14 @@ def _initialise(layer: LoRALayer, init: bool | str) -> None:
         return
     A, B = layer.lora_A, layer.lora_B
     if init == "gaussian":
-        A.update(jt.randn(*A.shape) / layer.r)
-        B.update(jt.randn(*B.shape) / layer.r if isinstance(layer, Embedding) else B * 0)
+        assign(A, jt.randn(*A.shape) / layer.r)
+        assign(B, jt.randn(*B.shape) / layer.r if isinstance(layer, Embedding) else B * 0)
     elif init is False:
         for var in (A, B):
             if isinstance(layer, Embedding):
-                var.update(jt.randn(*var.shape))
+                assign(var, jt.randn(*var.shape))
             else:
-                var.update((jt.rand(*var.shape) * 2 - 1) / var.shape[1] ** 0.5)
+                assign(var, (jt.rand(*var.shape) * 2 - 1) / var.shape[1] ** 0.5)
 
 
 def detach(model: nn.Module, keep_trained_modules: bool = False) -> None:

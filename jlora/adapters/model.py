@@ -17,7 +17,7 @@ from jlora.adapters.config import LoraConfig
 from jlora.adapters.targets import default_targets
 from jlora.errors import UserError
 from jlora.formats.peft_file import read_peft, write_peft
-from jlora.layers import Embedding, LoRALayer, MergedLinear, bias_names, set_trainable
+from jlora.layers import Embedding, LoRALayer, MergedLinear, assign, bias_names, set_trainable
 from jlora.runtime import jt
 
 from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
@@ -157,7 +157,7 @@ class PeftModel(nn.Module):
         check_tensors("the adapter", shapes, tensors)
         with self._unmerged():
             for name, var in parameters.items():
-                var.update(jt.array(np.ascontiguousarray(tensors[name])).cast(var.dtype))
+                assign(var, jt.array(np.ascontiguousarray(tensors[name])).cast(var.dtype))
 
     # --- on, off, merged ---
 
@@ -193,7 +193,7 @@ class PeftModel(nn.Module):
     def _swap_biases(self) -> None:
         here = self._copy_biases()
         for name, var in self._named(self._bias_names):
-            var.update(self._other_biases[name])
+            assign(var, self._other_biases[name])
         self._other_biases = here
 
     def merge_adapter(self) -> MergeReport:

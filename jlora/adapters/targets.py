@@ -54,7 +54,7 @@ def is_target(name: str, config: LoraConfig) -> bool:
 
 def is_inside(name: str, modules: list[str]) -> bool:
     """Whether a module is one of those that ``modules`` names, or a part of one."""
-    return any(f".{name}.".find(f".{module}.") >= 0 for module in modules)
+    return any(f".{module}." in f".{name}." for module in modules)
 
 
 def layer_number(name: str, layers_pattern: list[str] | str | None) -> int | None:
