@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jlora.errors import UserError
+from jlora.layers import assign
 from jlora.runtime import jt
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -65,7 +66,10 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
 
 class AdamW:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101).
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), in NumPy.
+
+    Adapters are small, and NumPy keeps the update out of Jittor's graph: a parameter computed from
+    a gradient there holds on to the whole step that the gradient came from.
 
     Two variants. "torch": weights decay before the update, eps is added to sqrt(v) after bias
     correction. "loralib": eps is added to sqrt(v) before, and the decay comes after the update.
@@ -79,16 +83,16 @@ class AdamW:
         config.check()
         self.parameters = list(parameters)
         self.config = config
-        self.sizes = [int(np.prod(p.shape)) for p in self.parameters]
-        self.m = jt.zeros((sum(self.sizes),)).stop_grad()
-        self.v = jt.zeros((sum(self.sizes),)).stop_grad()
+        self.m = np.zeros(sum(int(np.prod(p.shape)) for p in self.parameters), np.float32)
+        self.v = np.zeros_like(self.m)
         self.updates = 0
 
-    def flatten(self, tensors: Sequence[jt.Var]) -> jt.Var:
-        """Tensors shaped as the parameters -> one (P,) Var."""
-        return jt.concat([tensor.reshape(-1) for tensor in tensors])
+    def flatten(self, tensors: Sequence[jt.Var]) -> np.ndarray:
+        """Tensors shaped as the parameters -> one (P,) float32 array."""
+        jt.sync(list(tensors))  # one pass over the graph, not one a tensor
+        return np.concatenate([tensor.numpy().reshape(-1) for tensor in tensors])
 
-    def step(self, gradient: jt.Var, lr: float) -> None:
+    def step(self, gradient: np.ndarray, lr: float) -> None:
         """Update all parameters.
 
         Args:
@@ -97,32 +101,33 @@ class AdamW:
         """
         c = self.config
         self.updates += 1
-        with jt.no_grad():
-            if c.max_grad_norm:
-                norm = jt.sqrt((gradient * gradient).sum())
-                gradient = gradient * jt.minimum(c.max_grad_norm / (norm + 1e-6), jt.float32(1.0))
-            self.m = (c.beta1 * self.m + (1 - c.beta1) * gradient).stop_grad()
-            self.v = (c.beta2 * self.v + (1 - c.beta2) * gradient * gradient).stop_grad()
-            correct1 = 1 - c.beta1**self.updates
-            correct2 = 1 - c.beta2**self.updates
-            flat = self.flatten(self.parameters)
-            decay = 1 - lr * c.weight_decay
-            if c.variant == "torch":
-                change = self.m / (jt.sqrt(self.v) / math.sqrt(correct2) + c.eps)
-                flat = flat * decay - (lr / correct1) * change
-            else:
-                change = self.m / (jt.sqrt(self.v) + c.eps)
-                flat = (flat - (lr * math.sqrt(correct2) / correct1) * change) * decay
-            start = 0
-            for parameter, size in zip(self.parameters, self.sizes):
-                parameter.update(flat[start : start + size].reshape(parameter.shape))
-                start += size
+        if c.max_grad_norm:
+            norm = float(np.sqrt(np.sum(np.square(gradient, dtype=np.float64))))
+            gradient = gradient * np.float32(min(1.0, c.max_grad_norm / (norm + 1e-6)))
+        # Python floats do not widen float32 arrays.
+        self.m = c.beta1 * self.m + (1 - c.beta1) * gradient
+        self.v = c.beta2 * self.v + (1 - c.beta2) * gradient * gradient
+        correct1 = 1 - c.beta1**self.updates
+        correct2 = 1 - c.beta2**self.updates
+        values = self.flatten(self.parameters)
+        decay = 1 - lr * c.weight_decay
+        if c.variant == "torch":
+            change = self.m / (np.sqrt(self.v) / math.sqrt(correct2) + c.eps)
+            values = values * decay - (lr / correct1) * change
+        else:
+            change = self.m / (np.sqrt(self.v) + c.eps)
+            values = (values - (lr * math.sqrt(correct2) / correct1) * change) * decay
+        start = 0
+        for parameter in self.parameters:
+            size = int(np.prod(parameter.shape))
+            assign(parameter, jt.array(values[start : start + size].reshape(parameter.shape)))
+            start += size
 
     def state(self) -> dict[str, np.ndarray]:
         """What a resumed run needs: m, v and the number of updates."""
         return {
-            "m": self.m.numpy(),
-            "v": self.v.numpy(),
+            "m": self.m,
+            "v": self.v,
             "updates": np.array([self.updates], dtype=np.int64),
         }
 
@@ -132,11 +137,10 @@ class AdamW:
         Raises:
             UserError: it belongs to other parameters.
         """
-        if state["m"].shape != tuple(self.m.shape):
+        if state["m"].shape != self.m.shape:
             raise UserError(
                 f"the checkpoint's optimiser holds {state['m'].size} parameters and this adapter "
-                f"has {sum(self.sizes)}; resume with the settings the run was started with"
+                f"has {self.m.size}; resume with the settings the run was started with"
             )
-        self.m = jt.array(state["m"]).stop_grad()
-        self.v = jt.array(state["v"]).stop_grad()
+        self.m, self.v = state["m"], state["v"]
         self.updates = int(state["updates"][0])

@@ -189,7 +189,6 @@ def train(
                 batch_mean = batch_loss(model, batch, config.label_smoothing) / accumulate
                 flat = optimizer.flatten(jt.grad(batch_mean, parameters))
                 gradient = flat if gradient is None else gradient + flat
-                gradient.sync()
                 loss += batch_mean.item()
                 tokens += int(batch.lengths.sum())
             if not math.isfinite(loss):
@@ -200,7 +199,6 @@ def train(
                 )
             lr = learning_rate(config.optim, step, total)
             optimizer.step(gradient, lr)
-            jt.sync_all()
 
             progress.step += 1
             elapsed = time.monotonic() - started
