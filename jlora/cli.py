@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,16 +21,50 @@ def main(argv: Sequence[str] | None = None) -> int:
             from jlora import runtime
 
             runtime.set_verbose()
-        return arguments.function(arguments) or 0
+        code = arguments.function(arguments) or 0
+        sys.stdout.flush()  # a full disk behind `>` shows only now
+        return code
     except UserError as error:
-        print(f"jlora: error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     except KeyboardInterrupt:
         print("\njlora: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `head` does
-        sys.stderr.close()
+        drop_output()
         return 0
+    except OSError as error:  # of a file that is not the user's own: the output, a temporary
+        from jlora.files import os_error
+
+        drop_output()
+        return fail(os_error("use", error.filename or "the standard output", error))
+
+
+def fail(error: UserError) -> int:
+    """Say what is wrong in one line."""
+    print(f"jlora: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def drop_output() -> None:
+    """Keep Python from writing, at its exit, what standard output could not take."""
+    with contextlib.suppress(OSError, ValueError):  # it may be no file: a test's or a notebook's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Version(argparse.Action):
+    """``--version``; the package's data are looked up only when asked for."""
+
+    def __init__(self, option_strings, dest, **settings):
+        super().__init__(option_strings, dest, nargs=0, help="show the version and exit")
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        import importlib.metadata
+
+        try:
+            print("jlora", importlib.metadata.version("jlora"))
+        except importlib.metadata.PackageNotFoundError:
+            print("jlora (not installed: run from its sources)")
+        parser.exit()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="jlora", description="LoRA fine-tuning of language models on Jittor."
     )
-    top.add_argument("--version", action="version", version=importlib.metadata.version("jlora"))
+    top.add_argument("--version", action=Version)
     top.add_argument("-v", "--verbose", action="store_true", help="show Jittor's own messages")
     verbs = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -67,14 +102,18 @@ def parser() -> argparse.ArgumentParser:
     finetune = verb("finetune", run_finetune, "Train an adapter on prompt/completion data.")
     finetune.add_argument("--recipe", help="start from this recipe's settings")
     finetune.add_argument("--model", help="name or path of the base model")
-    finetune.add_argument("--task", help="e2e, jsonl or restaurants: how the files are read")
+    finetune.add_argument(
+        "--task", help="how the files are read: e2e (its text or CSV; the default), jsonl or "
+        "restaurants (built in)",
+    )  # fmt: skip
     finetune.add_argument("--rank", type=int, help="r of LoRA")
     finetune.add_argument("--alpha", type=float, help="lora_alpha")
     finetune.add_argument("--target-modules", help="comma-separated, such as q_proj,v_proj")
     finetune.add_argument("--lr", type=float, help="learning rate")
     finetune.add_argument("--batch-size", type=int)
-    finetune.add_argument("--steps", type=int, help="updates")
-    finetune.add_argument("--epochs", type=float, help="instead of --steps")
+    length = finetune.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="updates")
+    length.add_argument("--epochs", type=float, help="instead of --steps (default: 5)")
     finetune.add_argument("--seed", type=int)
     add_run_options(finetune)
 
@@ -120,13 +159,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_run_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--out", help="run folder (default: runs/RECIPE)")
-    command.add_argument("--data", help="folder with the data files")
+    command.add_argument("--out", help="run folder (default: runs/ and the recipe's name)")
+    command.add_argument(
+        "--data", help="folder with train, valid and test files, or the training file itself; "
+        "valid may be missing",
+    )  # fmt: skip
     command.add_argument("--resume", action="store_true", help="go on with the run in --out")
     command.add_argument("--precision", help="auto, bf16, fp32 or plain")
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",
-        help="change any setting of the recipe, such as train.steps=100; may be given several times",
+        help="change any setting of the recipe, such as train.steps=100; may be repeated",
     )  # fmt: skip
     command.add_argument("--log", action="append", choices=("wandb",), help="log there as well")
 
@@ -134,7 +176,7 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
 def overrides(arguments: argparse.Namespace) -> list[str]:
     """The recipe settings that the named options stand for."""
     names = {
-        "model": "model", "task": "data.task", "data": "data.folder", "rank": "lora.r",
+        "model": "model", "task": "data.task", "rank": "lora.r",
         "alpha": "lora.lora_alpha", "lr": "train.optim.lr", "batch_size": "train.batch_size",
         "steps": "train.steps", "epochs": "train.epochs", "seed": "train.seed",
         "precision": "precision",
@@ -144,10 +186,17 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
         value = getattr(arguments, option, None)
         if value is not None:
             found.append(f"{key}={json.dumps(value)}")
-    if getattr(arguments, "epochs", None) is not None and arguments.steps is None:
+    if arguments.data is not None:
+        folder = Path(arguments.data)
+        if folder.is_file():  # of training; the other splits are looked for beside it
+            found.append(f"data.train={json.dumps(str(folder))}")
+            folder = folder.parent
+        found.append(f"data.folder={json.dumps(str(folder))}")
+    if getattr(arguments, "epochs", None) is not None:
         found.append("train.steps=null")
     if getattr(arguments, "target_modules", None):
-        found.append(f"lora.target_modules={json.dumps(arguments.target_modules.split(','))}")
+        names = [name.strip() for name in arguments.target_modules.split(",") if name.strip()]
+        found.append(f"lora.target_modules={json.dumps(names)}")
     if arguments.log:
         found.append(f"log={json.dumps(arguments.log)}")
     return found + arguments.set
@@ -159,7 +208,9 @@ def open_recipe(arguments: argparse.Namespace, name: str | None):
 
     if arguments.resume:
         if overrides(arguments):
-            raise UserError("--resume takes every setting from the run folder; leave the others out")
+            raise UserError(
+                "--resume takes every setting from the run folder; leave the others out"
+            )
         out = arguments.out or (f"runs/{Path(name).stem}" if name else None)
         if out is None:
             raise UserError("--resume needs the run folder: --out RUN")
@@ -194,12 +245,16 @@ def run_finetune(arguments: argparse.Namespace) -> int:
 
     recipe = workflow.open_run(run, recipe, arguments.resume)
     model = workflow.build(recipe)
+    sets = workflow.encode_splits(recipe, model)
+    if not arguments.resume:
+        workflow.begin_run(run, recipe)
     started = arguments.resume and (run / "checkpoint").is_dir()
-    if not workflow.finetune(recipe, run, model, started):
+    if not workflow.finetune(recipe, run, model, sets, started, command="finetune"):
         return 130
     workflow.write_report(run)
     best = run / "best" if (run / "best").is_dir() else run / "adapter"
-    print(f"adapter: {best}\ntry it: jlora generate --model {recipe.model} --adapter {best} --prompt ...")
+    print(f"adapter: {best}")
+    print(f"try it: jlora generate --model {recipe.model} --adapter {best} --prompt ...")
     return 0
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.resources
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,14 @@ from typing import Any
 import yaml
 
 from jlora.adapters import LoraConfig
+from jlora.beam import BeamConfig
+from jlora.engine import PRECISIONS
 from jlora.errors import UserError
 from jlora.files import read_text
+from jlora.tasks import get_task
 from jlora.train import TrainConfig
+
+LOGGERS = ("wandb",)
 
 
 @dataclass
@@ -47,6 +54,17 @@ class DecodeConfig:
     batch_size: int = 16
     rank_up_to: float | None = None
     eos_token_ids: list[int] | None = None  # None: the end token of training
+
+    def beam_config(self, end_id: int) -> BeamConfig:
+        """The search's settings; ``end_id`` ends a text where `eos_token_ids` is None.
+
+        Raises:
+            UserError: a setting is out of its range.
+        """
+        settings = dataclasses.asdict(self)
+        del settings["adapter"]
+        eos_token_ids = tuple(settings.pop("eos_token_ids") or [end_id])
+        return BeamConfig(eos_token_ids=eos_token_ids, **settings)
 
 
 @dataclass
@@ -81,23 +99,58 @@ def find_recipe(name: str) -> Path:
     raise UserError(f"no recipe {name}: no such file; jlora comes with {', '.join(near)}")
 
 
-def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
+class _Loader(yaml.SafeLoader):
+    """YAML with two snares removed: 1e-3 is a number, and a key may not stand twice."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} stands there twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back as it was."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark else source
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise UserError(f"{where}: not YAML ({_one_line(reason)}); mend that line") from error
+    except (ValueError, RecursionError) as error:  # an impossible date, say
+        raise UserError(f"{source}: not YAML ({_one_line(error)}); put texts in quotes") from error
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply ``key.path=value`` overrides, whose values are YAML.
 
     Raises:
         UserError: not YAML, an unknown setting (with the nearest name), or a value of a wrong kind.
     """
-    try:
-        values = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: not YAML ({getattr(error, 'problem', error)})") from error
+    values = _parse_yaml(read_text(path), str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a YAML mapping, such as `model: smollm2-135m`")
     for override in overrides:
         apply_override(values, override)
-    return make_recipe(values, str(path))
+    return make_recipe(values, f"{path} with the options given" if overrides else str(path))
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -107,57 +160,78 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         UserError: it is not of that form.
     """
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {override}: write key=value, such as train.steps=100")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is not YAML") from error
-    *parents, last = key.split(".")
+    *parents, last = key.strip().split(".")
+    if not equals or not all([*parents, last]):
+        raise UserError(f"--set {override}: write KEY=VALUE, such as train.steps=100")
+    value = _parse_yaml(text, f"--set {override}")
     for parent in parents:
         if values.get(parent) is None:
             values[parent] = {}
         values = values[parent]
         if not isinstance(values, dict):
-            raise UserError(f"--set {override}: {parent} is one value, not a group of settings")
+            raise UserError(
+                f"--set {override}: {parent} is one value and has no settings in it; "
+                f"write {parent}=VALUE"
+            )
     values[last] = value
 
 
 def make_recipe(values: dict[str, Any], source: str) -> Recipe:
     """Check nested dicts against the dataclasses.
 
+    Args:
+        values: as YAML gives them.
+        source: what to call them in an error, usually the file's path.
+
     Raises:
-        UserError: an unknown setting (with the nearest name), or a value of a wrong kind.
+        UserError: an unknown setting (with the nearest name), a value of a wrong kind, or one that
+            makes no sense: all that can be known before anything is loaded.
     """
     import pydantic
 
-    _check_names(values, Recipe, "", source)
+    values = _check_names(values, Recipe, "", source)
+    if values.get("model") is None:
+        raise UserError(f"{source}: no model given; add one, such as `model: smollm2-135m`")
     try:
         recipe = pydantic.TypeAdapter(Recipe).validate_python(values)
+        _check_values(recipe)
     except pydantic.ValidationError as error:
-        problems = [
-            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
-            for item in error.errors()
-        ]
-        raise UserError(f"{source}: {'; '.join(problems[:3])}") from error
-    recipe.train.check()
-    if recipe.decode.adapter not in ("best", "last"):
-        raise UserError(
-            f"{source}: decode.adapter {recipe.decode.adapter!r} is not one of best, last"
-        )
-    if recipe.data.valid_stride < 1:
-        raise UserError(f"{source}: data.valid_stride must be at least 1")
-    for name in ("train_limit", "test_limit"):
-        limit = getattr(recipe.data, name)
-        if limit is not None and limit < 1:
-            raise UserError(f"{source}: data.{name} must be at least 1, or null for all")
+        raise UserError(f"{source}: {_pydantic_message(error, values)}") from error
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     return recipe
 
 
-def _check_names(values: Any, kind: type, path: str, source: str) -> None:
+def _check_values(recipe: Recipe) -> None:
+    get_task(recipe.data.task)
+    recipe.train.check()
+    recipe.decode.beam_config(end_id=0)
+    _check_choice("decode.adapter", recipe.decode.adapter, ("best", "last"))
+    _check_choice("precision", recipe.precision, ("auto", *PRECISIONS))
+    for name in recipe.log:
+        _check_choice("log", name, LOGGERS)
+    if not recipe.model.strip():
+        raise UserError("model is empty; name one, such as smollm2-135m")
+    if recipe.data.valid_stride < 1:
+        raise UserError(f"data.valid_stride must be at least 1, not {recipe.data.valid_stride}")
+    for name in ("train_limit", "test_limit"):
+        limit = getattr(recipe.data, name)
+        if limit is not None and limit < 1:
+            raise UserError(f"data.{name} must be at least 1, or null for all, not {limit}")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{name} {value!r} is not one of {', '.join(choices)}")
+
+
+def _check_names(values: Any, kind: type, path: str, source: str) -> dict[str, Any]:
+    """Refuse unknown settings; gives ``values`` back without groups that are left empty."""
     if not isinstance(values, dict):
-        raise UserError(f"{source}: {path[:-1]} is a group of settings, not one value")
+        name = path[:-1]
+        raise UserError(f"{source}: {name} is a group of settings; write {name}.NAME=VALUE")
     known = {item.name: item for item in dataclasses.fields(kind)}
+    checked = {}
     for name, value in values.items():
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
@@ -165,9 +239,41 @@ def _check_names(values: Any, kind: type, path: str, source: str) -> None:
             raise UserError(f"{source}: unknown setting {path}{name}; {hint}")
         group = known[name].default_factory
         if dataclasses.is_dataclass(group):
-            _check_names(value, group, f"{path}{name}.", source)
+            if value is None:  # every line of the group is commented out
+                continue
+            value = _check_names(value, group, f"{path}{name}.", source)
+        elif isinstance(value, bool) and "bool" not in str(known[name].type):
+            # pydantic would make a 1 of it, and YAML makes true of yes and on.
+            raise UserError(f"{source}: {path}{name} is {value}; give a value, not true or false")
+        checked[name] = value
+    return checked
+
+
+def _pydantic_message(error: Any, values: dict[str, Any]) -> str:
+    """``train.steps is 'many': should be a valid integer``, for the first few settings."""
+    problems: dict[str, str] = {}
+    for item in error.errors():
+        # The place goes on with the kinds of a union; what is in `values` is the setting.
+        names, found = [], values
+        for part in item["loc"]:
+            if isinstance(found, dict) and part in found:
+                names, found = [*names, str(part)], found[part]
+            else:
+                break
+        name = ".".join(names)
+        rule = _one_line(item["msg"]).replace("Input should", "should")
+        if name in problems:
+            problems[name] += f", or {rule}"
+        else:
+            problems[name] = f"{name} is {_one_line(repr(found))[:60]}: {rule}"
+    return "; ".join(list(problems.values())[:3])
+
+
+def _one_line(text: Any) -> str:
+    return " ".join(str(text).split())
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every setting in it, defaults included."""
-    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+    values = dataclasses.asdict(recipe)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from jlora import engine
 from jlora.adapters import PeftModel, get_peft_model
-from jlora.beam import BeamConfig, beam_search
+from jlora.beam import beam_search
 from jlora.config import DecodeConfig, Recipe, dump_recipe, load_recipe
-from jlora.data import Example, check_vocabulary, encode_examples, encode_prompts
+from jlora.data import Example, TokenExample, check_vocabulary, encode_examples, encode_prompts
 from jlora.errors import UserError
-from jlora.files import check_writable, read_text, write_text
+from jlora.files import check_writable, read_text, recover_directory, write_text
 from jlora.loggers import ProgressLogger, WandbLogger, read_metrics
-from jlora.metrics import evaluate_e2e
+from jlora.metrics import evaluate_e2e, find_java
 from jlora.models.hub import load, require_tokenizer
 from jlora.predictions import (
     Prediction,
@@ -40,7 +40,9 @@ def say(message: str) -> None:
 
 
 def open_run(run: Path, recipe: Recipe, resume: bool) -> Recipe:
-    """Make the run folder, or take up the recipe of the one that is there.
+    """Take up the recipe of the run that is there, or see that a new run can be there.
+
+    A new run writes nothing before `begin_run`, so what goes wrong earlier leaves nothing behind.
 
     Raises:
         UserError: a new run would overwrite an old one, or there is nothing to resume.
@@ -49,14 +51,24 @@ def open_run(run: Path, recipe: Recipe, resume: bool) -> Recipe:
     if resume:
         if not config.is_file():
             raise UserError(f"{run}: no run to resume there; start it without --resume")
+        for name in ("checkpoint", "adapter", "best"):
+            recover_directory(run / name)
         return load_recipe(config)
     if config.exists():
         raise UserError(
             f"{run} holds a run already; add --resume to go on with it, or choose another --out"
         )
-    check_writable(run)
-    write_text(config, dump_recipe(recipe))
     return recipe
+
+
+def begin_run(run: Path, recipe: Recipe) -> None:
+    """Make the run folder with the recipe in it.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    check_writable(run)
+    write_text(run / "config.yaml", dump_recipe(recipe))
 
 
 def load_split(recipe: Recipe, split: str) -> list[Example]:
@@ -90,11 +102,36 @@ def build(recipe: Recipe, adapter: str | Path | None = None) -> PeftModel:
     return model
 
 
-def finetune(recipe: Recipe, run: Path, model: PeftModel, resume: bool) -> bool:
-    """Train as the recipe says; whether the training is complete."""
+def has_validation(recipe: Recipe) -> bool:
+    """Whether there is a validation split; training does without."""
+    data, task = recipe.data, get_task(recipe.data.task)
+    if data.valid is not None:
+        return True
+    if data.folder is None:
+        if task.built_in is not None:
+            return data.train is None
+        if data.train is not None:  # what lies in the usual places is of other data
+            return False
+    try:
+        task.find_data(data.folder, "valid")
+    except UserError:
+        return False
+    return True
+
+
+def encode_splits(recipe: Recipe, model: PeftModel) -> list[list[TokenExample]]:
+    """Training and validation examples as tokens; the latter may be none.
+
+    Raises:
+        UserError: data are missing, broken, or do not fit the model.
+    """
     data, tokenizer = recipe.data, model.tokenizer
-    sets = []
+    sets: list[list[TokenExample]] = []
     for split in ("train", "valid"):
+        if split == "valid" and not has_validation(recipe):
+            say("no validation data: the last adapter is the one to use")
+            sets.append([])
+            continue
         examples = load_split(recipe, split)
         if split == "train" and data.train_limit:
             examples = examples[: data.train_limit]
@@ -109,14 +146,32 @@ def finetune(recipe: Recipe, run: Path, model: PeftModel, resume: bool) -> bool:
             + (f", {cut:,} prompts cut to {longest} tokens" if cut else "")
         )
         sets.append(encoded)
+    return sets
 
+
+def finetune(
+    recipe: Recipe,
+    run: Path,
+    model: PeftModel,
+    sets: Sequence[list[TokenExample]],
+    resume: bool,
+    command: str = "run",
+) -> bool:
+    """Train as the recipe says; whether the training is complete.
+
+    Args:
+        sets: training and validation examples, see `encode_splits`.
+        command: the verb that goes on with this run after Ctrl-C.
+    """
     trainable, total = model.get_nb_trainable_parameters()
     say(f"{trainable:,} trainable parameters of {total:,} ({100 * trainable / total:.3f} %)")
 
     def loggers(steps: int, start: int) -> list:
         extra = []
         if "wandb" in recipe.log:
-            extra.append(WandbLogger(name=run.name, config={"recipe": dump_recipe(recipe)}, folder=run))
+            extra.append(
+                WandbLogger(name=run.name, config={"recipe": dump_recipe(recipe)}, folder=run)
+            )
         return [ProgressLogger(steps, start), *extra]
 
     result = train(model, *sets, recipe.train, run, loggers, resume)
@@ -125,7 +180,7 @@ def finetune(recipe: Recipe, run: Path, model: PeftModel, resume: bool) -> bool:
     if result.interrupted:
         say(
             f"stopped after step {result.progress.step} of {result.total_steps}; everything is "
-            f"saved. Go on with: jlora run --resume --out {run}"
+            f"saved. Go on with: jlora {command} --resume --out {run}"
         )
     elif result.progress.best_valid_loss is not None:
         say(
@@ -133,6 +188,18 @@ def finetune(recipe: Recipe, run: Path, model: PeftModel, resume: bool) -> bool:
             f"(best, at step {result.progress.best_step})"
         )
     return not result.interrupted
+
+
+def encode_inputs(
+    model, prompts: Sequence[str], max_new_tokens: int, separator_id: int | None
+) -> list[list[int]]:
+    """Prompts as tokens.
+
+    Raises:
+        UserError: one is too long for the model's context with the new tokens.
+    """
+    longest = model.config.max_positions - max_new_tokens + 1
+    return encode_prompts(prompts, model.tokenizer, longest, separator_id)
 
 
 def decode(
@@ -150,18 +217,8 @@ def decode(
     """
     tokenizer = model.tokenizer
     end_id = tokenizer.eos_token_id if end_id is None else end_id
-    config = BeamConfig(
-        eos_token_ids=tuple(decode_config.eos_token_ids or [end_id]),
-        **{
-            name: getattr(decode_config, name)
-            for name in (
-                "num_beams", "length_penalty", "no_repeat_ngram_size", "max_new_tokens",
-                "min_length", "repetition_penalty", "batch_size", "rank_up_to",
-            )
-        },
-    )  # fmt: skip
-    longest = model.config.max_positions - config.max_new_tokens + 1
-    encoded = encode_prompts(prompts, tokenizer, longest, separator_id)
+    config = decode_config.beam_config(end_id)
+    encoded = encode_inputs(model, prompts, config.max_new_tokens, separator_id)
     partial = path.with_name(path.name + ".partial")
     done = {p.prompt: p for p in read_predictions(partial)} if partial.exists() else {}
     # Prompts of like length are decoded together, as in training.
@@ -198,10 +255,16 @@ def run_recipe(recipe: Recipe, run: Path, resume: bool = False) -> dict | None:
         ``{"before": scores or absent, "after": scores}``; None when training was interrupted.
     """
     recipe = open_run(run, recipe, resume)
-    groups = test_groups(recipe)  # before hours of training: is there something to test on?
+    # Before hours of training: is all there that its end needs?
+    find_java()
+    groups = test_groups(recipe)
     prompts = [group.prompt for group in groups]
     references = [group.references for group in groups]
     model = build(recipe)
+    encode_inputs(model, prompts, recipe.decode.max_new_tokens, recipe.data.separator_id)
+    sets = encode_splits(recipe, model)
+    if not resume:
+        begin_run(run, recipe)
 
     def answer_and_score(model: PeftModel, key: str, path: Path) -> None:
         scores = read_scores(run)
@@ -219,7 +282,7 @@ def run_recipe(recipe: Recipe, run: Path, resume: bool = False) -> dict | None:
             answer_and_score(model, "before", run / "predictions_before.jsonl")
     if "after" not in read_scores(run):
         started = resume and (run / "checkpoint").is_dir()
-        if not finetune(recipe, run, model, started):
+        if not finetune(recipe, run, model, sets, started):
             return None
         best = recipe.decode.adapter == "best" and (run / "best").is_dir()
         chosen = run / ("best" if best else "adapter")

@@ -16,3 +16,26 @@ def shared_data() -> Path:
         if (folder / "e2e" / "test.txt").is_file():
             return folder
     pytest.skip("development data not found: set JLORA_DATA or put it in ../shared/data")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """Folder of a tiny GPT-2; not to be changed."""
+    import tiny
+
+    return tiny.write_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_model, tmp_path_factory) -> Path:
+    """Run folder of a few steps of `jlora finetune` on the built-in corpus; not to be changed."""
+    from jlora.cli import main
+
+    run = tmp_path_factory.mktemp("tiny_run") / "run"
+    code = main(
+        f"finetune --model {tiny_model} --task restaurants --rank 2 --target-modules c_attn "
+        "--lr 1e-2 --batch-size 4 --steps 6 --precision plain --set data.train_limit=40 "
+        f"--set data.valid_stride=50 --set train.valid_every=3 --out {run}".split()
+    )
+    assert code == 0
+    return run
