@@ -118,8 +118,8 @@ def parser() -> argparse.ArgumentParser:
     add_run_options(finetune)
 
     generate = verb("generate", run_generate, "Answer prompts with a model and its adapter.")
-    generate.add_argument("--model", required=True, help="name or path of the base model")
-    generate.add_argument("--adapter", help="adapter folder, such as RUN/best")
+    generate.add_argument("--model", help="base model (default: the one of the adapter's run)")
+    generate.add_argument("--adapter", help="run folder, or adapter folder such as RUN/best")
     source = generate.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="a prompt; may be given several times")
     source.add_argument("--data", help="a file of the task; its distinct inputs are the prompts")
@@ -254,14 +254,50 @@ def run_finetune(arguments: argparse.Namespace) -> int:
     workflow.write_report(run)
     best = run / "best" if (run / "best").is_dir() else run / "adapter"
     print(f"adapter: {best}")
-    print(f"try it: jlora generate --model {recipe.model} --adapter {best} --prompt ...")
+    print(f"try it: jlora generate --adapter {run} --prompt ...")
     return 0
 
 
 def run_generate(arguments: argparse.Namespace) -> int:
     from jlora import workflow
+    from jlora.config import DecodeConfig
+    from jlora.generate import GenerateConfig
+    from jlora.tasks import get_task
 
-    return workflow.generate_texts(arguments)
+    shared = {"max_new_tokens": arguments.max_new_tokens, "batch_size": arguments.batch_size}
+    if arguments.method == "beam":
+        config = DecodeConfig(
+            num_beams=arguments.beams,
+            length_penalty=arguments.length_penalty,
+            no_repeat_ngram_size=arguments.no_repeat_ngram_size,
+            **shared,
+        )
+    else:
+        sampling = {"top_k": arguments.top_k, "top_p": arguments.top_p, "seed": arguments.seed}
+        temperature = arguments.temperature if arguments.method == "sample" else 0.0
+        config = GenerateConfig(
+            eos_token_ids=(), temperature=temperature, **shared,
+            **(sampling if arguments.method == "sample" else {}),
+        )  # fmt: skip
+    prompts = arguments.prompt
+    if arguments.data:
+        task = get_task(arguments.task)
+        prompts = [group.prompt for group in task.groups(task.read(arguments.data))]
+    predictions = workflow.answer(
+        prompts,
+        arguments.model,
+        Path(arguments.adapter) if arguments.adapter else None,
+        config,
+        arguments.separator_id,
+        arguments.end_id,
+        arguments.raw,
+        arguments.precision,
+        Path(arguments.out) if arguments.out else None,
+    )
+    if not arguments.out:
+        for prediction in predictions:
+            print(prediction.prediction)
+    return 0
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:

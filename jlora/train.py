@@ -164,9 +164,7 @@ def train(
 
     def save() -> None:
         model.save_pretrained(run / "adapter")
-        save_checkpoint(
-            run / "checkpoint", progress, model.adapter_tensors(), optimizer.state()
-        )
+        save_checkpoint(run / "checkpoint", progress, model.adapter_tensors(), optimizer.state())
 
     def validate() -> None:
         loss = validation_loss(model, valid_examples, config.valid_batch_size)
@@ -175,6 +173,18 @@ def train(
             progress.best_valid_loss, progress.best_step = loss, progress.step
             model.save_pretrained(run / "best")
 
+    def stop_at_nan(loss: float, step: int) -> UserError:
+        kept = "no adapter was good yet"
+        if good is not None:
+            model.set_adapter_tensors(good)
+            model.save_pretrained(run / "adapter")
+            kept = f"the last good adapter is in {run / 'adapter'}"
+        return UserError(
+            f"the loss is {loss} at step {step}; {kept}. Lower the learning rate (train.optim.lr) "
+            "or clip the gradient (train.optim.max_grad_norm=1), and start a new run"
+        )
+
+    good = None  # the adapter of the newest step with a finite loss
     stop = StopRequest()
     with loggers, stop:
         while progress.step < total and not stop.requested:
@@ -192,11 +202,9 @@ def train(
                 loss += batch_mean.item()
                 tokens += int(batch.lengths.sum())
             if not math.isfinite(loss):
-                save()  # the parameters are those before this step: good ones
-                raise UserError(
-                    f"the loss is {loss} at step {step + 1}; the adapter before it is in "
-                    f"{run / 'adapter'}. Lower the learning rate or raise max_grad_norm"
-                )
+                raise stop_at_nan(loss, step + 1)
+            # A finite loss shows that these are good; what the update makes of them, the next.
+            good = model.adapter_tensors()
             lr = learning_rate(config.optim, step, total)
             optimizer.step(gradient, lr)
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from jlora import engine
 from jlora.adapters import PeftModel, get_peft_model
 from jlora.beam import beam_search
-from jlora.config import DecodeConfig, Recipe, dump_recipe, load_recipe
+from jlora.config import DataConfig, DecodeConfig, Recipe, dump_recipe, load_recipe
 from jlora.data import Example, TokenExample, check_vocabulary, encode_examples, encode_prompts
 from jlora.errors import UserError
 from jlora.files import check_writable, read_text, recover_directory, write_text
+from jlora.generate import GenerateConfig, generate
 from jlora.loggers import ProgressLogger, WandbLogger, read_metrics
 from jlora.metrics import evaluate_e2e, find_java
 from jlora.models.hub import load, require_tokenizer
@@ -208,9 +210,9 @@ def decode(
     decode_config: DecodeConfig,
     separator_id: int | None,
     end_id: int | None,
-    path: Path,
+    path: Path | None,
 ) -> list[Prediction]:
-    """Answer prompts by beam search and write them to ``path``, a batch at a time.
+    """Answer prompts by beam search and write them to ``path`` (None: nowhere).
 
     Batches that an interrupted call has finished are kept in ``path`` with ``.partial`` and are
     not decoded again.
@@ -219,8 +221,8 @@ def decode(
     end_id = tokenizer.eos_token_id if end_id is None else end_id
     config = decode_config.beam_config(end_id)
     encoded = encode_inputs(model, prompts, config.max_new_tokens, separator_id)
-    partial = path.with_name(path.name + ".partial")
-    done = {p.prompt: p for p in read_predictions(partial)} if partial.exists() else {}
+    partial = path and path.with_name(path.name + ".partial")
+    done = {p.prompt: p for p in read_predictions(partial)} if partial and partial.exists() else {}
     # Prompts of like length are decoded together, as in training.
     waiting = sorted(
         (index for index, prompt in enumerate(prompts) if prompt not in done),
@@ -239,13 +241,104 @@ def decode(
                 for index, hypotheses in zip(batch, found)
             ]
             done.update((p.prompt, p) for p in predictions)
-            write_predictions(partial, list(done.values()))
+            if partial:
+                write_predictions(partial, list(done.values()))
             bar.update(len(batch))
     ordered = [done[prompt] for prompt in prompts]
-    write_predictions(path, ordered)
-    write_lines(path.with_suffix(".txt"), ordered)
-    partial.unlink(missing_ok=True)
+    if path:
+        save_predictions(path, ordered)
+        partial.unlink(missing_ok=True)
     return ordered
+
+
+def save_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
+    """Write predictions.jsonl, and the texts alone beside it as metric scripts read them."""
+    write_predictions(path, predictions)
+    write_lines(path.with_suffix(".txt"), predictions)
+
+
+def run_of(adapter: Path) -> tuple[Path, Recipe | None]:
+    """The adapter folder and the recipe of its run, for a run folder or an adapter folder.
+
+    The recipe knows which tokens stood round the completions in training; None where the adapter
+    was made elsewhere.
+    """
+    if (adapter / "config.yaml").is_file() and not (adapter / "adapter_config.json").is_file():
+        found = [adapter / name for name in ("best", "adapter") if (adapter / name).is_dir()]
+        if not found:
+            raise UserError(f"{adapter}: this run has no adapter yet; train it first")
+        return found[0], load_recipe(adapter / "config.yaml")
+    config = adapter.resolve().parent / "config.yaml"
+    return adapter, load_recipe(config) if config.is_file() else None
+
+
+def answer(
+    prompts: Sequence[str],
+    model_name: str | None,
+    adapter: Path | None,
+    config: DecodeConfig | GenerateConfig,
+    separator_id: int | None = None,
+    end_ids: Sequence[int] | None = None,
+    raw: bool = False,
+    precision: str = "auto",
+    path: Path | None = None,
+) -> list[Prediction]:
+    """Answer prompts with a model and, if given, its adapter.
+
+    Args:
+        model_name: None: the model that the adapter's run was made with.
+        adapter: a run folder or an adapter folder.
+        config: beam search, or greedy decoding and sampling (whose end tokens are set here).
+        separator_id: token after each prompt; None: as in the adapter's run, else the tokenizer's
+            end token.
+        end_ids: tokens that end a text; None: likewise.
+        raw: no separator: the model goes on with the prompt's own text.
+        precision: see `jlora.engine.prepare`.
+        path: predictions.jsonl to write; None: none.
+
+    Raises:
+        UserError: no model, no such adapter, or prompts that do not fit.
+    """
+    recipe = None
+    if adapter is not None:
+        adapter, recipe = run_of(adapter)
+    model_name = model_name or (recipe and recipe.model)
+    if not model_name:
+        raise UserError("no --model given, such as --model smollm2-135m")
+    say(f"loading {model_name}")
+    model = load(model_name)
+    tokenizer = require_tokenizer(model)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    engine.prepare(model, precision)
+    model.eval()
+    trained = recipe.data if recipe else DataConfig()
+    separator_id = trained.separator_id if separator_id is None else separator_id
+    end_ids = end_ids or [tokenizer.eos_token_id if trained.end_id is None else trained.end_id]
+    if end_ids == [None]:
+        raise UserError("the tokenizer names no end token; give --end-id")
+    if isinstance(config, DecodeConfig) and not raw:
+        config = replace(config, eos_token_ids=list(end_ids))
+        return decode(model, prompts, config, separator_id, end_ids[0], path)
+    if raw:
+        encoded = tokenizer.encode_batch(list(prompts))
+    else:
+        encoded = encode_inputs(model, prompts, config.max_new_tokens, separator_id)
+    if isinstance(config, DecodeConfig):
+        config = replace(config, eos_token_ids=list(end_ids))
+        found = beam_search(model, encoded, config.beam_config(end_ids[0]))
+        penalty = config.length_penalty
+    else:
+        config = replace(config, eos_token_ids=tuple(end_ids))
+        found = [[one] for one in generate(model, encoded, config)]
+        penalty = 0.0
+    predictions = [
+        make_prediction(prompt, hypotheses, tokenizer.decode, penalty)
+        for prompt, hypotheses in zip(prompts, found)
+    ]
+    if path:
+        save_predictions(path, predictions)
+    return predictions
 
 
 def run_recipe(recipe: Recipe, run: Path, resume: bool = False) -> dict | None:

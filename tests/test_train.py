@@ -1,0 +1,347 @@
+"""Training against the reference run of microsoft/LoRA's own code, and interrupted runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+from jlora.adapters import LoraConfig, get_peft_model
+from jlora.beam import BeamConfig, beam_search
+from jlora.data import TokenExample
+from jlora.errors import UserError
+from jlora.loggers import read_metrics
+from jlora.models.gpt2 import GPT2Config, GPT2LMHeadModel
+from jlora.models.hub import load
+from jlora.optim import AdamW, OptimConfig, learning_rate
+from jlora.runtime import jt, set_seed
+from jlora.train import TrainConfig, train, validation_loss
+
+# --- microsoft/LoRA's run ---
+
+
+@pytest.fixture(scope="module")
+def reference_run(shared_data, tmp_path_factory):
+    """The reference run repeated from its start weights: (expected, metrics, model)."""
+    folder = shared_data / "reference" / "microsoft_lora"
+    expected = json.loads((folder / "expected.json").read_text())
+    examples = []
+    for line in (folder / "train.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        examples.append(TokenExample(row["context"] + row["completion"], len(row["context"])))
+    model = get_peft_model(
+        load(folder),
+        LoraConfig(
+            r=expected["r"],
+            lora_alpha=expected["lora_alpha"],
+            lora_dropout=expected["lora_dropout"],
+            target_modules=["c_attn"],
+            enable_lora=expected["enable_lora"],
+        ),
+    )
+    model.set_adapter_tensors(load_tensors(folder / "lora_init.safetensors"))
+    config = TrainConfig(
+        batch_size=expected["batch_size"],
+        steps=expected["steps"],
+        label_smoothing=expected["label_smooth"],
+        max_length=expected["seq_len"],
+        shuffle=False,
+        log_every=1,
+        optim=OptimConfig(
+            lr=expected["lr"],
+            warmup_steps=expected["warmup"],
+            beta1=expected["betas"][0],
+            beta2=expected["betas"][1],
+            eps=expected["eps"],
+            weight_decay=expected["weight_decay"],
+            variant="loralib",
+        ),
+    )
+    run = tmp_path_factory.mktemp("reference")
+    train(model, examples, [], config, run)
+    return folder, expected, read_metrics(run / "metrics.jsonl"), model
+
+
+def load_tensors(path):
+    from safetensors.numpy import load_file
+
+    return load_file(str(path))
+
+
+def test_losses_and_learning_rates_are_the_reference_s(reference_run):
+    _, expected, metrics, _ = reference_run
+    np.testing.assert_allclose([m["loss"] for m in metrics], expected["losses"], rtol=1e-4)
+    np.testing.assert_allclose([m["lr"] for m in metrics], expected["lrs"], rtol=1e-12)
+
+
+def test_final_adapter_is_the_reference_s(reference_run):
+    folder, _, _, model = reference_run
+    ours, theirs = model.adapter_tensors(), load_tensors(folder / "lora_final.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        difference = np.linalg.norm(ours[name] - tensor) / np.linalg.norm(tensor)
+        assert difference < 1e-3, f"{name}: {difference:.2e}"
+
+
+def test_the_trained_model_decodes_as_the_reference(reference_run):
+    folder, expected, _, model = reference_run
+    queries = [json.loads(line) for line in (folder / "queries.jsonl").read_text().splitlines()]
+    beams = [json.loads(line) for line in (folder / "beams.jsonl").read_text().splitlines()]
+    config = BeamConfig(
+        eos_token_ids=(expected["eos_token_id"],),
+        num_beams=expected["beam"],
+        length_penalty=expected["length_penalty"],
+        no_repeat_ngram_size=expected["no_repeat_ngram_size"],
+        max_new_tokens=expected["eval_len"],
+        min_length=expected["min_length"],
+    )
+    found = beam_search(model, [query["context"] for query in queries], config)
+    for row, hypotheses in zip(beams, found):
+        ids = list(hypotheses[0].ids)
+        assert ids + [0] * (expected["eval_len"] - len(ids)) == row["predict"], row["id"]
+
+
+# --- optimiser and schedule, against plain formulas ---
+
+
+@pytest.mark.parametrize("variant", ["torch", "loralib"])
+def test_adamw_against_scalar_arithmetic(variant):
+    config = OptimConfig(lr=0.1, beta1=0.8, beta2=0.9, eps=1e-2, weight_decay=0.3, variant=variant)
+    parameter = jt.array(np.array([[1.0, -2.0]], np.float32))
+    optimizer = AdamW([parameter], config)
+    values, m, v = [1.0, -2.0], [0.0, 0.0], [0.0, 0.0]
+    for t, gradient in enumerate([[0.5, 0.1], [-0.2, 0.4], [0.3, 0.3]], start=1):
+        optimizer.step(np.array(gradient, np.float32), lr=0.1)
+        for i, g in enumerate(gradient):
+            m[i] = 0.8 * m[i] + 0.2 * g
+            v[i] = 0.9 * v[i] + 0.1 * g * g
+            m_hat, v_hat = m[i] / (1 - 0.8**t), v[i] / (1 - 0.9**t)
+            if variant == "torch":
+                values[i] -= 0.1 * 0.3 * values[i]
+                values[i] -= 0.1 * m_hat / (v_hat**0.5 + 1e-2)
+            else:
+                root = (1 - 0.9**t) ** 0.5
+                values[i] -= 0.1 * root / (1 - 0.8**t) * m[i] / (v[i] ** 0.5 + 1e-2)
+                values[i] -= 0.1 * 0.3 * values[i]
+    np.testing.assert_allclose(parameter.numpy(), [values], rtol=1e-5)
+
+
+def test_clipping_scales_the_whole_gradient():
+    parameter = jt.array(np.zeros(2, np.float32))
+    clipped = AdamW([parameter], OptimConfig(lr=1.0, max_grad_norm=1.0))
+    clipped.step(np.array([3.0, 4.0], np.float32), lr=1.0)
+    np.testing.assert_allclose(clipped.m, [0.06, 0.08], rtol=1e-5)  # (1 - beta1) * g / 5
+
+
+def test_schedules():
+    linear = OptimConfig(lr=1.0, warmup_steps=10)
+    rates = [learning_rate(linear, step, 110) for step in (0, 5, 10, 60, 110)]
+    assert rates == pytest.approx([0, 0.5, 1, 0.5, 0])
+    cosine = OptimConfig(lr=1.0, schedule="cosine")
+    assert learning_rate(cosine, 25, 100) == pytest.approx(0.5 + 0.5 * 2**-0.5)
+    assert learning_rate(OptimConfig(lr=3.0, schedule="constant"), 99, 100) == 3.0
+
+
+def test_state_of_other_parameters_is_refused():
+    state = AdamW([jt.zeros((3,))], OptimConfig()).state()
+    with pytest.raises(UserError, match="3 parameters and this adapter has 4"):
+        AdamW([jt.zeros((4,))], OptimConfig()).load_state(state)
+
+
+# --- a tiny run ---
+
+
+def tiny_model(dropout=0.1):
+    """A random GPT-2 of two layers with a random adapter, the same one at each call."""
+    set_seed(7)
+    config = GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    model = get_peft_model(
+        GPT2LMHeadModel(config),
+        LoraConfig(r=2, lora_alpha=8, lora_dropout=dropout, target_modules=["c_attn"]),
+    )
+    generator = np.random.default_rng(3)
+    model.set_adapter_tensors(
+        {
+            name: generator.normal(size=tensor.shape).astype(np.float32) * 0.1
+            for name, tensor in sorted(model.adapter_tensors().items())
+        }
+    )
+    return model
+
+
+def tiny_examples(count=30):
+    generator = np.random.default_rng(5)
+    rows = [
+        generator.integers(1, 40, size=generator.integers(5, 12)).tolist() for _ in range(count)
+    ]
+    return [TokenExample(row, 3) for row in rows]
+
+
+TINY = TrainConfig(
+    batch_size=4,
+    steps=12,
+    label_smoothing=0.1,
+    log_every=1,
+    valid_every=5,
+    save_every=4,
+    optim=OptimConfig(lr=1e-2, warmup_steps=2),
+)
+
+
+def losses(run):
+    return [
+        (record["step"], key, record[key])
+        for record in read_metrics(run / "metrics.jsonl")
+        for key in ("loss", "valid_loss")
+        if key in record
+    ]
+
+
+def run_tiny(run, resume=False, config=TINY):
+    model = tiny_model()
+    return model, train(model, tiny_examples(), tiny_examples(6), config, run, resume=resume)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("whole")
+    model, _ = run_tiny(run)
+    return run, model.adapter_tensors()
+
+
+def test_training_lowers_the_validation_loss(whole_run):
+    run, _ = whole_run
+    start = validation_loss(tiny_model(), tiny_examples(6), 4)
+    assert losses(run)[-1][2] < start - 0.05
+
+
+def test_ctrl_c_saves_and_the_resumed_run_is_bit_for_bit_the_whole_one(whole_run, tmp_path):
+    class CtrlC:
+        """Presses Ctrl-C while step 7 is logged."""
+
+        def log(self, record):
+            if record["step"] == 7:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        def close(self):
+            pass
+
+    model = tiny_model()
+    make = lambda total, start: [CtrlC()]  # noqa: E731
+    result = train(model, tiny_examples(), tiny_examples(6), TINY, tmp_path, make)
+    assert result.interrupted and result.progress.step == 7
+    model, result = run_tiny(tmp_path, resume=True)
+    assert not result.interrupted
+    assert losses(tmp_path) == losses(whole_run[0])
+    for name, tensor in model.adapter_tensors().items():
+        assert np.array_equal(tensor, whole_run[1][name]), name
+
+
+def test_a_killed_run_resumes_bit_for_bit(whole_run, tmp_path):
+    code = textwrap.dedent(
+        f"""
+        import sys, time
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        from pathlib import Path
+        import test_train as t
+        class Slow:
+            def log(self, record): time.sleep(0.05)
+            def close(self): pass
+        t.train(t.tiny_model(), t.tiny_examples(), t.tiny_examples(6), t.TINY,
+                Path({str(tmp_path)!r}), lambda total, start: [Slow()])
+        """
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    kill_after = 5 + os.getpid() % 5  # any step after the first checkpoint
+    deadline = time.monotonic() + 120
+    metrics = tmp_path / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None:
+        lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        if lines >= kill_after and (tmp_path / "checkpoint").is_dir():
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    model, result = run_tiny(tmp_path, resume=True)
+    assert result.progress.step == TINY.steps
+    assert losses(tmp_path) == losses(whole_run[0])
+    for name, tensor in model.adapter_tensors().items():
+        assert np.array_equal(tensor, whole_run[1][name]), name
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path):
+    rows = [TokenExample(list(range(1 + i, 9 + i)), 3) for i in range(16)]  # equal lengths
+    results = []
+    for batch, accumulate in ((8, 1), (2, 4)):
+        model = tiny_model(dropout=0.0)
+        config = TrainConfig(
+            batch_size=batch,
+            grad_accumulation=accumulate,
+            steps=3,
+            shuffle=False,
+            log_every=1,
+            optim=OptimConfig(lr=1e-2),
+        )
+        run = tmp_path / str(batch)
+        train(model, rows, [], config, run)
+        results.append((losses(run), model.adapter_tensors()))
+    one, four = results
+    np.testing.assert_allclose([x[2] for x in one[0]], [x[2] for x in four[0]], rtol=1e-5)
+    for name, tensor in one[1].items():
+        np.testing.assert_allclose(four[1][name], tensor, rtol=2e-3, atol=2e-5)
+
+
+def test_memory_does_not_grow_with_the_steps(tmp_path):
+    model = tiny_model()
+    config = TrainConfig(batch_size=4, steps=4, optim=OptimConfig(lr=1e-2))
+    train(model, tiny_examples(), [], config, tmp_path / "a")
+    before = jt.liveness_info()["lived_vars"]
+    config.steps = 30
+    train(model, tiny_examples(), [], config, tmp_path / "b")
+    assert jt.liveness_info()["lived_vars"] <= before + 50
+
+
+# --- errors ---
+
+
+def test_resuming_with_other_settings_or_data_is_refused(whole_run):
+    run, _ = whole_run
+    other = TrainConfig(**{**TINY.__dict__, "label_smoothing": 0.2})
+    with pytest.raises(UserError, match="other settings, data or adapter shapes"):
+        run_tiny(run, resume=True, config=other)
+    with pytest.raises(UserError, match="other settings, data or adapter shapes"):
+        train(tiny_model(), tiny_examples(29), [], TINY, run, resume=True)
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint to resume from"):
+        run_tiny(tmp_path, resume=True)
+
+
+def test_a_damaged_checkpoint_is_named(whole_run, tmp_path):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(whole_run[0], run)
+    (run / "checkpoint" / "progress.json").write_text('{"step": 1')
+    with pytest.raises(UserError, match="progress.json"):
+        run_tiny(run, resume=True)
+
+
+def test_an_adapter_that_does_not_move_is_an_error(tmp_path):
+    model = tiny_model()
+    zero = {
+        name: np.zeros_like(tensor) if name.endswith("lora_B") else tensor
+        for name, tensor in model.adapter_tensors().items()
+    }
+    model.set_adapter_tensors(zero)
+    config = TrainConfig(batch_size=4, steps=6, optim=OptimConfig(lr=1e-38, eps=1.0))
+    with pytest.raises(UserError, match="lora_B are still zero"):
+        train(model, tiny_examples(), [], config, tmp_path)
