@@ -127,14 +127,14 @@ for _kind in (_Loader, _Dumper):
     )
 
 
-def _parse_yaml(text: str, source: str) -> Any:
+def _parse_yaml(text: str, source: str, lines: bool = True) -> Any:
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{source}:{mark.line + 1}" if mark else source
+        where = f"{source}:{mark.line + 1}" if mark and lines else source
         reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-        raise UserError(f"{where}: not YAML ({_one_line(reason)}); mend that line") from error
+        raise UserError(f"{where}: not YAML ({_one_line(reason)}); mend it") from error
     except (ValueError, RecursionError) as error:  # an impossible date, say
         raise UserError(f"{source}: not YAML ({_one_line(error)}); put texts in quotes") from error
 
@@ -163,7 +163,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     *parents, last = key.strip().split(".")
     if not equals or not all([*parents, last]):
         raise UserError(f"--set {override}: write KEY=VALUE, such as train.steps=100")
-    value = _parse_yaml(text, f"--set {override}")
+    value = _parse_yaml(text, f"--set {override}", lines=False)
     for parent in parents:
         if values.get(parent) is None:
             values[parent] = {}
@@ -276,4 +276,7 @@ def _one_line(text: Any) -> str:
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every setting in it, defaults included."""
     values = dataclasses.asdict(recipe)
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    if re.search("[\x85\u2028\u2029\ufeff]", text):  # PyYAML reads these back as something else
+        text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=False)
+    return text

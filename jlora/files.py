@@ -21,6 +21,7 @@ def os_error(action: str, path: str | Path, error: OSError) -> UserError:
         "Read-only file system": "choose a folder that can be written",
         "No such file or directory": "check the path",
         "Is a directory": "give a file, not a folder",
+        "Not a directory": "a file stands where a folder should; choose another path",
     }
     hint = hints.get(reason)
     return UserError(f"cannot {action} {path}: {reason}" + (f"; {hint}" if hint else ""))

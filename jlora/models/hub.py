@@ -277,7 +277,10 @@ def load_weights(model: Any, tensors: dict[str, np.ndarray], source: str = "chec
         {name: tuple(a.shape) for name, a in tensors.items()},
     )
     if problems:
-        raise UserError(f"{source}: the weights do not fit the model: {'; '.join(problems)}")
+        raise UserError(
+            f"{source}: the weights do not fit the model: {'; '.join(problems)}; take the "
+            "configuration and the weights of one model, downloaded whole"
+        )
     for name, parameter in parameters.items():
         parameter.assign(jt.array(tensors.pop(name).astype(np.float32, copy=False)))
 
