@@ -315,6 +315,17 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 def run_rerank(arguments: argparse.Namespace) -> int:
     from jlora.predictions import read_predictions, rerank, write_lines, write_predictions
 
+    config = Path(arguments.predictions).parent / "config.yaml"
+    if config.is_file():
+        from jlora.config import load_recipe
+
+        limit = load_recipe(config).decode.rank_up_to
+        if limit is not None and arguments.length_penalty > limit:
+            raise UserError(
+                f"this run's search stopped early where no length penalty up to {limit} needed "
+                f"more (decode.rank_up_to), so {arguments.length_penalty} cannot be judged; "
+                "decode again with a larger rank_up_to, or null"
+            )
     predictions = rerank(read_predictions(arguments.predictions), arguments.length_penalty)
     write_predictions(arguments.out, predictions)
     write_lines(Path(arguments.out).with_suffix(".txt"), predictions)

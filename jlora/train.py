@@ -229,6 +229,7 @@ def train(
                 validate()
             if progress.step % config.save_every == 0 or last:
                 save()
+                jt.gc()  # Jittor keeps freed memory by size, and every batch has another size
         if stop.requested:
             save()
     model.eval()
