@@ -95,7 +95,7 @@ class MetricsLogger:
                 temporary.write_bytes(b"")
         try:
             # Unbuffered: each record is one write, which a killed process cannot lose.
-            self._handle = open(self.path, "ab", buffering=0)
+            self._handle = open(self.path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise os_error("write", self.path, error) from error
 
@@ -236,7 +236,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def truncate_metrics(path: str | Path, step: int) -> None:
-    """Drop the records after ``step`` (and a torn last line), atomically; kept lines stay as they are.
+    """Drop the records after ``step`` and a torn last line, atomically; kept lines do not change.
 
     Raises:
         UserError: the file is missing, damaged or cannot be written.

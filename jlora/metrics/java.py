@@ -131,7 +131,7 @@ class JavaProcess:
         self.timeout = timeout or default_timeout()
         self._buffer = bytearray()
         # A file, not a pipe: nobody need read it for the process to go on.
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
                 [self.java, *arguments],

@@ -157,7 +157,7 @@ def svg_chart(lines: Sequence[Line], label: str, number: Callable[[float], str])
 
 
 def ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
-    """Round numbers, 1, 2 or 5 times a power of ten apart, from ``low`` or below to ``high`` or above."""
+    """Round numbers, 1, 2 or 5 times a power of ten apart, that enclose ``low`` to ``high``."""
     if high <= low:
         room = abs(low) * 0.1 or 1.0
         low, high = low - room, high + room

@@ -51,7 +51,7 @@ class Sample:
 
 
 def metrics_of(*scores: Mapping[str, Any] | None) -> list[Metric]:
-    """The metrics that occur in any of ``scores``: the known ones in the paper's order, then others.
+    """The metrics that occur in any of ``scores``: known ones in the paper's order, then others.
 
     Values that are no numbers (and counts, which are whole numbers) are no scores.
     """
