@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+
 from jlora.kernels.native import FusedFunction, operator
 from jlora.runtime import jt
 
@@ -22,7 +23,8 @@ class _Attention(FusedFunction):
             [(B, T, H, D), (B, H, T)],
             ["float32", "float32"],
             [q, k, v, first, last],
-            SHAPE + "jlora::attention_forward(s, in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, out1_p);",
+            SHAPE
+            + "jlora::attention_forward(s, in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, out1_p);",
             "attention.h",
             scale=self.scale,
         )

@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from jlora.kernels.native import FusedFunction, operator
-from jlora.runtime import jt
 
-from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
+from jittor import nn  # isort: skip  (after jlora.kernels.native, which prepares Jittor's import)
 
 
 def _call(shapes, count, inputs, call, **data):
     dtypes = ["float32"] * count if count > 1 else "float32"
-    source = "int64_t n = (int64_t)data[\"n\"], rows = in0->num / n;\n" + call
+    source = 'int64_t n = (int64_t)data["n"], rows = in0->num / n;\n' + call
     return operator(shapes, dtypes, inputs, source, "elementwise.h", **data)
 
 
@@ -20,9 +19,12 @@ class _RMSNorm(FusedFunction):
     def execute(self, x, weight, eps):
         n = x.shape[-1]
         y, rstd = _call(
-            [x.shape, x.shape[:-1]], 2, [x, weight],
-            "jlora::rms_forward(in0_p, in1_p, out0_p, out1_p, rows, n, (float)data[\"eps\"]);",
-            n=n, eps=eps,
+            [x.shape, x.shape[:-1]],
+            2,
+            [x, weight],
+            'jlora::rms_forward(in0_p, in1_p, out0_p, out1_p, rows, n, (float)data["eps"]);',
+            n=n,
+            eps=eps,
         )
         self.rstd = rstd
         return y
@@ -30,8 +32,11 @@ class _RMSNorm(FusedFunction):
     def grad(self, dy):
         x, weight, _ = self.inputs
         dx = _call(
-            x.shape, 1, [x, weight, self.rstd, dy],
-            "jlora::rms_backward(in0_p, in1_p, in2_p, in3_p, out0_p, rows, n);", n=x.shape[-1],
+            x.shape,
+            1,
+            [x, weight, self.rstd, dy],
+            "jlora::rms_backward(in0_p, in1_p, in2_p, in3_p, out0_p, rows, n);",
+            n=x.shape[-1],
         )
         return dx, None, None
 
@@ -40,10 +45,13 @@ class _LayerNorm(FusedFunction):
     def execute(self, x, weight, bias, eps):
         n = x.shape[-1]
         y, mean, rstd = _call(
-            [x.shape, x.shape[:-1], x.shape[:-1]], 3, [x, weight, bias],
+            [x.shape, x.shape[:-1], x.shape[:-1]],
+            3,
+            [x, weight, bias],
             "jlora::layer_forward(in0_p, in1_p, in2_p, out0_p, out1_p, out2_p, rows, n, "
-            "(float)data[\"eps\"]);",
-            n=n, eps=eps,
+            '(float)data["eps"]);',
+            n=n,
+            eps=eps,
         )
         self.mean, self.rstd = mean, rstd
         return y
@@ -51,7 +59,9 @@ class _LayerNorm(FusedFunction):
     def grad(self, dy):
         x, weight, _, _ = self.inputs
         dx = _call(
-            x.shape, 1, [x, weight, self.mean, self.rstd, dy],
+            x.shape,
+            1,
+            [x, weight, self.mean, self.rstd, dy],
             "jlora::layer_backward(in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, rows, n);",
             n=x.shape[-1],
         )
@@ -67,8 +77,11 @@ class _SwiGLU(FusedFunction):
     def grad(self, dy):
         gate, up = self.inputs
         return _call(
-            [gate.shape, up.shape], 2, [gate, up, dy],
-            "jlora::swiglu_backward(in0_p, in1_p, in2_p, out0_p, out1_p, rows);", n=1,
+            [gate.shape, up.shape],
+            2,
+            [gate, up, dy],
+            "jlora::swiglu_backward(in0_p, in1_p, in2_p, out0_p, out1_p, rows);",
+            n=1,
         )
 
 
@@ -89,10 +102,14 @@ class _Rotary(FusedFunction):
         cos, sin = self.inputs[1:]
         heads, size = x.shape[-2:]
         return _call(
-            x.shape, 1, [x, cos, sin],
-            "int64_t H = (int64_t)data[\"heads\"];\n"
-            "jlora::rotate(in0_p, in1_p, in2_p, out0_p, rows / H, H, n, (float)data[\"sign\"]);",
-            n=size, heads=heads, sign=sign,
+            x.shape,
+            1,
+            [x, cos, sin],
+            'int64_t H = (int64_t)data["heads"];\n'
+            'jlora::rotate(in0_p, in1_p, in2_p, out0_p, rows / H, H, n, (float)data["sign"]);',
+            n=size,
+            heads=heads,
+            sign=sign,
         )
 
     def grad(self, dy):

@@ -17,7 +17,7 @@ FLAGS = (
 )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def header(name: str) -> str:
     """The text of a header of this folder; our own ``#include "..."`` lines are put in place."""
     lines = []
@@ -29,7 +29,7 @@ def header(name: str) -> str:
     return "\n".join(lines)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _options(onednn: bool) -> str:
     flags = f"FLAGS: {FLAGS} "
     if onednn:
@@ -54,9 +54,7 @@ def operator(shapes, dtypes, inputs, source: str, include: str, onednn=False, **
         A Var, or a list of Vars for several outputs.
     """
     data = {key: float(value) for key, value in data.items()}
-    result = jt.code(
-        shapes, dtypes, inputs, cpu_header=header(include), cpu_src=source, data=data
-    )
+    result = jt.code(shapes, dtypes, inputs, cpu_header=header(include), cpu_src=source, data=data)
     for var in result if isinstance(result, (list, tuple)) else [result]:
         var.compile_options = {_options(onednn): 1}
     return result

@@ -11,7 +11,8 @@ SIZES = 'int64_t n = (int64_t)data["n"], k = (int64_t)data["k"]; bool bf16 = dat
 class PackedWeight:
     """A weight (N, K) held twice in oneDNN's layout, for products with it and its transpose.
 
-    In bf16 the two copies take as much memory as the float32 weight they replace.
+    In bf16 the two copies take as much memory as one float32 weight, which the model keeps beside
+    them: saving, merging and `jlora.engine.restore` need it.
     """
 
     def __init__(self, weight: jt.Var, transposed: bool, bf16: bool):

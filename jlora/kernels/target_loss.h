@@ -8,7 +8,12 @@
 
 namespace jlora {
 // One row of logits becomes its loss; with `gradient` the row becomes d loss / d logits.
+// A target outside the vocabulary gives NaN, not a read of foreign memory.
 inline float softmax_loss(float* row, int64_t V, int64_t target, float smoothing, bool gradient) {
+    if (target < 0 || target >= V) {
+        std::fill(row, row + V, NAN);
+        return NAN;
+    }
     float peak = row[0];
     for (int64_t j = 1; j < V; j++) peak = row[j] > peak ? row[j] : peak;
     const float picked = row[target];
@@ -39,7 +44,7 @@ inline float softmax_loss(float* row, int64_t V, int64_t target, float smoothing
 inline void target_loss(const float* hidden, void* forward, void* backward, const int* targets,
         float* losses, float* dhidden, int64_t N, int64_t C, int64_t V, float smoothing,
         bool gradient, bool bf16) {
-    const int64_t block = 128;
+    const int64_t block = 128;  // rows of logits kept at a time
     static std::vector<float> logits;
     logits.resize(std::min(N, block) * V);
     for (int64_t from = 0; from < N; from += block) {

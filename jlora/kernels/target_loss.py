@@ -1,4 +1,4 @@
-"""Fused `jlora.models.loss.TargetLoss` over a packed, frozen language-model head."""
+"""Fused `jlora.models.head.LanguageHead.losses` over a packed, frozen language-model head."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class _TargetLoss(FusedFunction):
             ["float32", "float32"],
             [hidden, head.forward_blob, head.backward_blob, targets],
             "jlora::target_loss(in0_p, (void*)in1_p, (void*)in2_p, in3_p, out0_p, out1_p, "
-            "in0_shape0, in0_shape1, (int64_t)data[\"vocabulary\"], (float)data[\"smoothing\"], "
-            "data[\"gradient\"] != 0, data[\"bf16\"] != 0);",
+            'in0_shape0, in0_shape1, (int64_t)data["vocabulary"], (float)data["smoothing"], '
+            'data["gradient"] != 0, data["bf16"] != 0);',
             "target_loss.h",
             onednn=True,
             vocabulary=head.n,
@@ -31,5 +31,5 @@ class _TargetLoss(FusedFunction):
 
 
 def target_loss(hidden: jt.Var, head: PackedWeight, targets: jt.Var, smoothing: float) -> jt.Var:
-    """Losses (N,) of hidden states (N, C) for int32 targets (N,), as `TargetLoss` computes them."""
+    """Losses (N,) of hidden states (N, C) for int32 targets (N,), as `LanguageHead.losses`."""
     return _TargetLoss.apply(hidden, head, targets, smoothing)

@@ -19,11 +19,13 @@ class KeyRange:
     """Which keys of each row are real: ``first[b] <= key < last[b]``.
 
     Padding stands on the left or on the right of a row, never inside it, so two numbers a row say
-    everything that an attention mask says. Both are int32 Vars of shape (B,).
+    everything that an attention mask says. Both are int32 Vars of shape (B,). ``open`` says that
+    every row ends with a real token, so that more can follow.
     """
 
     first: jt.Var
     last: jt.Var
+    open: bool = True
 
     @classmethod
     def from_mask(cls, attention_mask) -> KeyRange:
@@ -32,7 +34,9 @@ class KeyRange:
         Raises:
             ValueError: the mask is not 2-D, or the ones of a row are not one unbroken run.
         """
-        mask = np.asarray(attention_mask.numpy() if isinstance(attention_mask, jt.Var) else attention_mask)
+        if isinstance(attention_mask, jt.Var):
+            attention_mask = attention_mask.numpy()
+        mask = np.asarray(attention_mask)
         if mask.ndim != 2:
             raise ValueError(f"attention_mask must have shape (B, S), got {mask.shape}")
         mask = mask != 0
@@ -46,10 +50,23 @@ class KeyRange:
             raise ValueError(
                 f"attention_mask row {row} has padding inside it; pad on the left or on the right"
             )
-        return cls(jt.array(first.astype(np.int32)), jt.array(last.astype(np.int32)))
+        first, last = jt.array(first.astype(np.int32)), jt.array(last.astype(np.int32))
+        return cls(first, last, bool(mask[:, -1:].all()))
 
     def take(self, rows: jt.Var) -> KeyRange:
-        return KeyRange(self.first[rows], self.last[rows])
+        return KeyRange(self.first[rows], self.last[rows], self.open)
+
+    def longer(self, tokens: int) -> KeyRange:
+        """The ranges after ``tokens`` more real tokens on the right.
+
+        Raises:
+            ValueError: a row ends with padding, which would come to stand inside it.
+        """
+        if not self.open:
+            raise ValueError(
+                "the cache holds a row padded on the right, which cannot go on; pad on the left"
+            )
+        return KeyRange(self.first, self.last + tokens)
 
 
 def positions(batch: int, tokens: int, past: int, keys: KeyRange | None) -> jt.Var:
@@ -129,22 +146,28 @@ class KVCache:
             self.keys = self.keys.take(rows)
 
 
-def step_keys(cache: KVCache | None, attention_mask, new_tokens: int) -> tuple[int, KeyRange | None]:
+def step_keys(
+    cache: KVCache | None, attention_mask, batch: int, new_tokens: int
+) -> tuple[int, KeyRange | None]:
     """The number of past tokens and the real keys for a model call.
 
     A mask given with a cache covers past and new tokens, as in transformers. Without one the
     cache's own ranges go on: rows that were padded on the left stay so.
+
+    Raises:
+        ValueError: the mask does not fit the tokens, or the cache cannot go on without one.
     """
     past = 0 if cache is None else cache.length
     if attention_mask is not None:
         keys = KeyRange.from_mask(attention_mask)
-        if attention_mask.shape[1] != past + new_tokens:
+        covered = tuple(np.shape(attention_mask))
+        if covered != (batch, past + new_tokens):
             raise ValueError(
-                f"attention_mask covers {attention_mask.shape[1]} tokens, "
-                f"but past and new tokens are {past} + {new_tokens}"
+                f"attention_mask covers {covered[0]} rows of {covered[1]} tokens, but there are "
+                f"{batch} rows of {past} past and {new_tokens} new tokens"
             )
     elif cache is not None and cache.keys is not None:
-        keys = KeyRange(cache.keys.first, cache.keys.last + new_tokens)
+        keys = cache.keys.longer(new_tokens)
     else:
         keys = None
     if cache is not None:

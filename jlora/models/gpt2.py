@@ -132,9 +132,14 @@ class GPT2Model(nn.Module):
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
 
-    def execute(self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None) -> jt.Var:
+    def execute(
+        self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None
+    ) -> jt.Var:
         B, T = input_ids.shape
-        past, keys = step_keys(cache, attention_mask, T)
+        past, keys = step_keys(cache, attention_mask, B, T)
+        limit = self.wpe.weight.shape[0]
+        if past + T > limit:  # Jittor would look up zeros for the positions beyond
+            raise ValueError(f"{past + T} tokens are more than the model's {limit} positions")
         x = self.wte(input_ids) + self.wpe(positions(B, T, past, keys))  # (B, T, C)
         for block in self.h:
             x = block(x, keys, cache)
@@ -149,7 +154,9 @@ class GPT2LMHeadModel(nn.Module):
         self.transformer = GPT2Model(config)
         self.head = LanguageHead()
 
-    def hidden_states(self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None) -> jt.Var:
+    def hidden_states(
+        self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None
+    ) -> jt.Var:
         """Token ids (B, T) int32 -> states after the final norm (B, T, C) float32."""
         return self.transformer(input_ids, attention_mask, cache)
 
@@ -166,7 +173,9 @@ class GPT2LMHeadModel(nn.Module):
         """Losses (N,) of states (N, C) for targets (N,) int32; see `LanguageHead.losses`."""
         return self.head.losses(hidden, self.output_embedding, targets, smoothing)
 
-    def execute(self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None) -> jt.Var:
+    def execute(
+        self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None
+    ) -> jt.Var:
         """Token ids (B, T) int32 -> logits (B, T, V) float32.
 
         ``attention_mask`` (B, past + T) is 1 for real tokens and 0 for padding, which stands on

@@ -17,6 +17,15 @@ from jlora.runtime import jt
 from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
+ROPE_SETTINGS = {
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
 
 
 @dataclass
@@ -57,7 +66,8 @@ class LlamaConfig:
         known = {field.name for field in fields(cls)}
         result = cls(**{key: value for key, value in config.items() if key in known})
         if result.model_type not in MODEL_TYPES:
-            raise ValueError(f"model_type {result.model_type!r} is not one of {', '.join(MODEL_TYPES)}")
+            types = ", ".join(MODEL_TYPES)
+            raise ValueError(f"model_type {result.model_type!r} is not one of {types}")
         # transformers 5 writes both fields as one dict, rope_parameters.
         rope = config.get("rope_parameters") or {}
         if "rope_theta" in rope:
@@ -75,6 +85,7 @@ class LlamaConfig:
                 f"num_attention_heads {result.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {result.num_key_value_heads}"
             )
+        rope_frequencies(result)
         return result
 
     def to_dict(self) -> dict:
@@ -100,12 +111,15 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
     scaling where the config asks for it, as transformers computes them.
 
     Raises:
-        ValueError: another kind of scaling.
+        ValueError: another kind of scaling, or a number that this kind needs is missing.
     """
     half = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
     frequencies = 1.0 / config.rope_theta**half
     scaling = config.rope_scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    missing = [key for key in ROPE_SETTINGS.get(kind, ()) if key not in scaling]
+    if missing:
+        raise ValueError(f"rope_scaling of type {kind!r} lacks {', '.join(missing)}")
     if kind == "linear":
         frequencies = frequencies / scaling["factor"]
     elif kind == "llama3":
@@ -204,9 +218,11 @@ class LlamaModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._frequencies = jt.array(rope_frequencies(config))  # underscore: no parameter
 
-    def execute(self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None) -> jt.Var:
+    def execute(
+        self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None
+    ) -> jt.Var:
         B, T = input_ids.shape
-        past, keys = step_keys(cache, attention_mask, T)
+        past, keys = step_keys(cache, attention_mask, B, T)
         angle = positions(B, T, past, keys).float32().unsqueeze(-1) * self._frequencies
         cos, sin = jt.cos(angle), jt.sin(angle)  # (B, T, D / 2)
         x = self.embed_tokens(input_ids)  # (B, T, C)
@@ -225,7 +241,9 @@ class LlamaForCausalLM(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.head = LanguageHead()
 
-    def hidden_states(self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None) -> jt.Var:
+    def hidden_states(
+        self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None
+    ) -> jt.Var:
         """Token ids (B, T) int32 -> states after the final norm (B, T, C) float32."""
         return self.model(input_ids, attention_mask, cache)
 
@@ -243,7 +261,9 @@ class LlamaForCausalLM(nn.Module):
         """Losses (N,) of states (N, C) for targets (N,) int32; see `LanguageHead.losses`."""
         return self.head.losses(hidden, self.output_embedding, targets, smoothing)
 
-    def execute(self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None) -> jt.Var:
+    def execute(
+        self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None
+    ) -> jt.Var:
         """Token ids (B, T) int32 -> logits (B, T, V) float32.
 
         ``attention_mask`` (B, past + T) is 1 for real tokens and 0 for padding, which stands on

@@ -1,0 +1,50 @@
+"""Small models with random weights of a size that makes every part count."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jlora.models.gpt2 import GPT2Config, GPT2LMHeadModel
+from jlora.models.llama import LlamaConfig, LlamaForCausalLM
+from jlora.runtime import jt
+
+GPT2 = {"vocab_size": 23, "n_positions": 32, "n_embd": 12, "n_layer": 2, "n_head": 3}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 23,
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100.0,
+    "tie_word_embeddings": False,
+}
+
+
+def tiny_gpt2(seed: int = 0, **changes) -> GPT2LMHeadModel:
+    return randomise(GPT2LMHeadModel(GPT2Config.from_dict({**GPT2, **changes})), seed)
+
+
+def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
+    return randomise(LlamaForCausalLM(LlamaConfig.from_dict({**LLAMA, **changes})), seed)
+
+
+def randomise(model, seed: int):
+    generator = np.random.default_rng(seed)
+    for _, parameter in sorted(model.named_parameters()):
+        values = 0.4 * generator.standard_normal(parameter.shape)
+        if len(parameter.shape) == 1:
+            values += 1  # norms, and biases that matter
+        parameter.assign(jt.array(values.astype(np.float32)))
+    return model
+
+
+def weights(model) -> dict[str, np.ndarray]:
+    return {name: parameter.numpy() for name, parameter in model.named_parameters()}
+
+
+def ids_of(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 23, shape).astype(np.int32)
