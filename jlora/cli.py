@@ -37,6 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         drop_output()
         return fail(os_error("use", error.filename or "the standard output", error))
+    except RuntimeError as error:
+        if arguments.verbose or "cmd failed" not in str(error):
+            raise
+        return fail(
+            UserError(
+                "the C++ compiler failed on an operator, most often because memory ran out; free "
+                "some, or set use_parallel_op_compiler=1 in the environment; -v shows its output"
+            )
+        )
 
 
 def fail(error: UserError) -> int:
@@ -141,6 +150,9 @@ def parser() -> argparse.ArgumentParser:
         "--raw", action="store_true", help="no separator token: go on with the prompt's own text"
     )
     generate.add_argument("--precision", default="auto", help="auto, bf16, fp32 or plain")
+    generate.add_argument(
+        "--force", action="store_true", help="take an adapter made for another base model"
+    )
 
     evaluate = verb("evaluate", run_evaluate, "BLEU, NIST, METEOR, ROUGE-L, CIDEr as E2E's script.")
     evaluate.add_argument("task", choices=("e2e",))
@@ -293,6 +305,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
         arguments.raw,
         arguments.precision,
         Path(arguments.out) if arguments.out else None,
+        arguments.force,
     )
     if not arguments.out:
         for prediction in predictions:

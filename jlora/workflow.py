@@ -282,6 +282,7 @@ def answer(
     raw: bool = False,
     precision: str = "auto",
     path: Path | None = None,
+    force: bool = False,
 ) -> list[Prediction]:
     """Answer prompts with a model and, if given, its adapter.
 
@@ -295,6 +296,7 @@ def answer(
         raw: no separator: the model goes on with the prompt's own text.
         precision: see `jlora.engine.prepare`.
         path: predictions.jsonl to write; None: none.
+        force: take the adapter although it was made for another base model.
 
     Raises:
         UserError: no model, no such adapter, or prompts that do not fit.
@@ -309,7 +311,7 @@ def answer(
     model = load(model_name)
     tokenizer = require_tokenizer(model)
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
+        model = PeftModel.from_pretrained(model, adapter, force=force)
     engine.prepare(model, precision)
     model.eval()
     trained = recipe.data if recipe else DataConfig()

@@ -211,7 +211,8 @@ def check_base(recorded: Mapping[str, Any], model: nn.Module, where: str) -> Non
         raise UserError(
             f"{where}: made for the base model {recorded.get('name') or 'without a name'} "
             f"({recorded.get('model_type')}, {recorded.get('parameters'):,} parameters), "
-            f"not for {name}: {difference}; load it on its own base, or use force"
+            f"not for {name}: {difference}; load it on its own base, or insist with --force "
+            "(force=True)"
         )
 
 
