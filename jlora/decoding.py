@@ -34,6 +34,11 @@ class Hypothesis:
         return float(np.float32(self.logprob) / np.float32(self.length**length_penalty))
 
 
+# Jittor keeps freed memory by size, and the cache has another size at every step: decoding 32
+# inputs by 10 beams held 11 GB without giving it back now and then.
+STEPS_PER_CLEARING = 16
+
+
 class Decoder:
     """Rows of a batch that grow by a token a step; only the newest logits are kept.
 
@@ -50,6 +55,8 @@ class Decoder:
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = prompt
             mask[row, longest - len(prompt) :] = 1
+        self._steps = 0
+        jt.gc()
         self._run(ids, None if mask.all() else mask)
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -60,6 +67,9 @@ class Decoder:
 
     def step(self, tokens: Sequence[int]) -> None:
         """Append one token to each row, (rows,)."""
+        self._steps += 1
+        if self._steps % STEPS_PER_CLEARING == 0:
+            jt.gc()
         # The cache remembers which of its tokens are padding, so no mask is needed again.
         self._run(np.asarray(tokens, dtype=np.int32)[:, None], None)
 
