@@ -7,14 +7,12 @@ plain layers in ``jlora.models`` remain the definition of what is computed.
 
 from __future__ import annotations
 
-import functools
-
 from jlora import layers, machine, runtime
 from jlora.errors import UserError
 from jlora.kernels import attention, elementwise, target_loss
 from jlora.kernels.packed_linear import PackedWeight
-from jlora.models import gpt2, llama
 from jlora.models import attention as models_attention
+from jlora.models import gpt2, llama
 from jlora.models.head import LanguageHead
 from jlora.runtime import jt
 
@@ -30,11 +28,15 @@ class FusedAttention(models_attention.CausalAttention):
 
 class FusedRMSNorm(llama.RMSNorm):
     def execute(self, x):
+        if not self.weight.is_stop_grad():
+            return super().execute(x)
         return elementwise.rms_norm(x, self.weight, self.eps)
 
 
 class FusedLayerNorm(gpt2.LayerNorm):
     def execute(self, x):
+        if not (self.weight.is_stop_grad() and self.bias.is_stop_grad()):
+            return super().execute(x)
         return elementwise.layer_norm(x, self.weight, self.bias, self.eps)
 
 
@@ -53,22 +55,46 @@ class FusedRotary(llama.Rotary):
         return elementwise.rotary(x, cos, sin)
 
 
+class FrozenProduct:
+    """``W x + b`` with a packed copy of a frozen W."""
+
+    def __init__(self, weight: jt.Var, bias: jt.Var | None, transposed: bool = False):
+        self.weight, self.bias = weight, bias
+        self.packed = PackedWeight(weight, transposed, bf16=True)
+
+    def __call__(self, x: jt.Var) -> jt.Var:
+        y = self.packed(x)
+        return y if self.bias is None else y + self.bias
+
+    def fits(self, weight: jt.Var) -> bool:
+        """Whether the copy stands for ``weight``: the same Var, and not trained meanwhile.
+
+        A copied module (``modules_to_save``) and a disabled one have another.
+        """
+        return weight is self.weight and weight.is_stop_grad()
+
+
 class PackedLinear(nn.Linear):
     def execute(self, x):
-        return self._packed_product(x)
+        product = self._packed
+        return product(x) if product.fits(self.weight) else super().execute(x)
 
 
 class PackedConv1D(layers.Conv1D):
     def execute(self, x):
-        return self._packed_product(x)
+        product = self._packed
+        return product(x) if product.fits(self.weight) else super().execute(x)
 
 
 class PackedHead(LanguageHead):
     def execute(self, hidden, weight):
-        return self._packed(hidden)
+        product = self._packed
+        return product(hidden) if product.fits(weight) else super().execute(hidden, weight)
 
     def losses(self, hidden, weight, targets, smoothing):
-        return target_loss.target_loss(hidden, self._packed, targets, smoothing)
+        if not self._packed.fits(weight):
+            return super().losses(hidden, weight, targets, smoothing)
+        return target_loss.target_loss(hidden, self._packed.packed, targets, smoothing)
 
 
 FUSED = {
@@ -77,12 +103,12 @@ FUSED = {
     gpt2.GELU: FusedGELU,
     llama.Rotary: FusedRotary,
     nn.Dropout: elementwise.FusedDropout,
+    # Fused while their weights are frozen: the fused backward pass gives those no gradient.
+    llama.RMSNorm: FusedRMSNorm,
+    gpt2.LayerNorm: FusedLayerNorm,
 }
-# These have weights, and their fused backward pass gives none of them a gradient.
-FUSED_FROZEN = {llama.RMSNorm: FusedRMSNorm, gpt2.LayerNorm: FusedLayerNorm}
-PACKED = {nn.Linear: PackedLinear, layers.Conv1D: PackedConv1D}
-PLAIN = {fused: plain for table in (FUSED, FUSED_FROZEN, PACKED) for plain, fused in table.items()}
-PLAIN[PackedHead] = LanguageHead
+PACKED = {nn.Linear: PackedLinear, layers.Conv1D: PackedConv1D, LanguageHead: PackedHead}
+PLAIN = {fused: plain for plain, fused in {**FUSED, **PACKED}.items()}
 
 
 def choose_precision() -> tuple[str, str]:
@@ -90,7 +116,7 @@ def choose_precision() -> tuple[str, str]:
     if jt.flags.use_cuda:
         return "plain", "the fused operators are for CPUs; on a GPU Jittor's own are used"
     if runtime.onednn_paths() is None:
-        return "plain", "oneDNN was not found, so the plain layers run"
+        return "fp32", "oneDNN, which multiplies bf16, was not found"
     if any("BF16" in name for name in machine.cpu_features()):
         return "bf16", "the processor multiplies bf16"
     return "fp32", "the processor has no bf16 instructions"
@@ -99,8 +125,12 @@ def choose_precision() -> tuple[str, str]:
 def prepare(model, precision: str = "auto") -> str:
     """Make a model fast for training its adapter and for generation.
 
+    Weights that are trainable stay as they are. Call it again after an adapter was attached,
+    merged away or unloaded (the layers put in place then are plain), and after frozen weights were
+    given other numbers: packed weights are copies.
+
     Args:
-        model: a model or PeftModel, its base frozen.
+        model: a model or PeftModel, its base frozen and in float32.
         precision: "bf16" packs frozen linear weights in bf16 (sums, residual stream, adapter and
             optimiser stay float32); "fp32" fuses what stands between the products and keeps every
             number float32; "plain" changes nothing; "auto" is `choose_precision`.
@@ -109,28 +139,22 @@ def prepare(model, precision: str = "auto") -> str:
         The precision used.
 
     Raises:
-        UserError: no such precision, or the machine lacks what it needs.
+        UserError: no such precision, or the machine or the model lacks what it needs.
     """
     if precision == "auto":
         precision = choose_precision()[0]
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is not one of auto, {', '.join(PRECISIONS)}")
+    if precision != "plain":
+        _check(model, precision)
     restore(model)
     if precision == "plain":
         return precision
-    if runtime.onednn_paths() is None:
-        raise UserError(
-            f"precision {precision} needs oneDNN, which was not found; `jlora doctor` says how to "
-            "get it, and precision plain runs without"
-        )
     for module in model.modules():
-        kind = type(module)
-        if kind in FUSED:
-            module.__class__ = FUSED[kind]
-        elif kind in FUSED_FROZEN and _frozen(module):
-            module.__class__ = FUSED_FROZEN[kind]
-        elif precision == "bf16":
-            _pack(module, model)
+        if type(module) in FUSED:
+            module.__class__ = FUSED[type(module)]
+    if precision == "bf16":
+        _pack(model)
     return precision
 
 
@@ -139,34 +163,54 @@ def restore(model) -> None:
     for module in model.modules():
         if type(module) in PLAIN:
             module.__class__ = PLAIN[type(module)]
-        for name in ("_packed", "_packed_product", "_engine"):
+        for name in ("_packed", "_engine"):
             module.__dict__.pop(name, None)
 
 
-def _pack(module, model) -> None:
-    if isinstance(module, LanguageHead):
-        if model.output_embedding.is_stop_grad():
-            module._packed = PackedWeight(model.output_embedding, transposed=False, bf16=True)
-            module.__class__ = PackedHead
-        return
-    is_lora = isinstance(module, (layers.Linear, layers.MergedLinear))
-    if not (is_lora or type(module) in PACKED) or not _frozen(module):
-        return
-    transposed = module.fan_in_fan_out if is_lora else isinstance(module, layers.Conv1D)
-    weight = PackedWeight(module.weight, transposed, bf16=True)
-    product = functools.partial(_product, weight, module.bias)
-    if is_lora:
-        module._engine = product
-    else:
-        module._packed_product = product
-        module.__class__ = PACKED[type(module)]
+def _check(model, precision: str) -> None:
+    if jt.flags.use_cuda:
+        raise UserError(f"precision {precision} is for CPUs; on a GPU use precision plain")
+    if precision == "bf16" and runtime.onednn_paths() is None:
+        raise UserError(
+            "precision bf16 needs oneDNN, which was not found; `jlora doctor` says how to get it, "
+            "and precisions fp32 and plain run without"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != "float32":
+            raise UserError(
+                f"precision {precision} needs float32 parameters, but {name} is {parameter.dtype}; "
+                "use precision plain, or convert the model with model.float32()"
+            )
 
 
-def _product(weight: PackedWeight, bias: jt.Var | None, x: jt.Var) -> jt.Var:
-    y = weight(x)
-    return y if bias is None else y + bias
+def _pack(model) -> None:
+    trainable = _trainable(model)
+    head = getattr(model, "output_embedding", None)
+    for module in model.modules():
+        is_lora = isinstance(module, (layers.Linear, layers.MergedLinear))
+        if type(module) is LanguageHead:
+            weight, bias, transposed = head, None, False
+        elif is_lora or type(module) in PACKED:
+            weight, bias = module.weight, module.bias
+            transposed = module.fan_in_fan_out if is_lora else isinstance(module, layers.Conv1D)
+            if weight is head:
+                continue  # the models hand its weight to LanguageHead and never call the layer
+        else:
+            continue
+        if id(weight) in trainable:
+            continue
+        product = FrozenProduct(weight, bias, transposed)
+        if is_lora:
+            module._engine = product
+        else:
+            module._packed = product
+            module.__class__ = PACKED[type(module)]
 
 
-def _frozen(module) -> bool:
-    bias = getattr(module, "bias", None)
-    return module.weight.is_stop_grad() and (bias is None or bias.is_stop_grad())
+def _trainable(model) -> set[int]:
+    """Ids of the parameters that are trained, those included that eval() has stopped for now."""
+    ids = {id(parameter) for parameter in model.parameters() if not parameter.is_stop_grad()}
+    for module in model.modules():
+        noted = module.__dict__.get("backup_grad_state", {})
+        ids |= {key for key, trained in noted.items() if trained}
+    return ids

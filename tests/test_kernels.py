@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tiny_models import round_bf16
 
 from jlora.kernels import elementwise
 from jlora.kernels.attention import causal_attention
@@ -21,12 +22,6 @@ needs_onednn = pytest.mark.skipif(
 
 def random(*shape, seed=0, scale=1.0) -> np.ndarray:
     return (scale * np.random.default_rng(seed + len(shape)).standard_normal(shape)).astype("f")
-
-
-def bf16(x: np.ndarray) -> np.ndarray:
-    """Rounded to the nearest bf16 (ties to even), as float32."""
-    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)
 
 
 def results(function, inputs, factor):
@@ -116,7 +111,7 @@ def test_attention_with_large_scores():
     plain = results(CausalAttention(), [q, k, v], np.ones_like(q))
     # Float32 scores of 1,000 are exact to 1e-4, and the exponential makes that relative.
     for actual, expected in zip(fused, plain):
-        assert_close(actual, expected, 1e-3)
+        assert_close(actual, expected, 1e-3, least=1.0)  # gradients cancel to 0 from terms of 100
 
 
 # --- norms, activations, rotary ---
@@ -236,11 +231,11 @@ def test_packed_product(size, transposed, precision):
     n, k = size
     w, low = random(n, k, seed=4), precision == "bf16"
     packed = PackedWeight(jt.array(w.T.copy() if transposed else w), transposed, bf16=low)
-    kept = bf16(w) if low else w
+    kept = round_bf16(w) if low else w
     for rows in (1, 5, 1000):
         x, dy = random(rows, k, seed=rows), random(rows, n, seed=rows + 1)
         y, dx = results(packed, [x], dy)
-        rounded = (bf16(x), bf16(dy)) if low else (x, dy)
+        rounded = (round_bf16(x), round_bf16(dy)) if low else (x, dy)
         assert_close(y, rounded[0] @ kept.T, 1e-5)
         assert_close(dx, rounded[1] @ kept, 1e-5)
         if low:

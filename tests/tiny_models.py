@@ -48,3 +48,9 @@ def weights(model) -> dict[str, np.ndarray]:
 
 def ids_of(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 23, shape).astype(np.int32)
+
+
+def round_bf16(x: np.ndarray) -> np.ndarray:
+    """Rounded to the nearest bf16 (ties to even), as float32."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)
