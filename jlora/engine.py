@@ -154,7 +154,11 @@ def prepare(model, precision: str = "auto") -> str:
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
     if precision == "bf16":
-        _pack(model)
+        try:
+            _pack(model)
+        except UserError:
+            restore(model)
+            raise
     return precision
 
 

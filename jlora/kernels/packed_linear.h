@@ -51,6 +51,15 @@ inline const memory::desc& packed_layout(memory::dim n, memory::dim k, bool bf16
     return found->second;
 }
 
+// Bytes of a packed weight; 0 where oneDNN has no such product for this processor.
+inline int64_t packed_size(memory::dim n, memory::dim k, bool bf16) {
+    try {
+        return packed_layout(n, k, bf16).get_size();
+    } catch (const dnnl::error&) {
+        return 0;
+    }
+}
+
 // w: (n, k) row by row, or (k, n) when transposed.
 inline void pack(const float* w, void* out, memory::dim n, memory::dim k, bool transposed, bool bf16) {
     auto tag = transposed ? memory::format_tag::ba : memory::format_tag::ab;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jlora.errors import UserError
 from jlora.kernels.native import FusedFunction, operator
 from jlora.runtime import jt
 
@@ -39,13 +40,22 @@ class PackedWeight:
 
 
 def pack(weight: jt.Var, n: int, k: int, transposed: bool, bf16: bool) -> jt.Var:
-    """The packed bytes of a weight, uint8; ``transposed`` says that it is stored as (K, N)."""
+    """The packed bytes of a weight, uint8; ``transposed`` says that it is stored as (K, N).
+
+    Raises:
+        UserError: oneDNN cannot do it on this processor.
+    """
     sizes = {"n": n, "k": k, "bf16": bf16}
     # oneDNN may pad the layout, so it is asked for the size first.
     size = operator(
-        (1,), "int64", [], SIZES + "out0_p[0] = jlora::packed_layout(n, k, bf16).get_size();",
+        (1,), "int64", [], SIZES + "out0_p[0] = jlora::packed_size(n, k, bf16);",
         "packed_linear.h", onednn=True, **sizes,
     ).item()  # fmt: skip
+    if size == 0:
+        raise UserError(
+            f"oneDNN has no {'bf16' if bf16 else 'float32'} product for this processor; "
+            "use precision fp32"
+        )
     blob = operator(
         (size,), "uint8", [weight],
         SIZES + 'jlora::pack(in0_p, out0_p, n, k, data["transposed"] != 0, bf16);',
