@@ -92,8 +92,9 @@ def test_engine_equals_the_plain_model(kind, precision, loss_tolerance, gradient
     assert abs(loss - plain_loss) <= loss_tolerance * plain_loss
     assert list(fused) == list(plain)
     assert all(np.linalg.norm(gradient) > 0 for gradient in plain.values())
-    # Of all gradients as one vector. In models as narrow as these the rounding of single tensors
-    # reaches 3.2 %; that it is rounding and nothing else, the next test shows tensor by tensor.
+    # All gradients as one vector. In bf16 models as narrow as these differ by up to 3.2 %, and
+    # SmolLM2-135M by 1.3 % (single tensors by up to 3.7 %, half of them by more than 1.2 %). That
+    # it is rounding and nothing else, the next test shows tensor by tensor.
     assert difference(joined(fused), joined(plain)) < gradient_tolerance
     if precision == "fp32":
         for name, gradient in plain.items():
