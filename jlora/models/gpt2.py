@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 
 from jlora.layers import Conv1D
 from jlora.models.attention import CausalAttention, KeyRange, KVCache, positions, step_keys
-from jlora.models.head import LanguageHead
+from jlora.models.head import CausalLM, LanguageHead
 from jlora.runtime import jt
 
 from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
@@ -146,7 +146,7 @@ class GPT2Model(nn.Module):
         return self.ln_f(x)
 
 
-class GPT2LMHeadModel(nn.Module):
+class GPT2LMHeadModel(CausalLM):
     """GPT-2 with its language-model head, which is the token embedding itself."""
 
     def __init__(self, config: GPT2Config):
@@ -164,24 +164,6 @@ class GPT2LMHeadModel(nn.Module):
     def output_embedding(self) -> jt.Var:
         """The weight of the language-model head, (V, C)."""
         return self.transformer.wte.weight
-
-    def lm_head_logits(self, hidden: jt.Var) -> jt.Var:
-        """States (..., C) -> logits (..., V)."""
-        return self.head(hidden, self.output_embedding)
-
-    def target_losses(self, hidden: jt.Var, targets: jt.Var, smoothing: float = 0.0) -> jt.Var:
-        """Losses (N,) of states (N, C) for targets (N,) int32; see `LanguageHead.losses`."""
-        return self.head.losses(hidden, self.output_embedding, targets, smoothing)
-
-    def execute(
-        self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None
-    ) -> jt.Var:
-        """Token ids (B, T) int32 -> logits (B, T, V) float32.
-
-        ``attention_mask`` (B, past + T) is 1 for real tokens and 0 for padding, which stands on
-        one side only. With a ``cache`` the new keys and values are added to it.
-        """
-        return self.lm_head_logits(self.hidden_states(input_ids, attention_mask, cache))
 
     def new_cache(self) -> KVCache:
         return KVCache(self.config.n_layer)

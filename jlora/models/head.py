@@ -1,7 +1,8 @@
-"""The language-model head: logits, and the training loss only where a target counts."""
+"""The language-model head, and what every causal language model has round its backbone."""
 
 from __future__ import annotations
 
+from jlora.models.attention import KVCache
 from jlora.runtime import jt
 
 from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
@@ -35,3 +36,28 @@ class LanguageHead(nn.Module):
         picked = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
         loss = log_sum - (1.0 - smoothing) * picked
         return loss - smoothing * logits.mean(-1) if smoothing else loss
+
+
+class CausalLM(nn.Module):
+    """What the model families share: a backbone's states in, logits and losses out.
+
+    A family gives ``head``, ``hidden_states``, ``output_embedding`` and ``new_cache``.
+    """
+
+    def lm_head_logits(self, hidden: jt.Var) -> jt.Var:
+        """States (..., C) -> logits (..., V)."""
+        return self.head(hidden, self.output_embedding)
+
+    def target_losses(self, hidden: jt.Var, targets: jt.Var, smoothing: float = 0.0) -> jt.Var:
+        """Losses (N,) of states (N, C) for targets (N,) int32; see `LanguageHead.losses`."""
+        return self.head.losses(hidden, self.output_embedding, targets, smoothing)
+
+    def execute(
+        self, input_ids: jt.Var, attention_mask=None, cache: KVCache | None = None
+    ) -> jt.Var:
+        """Token ids (B, T) int32 -> logits (B, T, V) float32.
+
+        ``attention_mask`` (B, past + T) is 1 for real tokens and 0 for padding, which stands on
+        one side only. With a ``cache`` the new keys and values are added to it.
+        """
+        return self.lm_head_logits(self.hidden_states(input_ids, attention_mask, cache))

@@ -1,0 +1,159 @@
+"""The base of every LoRA layer: settings, the frozen weight, merging; and GPT-2's `Conv1D`."""
+
+from __future__ import annotations
+
+import math
+
+from jlora.errors import UserError
+from jlora.runtime import jt
+
+from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer: ``(..., nx) -> (..., nf)``, weight stored as ``(nx, nf)``.
+
+    The name and the transposed weight are those of OpenAI's code and of transformers.
+    """
+
+    def __init__(self, nf: int, nx: int):
+        self.nf = nf
+        self.nx = nx
+        self.weight = jt.randn(nx, nf) * 0.02
+        self.bias = jt.zeros((nf,))
+
+    def execute(self, x: jt.Var) -> jt.Var:
+        return jt.matmul(x, self.weight) + self.bias
+
+
+class LoRALayer:
+    """What all LoRA layers share: settings, the frozen weight, merging.
+
+    Args:
+        r: rank; 0 makes the layer a plain base layer.
+        lora_alpha: numerator of the scaling ``lora_alpha / r``.
+        lora_dropout: probability of dropping an input of the LoRA branch, in training only.
+        merge_weights: merge on ``eval()``, unmerge on ``train()``.
+
+    Attributes:
+        merged: whether the weight now contains the change.
+        adapter_enabled: False makes an unmerged layer compute what its base computes.
+        scaling: factor of the change.
+    """
+
+    _engine = None
+
+    def _init_lora(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool):
+        if not isinstance(r, int) or isinstance(r, bool) or r < 0:
+            raise UserError(f"r must be a whole number of at least 0, not {r!r}")
+        if not 0 <= lora_dropout < 1:
+            raise UserError(f"lora_dropout must be at least 0 and below 1, not {lora_dropout!r}")
+        self.r = r
+        self.lora_alpha = lora_alpha
+        self.scaling = lora_alpha / r if r else 0.0
+        # loralib's layers drop from the start; Jittor's Dropout would wait for train().
+        self.lora_dropout = nn.Dropout(lora_dropout, is_train=True) if lora_dropout else identity
+        self.merge_weights = merge_weights
+        self.merged = False
+        self.adapter_enabled = True
+        self._training = True
+        self._unmerged = None
+
+    # Jittor's Module.train() and eval() assign `is_train` on every module below them and call no
+    # method of it: the setter is the hook.
+    @property
+    def is_train(self) -> bool:
+        return self._training
+
+    @is_train.setter
+    def is_train(self, mode: bool) -> None:
+        self._training = mode
+        if isinstance(self.lora_dropout, nn.Module):
+            self.lora_dropout.is_train = mode
+        if not self.merge_weights:
+            return
+        if mode:
+            self.unmerge()
+        else:
+            self.merge()
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the layer has LoRA parameters at all."""
+        return hasattr(self, "lora_A")
+
+    @property
+    def _adds_lora(self) -> bool:
+        return self.has_adapter and self.adapter_enabled and not self.merged
+
+    def _frozen(self) -> jt.Var:
+        """The frozen weight, kept out of the backward pass.
+
+        A ``train()`` of a model that was in ``eval()`` before it got its adapter restarts the
+        gradients of the base (Jittor keeps a list from the first ``eval()``), so the weight is
+        stopped again at each use.
+        """
+        if self.has_adapter:
+            self.weight.stop_grad()
+        return self.weight
+
+    def delta_weight(self) -> jt.Var:
+        """The change ``scaling * B A`` in the layout of ``weight``, float32."""
+        raise NotImplementedError
+
+    def merge(self) -> None:
+        """Add the change to the weight, in float32; nothing happens if it is there already."""
+        if self.merged:
+            return
+        if self.has_adapter:
+            with jt.no_grad():
+                # A copy is kept: subtracting would leave a rounding error at each round, and would
+                # take away the wrong change after lora_A or lora_B were replaced meanwhile.
+                self._unmerged = self.weight.clone().stop_grad()
+                merged = self.weight.float32() + self.delta_weight()
+                self.weight.update(merged.cast(self.weight.dtype))
+                self._merged_mark = self.weight.max().stop_grad()
+        self.merged = True
+
+    def unmerge(self) -> None:
+        """Give the weight back as it was before `merge`; nothing happens if it is not merged.
+
+        When other weights were loaded into the merged layer, the change is subtracted from those,
+        as loralib does.
+        """
+        if not self.merged:
+            return
+        if self.has_adapter:
+            with jt.no_grad():
+                if (self._merged_mark == self.weight.max()).item():
+                    self.weight.update(self._unmerged)
+                else:
+                    plain = self.weight.float32() - self.delta_weight()
+                    self.weight.update(plain.cast(self.weight.dtype))
+            self._unmerged = self._merged_mark = None
+        self.merged = False
+
+
+def assign(parameter: jt.Var, values: jt.Var) -> None:
+    """Give ``parameter`` new values and leave its being trainable or not as it is.
+
+    Jittor's ``update`` alone would freeze it wherever ``values`` has no gradient.
+    """
+    stopped = parameter.is_stop_grad()
+    parameter.update(values.clone())
+    if not stopped:
+        parameter.start_grad()
+
+
+def kaiming_uniform(parameter: jt.Var) -> None:
+    """Uniform in +-1/sqrt(columns): what kaiming_uniform gives for a = sqrt(5)."""
+    bound = 1 / math.sqrt(parameter.shape[1])
+    assign(parameter, (jt.rand(*parameter.shape) * 2 - 1) * bound)
+
+
+def identity(x: jt.Var) -> jt.Var:
+    return x
+
+
+def cast(x: jt.Var, dtype: str) -> jt.Var:
+    return x if x.dtype == dtype else x.cast(dtype)

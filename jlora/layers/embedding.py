@@ -1,0 +1,79 @@
+"""`Embedding`: LoRA on a table of vectors."""
+
+from __future__ import annotations
+
+from jlora.layers.base import LoRALayer, assign, cast
+from jlora.runtime import jt
+
+from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
+
+
+class Embedding(LoRALayer, nn.Embedding):
+    """``nn.Embedding`` with LoRA (loralib's ``Embedding``): int ``(...)`` -> ``(..., dim)``.
+
+    Parameters: ``weight (num, dim)`` frozen, ``lora_A (r, num)`` starting at zero,
+    ``lora_B (dim, r)`` starting normal.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        merge_weights: bool = True,
+        padding_idx: int | None = None,
+    ):
+        self._init_lora(r, lora_alpha, 0.0, merge_weights)
+        nn.Embedding.__init__(self, num_embeddings, embedding_dim, padding_idx=padding_idx)
+        self._add_lora_parameters()
+
+    @classmethod
+    def from_base(
+        cls, base: nn.Embedding, r: int, lora_alpha: float = 1, merge_weights: bool = False
+    ) -> Embedding:
+        """LoRA around an existing embedding, whose weight it shares."""
+        layer = cls.__new__(cls)
+        layer._init_lora(r, lora_alpha, 0.0, merge_weights)
+        layer.num_embeddings, layer.embedding_dim = base.weight.shape
+        layer.padding_idx = getattr(base, "padding_idx", None)
+        layer.weight = base.weight
+        layer._add_lora_parameters()
+        layer.is_train = base.is_training()
+        return layer
+
+    def to_base(self) -> nn.Embedding:
+        """The plain embedding with this layer's weight (merged or not, as it is now)."""
+        base = nn.Embedding.__new__(nn.Embedding)
+        base.num_embeddings, base.embedding_dim = self.num_embeddings, self.embedding_dim
+        base.padding_idx = self.padding_idx
+        base.weight = self.weight
+        base.is_train = self.is_train
+        return base
+
+    def _add_lora_parameters(self):
+        if self.r > 0:
+            self.lora_A = jt.zeros((self.r, self.num_embeddings))
+            self.lora_B = jt.zeros((self.embedding_dim, self.r))
+            self.reset_lora_parameters()
+            self.weight.stop_grad()
+
+    def reset_lora_parameters(self) -> None:
+        """A zero, B standard normal."""
+        assign(self.lora_A, jt.zeros(self.lora_A.shape))
+        assign(self.lora_B, jt.randn(*self.lora_B.shape))
+
+    def delta_weight(self) -> jt.Var:
+        A, B = self.lora_A.float32(), self.lora_B.float32()
+        return jt.matmul(A.transpose(0, 1), B.transpose(0, 1)) * self.scaling
+
+    def execute(self, x: jt.Var) -> jt.Var:
+        y = self._frozen()[x]
+        if not self._adds_lora:
+            return y
+        rows = self.lora_A.transpose(0, 1)[x]  # (..., r)
+        if self.padding_idx is not None:
+            # As in PyTorch, the padding entry is looked up but never learns.
+            keep = (x != self.padding_idx).float32().unsqueeze(-1)
+            rows = rows * keep + rows.detach() * (1 - keep)
+        return y + cast(nn.matmul_transpose(rows * self.scaling, self.lora_B), y.dtype)
