@@ -12,9 +12,10 @@ import time
 
 import numpy as np
 import pytest
+from test_beam import padded, reference_case
 
 from jlora.adapters import LoraConfig, get_peft_model
-from jlora.beam import BeamConfig, beam_search
+from jlora.beam import beam_search
 from jlora.data import TokenExample
 from jlora.errors import UserError
 from jlora.loggers import read_metrics
@@ -97,22 +98,11 @@ def test_learning_rates_are_the_reference_s(reference_run):
 
 
 def test_the_reference_s_adapter_decodes_as_there(reference_run):
-    folder, expected, _, model = reference_run
+    folder, _, _, model = reference_run
     model.set_adapter_tensors(load_tensors(folder / "lora_final.safetensors"))
-    queries = [json.loads(line) for line in (folder / "queries.jsonl").read_text().splitlines()]
-    beams = [json.loads(line) for line in (folder / "beams.jsonl").read_text().splitlines()]
-    config = BeamConfig(
-        eos_token_ids=(expected["eos_token_id"],),
-        num_beams=expected["beam"],
-        length_penalty=expected["length_penalty"],
-        no_repeat_ngram_size=expected["no_repeat_ngram_size"],
-        max_new_tokens=expected["eval_len"],
-        min_length=expected["min_length"],
-    )
-    found = beam_search(model, [query["context"] for query in queries], config)
-    for row, hypotheses in zip(beams, found):
-        ids = list(hypotheses[0].ids)
-        assert ids + [0] * (expected["eval_len"] - len(ids)) == row["predict"], row["id"]
+    prompts, config, beams = reference_case(folder)
+    found = beam_search(model, prompts, config)
+    assert [padded(hypotheses[0].ids, config.max_new_tokens) for hypotheses in found] == beams
 
 
 # --- optimiser and schedule, against plain formulas ---

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -106,8 +106,10 @@ def to_array(path: Path, name: str, entry: dict, data: bytes) -> np.ndarray:
     return np.frombuffer(data, DTYPES[kind]).reshape(shape).copy()
 
 
-def read_sharded(index: str | Path) -> dict[str, np.ndarray]:
-    """Read the files that a ``model.safetensors.index.json`` names.
+def read_sharded(
+    index: str | Path, read: Callable[[Path], dict[str, np.ndarray]] = read_safetensors
+) -> dict[str, np.ndarray]:
+    """Read the files that an index (``model.safetensors.index.json``) names, each with ``read``.
 
     Raises:
         UserError: the index is malformed, a file is missing, or a tensor is not where it says.
@@ -116,7 +118,7 @@ def read_sharded(index: str | Path) -> dict[str, np.ndarray]:
     weight_map = read_index(index)
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(set(weight_map.values())):
-        tensors.update(read_safetensors(index.parent / name))
+        tensors.update(read(index.parent / name))
     check_shards(index, weight_map, tensors)
     return tensors
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from jlora.errors import UserError
 from jlora.files import os_error
-from jlora.formats.safetensors_file import bfloat16_to_float32, check_shards, one_line, read_index
+from jlora.formats.safetensors_file import bfloat16_to_float32, one_line, read_sharded
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
@@ -307,10 +307,4 @@ def read_torch_sharded(index: str | Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: as `read_torch`, or a file or tensor of the index is missing.
     """
-    index = Path(index)
-    weight_map = read_index(index)
-    tensors: dict[str, np.ndarray] = {}
-    for name in sorted(set(weight_map.values())):
-        tensors.update(read_torch(index.parent / name))
-    check_shards(index, weight_map, tensors)
-    return tensors
+    return read_sharded(index, read_torch)
