@@ -74,8 +74,9 @@ class ConvLoRA(LoRALayer, nn.Module):
 
     def _convolve(self, x: jt.Var, weight: jt.Var) -> jt.Var:
         conv = self.conv
-        function = nn.conv3d if self.dims == 3 else nn.conv2d
-        return function(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return nn.conv2d(
+            x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+        )
 
 
 class Conv1d(ConvLoRA):
@@ -101,3 +102,17 @@ class Conv3d(ConvLoRA):
 
     dims = 3
     base_class = nn.Conv3d
+
+    def _convolve(self, x, weight):
+        # Group by group: the grouped case of Jittor 1.3.11's own conv3d fails on the CPU.
+        conv = self.conv
+        inner, outer = x.shape[1] // conv.groups, weight.shape[0] // conv.groups
+        parts = [
+            nn.conv3d(
+                x[:, g * inner : (g + 1) * inner], weight[g * outer : (g + 1) * outer], None,
+                conv.stride, conv.padding, conv.dilation,
+            )
+            for g in range(conv.groups)
+        ]  # fmt: skip
+        y = jt.concat(parts, dim=1)
+        return y if conv.bias is None else y + conv.bias.reshape(1, -1, 1, 1, 1)

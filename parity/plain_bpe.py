@@ -1,0 +1,95 @@
+"""Byte-level BPE in plain Python, after GPT-2's publication and llama.cpp's regular expressions.
+
+transformers and jlora both stand on the Rust package `tokenizers`; this shares nothing with it, so
+that an equality of the three is more than one library agreeing with itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+#: Words, numbers, signs and spaces, as OpenAI's GPT-2 splits a text.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+#: llama.cpp's two expressions for `smollm`: numbers one by one, then GPT-2's on what is between.
+SMOLLM = (r"\p{N}", GPT2)
+
+
+class PlainBPE:
+    """Text to ids.
+
+    Args:
+        vocab: token, written in GPT-2's byte alphabet, to id.
+        merges: pairs of tokens, the first one first.
+        splits: regular expressions, applied one after the other.
+        special: tokens that stand for themselves, never cut.
+    """
+
+    def __init__(
+        self,
+        vocab: Mapping[str, int],
+        merges: Sequence[tuple[str, str]],
+        splits: Sequence[str],
+        special: Sequence[str],
+    ):
+        import regex
+
+        self.vocab = vocab
+        self.rank = {pair: rank for rank, pair in enumerate(merges)}
+        self.splits = [regex.compile(split) for split in splits]
+        longest_first = sorted(special, key=len, reverse=True)
+        self.special = regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")")
+        self.names = set(special)
+        self.alphabet = byte_alphabet()
+        self.known: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        ids = []
+        for part in self.special.split(text):
+            if part in self.names:
+                ids.append(self.vocab[part])
+                continue
+            pieces = [part]
+            for split in self.splits:
+                pieces = [p for piece in pieces for p in isolate(split, piece)]
+            for piece in pieces:
+                if piece not in self.known:
+                    self.known[piece] = self.merge(piece)
+                ids += self.known[piece]
+        return ids
+
+    def merge(self, piece: str) -> list[int]:
+        """Join the pair of the lowest rank, everywhere, until no pair is known."""
+        tokens = [self.alphabet[byte] for byte in piece.encode()]
+        while True:
+            pairs = set(zip(tokens, tokens[1:])) & self.rank.keys()
+            if not pairs:
+                return [self.vocab[token] for token in tokens]
+            best = min(pairs, key=self.rank.__getitem__)
+            joined = []
+            for token in tokens:
+                if joined and (joined[-1], token) == best:
+                    # Not joined[-1] of a pair just made: "aaa" with (a, a) is "aa", "a".
+                    joined[-1] = best
+                else:
+                    joined.append(token)
+            tokens = ["".join(token) for token in joined]
+
+
+def isolate(split, text: str) -> list[str]:
+    """Cut a text before and after every match."""
+    pieces, end = [], 0
+    for match in split.finditer(text):
+        pieces += [text[end : match.start()], match.group()]
+        end = match.end()
+    pieces.append(text[end:])
+    return [piece for piece in pieces if piece]
+
+
+def byte_alphabet() -> list[str]:
+    """The visible character that stands for each byte: itself, or the next free one from 256."""
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    found, spare = [], 256
+    for byte in range(256):
+        found.append(chr(byte if byte in visible else spare))
+        spare += byte not in visible
+    return found
