@@ -5,8 +5,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The reference implementations stand apart: Jittor imports torch where it finds it.
+PARITY := .venv-parity
+PARITY_STAMP := $(PARITY)/.installed
+SEED ?= 1
 
-.PHONY: demo test test-all lint install clean
+.PHONY: demo test test-all parity golden lint install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -17,6 +21,14 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -q --durations=20
+
+# jlora beside torch, transformers, peft and loralib, on random cases of SEED (docs/fidelity.md).
+parity: $(STAMP) $(PARITY_STAMP)
+	$(BIN)/python -m parity --seed $(SEED)
+
+# The reference results that `make test` compares with; made again only when a golden case changes.
+golden: $(PARITY_STAMP)
+	$(PARITY)/bin/python -m parity.golden
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -36,6 +48,11 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
+$(PARITY_STAMP): parity/requirements.txt
+	@test -x $(PARITY)/bin/python || $(PYTHON) -m venv $(PARITY)
+	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(PARITY) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find jlora tests -name __pycache__ -type d -prune -exec rm -rf {} +

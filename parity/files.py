@@ -55,7 +55,7 @@ def results(topic: ModuleType, folder: Path, side: str) -> dict[str, np.ndarray]
 
 
 def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, path)
+    save_file({n: np.asarray(a, order="C") for n, a in arrays.items()}, path)
 
 
 def errors(topic: ModuleType, folder: Path) -> Iterator[str]:

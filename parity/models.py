@@ -65,6 +65,7 @@ def cases(seed: int) -> list[Case]:
         if golden:  # small enough to be kept
             settings["config"].update(hidden_size=24, intermediate_size=32, num_hidden_layers=2)
             settings["config"].update(vocab_size=61)
+            settings.update(batch=2, tokens=24)
         found.append(Case("Llama family variants", f"llama-{name}", settings, 1e-4, golden=golden))
     settings = {"batch": 2, "tokens": 48, "config": {"vocab_size": 49152}}
     found.append(Case("SmolLM2-135M, its own weights (GGUF)", SMOLLM2, settings, 1e-4))

@@ -1,0 +1,60 @@
+"""Small random language models whose texts are worth decoding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+#: kind -> configuration; the tiny ones become fixtures of the tests
+CONFIGS = {
+    "gpt2": {"vocab_size": 60, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4},
+    "tiny-gpt2": {"vocab_size": 24, "n_positions": 20, "n_embd": 8, "n_layer": 2, "n_head": 2},
+    "llama": {
+        "vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    },
+    "tiny-llama": {
+        "vocab_size": 24, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 24,
+    },
+}  # fmt: skip
+#: GPT-2's tokens from here on are read, never generated.
+SILENT = 50
+
+
+def make_model(kind: str, seed: int, folder: Path) -> None:
+    """Write a transformers model into a folder.
+
+    The weights are large enough that some words are likely and what comes before decides which. In
+    the large GPT-2 the last channel of the output is constant, so that it gives each token a bias
+    of its own: what is from `SILENT` on has no chance.
+    """
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    generator = torch.Generator().manual_seed(seed)
+    if kind.endswith("gpt2"):
+        model = GPT2LMHeadModel(GPT2Config(**CONFIGS[kind]))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **CONFIGS[kind]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.copy_(0.2 * noise + name.endswith("weight"))
+            else:
+                parameter.copy_(1.8 * parameter.shape[-1] ** -0.5 * noise)
+        if kind == "gpt2":
+            model.transformer.ln_f.weight[-1] = 0
+            model.transformer.ln_f.bias[-1] = 10
+            model.transformer.wte.weight[:, -1] = 0
+            model.transformer.wte.weight[SILENT:, -1] = -4
+    model.save_pretrained(folder)
+
+
+def load_reference(folder: Path):
+    """The model in transformers, without the settings that it would bring for decoding."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model.generation_config = GenerationConfig()
+    return model

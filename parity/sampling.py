@@ -1,0 +1,76 @@
+"""Probabilities with which the next token is drawn."""
+
+from __future__ import annotations
+
+import numpy as np
+
+DRAWS = 60  # halvings of [0, 1) that find where one token's share ends
+
+
+def reference_chances(model, prompts: list[list[int]], warp: dict) -> dict[str, np.ndarray]:
+    """By transformers' logits processors, in the order in which `generate` applies them."""
+    import torch
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(do_sample=True, **{"top_k": 0, **warp})
+    chances = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        config._eos_token_tensor = None
+        processors = model._get_logits_processor(config, input_ids_seq_length=len(prompt))
+        with torch.no_grad():
+            logits = model(ids).logits[:, -1]
+        chances.append(processors(ids, logits).softmax(-1)[0].numpy())
+    return {"chances": np.array(chances)}
+
+
+def our_chances(model, prompts: list[list[int]], warp: dict) -> dict[str, np.ndarray]:
+    """By drawing: `jlora.generate` turns a number of [0, 1) into a token, so that bisection finds
+    where the share of each ends. The numbers take the place of the random generator's."""
+    from unittest.mock import patch
+
+    from jlora import generate as module
+
+    chances = np.zeros((len(prompts), model.config.vocab_size))
+    config = module.GenerateConfig(
+        (), max_new_tokens=1, batch_size=5, **{"temperature": 1.0, **warp}
+    )
+    shares: list[np.ndarray] = []
+
+    def record(logprobs, settings, _):
+        shares.append(_shares(lambda u: draw(logprobs, settings, _Fixed(u)), len(logprobs)))
+        return place
+
+    draw = module._draw
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    with patch.object(module, "_draw", record):
+        for place in range(warp.get("top_k") or model.config.vocab_size):
+            shares.clear()
+            tokens = [h.ids[0] for h in module.generate(model, prompts, config)]
+            for share, index in zip(shares, order):
+                chances[index, tokens[index]] = share[place]
+    return {"chances": chances}
+
+
+class _Fixed:
+    """A generator of one number."""
+
+    def __init__(self, number: float):
+        self.number = number
+
+    def random(self) -> float:
+        return self.number
+
+
+def _shares(draw, count: int) -> np.ndarray:
+    """The width of the part of [0, 1) that gives each place."""
+    ends = np.zeros(count)
+    for place in range(count):
+        low, high = 0.0, 1.0
+        if draw(np.nextafter(1.0, 0.0)) <= place:
+            low = 1.0
+        for _ in range(DRAWS if low < high else 0):
+            middle = (low + high) / 2
+            low, high = (middle, high) if draw(middle) <= place else (low, middle)
+        ends[place] = low
+    return np.diff(ends, prepend=0.0)

@@ -1,0 +1,107 @@
+"""Beam search step by step in PyTorch, by microsoft/LoRA's rules or by transformers'.
+
+One prompt at a time, whole sequences through the model at every step, all candidates sorted: slow
+and plain. What the two ways share is written once, so that `Rules` lists all that tells them apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parity.case import Case
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Where the two searches part.
+
+    Attributes:
+        before_softmax: bans and the repetition penalty change logits, whose softmax is then taken,
+            so that the tokens left share the probability of the banned ones; else they change
+            log-probabilities, which then no longer sum to 1.
+        prompt_counts: n-grams and repetitions are looked for in the prompt too.
+        replace_finished: a beam that ends gives its place to the next best candidate, so that
+            ``num_beams`` live ones go on; else only the others go on, until their own candidates
+            fill the places in the next step.
+    """
+
+    before_softmax: bool
+    prompt_counts: bool
+    replace_finished: bool
+
+
+MICROSOFT = Rules(before_softmax=True, prompt_counts=False, replace_finished=False)
+TRANSFORMERS = Rules(before_softmax=False, prompt_counts=True, replace_finished=True)
+
+
+def search(model, prompt: list[int], case: Case, rules: Rules):
+    """All hypotheses of a prompt, and by how much the closest decision was decided.
+
+    Returns:
+        [(ids, sum of log-probabilities)] in the order found, and the smallest difference of two
+        scores whose order mattered: below some 1e-5 rounding may decide it another way.
+    """
+    import torch
+
+    settings = case.settings["search"]
+    ends, beams = settings["eos_token_ids"], settings["num_beams"]
+    live, found, margin = [([], 0.0)], [], float("inf")
+    for step in range(settings["max_new_tokens"]):
+        with torch.no_grad():
+            rows = torch.tensor([prompt + ids for ids, _ in live])
+            logits = model(rows, use_cache=False).logits[:, -1].double()
+        candidates = []
+        for (ids, score), row in zip(live, logits):
+            if not rules.before_softmax:
+                row = row.log_softmax(0)
+            seen = prompt + ids if rules.prompt_counts else ids
+            row = penalised(row, seen, settings["repetition_penalty"])
+            row[banned(seen, settings["no_repeat_ngram_size"])] = -float("inf")
+            if step < settings["min_length"]:
+                row[ends] = -float("inf")
+            if rules.before_softmax:
+                row = row.log_softmax(0)
+            totals = (score + row).tolist()
+            candidates += [(ids + [token], total) for token, total in enumerate(totals)]
+        candidates.sort(key=lambda candidate: -candidate[1])
+        margin = min(margin, candidates[beams - 1][1] - candidates[beams][1])
+        best = candidates[:beams]
+        last = step + 1 == settings["max_new_tokens"]
+        found += [c for c in best if c[0][-1] in ends] + [
+            c for c in best if c[0][-1] not in ends and last
+        ]
+        if rules.replace_finished:
+            going_on = [c for c in candidates if c[0][-1] not in ends]
+            margin = min(margin, going_on[beams - 1][1] - going_on[beams][1])
+            live = going_on[:beams]
+        else:
+            live = [c for c in best if c[0][-1] not in ends]
+        if not live:
+            break
+    return found, margin
+
+
+def penalised(row, seen: list[int], penalty: float):
+    """The repetition penalty of CTRL: every token seen becomes less likely, once."""
+    row = row.clone()
+    tokens = sorted(set(seen))
+    values = row[tokens]
+    row[tokens] = values.where(values >= 0, values * penalty**2) / penalty
+    return row
+
+
+def banned(seen: list[int], size: int) -> list[int]:
+    """Tokens that would make an n-gram of this size a second time."""
+    if size == 0:
+        return []
+    grams = zip(*(seen[i:] for i in range(size)))
+    end = tuple(seen[len(seen) - size + 1 :])
+    return sorted({gram[-1] for gram in grams if gram[:-1] == end})
+
+
+def ranked(found, length_penalty: float):
+    """Best first by score / length ** length_penalty, as (ids, sum), and the smallest gap."""
+    key = lambda hypothesis: -hypothesis[1] / len(hypothesis[0]) ** length_penalty  # noqa: E731
+    order = sorted(found, key=key)
+    gaps = [key(b) - key(a) for a, b in zip(order, order[1:])]
+    return order, min(gaps, default=float("inf"))
