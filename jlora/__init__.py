@@ -15,6 +15,8 @@ import importlib
 
 _WHERE = {
     "load": "jlora.models.hub",
+    "write_merged": "jlora.merge",
+    "export_gguf": "jlora.export",
     "LoraConfig": "jlora.adapters",
     "PeftModel": "jlora.adapters",
     "get_peft_model": "jlora.adapters",
@@ -29,8 +31,8 @@ _WHERE = {
 }
 # A function may not share its module's name: importing the module would hide it.
 _MODULES = (
-    "adapters", "data", "engine", "generate", "layers", "metrics", "models", "pull", "tasks",
-    "train",
+    "adapters", "data", "engine", "export", "generate", "layers", "merge", "metrics", "models",
+    "pull", "tasks", "train",
 )  # fmt: skip
 
 __all__ = [*_WHERE, *_MODULES]

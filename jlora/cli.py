@@ -128,7 +128,8 @@ def parser() -> argparse.ArgumentParser:
 
     generate = verb("generate", run_generate, "Answer prompts with a model and its adapter.")
     generate.add_argument("--model", help="base model (default: the one of the adapter's run)")
-    generate.add_argument("--adapter", help="run folder, or adapter folder such as RUN/best")
+    generate.add_argument("--adapter", help=ADAPTER_HELP)
+    add_adapter_options(generate)
     source = generate.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="a prompt; may be given several times")
     source.add_argument("--data", help="a file of the task; its distinct inputs are the prompts")
@@ -150,9 +151,32 @@ def parser() -> argparse.ArgumentParser:
         "--raw", action="store_true", help="no separator token: go on with the prompt's own text"
     )
     generate.add_argument("--precision", default="auto", help="auto, bf16, fp32 or plain")
-    generate.add_argument(
-        "--force", action="store_true", help="take an adapter made for another base model"
+
+    merge = verb("merge", run_merge, "Write base and adapter as one model that transformers loads.")
+    merge.add_argument("base", help="name or path of the base model")
+    merge.add_argument("adapter", help=ADAPTER_HELP)
+    merge.add_argument("out", help="folder to write, new or empty")
+    merge.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    add_adapter_options(merge)
+
+    export = verb("export", run_export, "Write a model, merged or plain, as a GGUF file.")
+    export.add_argument("model", help="name or path of the base model")
+    export.add_argument("--gguf", required=True, metavar="OUT.gguf", help="file to write")
+    export.add_argument("--adapter", help=f"merge this first: {ADAPTER_HELP}")
+    export.add_argument(
+        "--type", default="f32", choices=("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"),
+        help="of the matrices (default: f32)",
+    )  # fmt: skip
+    export.add_argument(
+        "--no-tokenizer", action="store_true", help="leave out the tokenizer, which llama.cpp needs"
     )
+    add_adapter_options(export)
+
+    convert = verb("convert", run_convert, "Write an adapter as loralib's .pt file, or back.")
+    convert.add_argument("adapter", help=ADAPTER_HELP)
+    convert.add_argument("out", help="a .pt file for a folder, a folder for a .pt file")
+    convert.add_argument("--model", help="base model (default: the one of the adapter's run)")
+    add_adapter_options(convert)
 
     evaluate = verb("evaluate", run_evaluate, "BLEU, NIST, METEOR, ROUGE-L, CIDEr as E2E's script.")
     evaluate.add_argument("task", choices=("e2e",))
@@ -168,6 +192,37 @@ def parser() -> argparse.ArgumentParser:
     report = verb("report", run_report, "Write RUN/report.html.")
     report.add_argument("run", help="run folder")
     return top
+
+
+ADAPTER_HELP = "run folder, adapter folder such as RUN/best, or loralib's .pt file"
+
+
+def add_adapter_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--lora-alpha", type=float, help="of a .pt file, which does not say it")
+    command.add_argument(
+        "--enable-lora", type=flags, metavar="1,0,1",
+        help="of a .pt file: which blocks of fused layers have LoRA",
+    )  # fmt: skip
+    command.add_argument(
+        "--force", action="store_true", help="take an adapter made for another base model"
+    )
+
+
+def flags(text: str) -> list[bool]:
+    """``1,0,1`` -> [True, False, True]"""
+    if not set(text.split(",")) <= {"0", "1"}:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 1,0,1")
+    return [flag == "1" for flag in text.split(",")]
+
+
+def adapter_file(arguments: argparse.Namespace):
+    """The adapter that a command line names, or None."""
+    from jlora.opening import AdapterFile
+
+    if arguments.adapter is None:
+        return None
+    path = Path(arguments.adapter)
+    return AdapterFile(path, arguments.lora_alpha, arguments.enable_lora, arguments.force)
 
 
 def add_run_options(command: argparse.ArgumentParser) -> None:
@@ -298,18 +353,56 @@ def run_generate(arguments: argparse.Namespace) -> int:
     predictions = workflow.answer(
         prompts,
         arguments.model,
-        Path(arguments.adapter) if arguments.adapter else None,
+        adapter_file(arguments),
         config,
         arguments.separator_id,
         arguments.end_id,
         arguments.raw,
         arguments.precision,
         Path(arguments.out) if arguments.out else None,
-        arguments.force,
     )
     if not arguments.out:
         for prediction in predictions:
             print(prediction.prediction)
+    return 0
+
+
+def run_merge(arguments: argparse.Namespace) -> int:
+    from jlora.merge import check_absent, write_merged
+    from jlora.opening import open_model
+
+    check_absent(arguments.out)  # before a minute of loading
+    model, _ = open_model(arguments.base, adapter_file(arguments))
+    print(write_merged(model, arguments.out, arguments.dtype))
+    return 0
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    from jlora.export import export_gguf
+    from jlora.merge import check_absent
+    from jlora.opening import open_model
+
+    check_absent(arguments.gguf)
+    model, _ = open_model(arguments.model, adapter_file(arguments))
+    print(export_gguf(model, arguments.gguf, arguments.type, not arguments.no_tokenizer))
+    return 0
+
+
+def run_convert(arguments: argparse.Namespace) -> int:
+    from jlora.adapters.loralib import is_loralib, loralib_note
+    from jlora.merge import check_absent
+    from jlora.opening import open_model
+
+    to_file = is_loralib(arguments.out)
+    if to_file == is_loralib(arguments.adapter):
+        raise UserError("give a folder and a .pt file, or a .pt file and a folder")
+    check_absent(arguments.out)
+    model, _ = open_model(arguments.model, adapter_file(arguments))
+    if to_file:
+        print(loralib_note(model.save_loralib(arguments.out), model.lora_layers()))
+    else:
+        model.save_pretrained(arguments.out)
+    print(f"written: {arguments.out}")
     return 0
 
 

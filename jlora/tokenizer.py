@@ -7,6 +7,7 @@ transformers; no others are added.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ GGUF_PRE = {
     "llama-v3": "llama3",
     "qwen2": "qwen2",
 }
-CONTROL, USER_DEFINED = 3, 4  # GGUF's token types
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # GGUF's token types
 
 
 class Tokenizer:
@@ -45,6 +46,7 @@ class Tokenizer:
         vocab_size: number of ids, special tokens included.
         eos_token_id, bos_token_id: as the model's files say, or None.
         pad_token_id: as the files say, else the end token, else 0 (a mask always covers padding).
+        chat_template: kept for other programs; jlora itself does not use it.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Tokenizer:
         eos_token_id: int | None = None,
         bos_token_id: int | None = None,
         pad_token_id: int | None = None,
+        chat_template: str | None = None,
     ):
         backend.no_truncation()
         backend.no_padding()
@@ -63,6 +66,7 @@ class Tokenizer:
         if pad_token_id is None:
             pad_token_id = eos_token_id if eos_token_id is not None else 0
         self.pad_token_id: int = pad_token_id
+        self.chat_template = chat_template
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; no begin or end token is added."""
@@ -102,7 +106,7 @@ class Tokenizer:
         if len(found) == 2 and ids["eos"] is None:
             # GPT-2's own download has no settings: its one special token begins and ends a text.
             ids["eos"] = ids["bos"] = backend.token_to_id("<|endoftext|>")
-        return cls(backend, ids["eos"], ids["bos"], ids["pad"])
+        return cls(backend, ids["eos"], ids["bos"], ids["pad"], chat_template(folder, settings))
 
     @classmethod
     def from_gguf(cls, metadata: dict[str, Any], path: str | Path = "GGUF file") -> Tokenizer:
@@ -132,7 +136,46 @@ class Tokenizer:
                 f"{path}: its tokenizer is damaged ({error}); download it again"
             ) from error
         ids = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "bos", "padding")]
-        return cls(backend, *(None if i is None else int(i) for i in ids))
+        special_ids = (None if i is None else int(i) for i in ids)
+        return cls(backend, *special_ids, metadata.get("tokenizer.chat_template"))
+
+    def to_gguf(self, rows: int) -> dict[str, Any]:
+        """The metadata from which `from_gguf`, and llama.cpp, build this tokenizer.
+
+        Args:
+            rows: of the model's embedding; ids without a token are filled up to there.
+
+        Raises:
+            UserError: not a byte-level BPE of a kind that has a name in GGUF.
+        """
+        settings = json.loads(self.backend.to_str())
+        pre = gguf_pre(settings)
+        if pre is None:
+            raise UserError(
+                "the tokenizer is no byte-level BPE of a kind that GGUF has a name for "
+                f"({', '.join(dict.fromkeys(GGUF_PRE))}), so it cannot go into the file"
+            )
+        vocab = self.backend.get_vocab(with_added_tokens=True)
+        named = {index: token for token, index in vocab.items()}
+        tokens = [named.get(index, f"[PAD{index}]") for index in range(rows)]
+        types = [NORMAL if index in named else UNUSED for index in range(rows)]
+        for index, token in self.backend.get_added_tokens_decoder().items():
+            if index < rows:
+                types[index] = CONTROL if token.special else USER_DEFINED
+        merges = [m if isinstance(m, str) else " ".join(m) for m in settings["model"]["merges"]]
+        ids = {"bos": self.bos_token_id, "eos": self.eos_token_id, "padding": self.pad_token_id}
+        begins = self.backend.encode("a").ids[:1] == [self.bos_token_id]
+        metadata = {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": pre,
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.merges": merges,
+            **{f"tokenizer.ggml.{key}_token_id": index for key, index in ids.items()},
+            "tokenizer.ggml.add_bos_token": begins,
+            "tokenizer.chat_template": self.chat_template,
+        }
+        return {key: value for key, value in metadata.items() if value is not None}
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json (the special tokens) into a folder."""
@@ -144,8 +187,36 @@ class Tokenizer:
             index = getattr(self, f"{key}_token_id")
             if index is not None:
                 settings[f"{key}_token"] = self.backend.id_to_token(index)
+        if self.chat_template is not None:
+            settings["chat_template"] = self.chat_template
         with atomic_path(folder / "tokenizer_config.json") as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def gguf_pre(settings: dict[str, Any]) -> str | None:
+    """The name in GGUF of the way in which a tokenizer.json splits a text; None: it has none."""
+    if settings["model"]["type"] != "BPE":
+        return None
+    for name, kind in GGUF_PRE.items():
+        known = json.loads(byte_level_bpe({}, [], kind, []).to_str())
+        if split_settings(settings) == split_settings(known):
+            return name
+    return None
+
+
+def split_settings(settings: dict[str, Any]) -> list[Any]:
+    """What of a tokenizer.json says how a text is split before the merges."""
+    # trim_offsets only moves the places that tokens are said to come from, not the tokens.
+    text = re.sub(r'"trim_offsets": (true|false)', "", json.dumps(settings["pre_tokenizer"]))
+    return [text, settings["normalizer"], settings["model"].get("ignore_merges", False)]
+
+
+def chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
+    """A model's chat template, which transformers keeps in either of two files."""
+    if (folder / "chat_template.jinja").is_file():
+        return read_text(folder / "chat_template.jinja")
+    template = settings.get("chat_template")
+    return template if isinstance(template, str) else None
 
 
 def find_files(folder: Path) -> list[Path] | None:

@@ -22,6 +22,7 @@ from jlora.generate import GenerateConfig, generate
 from jlora.loggers import ProgressLogger, WandbLogger, read_metrics
 from jlora.metrics import evaluate_e2e, find_java
 from jlora.models.hub import load, require_tokenizer
+from jlora.opening import AdapterFile, open_model, say
 from jlora.predictions import (
     Prediction,
     make_prediction,
@@ -35,10 +36,6 @@ from jlora.report.plots import loss_curve
 from jlora.report.tables import score_table
 from jlora.tasks import ReferenceGroup, get_task
 from jlora.train import train
-
-
-def say(message: str) -> None:
-    print(f"jlora: {message}", file=sys.stderr, flush=True)
 
 
 def open_run(run: Path, recipe: Recipe, resume: bool) -> Recipe:
@@ -257,38 +254,22 @@ def save_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     write_lines(path.with_suffix(".txt"), predictions)
 
 
-def run_of(adapter: Path) -> tuple[Path, Recipe | None]:
-    """The adapter folder and the recipe of its run, for a run folder or an adapter folder.
-
-    The recipe knows which tokens stood round the completions in training; None where the adapter
-    was made elsewhere.
-    """
-    if (adapter / "config.yaml").is_file() and not (adapter / "adapter_config.json").is_file():
-        found = [adapter / name for name in ("best", "adapter") if (adapter / name).is_dir()]
-        if not found:
-            raise UserError(f"{adapter}: this run has no adapter yet; train it first")
-        return found[0], load_recipe(adapter / "config.yaml")
-    config = adapter.resolve().parent / "config.yaml"
-    return adapter, load_recipe(config) if config.is_file() else None
-
-
 def answer(
     prompts: Sequence[str],
     model_name: str | None,
-    adapter: Path | None,
+    adapter: AdapterFile | None,
     config: DecodeConfig | GenerateConfig,
     separator_id: int | None = None,
     end_ids: Sequence[int] | None = None,
     raw: bool = False,
     precision: str = "auto",
     path: Path | None = None,
-    force: bool = False,
 ) -> list[Prediction]:
     """Answer prompts with a model and, if given, its adapter.
 
     Args:
         model_name: None: the model that the adapter's run was made with.
-        adapter: a run folder or an adapter folder.
+        adapter: None: the model alone.
         config: beam search, or greedy decoding and sampling (whose end tokens are set here).
         separator_id: token after each prompt; None: as in the adapter's run, else the tokenizer's
             end token.
@@ -296,22 +277,12 @@ def answer(
         raw: no separator: the model goes on with the prompt's own text.
         precision: see `jlora.engine.prepare`.
         path: predictions.jsonl to write; None: none.
-        force: take the adapter although it was made for another base model.
 
     Raises:
         UserError: no model, no such adapter, or prompts that do not fit.
     """
-    recipe = None
-    if adapter is not None:
-        adapter, recipe = run_of(adapter)
-    model_name = model_name or (recipe and recipe.model)
-    if not model_name:
-        raise UserError("no --model given, such as --model smollm2-135m")
-    say(f"loading {model_name}")
-    model = load(model_name)
+    model, recipe = open_model(model_name, adapter)
     tokenizer = require_tokenizer(model)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter, force=force)
     engine.prepare(model, precision)
     model.eval()
     trained = recipe.data if recipe else DataConfig()

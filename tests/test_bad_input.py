@@ -560,3 +560,56 @@ def test_length_penalty_that_is_no_number(refused, tmp_path):
 
 def test_report_of_nothing(refused, tmp_path):
     has(refused("report", tmp_path / "run"), "run")
+
+
+# Merging, exporting, converting ------------------------------------------------------------------
+
+
+def test_merge(refused, tmp_path, tiny_model, tiny_run):
+    other = tiny.write_model(tmp_path / "other", seed=1)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    has(refused("merge", other, tiny_run, "out"), "made for the base model", "--force")
+    has(refused("merge", tiny_model, tiny_run, "full"), "full is there already; remove it")
+    has(refused("merge", tiny_model, "nowhere", "out"), "nowhere is no folder")
+    has(refused("merge", "nowhere.gguf", tiny_run, "out"), "nowhere.gguf: no such file")
+    has(refused("merge", tiny_model, tiny_run, "out", "--lora-alpha", 3), "are for loralib's .pt")
+    has(refused("merge", tiny_model, "a.pt", "out"), "does not say its lora_alpha", "--lora-alpha")
+    has(refused("merge", tiny_model, "a.pt", "out", "--lora-alpha", 3), "cannot read a.pt")
+    assert main(["merge", str(other), str(tiny_run), "out", "--force"]) == 0
+
+
+def test_merge_onto_a_full_disk(refused, tmp_path, tiny_model, tiny_run, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jlora.merge.write_tokenizer", full)
+    message = refused("merge", tiny_model, tiny_run, "out")
+    has(message, "cannot write out: No space left on device", "free some space")
+
+
+def test_export(refused, tmp_path, tiny_model, tiny_run):
+    (tmp_path / "there.gguf").write_text("")
+    message = refused("export", tiny_model, "--gguf", "there.gguf")
+    has(message, "there.gguf is there already")
+    bare = Path(shutil.copytree(tiny_model, tmp_path / "bare"))
+    (bare / "tokenizer.json").unlink()
+    message = refused("export", bare, "--gguf", "m.gguf", "--adapter", tiny_run)
+    has(message, "the model has no tokenizer", "--no-tokenizer")
+    message = refused("export", tiny_run / "best", "--gguf", "m.gguf")
+    has(message, "this is an adapter", "--adapter")
+
+
+def test_convert(refused, tmp_path, tiny_model, tiny_run):
+    has(refused("convert", tiny_run, "folder"), "give a folder and a .pt file, or")
+    has(refused("convert", "a.pt", "b.pt"), "give a folder and a .pt file, or")
+    has(refused("convert", "a.pt", "folder", "--lora-alpha", 1), "no --model given")
+    shutil.copytree(tiny_run / "best", tmp_path / "peft")
+    has(refused("convert", "peft", "a.pt"), "no --model given")
+    assert main(["convert", str(tiny_run), "a.pt"]) == 0
+    message = refused("convert", tiny_run, "a.pt")
+    has(message, "a.pt is there already")
+    message = refused("export", "a.pt", "--gguf", "m.gguf")
+    has(message, "a.pt: a LoRA adapter and no model", "--adapter a.pt --lora-alpha ALPHA")
+    argv = ["convert", "a.pt", "folder", "--model", tiny_model, "--lora-alpha", 1]
+    has(refused(*argv, "--enable-lora", "1,0,1"), "no layer is fused in the file")

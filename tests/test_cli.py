@@ -13,7 +13,10 @@ from jlora.cli import main, open_recipe, overrides, parser
 from jlora.formats.safetensors_file import read_safetensors
 
 ADAPTER = "adapter_model.safetensors"
-VERBS = ("demo", "doctor", "pull", "run", "finetune", "generate", "evaluate", "rerank", "report")
+VERBS = (
+    "demo", "doctor", "pull", "run", "finetune", "generate", "merge", "export", "convert",
+    "evaluate", "rerank", "report",
+)  # fmt: skip
 
 
 def python(*arguments, **options):

@@ -7,6 +7,14 @@ model = PeftModel.from_pretrained(base, "adapter")
 """
 
 from jlora.adapters.config import LoraConfig
+from jlora.adapters.merged import MergedWeights, merged_weights
 from jlora.adapters.model import MergeReport, PeftModel, get_peft_model
 
-__all__ = ["LoraConfig", "MergeReport", "PeftModel", "get_peft_model"]
+__all__ = [
+    "LoraConfig",
+    "MergeReport",
+    "MergedWeights",
+    "PeftModel",
+    "get_peft_model",
+    "merged_weights",
+]

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jlora.adapters import storage
+from jlora.adapters import loralib, storage
 from jlora.adapters.attach import ModulesToSave, attach, detach
 from jlora.adapters.config import LoraConfig
 from jlora.adapters.targets import default_targets
 from jlora.errors import UserError
 from jlora.formats.peft_file import read_peft, write_peft
+from jlora.formats.torch_write import write_torch
 from jlora.layers import Embedding, LoRALayer, MergedLinear, assign, bias_names, set_trainable
 from jlora.runtime import jt
 
@@ -228,6 +229,20 @@ class PeftModel(nn.Module):
         for layer in self.lora_layers().values():
             layer.unmerge()
 
+    @contextlib.contextmanager
+    def merged(self) -> Iterator[MergeReport]:
+        """Inside the block the changes are in the weights, whether they were before or not.
+
+        Raises:
+            UserError: as `merge_adapter`.
+        """
+        with self._unmerged():
+            report = self.merge_adapter()
+            try:
+                yield report
+            finally:
+                self.unmerge_adapter()
+
     def merge_and_unload(self, quiet: bool = False) -> nn.Module:
         """The plain model with the adapter in its weights; one line says how much they changed.
 
@@ -333,9 +348,75 @@ class PeftModel(nn.Module):
         tensors = {storage.from_peft_key(key): array for key, array in files.tensors.items()}
         config, tensors = _without_head(config, tensors, model, str(files.path))
         config, tensors = storage.native_config(model, config, tensors, files.notes)
+        return cls._restored(model, config, tensors, str(files.path), is_trainable)
+
+    def save_loralib(self, path: str | Path, nested: bool = True) -> float:
+        """Write the adapter as a ``.pt`` file of loralib's ``lora_state_dict``.
+
+        Args:
+            nested: under the key ``model_state_dict``, as microsoft/LoRA's examples/NLG has it.
+
+        Returns:
+            The lora_alpha to load it with, which the file has no place for.
+
+        Raises:
+            UserError: the file cannot be written, or the adapter has what loralib lacks:
+                modules_to_save, layers whose scalings ask for different lora_alpha.
+        """
+        self._check_loaded()
+        if self.peft_config.modules_to_save:
+            raise UserError(
+                f"modules_to_save {self.peft_config.modules_to_save} have no place in a loralib "
+                "file; keep the PEFT folder"
+            )
+        lora_alpha = loralib.loralib_alpha(self.lora_layers())
+        write_torch(path, self.adapter_tensors(), "model_state_dict" if nested else None)
+        return lora_alpha
+
+    @classmethod
+    def from_loralib(
+        cls,
+        model: nn.Module,
+        path: str | Path,
+        lora_alpha: float,
+        enable_lora: Sequence[bool] | None = None,
+        lora_dropout: float = 0.0,
+        is_trainable: bool = False,
+    ) -> PeftModel:
+        """Load an adapter from a ``.pt`` file of loralib's ``lora_state_dict`` onto its base.
+
+        Ranks, targets and biases follow from the file.
+
+        Args:
+            model: the base model; changed in place.
+            lora_alpha: of every layer; microsoft/LoRA's GPT-2 runs have 32.
+            enable_lora: which blocks of fused layers have LoRA; GPT-2's ``c_attn`` has
+                ``[True, False, True]`` there. Not needed where all have it.
+            is_trainable: as for `from_pretrained`.
+
+        Raises:
+            UserError: no such file, keys or shapes that do not fit the model or ``enable_lora``.
+                ``model`` is unchanged then.
+        """
+        tensors = loralib.model_names(model, loralib.read_loralib(path))
+        config = loralib.loralib_config(
+            model, tensors, lora_alpha, enable_lora, lora_dropout, str(path)
+        )
+        return cls._restored(model, _completed(config, model), tensors, str(path), is_trainable)
+
+    @classmethod
+    def _restored(
+        cls,
+        model: nn.Module,
+        config: LoraConfig,
+        tensors: dict[str, np.ndarray],
+        source: str,
+        is_trainable: bool,
+    ) -> PeftModel:
+        """``model`` with the adapter of ``config`` and ``tensors``, or as it was."""
         peft_model = cls(model, config)
         try:
-            peft_model._load(tensors, str(files.path))
+            peft_model._load(tensors, source)
         except BaseException:
             peft_model.unload()
             raise
@@ -429,5 +510,6 @@ def _without_head(
             ", ".join(left),
         )
     kept = [name for name in config.modules_to_save or [] if name not in heads]
-    config = replace(config, modules_to_save=kept or None)
+    # What is left is a language model's adapter; PEFT would look for the head by the task type.
+    config = replace(config, modules_to_save=kept or None, task_type="CAUSAL_LM")
     return config, {name: array for name, array in tensors.items() if name not in left}

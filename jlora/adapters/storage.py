@@ -104,7 +104,7 @@ def peft_config(config: LoraConfig, layers: Mapping[str, LoRALayer]) -> LoraConf
     for name, layer in layers.items():
         enabled = sum(layer.enable_lora) if isinstance(layer, MergedLinear) else 1
         settings[name] = (layer.r * enabled, _scaled(config, layer.lora_alpha, enabled))
-    return replace(_with_patterns(config, settings), enable_lora=None)
+    return replace(with_patterns(config, settings), enable_lora=None)
 
 
 def native_config(
@@ -150,7 +150,7 @@ def native_config(
         alpha = pattern_value(name, config.alpha_pattern, config.lora_alpha)
         settings[name] = (r // enabled, _scaled(config, alpha, 1 / enabled))
     parts = {f"{name}.lora_B": part for name, (_, part) in fused.items()}
-    return _with_patterns(config, settings), {**tensors, **parts}
+    return with_patterns(config, settings), {**tensors, **parts}
 
 
 def _scaled(config: LoraConfig, alpha: float, factor: float) -> float:
@@ -159,7 +159,7 @@ def _scaled(config: LoraConfig, alpha: float, factor: float) -> float:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def _with_patterns(config: LoraConfig, settings: Mapping[str, tuple[int, float]]) -> LoraConfig:
+def with_patterns(config: LoraConfig, settings: Mapping[str, tuple[int, float]]) -> LoraConfig:
     """``config`` with r and alpha of each module: the commonest pair, and patterns for the rest."""
     (r, alpha), _ = Counter(settings.values()).most_common(1)[0]
     return replace(

@@ -10,6 +10,8 @@ The names and layouts are those of llama.cpp's ``convert_hf_to_gguf.py``, undone
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from jlora.formats.safetensors_file import one_line
 
 QUANTIZATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
+LLAMA_BLOCKS, GPT2_BLOCKS = "model.layers", "transformer.h"
 LLAMA_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -81,13 +84,13 @@ def read_gguf(path: str | Path) -> GGUFFile:
     try:
         factors = raw.pop("rope_freqs.weight", None)
         if architecture == "gpt2":
-            tensors = rename(path, raw, GPT2_NAMES, "transformer.h")
+            tensors = rename(path, raw, GPT2_NAMES, GPT2_BLOCKS)
             config = gpt2_config(metadata, tensors)
             for name in tensors:
-                if name.endswith(".weight") and ("attn.c_" in name or "mlp.c_" in name):
+                if is_conv1d(name):
                     tensors[name] = np.ascontiguousarray(tensors[name].T)
         else:
-            tensors = rename(path, raw, LLAMA_NAMES, "model.layers")
+            tensors = rename(path, raw, LLAMA_NAMES, LLAMA_BLOCKS)
             config = llama_config(path, architecture, metadata, tensors, factors)
             if architecture == "llama":
                 heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -145,6 +148,16 @@ def read_raw(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return metadata, tensors
 
 
+def main_kind(path: Path) -> str:
+    """The type in which a GGUF file holds most of its numbers, such as Q4_1."""
+    from gguf import GGUFReader
+
+    sizes: Counter[str] = Counter()
+    for tensor in GGUFReader(path).tensors:
+        sizes[tensor.tensor_type.name] += int(tensor.n_elements)
+    return sizes.most_common(1)[0][0]
+
+
 def damaged(path: Path, error: BaseException) -> UserError:
     """The error for a file that the gguf package cannot walk through."""
     return UserError(
@@ -170,6 +183,11 @@ def rename(
             )
         tensors[f"{middle}{names[parts[0]]}.{parts[1]}"] = array
     return tensors
+
+
+def is_conv1d(name: str) -> bool:
+    """Whether a GPT-2 tensor is the weight of a Conv1D, (in, out) in Hugging Face's layout."""
+    return name.endswith(".weight") and ("attn.c_" in name or "mlp.c_" in name)
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -219,6 +237,7 @@ def llama_config(
     }
     if architecture == "llama":  # Qwen2's biases are part of its architecture
         config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in tensors
+        config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in tensors
     kind = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if kind not in ("none", "linear"):
         raise UserError(
@@ -238,21 +257,28 @@ def llama3_scaling(path: Path, factors: np.ndarray, theta: float, head_dim: int)
     Every Llama 3.x has low 1, high 4 and 8192 original positions, only the factor differs (8 or
     32). The divisors are computed again from that and must agree, otherwise nothing is guessed.
     """
-    factor, low, high, original = float(factors.max()), 1.0, 4.0, 8192
-    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
+    scaling = {
+        "rope_type": "llama3",
+        "factor": float(factors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    expected = llama3_factors(scaling, theta, head_dim)
     if expected.shape != factors.shape or not np.allclose(expected, factors, rtol=1e-4):
         raise UserError(
             f"{path}: its rope_freqs are not those of Llama 3; take the model from Hugging Face"
         )
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
+    return scaling
+
+
+def llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> np.ndarray:
+    """The divisor of each rotary frequency that a llama3 rope_scaling means, (head_dim / 2,)."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    turns = scaling["original_max_position_embeddings"] / wavelengths
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / ((1 - smooth) / scaling["factor"] + smooth)
 
 
 def gpt2_config(metadata: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, Any]:

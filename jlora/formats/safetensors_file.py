@@ -12,6 +12,7 @@ import numpy as np
 
 from jlora.errors import UserError
 from jlora.files import atomic_path, os_error, read_text
+from jlora.formats.rounding import narrow
 
 #: safetensors' dtype names that numpy has; BF16 is converted, everything else is refused.
 DTYPES = {
@@ -178,6 +179,31 @@ def write_safetensors(
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
+
+
+def write_bfloat16(
+    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Write float32 arrays as a safetensors file of dtype BF16, atomically.
+
+    The package's numpy side has no bfloat16, so the file is laid out here: the header's length,
+    the header (JSON, padded to 8 bytes), the data.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    header: dict = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, array in tensors.items():
+        end = offset + 2 * array.size
+        header[name] = {"dtype": "BF16", "shape": list(array.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(path) as temporary, open(temporary, "wb") as handle:
+        handle.write(struct.pack("<Q", len(text)) + text)
+        for name, array in tensors.items():
+            handle.write(narrow(name, array, "BF16").tobytes())
 
 
 def one_line(error: BaseException) -> str:

@@ -51,7 +51,8 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> Any:
     Returns:
         The model: ``model(input_ids (B, T) int32)`` -> logits (B, T, V) float32, with
         ``.config``, ``.tokenizer`` (None when the checkpoint has none, see
-        `require_tokenizer`) and ``.name_or_path``. It is in eval mode.
+        `require_tokenizer`), ``.name_or_path``, ``.source`` (the weight file) and
+        ``.source_config`` (config.json as it was). It is in eval mode.
 
     Raises:
         UserError: nothing there, a damaged file, or weights that do not fit the configuration.
@@ -70,6 +71,8 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> Any:
     load_weights(model, tensors, f"{checkpoint.source} ({checkpoint.config_source})")
     model.tokenizer = tokenizer
     model.name_or_path = str(name_or_path)
+    # For whoever writes the model again: see jlora.merge.
+    model.source, model.source_config = checkpoint.source.absolute(), checkpoint.config
     model.eval()
     return model
 
@@ -154,6 +157,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             tokenizer = Tokenizer.from_gguf(model.metadata, weights)
         return Checkpoint(weights, model.config, "its metadata", model.tensors, tokenizer)
     tensors = read_weights(weights)
+    check_no_adapter(weights, tensors)
     config_path = folder / "config.json"
     if config_path.is_file():
         return Checkpoint(weights, read_config(config_path), "config.json", tensors, tokenizer)
@@ -174,6 +178,24 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
     raise UserError(
         f"{path}: not a kind of file that weights are read from; give {', '.join(SUFFIXES)} or a "
         "Hugging Face folder"
+    )
+
+
+def check_no_adapter(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Raises: UserError: the weights are an adapter's, or have one in them (microsoft/LoRA#138)."""
+    lora = [name for name in tensors if "lora_" in name]
+    if not lora:
+        return
+    if all("lora_" in name or "bias" in name for name in tensors):
+        what = "a LoRA adapter and no model"
+    else:
+        what = "a model with an unmerged LoRA adapter inside"
+    way = f"--adapter {path} --lora-alpha ALPHA" if path.suffix in (".pt", ".pth", ".bin") else ""
+    if (path.parent / "adapter_config.json").is_file():
+        way = f"--adapter {path.parent}"
+    raise UserError(
+        f"{path}: {what} (it has {lora[0]}); load its base model and attach this with "
+        f"{way or '--adapter and its folder'}"
     )
 
 

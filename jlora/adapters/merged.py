@@ -1,0 +1,66 @@
+"""The weights that a model has once its adapter is merged, as arrays; the model stays as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jlora.adapters.model import MergeReport, PeftModel
+from jlora.formats.rounding import norm
+from jlora.layers import bias_names
+
+from jittor import nn  # isort: skip  (after jlora.adapters, which prepares Jittor's import)
+
+
+@dataclass
+class MergedWeights:
+    """What goes into a file.
+
+    Attributes:
+        tensors: float32 arrays by the plain model's parameter names; a tied head is not among
+            them.
+        changes: the norm (`formats.rounding.norm`) of the adapter's change of each tensor that it
+            changes; empty for a model without an adapter.
+        report: None for a model without an adapter.
+    """
+
+    tensors: dict[str, np.ndarray] = field(repr=False)
+    changes: dict[str, float] = field(default_factory=dict)
+    report: MergeReport | None = None
+
+
+def merged_weights(model: nn.Module) -> MergedWeights:
+    """The weights of a model, an adapter that is on it merged in float32.
+
+    Raises:
+        UserError: the adapter was unloaded, or a LoRA embedding is the output head as well.
+    """
+    if not isinstance(model, PeftModel):
+        return MergedWeights({n: p.float32().numpy() for n, p in model.named_parameters()})
+    before = base_tensors(model)
+    with model.merged() as report:
+        tensors = {
+            plain_name(name): parameter.float32().numpy()
+            for name, parameter in model.base_model.named_parameters()
+            if "lora_" not in name and ".original_module." not in name
+        }
+    changes = {name: norm(tensors[name] - array) for name, array in before.items()}
+    return MergedWeights(tensors, changes, report)
+
+
+def base_tensors(model: PeftModel) -> dict[str, np.ndarray]:
+    """What the base model has where the adapter changes something, by its plain names."""
+    changed = {f"{name}.weight" for name, layer in model.lora_layers().items()}
+    changed |= bias_names(model.base_model, model.peft_config.bias)
+    with model.disable_adapter():
+        return {
+            plain_name(name): parameter.float32().numpy()
+            for name, parameter in model.base_model.named_parameters()
+            if name in changed or ".original_module." in name
+        }
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the wrapper of a module that is trained in full."""
+    return name.replace(".original_module.", ".").replace(".modules_to_save.", ".")

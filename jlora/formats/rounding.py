@@ -1,0 +1,112 @@
+"""Float32 weights in narrower types, and what that costs an adapter, measured.
+
+The roundings are those of the gguf package (llama.cpp's own): to the nearest, ties to even, for F16
+and BF16; blocks of 32 with a scale for the Q kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from jlora.errors import UserError
+
+
+def narrow(name: str, array: np.ndarray, kind: str) -> np.ndarray:
+    """A float32 array as ``kind`` ("F32", "F16", "BF16", "Q8_0", ...) stores it.
+
+    Args:
+        name: what to call the array in an error.
+
+    Returns:
+        float32 or float16 of the same shape; for other kinds the bytes, uint8 (..., bytes a row).
+
+    Raises:
+        UserError: a value is too large for float16, which is also the type of a block's scale.
+    """
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    with np.errstate(over="ignore"):
+        stored = quantize(np.ascontiguousarray(array), GGMLQuantizationType[kind])
+    if kind not in ("F32", "BF16") and not np.isfinite(widen(stored, kind)).all():
+        raise UserError(
+            f"{name} has values up to {np.abs(array).max():.3g}, too large for {kind}; "
+            "take bfloat16 or float32"
+        )
+    return stored
+
+
+def widen(stored: np.ndarray, kind: str) -> np.ndarray:
+    """What `narrow` stored, as float32 of the array's own shape."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    return dequantize(stored, GGMLQuantizationType[kind]).astype(np.float32, copy=False)
+
+
+def norm(array: np.ndarray) -> float:
+    """The root of the sum of squares, in float64."""
+    return float(np.sqrt(np.square(array, dtype=np.float64).sum()))
+
+
+@dataclass(frozen=True)
+class PrecisionLoss:
+    """How much of an adapter's change the rounding of the merged weights may cost.
+
+    With base weights W, merged weights W' (float32) and their rounded form R(W'), the loss is
+    ``rms(R(W') - W') / rms(W' - W)``: 0 for float32, 1 where the rounding error is as large as the
+    change itself. Both rms are taken over the weights that the adapter changes and no others.
+    It is a bound rather than a forecast: rounding noise is spread over all weights alike, and
+    rounding the base alone would bring about as much of it.
+
+    Attributes:
+        kind: the narrower type.
+        overall: the loss over all changed weights together.
+        worst: the largest loss of a single tensor, which is ``tensor``.
+    """
+
+    kind: str
+    overall: float
+    worst: float
+    tensor: str
+
+    def __str__(self) -> str:
+        if self.overall >= 1:
+            return (
+                f"{self.kind} rounds the changed weights by {self.overall:.1f} times the adapter's "
+                f"change (rms; worst {self.worst:.1f} times, in {self.tensor}): take a wider type, "
+                "or keep the adapter beside its base"
+            )
+        return (
+            f"{self.kind} keeps {kept(self.overall)} of the adapter's change (the rounding error "
+            f"is {percent(self.overall)} of it, rms); worst {self.tensor}: {kept(self.worst)}"
+        )
+
+
+def kept(loss: float) -> str:
+    return percent(max(0.0, 1 - loss))
+
+
+def percent(share: float) -> str:
+    """Enough digits to tell 99.99 % from all of it."""
+    return f"{100 * share:.3g} %" if share < 0.1 else f"{100 * share:.2f} %"
+
+
+def precision_loss(
+    kind: str, errors: Mapping[str, float], changes: Mapping[str, float]
+) -> PrecisionLoss | None:
+    """The `PrecisionLoss` from the norms of each tensor's rounding error and of its change.
+
+    Returns:
+        None where nothing is changed, as by an adapter that was never trained.
+    """
+    shares = {name: errors[name] / change for name, change in changes.items() if change > 0}
+    if not shares:
+        return None
+    error = np.sqrt(sum(errors[name] ** 2 for name in shares))
+    change = np.sqrt(sum(changes[name] ** 2 for name in shares))
+    worst = max(shares, key=shares.__getitem__)
+    return PrecisionLoss(kind, float(error / change), shares[worst], worst)
