@@ -69,7 +69,10 @@ class Tokenizer:
         self.chat_template = chat_template
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; no begin or end token is added."""
+        """Token ids of a text; no begin or end token is added.
+
+        A byte that the vocabulary lacks (SmolLM2's has no U+0004) is left out, as in transformers.
+        """
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

@@ -6,12 +6,19 @@ that an equality of the three is more than one library agreeing with itself.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 
 #: Words, numbers, signs and spaces, as OpenAI's GPT-2 splits a text.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 #: llama.cpp's two expressions for `smollm`: numbers one by one, then GPT-2's on what is between.
 SMOLLM = (r"\p{N}", GPT2)
+#: Llama 3's expression, and Qwen2's, which takes numbers one by one.
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace("{1,3}", "")
 
 
 class PlainBPE:
@@ -22,6 +29,7 @@ class PlainBPE:
         merges: pairs of tokens, the first one first.
         splits: regular expressions, applied one after the other.
         special: tokens that stand for themselves, never cut.
+        form: Unicode's normal form that a text is brought into first.
     """
 
     def __init__(
@@ -30,10 +38,12 @@ class PlainBPE:
         merges: Sequence[tuple[str, str]],
         splits: Sequence[str],
         special: Sequence[str],
+        form: str | None = None,
     ):
         import regex
 
         self.vocab = vocab
+        self.form = form
         self.rank = {pair: rank for rank, pair in enumerate(merges)}
         self.splits = [regex.compile(split) for split in splits]
         longest_first = sorted(special, key=len, reverse=True)
@@ -44,7 +54,7 @@ class PlainBPE:
 
     def encode(self, text: str) -> list[int]:
         ids = []
-        for part in self.special.split(text):
+        for part in self.special.split(self.normal(text)):
             if part in self.names:
                 ids.append(self.vocab[part])
                 continue
@@ -57,9 +67,26 @@ class PlainBPE:
                 ids += self.known[piece]
         return ids
 
+    def normal(self, text: str) -> str:
+        return unicodedata.normalize(self.form, text) if self.form else text
+
+    def best_text(self, text: str) -> str:
+        """What its ids can give back at best: the normal form, without unknown bytes (what is left
+        of a character shows as U+FFFD)."""
+        kept = bytes(
+            byte for byte in self.normal(text).encode() if self.alphabet[byte] in self.vocab
+        )
+        return kept.decode(errors="replace")
+
     def merge(self, piece: str) -> list[int]:
-        """Join the pair of the lowest rank, everywhere, until no pair is known."""
+        """Join the pair of the lowest rank, everywhere, until no pair is known.
+
+        Bytes that the vocabulary lacks (SmolLM2's has no control-D, for one) are left out before
+        the joining, as when the model was trained; llama.cpp leaves them out after it, so that a
+        blank before one and a byte after it do not become one token.
+        """
         tokens = [self.alphabet[byte] for byte in piece.encode()]
+        tokens = [token for token in tokens if token in self.vocab]
         while True:
             pairs = set(zip(tokens, tokens[1:])) & self.rank.keys()
             if not pairs:

@@ -19,21 +19,22 @@ CONFIGS = {
 }  # fmt: skip
 #: GPT-2's tokens from here on are read, never generated.
 SILENT = 50
+#: Tokens that are made likelier, so that as end tokens they end texts at many lengths.
+ENDS = (3, 8, 9)
 
 
 def make_model(kind: str, seed: int, folder: Path) -> None:
     """Write a transformers model into a folder.
 
     The weights are large enough that some words are likely and what comes before decides which. In
-    the large GPT-2 the last channel of the output is constant, so that it gives each token a bias
-    of its own: what is from `SILENT` on has no chance.
+    GPT-2 the last channel of the output is constant, so that it gives each token a bias of its own.
     """
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     generator = torch.Generator().manual_seed(seed)
     if kind.endswith("gpt2"):
-        model = GPT2LMHeadModel(GPT2Config(**CONFIGS[kind]))
+        model = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=3, **CONFIGS[kind]))
     else:
         model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **CONFIGS[kind]))
     with torch.no_grad():
@@ -43,18 +44,23 @@ def make_model(kind: str, seed: int, folder: Path) -> None:
                 parameter.copy_(0.2 * noise + name.endswith("weight"))
             else:
                 parameter.copy_(1.8 * parameter.shape[-1] ** -0.5 * noise)
-        if kind == "gpt2":
+        if kind.endswith("gpt2"):
             model.transformer.ln_f.weight[-1] = 0
             model.transformer.ln_f.bias[-1] = 10
             model.transformer.wte.weight[:, -1] = 0
+            model.transformer.wte.weight[list(ENDS), -1] = 0.1
             model.transformer.wte.weight[SILENT:, -1] = -4
+        else:
+            model.lm_head.weight[list(ENDS)] *= 1.3
     model.save_pretrained(folder)
 
 
 def load_reference(folder: Path):
     """The model in transformers, without the settings that it would bring for decoding."""
+    import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    torch.set_num_threads(1)  # these models are too small to share out: threads only wait
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     model.generation_config = GenerationConfig()
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-DRAWS = 60  # halvings of [0, 1) that find where one token's share ends
+DRAWS = 40  # halvings of [0, 1) that find where one token's share ends
 
 
 def reference_chances(model, prompts: list[list[int]], warp: dict) -> dict[str, np.ndarray]:
@@ -35,20 +35,21 @@ def our_chances(model, prompts: list[list[int]], warp: dict) -> dict[str, np.nda
     config = module.GenerateConfig(
         (), max_new_tokens=1, batch_size=5, **{"temperature": 1.0, **warp}
     )
-    shares: list[np.ndarray] = []
-
-    def record(logprobs, settings, _):
-        shares.append(_shares(lambda u: draw(logprobs, settings, _Fixed(u)), len(logprobs)))
-        return place
-
     draw = module._draw
+    shares = []  # of the prompts in the order in which `generate` takes them
+
+    def measure(logprobs, settings, _):
+        shares.append(_shares(lambda u: draw(logprobs, settings, _Fixed(u)), len(logprobs)))
+        return 0
+
+    with patch.object(module, "_draw", measure):
+        module.generate(model, prompts, config)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    with patch.object(module, "_draw", record):
-        for place in range(warp.get("top_k") or model.config.vocab_size):
-            shares.clear()
+    for place in range(warp.get("top_k") or model.config.vocab_size):
+        with patch.object(module, "_draw", lambda *_, place=place: place):
             tokens = [h.ids[0] for h in module.generate(model, prompts, config)]
-            for share, index in zip(shares, order):
-                chances[index, tokens[index]] = share[place]
+        for share, index in zip(shares, order):
+            chances[index, tokens[index]] = share[place]
     return {"chances": chances}
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from parity.case import Case
-
 
 @dataclass(frozen=True)
 class Rules:
@@ -34,7 +32,7 @@ MICROSOFT = Rules(before_softmax=True, prompt_counts=False, replace_finished=Fal
 TRANSFORMERS = Rules(before_softmax=False, prompt_counts=True, replace_finished=True)
 
 
-def search(model, prompt: list[int], case: Case, rules: Rules):
+def search(model, prompt: list[int], settings: dict, rules: Rules):
     """All hypotheses of a prompt, and by how much the closest decision was decided.
 
     Returns:
@@ -43,7 +41,6 @@ def search(model, prompt: list[int], case: Case, rules: Rules):
     """
     import torch
 
-    settings = case.settings["search"]
     ends, beams = settings["eos_token_ids"], settings["num_beams"]
     live, found, margin = [([], 0.0)], [], float("inf")
     for step in range(settings["max_new_tokens"]):
@@ -84,9 +81,8 @@ def search(model, prompt: list[int], case: Case, rules: Rules):
 def penalised(row, seen: list[int], penalty: float):
     """The repetition penalty of CTRL: every token seen becomes less likely, once."""
     row = row.clone()
-    tokens = sorted(set(seen))
-    values = row[tokens]
-    row[tokens] = values.where(values >= 0, values * penalty**2) / penalty
+    for token in set(seen):
+        row[token] *= penalty if row[token] < 0 else 1 / penalty
     return row
 
 
@@ -101,7 +97,11 @@ def banned(seen: list[int], size: int) -> list[int]:
 
 def ranked(found, length_penalty: float):
     """Best first by score / length ** length_penalty, as (ids, sum), and the smallest gap."""
-    key = lambda hypothesis: -hypothesis[1] / len(hypothesis[0]) ** length_penalty  # noqa: E731
-    order = sorted(found, key=key)
-    gaps = [key(b) - key(a) for a, b in zip(order, order[1:])]
+
+    def score(hypothesis):
+        ids, total = hypothesis
+        return total / len(ids) ** length_penalty
+
+    order = sorted(found, key=score, reverse=True)
+    gaps = (score(a) - score(b) for a, b in zip(order, order[1:]))
     return order, min(gaps, default=float("inf"))

@@ -21,7 +21,9 @@ SKINS = "".join(map(chr, range(0x1F3FB, 0x1F400)))
 FLAGS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
 TAGS = "".join(map(chr, range(0xE0061, 0xE0080)))
 MARKS = "".join(map(chr, [*range(0x300, 0x370), 0x20E3, 0x93C, 0x94D, 0x5B8, 0x64B, 0xE34]))
-HEBREW_ARABIC = "".join(map(chr, [*range(0x5D0, 0x5EB), *range(0x620, 0x64B), *range(0x6F0, 0x6FA)]))
+HEBREW_ARABIC = "".join(
+    map(chr, [*range(0x5D0, 0x5EB), *range(0x620, 0x64B), *range(0x6F0, 0x6FA)])
+)
 CHINESE = "".join(map(chr, [*range(0x4E00, 0x9FF0), *range(0x20000, 0x20400)]))
 KANA = "".join(map(chr, [*range(0x3041, 0x3097), *range(0x30A1, 0x30FB)]))
 HANGUL = "".join(map(chr, [*range(0xAC00, 0xD7A4), *range(0x1100, 0x1113)]))
@@ -71,7 +73,9 @@ def _pick(rng, options: Sequence[str]) -> str:
 
 
 def _many(rng, options: Sequence[str], most: int) -> str:
-    return "".join(options[i] for i in rng.integers(0, len(options), int(rng.integers(1, most + 1))))
+    return "".join(
+        options[i] for i in rng.integers(0, len(options), int(rng.integers(1, most + 1)))
+    )
 
 
 def _mix(rng, *alphabets: Sequence[str]) -> str:
@@ -169,8 +173,8 @@ def data_lines(rng: np.random.Generator, kind: str, count: int) -> list[str]:
         texts = [(folder / "e2e" / name).read_text(encoding="utf-8") for name in names]
         lines = [line for text in texts for line in text.split("\n")]
     else:
-        rows = (folder / "boolq" / "dev.jsonl").read_text(encoding="utf-8").splitlines()
-        lines = [json.loads(row)["passage"] for row in rows]
+        rows = (folder / "boolq" / "dev.jsonl").read_text(encoding="utf-8").split("\n")
+        lines = [json.loads(row)["passage"] for row in rows if row]
     return [lines[i] for i in rng.choice(len(lines), min(count, len(lines)), replace=False)]
 
 

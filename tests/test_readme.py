@@ -19,7 +19,7 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_is_one_that_jlora_takes(command):
-    arguments = cli.parser().parse_args(shlex.split(command)[1:])
+    arguments = cli.parser().parse_args(shlex.split(command, comments=True)[1:])
     if getattr(arguments, "recipe", None):
         load_recipe(find_recipe(arguments.recipe))
 
@@ -27,7 +27,7 @@ def test_command_is_one_that_jlora_takes(command):
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = re.findall(r"^    make ([\w-]+)", README, re.MULTILINE)
-    assert targets == ["demo", "test"]
+    assert targets == ["demo", "test", "parity"]
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 

@@ -137,6 +137,15 @@ def test_gguf_pre_tokenizers(pre, text, expected):
     assert words(Tokenizer.from_gguf(gguf_metadata(pre)), text) == expected
 
 
+def test_bytes_that_the_vocabulary_lacks_are_left_out_before_merging():
+    """SmolLM2 has no token for 21 bytes; llama.cpp, other than transformers, merges first."""
+    tokens = [token for token in byte_alphabet() if token != chr(256 + 4)] + ["!?"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(byte_level_bpe(vocab, [("!", "?")], "smollm", []))
+    assert tokenizer.encode("!\x04?") == [vocab["!?"]]
+    assert tokenizer.encode("\x04") == []
+
+
 def test_llama3_finds_words_that_no_merge_reaches():
     vocab = {**VOCAB, "Ġhello": len(VOCAB)}
     backend = byte_level_bpe(vocab, MERGES, "llama3", [])
