@@ -215,7 +215,7 @@ def epoch_batches(
     Args:
         lengths: tokens of each row.
         group_by_length: put rows of like length in a batch; the batches are then shuffled.
-        shuffle: False gives the rows in the file's order, as the reference code reads them;
+        shuffle: False gives the rows in the file's order (microsoft/LoRA shuffles);
             ``group_by_length`` has no effect then.
 
     Raises:

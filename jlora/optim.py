@@ -17,6 +17,7 @@ from jlora.layers import assign
 from jlora.runtime import jt
 
 SCHEDULES = ("linear", "cosine", "constant")
+SCHEDULE_UNITS = ("update", "batch")
 
 
 @dataclass
@@ -25,7 +26,8 @@ class OptimConfig:
 
     lr: float = 2e-4
     schedule: str = "linear"  # after the warm-up: linear to 0, cosine to 0, or constant
-    warmup_steps: int = 0  # linear from 0
+    warmup_steps: int = 0  # linear from 0; counted in schedule_unit
+    schedule_unit: str = "update"  # what the schedule counts: update, or batch (microsoft/LoRA)
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -37,6 +39,10 @@ class OptimConfig:
         """Raises UserError for a value that makes no sense."""
         if self.schedule not in SCHEDULES:
             raise UserError(f"schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}")
+        if self.schedule_unit not in SCHEDULE_UNITS:
+            raise UserError(
+                f"schedule_unit {self.schedule_unit!r} is not one of {', '.join(SCHEDULE_UNITS)}"
+            )
         if self.variant not in ("torch", "loralib"):
             raise UserError(f"AdamW variant {self.variant!r} is not one of torch, loralib")
         for name in ("lr", "eps"):
@@ -50,11 +56,22 @@ class OptimConfig:
                 raise UserError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
 
 
-def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """Learning rate of update ``step``, counted from 0, out of ``total_steps``.
+def learning_rate(
+    config: OptimConfig, step: int, total_steps: int, grad_accumulation: int = 1
+) -> float:
+    """Learning rate of update ``step``, counted from 0.
 
-    The first update of a warm-up has rate 0, as in transformers and microsoft/LoRA.
+    The first update of a warm-up has rate 0, as in transformers and microsoft/LoRA. With the
+    `schedule_unit` "batch" everything is counted in batches, as in microsoft/LoRA's gpt2_ft.py: its
+    scheduler moves on after every batch, and an update takes the rate of its last one. So with
+    accumulation the first rate is above 0 there. Without accumulation the two are one.
+
+    Args:
+        total_steps: length of the run in the schedule's unit: updates, or batches.
+        grad_accumulation: batches an update.
     """
+    if config.schedule_unit == "batch":
+        step = (step + 1) * grad_accumulation - 1
     if step < config.warmup_steps:
         return config.lr * step / config.warmup_steps
     if config.schedule == "constant":

@@ -141,7 +141,10 @@ def train(
         shuffle=config.shuffle,
     )
     accumulate = config.grad_accumulation
-    total = config.steps or math.ceil(config.epochs * order.per_epoch / accumulate)
+    batches = (config.steps or 0) * accumulate or math.ceil(config.epochs * order.per_epoch)
+    total = math.ceil(batches / accumulate)
+    by_batch = config.optim.schedule_unit == "batch"
+    warmup_updates = math.ceil(config.optim.warmup_steps / (accumulate if by_batch else 1))
 
     progress = Progress(fingerprint=fingerprint(config, examples, named))
     if resume:
@@ -205,13 +208,13 @@ def train(
                 raise stop_at_nan(loss, step + 1)
             # A finite loss shows that these are good; what the update makes of them, the next.
             good = model.adapter_tensors()
-            lr = learning_rate(config.optim, step, total)
+            lr = learning_rate(config.optim, step, batches if by_batch else total, accumulate)
             optimizer.step(gradient, lr)
 
             progress.step += 1
             elapsed = time.monotonic() - started
             progress.seconds += elapsed
-            if progress.step == config.optim.warmup_steps + 3:
+            if progress.step == warmup_updates + 3:
                 check_adapter_moves(model)
             if progress.step % config.log_every == 0 or progress.step in (1, total):
                 loggers.log(

@@ -345,7 +345,6 @@ def test_config_of_peft():
         ("peft_type", "IA3"),
         ("lora_bias", True),
         ("trainable_token_indices", [1]),
-        ("loftq_config", {"loftq_bits": 4}),
         ("init_lora_weights", "pissa"),
         ("target_parameters", ["experts"]),
         ("layer_replication", [[0, 4]]),

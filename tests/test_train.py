@@ -146,6 +146,49 @@ def test_schedules():
     assert learning_rate(OptimConfig(lr=3.0, schedule="constant"), 99, 100) == 3.0
 
 
+@pytest.mark.parametrize(("batches", "accumulate"), [(20, 1), (20, 4), (23, 4), (8, 3)])
+def test_a_schedule_counted_in_batches_is_microsoft_lora_s(batches, accumulate):
+    """gpt2_ft.py counts batches: max_step and warmup_step are so many batches, the scheduler moves
+    on after each, and every `grad_acc`-th makes an update with the rate that stands then."""
+    warmup, expected = 5, []
+    for passed in range(batches):
+        if passed < warmup:
+            rate = passed / warmup
+        else:
+            rate = (batches - passed) / (batches - warmup)
+        if (passed + 1) % accumulate == 0:
+            expected.append(rate)
+    config = OptimConfig(lr=1.0, warmup_steps=warmup, schedule_unit="batch")
+    rates = [
+        learning_rate(config, step, batches, accumulate)
+        for step in range(-(-batches // accumulate))
+    ]
+    assert rates[: len(expected)] == pytest.approx(expected, abs=1e-15)
+    # Batches left over at the end make no update there, and one of rate 0 here.
+    assert rates[len(expected) :] == [0.0] * (batches % accumulate > 0)
+
+
+def test_the_loop_counts_batches_over_the_epochs(tmp_path):
+    rates = {}
+    for unit in ("update", "batch"):
+        config = TrainConfig(
+            batch_size=4,
+            grad_accumulation=3,
+            epochs=2,
+            log_every=1,
+            optim=OptimConfig(lr=1.0, warmup_steps=6, schedule_unit=unit),
+        )
+        train(tiny_model(), tiny_examples(30), [], config, tmp_path / unit)  # 16 batches
+        rates[unit] = [record["lr"] for record in read_metrics(tmp_path / unit / "metrics.jsonl")]
+    assert rates["update"] == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6])
+    assert rates["batch"] == pytest.approx([2 / 6, 5 / 6, 8 / 10, 5 / 10, 2 / 10, 0])
+
+
+def test_an_unknown_schedule_unit_is_refused():
+    with pytest.raises(UserError, match="schedule_unit 'epoch' is not one of update, batch"):
+        OptimConfig(schedule_unit="epoch").check()
+
+
 def test_state_of_other_parameters_is_refused():
     state = AdamW([jt.zeros((3,))], OptimConfig()).state()
     with pytest.raises(UserError, match="3 parameters and this adapter has 4"):

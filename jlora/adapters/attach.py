@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jlora.adapters.config import LoraConfig
-from jlora.adapters.targets import is_inside, is_target, name_fits, no_match, pattern_value
+from jlora.adapters.targets import is_excluded, is_inside, is_target, no_match, pattern_value
 from jlora.errors import UserError
 from jlora.layers import Conv1D, Embedding, Linear, LoRALayer, MergedLinear, assign
 from jlora.runtime import jt
@@ -51,7 +51,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
             for name, module in modules.items()
             if isinstance(module, (nn.Linear, Conv1D))
             and module.weight is not head
-            and not (config.exclude_modules and name_fits(name, config.exclude_modules))
+            and not is_excluded(name, config)
         }
     else:
         targets = {n: m for n, m in modules.items() if n and is_target(n, config)}

@@ -9,16 +9,23 @@ from typing import Any
 
 from jlora.errors import UserError
 
-# Fields of PEFT's own that say nothing about what is computed once an adapter is trained.
+# Fields of PEFT's own that say nothing about what a trained adapter computes, whatever they hold:
+# where the file comes from, how the adapter's tensors were first filled, and what is read only
+# beside another field, which is refused where it is on.
 _INERT_FIELDS = {
-    "auto_mapping", "inference_mode", "megatron_core", "peft_version", "qalora_group_size",
-    "revision", "runtime_config", "peft_type",
+    "auto_mapping", "inference_mode", "peft_type", "peft_version", "revision", "runtime_config",
+    "corda_config", "eva_config", "loftq_config", "lora_ga_config",  # of init_lora_weights
+    "megatron_core", "qalora_group_size",  # of megatron_config and use_qalora
 }  # fmt: skip
 
-# Initialisations that leave the base weights alone; "pissa", "olora", "corda" and "loftq" change
-# them, so that their adapters are right only on the changed base.
 _INITS = (True, False, "gaussian")
-_INITS_OF_TRAINED = ("eva", "orthogonal")
+# How an adapter was filled before it was trained does not matter once it is loaded. These leave the
+# base weights as they are when PEFT loads an adapter; the others ("pissa", "pissa_niter_4",
+# "olora", "corda", "loftq") take something out of them again, and the adapter is right only so.
+_INITS_OF_TRAINED = ("eva", "orthogonal", "mica", "lora_ga")
+
+# What ensure_weight_tying could be about: embeddings and heads by the names that models here have.
+_TIED = {"wte", "embed_tokens", "lm_head"}
 
 
 @dataclass
@@ -84,7 +91,7 @@ class LoraConfig:
             )
         if self.bias not in ("none", "all", "lora_only"):
             raise UserError(f'bias must be "none", "all" or "lora_only", not {self.bias!r}')
-        if self.init_lora_weights not in (*_INITS, *_INITS_OF_TRAINED):
+        if self.init_lora_weights not in _INITS:
             raise UserError(
                 f"init_lora_weights {self.init_lora_weights!r} is not supported; "
                 'use True, False or "gaussian"'
@@ -95,6 +102,8 @@ class LoraConfig:
                 setattr(self, name, sorted(value))
             elif value is not None and not isinstance(value, (list, str)):
                 raise UserError(f"{name} must be a list of names, not {value!r}")
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            self.target_modules = "all-linear"
         if isinstance(self.modules_to_save, str):
             raise UserError("modules_to_save must be a list of names")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -113,7 +122,8 @@ class LoraConfig:
     ) -> LoraConfig:
         """Read the contents of an ``adapter_config.json``, as PEFT 0.4 to 0.21 write it.
 
-        Fields that PEFT has and jlora lacks are passed over when they are off.
+        Fields that PEFT has and jlora lacks are passed over when they are off, or when they say
+        nothing about a trained adapter. `init_lora_weights` comes back as a choice that jlora has.
 
         Args:
             source: what to call the settings in an error, usually the file's path.
@@ -129,14 +139,18 @@ class LoraConfig:
         known = {f.name: f for f in fields(cls)}
         values = {}
         for name, value in settings.items():
-            if name not in known:
-                if name not in _INERT_FIELDS and value:
-                    raise UserError(
-                        f"{source}: {name}={value!r} asks for something jlora lacks; "
-                        "load this adapter with PEFT"
-                    )
-            elif value is not None or _default(known[name]) is None:
-                values[name] = value
+            if name in known:
+                if value is not None or _default(known[name]) is None:
+                    values[name] = value
+            elif name == "ensure_weight_tying" and not _can_tie(settings):
+                continue
+            elif value and name not in _INERT_FIELDS:
+                raise UserError(
+                    f"{source}: {name}={value!r} asks for something jlora lacks; "
+                    "merge this adapter into its model with PEFT and load the result"
+                )
+        if isinstance(values.get("init_lora_weights"), str):
+            values["init_lora_weights"] = _init_of_trained(values["init_lora_weights"], source)
         try:
             return cls(**values)
         except UserError as error:
@@ -154,6 +168,29 @@ class LoraConfig:
                 del settings[name]
         settings.update(peft_type="LORA", inference_mode=True, auto_mapping=None, revision=None)
         return dict(sorted(settings.items()))
+
+
+def _init_of_trained(init: str, source: str) -> bool | str:
+    """The `init_lora_weights` of a trained adapter -> one that jlora has."""
+    if init.lower() == "gaussian":
+        return "gaussian"
+    if init.lower() not in _INITS_OF_TRAINED:
+        raise UserError(
+            f"{source}: init_lora_weights={init!r} changes the base weights, which jlora does not; "
+            "make a plain adapter of it with PEFT (path_initial_model_for_weight_conversion of "
+            "save_pretrained), or merge it there and load the result"
+        )
+    return True
+
+
+def _can_tie(settings: Mapping[str, Any]) -> bool:
+    """Whether an embedding or a head may be among what an adapter changes."""
+    targets = settings.get("target_modules")
+    if settings.get("modules_to_save"):
+        return True
+    if isinstance(targets, str):
+        return targets.lower() != "all-linear"
+    return any(name.rpartition(".")[2] in _TIED for name in targets or [])
 
 
 def _is_number(value: Any) -> bool:

@@ -30,20 +30,21 @@ def default_targets(model_type: str | None) -> list[str]:
     return list(DEFAULT_TARGETS[model_type])
 
 
-def name_fits(name: str, wanted: list[str] | str) -> bool:
+def name_fits(name: str, wanted: list[str] | str, field: str = "exclude_modules") -> bool:
     """Whether a module's name is, or ends with, one of a list, or matches an expression whole."""
     if isinstance(wanted, str):
-        return compiled(wanted, "target_modules").fullmatch(name) is not None
+        return compiled(wanted, field).fullmatch(name) is not None
     return any(name == target or name.endswith(f".{target}") for target in wanted)
 
 
 def is_target(name: str, config: LoraConfig) -> bool:
-    """Whether ``config`` (its target_modules given) puts LoRA on the module called ``name``."""
-    if config.exclude_modules and name_fits(name, config.exclude_modules):
-        return False
-    if config.modules_to_save and is_inside(name, config.modules_to_save):
-        return False
-    if not name_fits(name, config.target_modules):
+    """Whether ``config`` (its target_modules given) puts LoRA on the module called ``name``.
+
+    The rules are those of PEFT 0.21's ``check_target_module_exists``, down to its corners: names in
+    modules_to_save are expressions here, and a name that stands whole in target_modules counts in
+    every layer.
+    """
+    if is_excluded(name, config) or not name_fits(name, config.target_modules, "target_modules"):
         return False
     layers = config.layers_to_transform
     if layers is None or layers == [] or name in config.target_modules:
@@ -52,18 +53,37 @@ def is_target(name: str, config: LoraConfig) -> bool:
     return number in ([layers] if isinstance(layers, int) else layers)
 
 
+def is_excluded(name: str, config: LoraConfig) -> bool:
+    """Whether a module gets no LoRA whatever target_modules says."""
+    if config.exclude_modules and name_fits(name, config.exclude_modules):
+        return True
+    saved = config.modules_to_save or []
+    return any(
+        compiled(rf"(^|.*\.){module}($|\..*)", "modules_to_save").match(name) for module in saved
+    )
+
+
 def is_inside(name: str, modules: list[str]) -> bool:
     """Whether a module is one of those that ``modules`` names, or a part of one."""
     return any(f".{module}." in f".{name}." for module in modules)
 
 
 def layer_number(name: str, layers_pattern: list[str] | str | None) -> int | None:
-    """``transformer.h.3.attn.c_attn`` -> 3; None where the name has no layer number."""
-    patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-    for pattern in patterns or [r"[^.]*"]:
-        found = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", name)
+    """``transformer.h.3.attn.c_attn`` -> 3; None where the name has no layer number.
+
+    Without a pattern the list of layers may have any name but must stand inside something, as in
+    PEFT: ``h.3.attn.c_attn`` has no number.
+    """
+    if not layers_pattern:
+        places = [r".*?\.[^.]*"]
+    else:
+        patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+        places = [rf"(?:^|.*?\.){pattern}" for pattern in patterns]
+    for place in places:
+        found = compiled(rf"{place}\.(?P<number>\d+)\.", "layers_pattern").match(name)
         if found:
-            return int(found.group(1))
+            # An expression such as "a|b" can match without coming to the number.
+            return int(found["number"]) if found["number"] else None
     return None
 
 
