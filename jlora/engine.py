@@ -7,10 +7,13 @@ plain layers in ``jlora.models`` remain the definition of what is computed.
 
 from __future__ import annotations
 
+import numpy as np
+
 from jlora import layers, machine, runtime
 from jlora.errors import UserError
 from jlora.kernels import attention, elementwise, target_loss
-from jlora.kernels.packed_linear import PackedWeight
+from jlora.kernels.packed_linear import Branch, PackedWeight
+from jlora.layers.base import identity
 from jlora.models import attention as models_attention
 from jlora.models import gpt2, llama
 from jlora.models.head import LanguageHead
@@ -63,8 +66,22 @@ class FrozenProduct:
         self.packed = PackedWeight(weight, transposed, bf16=True)
 
     def __call__(self, x: jt.Var) -> jt.Var:
-        y = self.packed(x)
-        return y if self.bias is None else y + self.bias
+        if self.bias is None or self.bias.is_stop_grad():
+            return self.packed(x, self.bias)
+        return self.packed(x) + self.bias
+
+    def with_lora(self, x: jt.Var, layer) -> jt.Var | None:
+        """The whole of a LoRA layer in one operator, or None where the layer has more to it."""
+        drop = layer.lora_dropout
+        trained_bias = self.bias is not None and not self.bias.is_stop_grad()
+        dropped = isinstance(drop, elementwise.FusedDropout)
+        if trained_bias or layer.lora_A.dtype != "float32" or not (dropped or drop is identity):
+            return None
+        p = drop.p if dropped and drop.is_train else 0.0
+        seed = int(np.random.randint(2**31)) if p else 0
+        enabled = tuple(getattr(layer, "enable_lora", (True,)))
+        branch = Branch(layer.lora_A, layer.lora_B, enabled, layer.scaling, p, seed)
+        return self.packed.with_lora(x, self.bias, branch)
 
     def fits(self, weight: jt.Var) -> bool:
         """Whether the copy stands for ``weight``: the same Var, and not trained meanwhile.
@@ -115,7 +132,7 @@ def choose_precision() -> tuple[str, str]:
     """The fastest precision that this machine does well, and why."""
     if jt.flags.use_cuda:
         return "plain", "the fused operators are for CPUs; on a GPU Jittor's own are used"
-    if runtime.onednn_paths() is None:
+    if runtime.find_onednn() is None:
         return "fp32", "oneDNN, which multiplies bf16, was not found"
     if any("BF16" in name for name in machine.cpu_features()):
         return "bf16", "the processor multiplies bf16"
@@ -174,7 +191,7 @@ def restore(model) -> None:
 def _check(model, precision: str) -> None:
     if jt.flags.use_cuda:
         raise UserError(f"precision {precision} is for CPUs; on a GPU use precision plain")
-    if precision == "bf16" and runtime.onednn_paths() is None:
+    if precision == "bf16" and runtime.find_onednn() is None:
         raise UserError(
             "precision bf16 needs oneDNN, which was not found; `jlora doctor` says how to get it, "
             "and precisions fp32 and plain run without"

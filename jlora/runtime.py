@@ -32,6 +32,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +99,47 @@ def use_gpu(wanted: bool | None = None) -> bool:
     return True
 
 
-def onednn_paths() -> tuple[Path, Path] | None:
-    """Folders (include, lib) of the oneDNN that Jittor installed, or None.
+@dataclass(frozen=True)
+class OneDNN:
+    """A oneDNN to compile and link against: the folder of its headers and its library."""
 
-    Imports Jittor, because the import is what installs oneDNN.
+    include: Path
+    library: Path
+
+    def __str__(self) -> str:
+        return str(self.library)
+
+
+def find_onednn() -> OneDNN | None:
+    """The oneDNN for jlora's own operators: 3.x if it is installed, else Jittor's 2.2, or None.
+
+    2.2 multiplies bf16 by AVX512_BF16 but not by AMX, which is up to twenty times as fast. Imports
+    Jittor, because the import is what installs its oneDNN.
     """
     __getattr__("jt")
+    newer = packaged_onednn()
+    if newer is not None:
+        return newer
     for home in installed_onednn():
-        return home / "include", home / "lib"
+        return OneDNN(home / "include", next(iter(sorted((home / "lib").glob("libdnnl.*")))))
     return None
+
+
+def packaged_onednn() -> OneDNN | None:
+    """oneDNN 3.x from the packages onednn-cpu-gomp and onednn-devel-cpu-gomp, if installed."""
+    wanted = {"onednn-cpu-gomp": "libdnnl.so.3", "onednn-devel-cpu-gomp": "dnnl.hpp"}
+    found = []
+    for package, name in wanted.items():
+        try:
+            files = importlib.metadata.distribution(package).files or []
+        except importlib.metadata.PackageNotFoundError:
+            return None
+        paths = [Path(file.locate()).resolve() for file in files if file.name == name]
+        if not paths or not paths[0].is_file():
+            return None
+        found.append(min(paths, key=lambda path: len(path.parts)))
+    library, header = found
+    return OneDNN(header.parent, library)
 
 
 def installed_onednn() -> list[Path]:

@@ -21,7 +21,7 @@ from jlora.runtime import jt
 from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
 
 pytestmark = pytest.mark.skipif(
-    runtime.onednn_paths() is None, reason="the engine needs oneDNN, which Jittor has not installed"
+    runtime.find_onednn() is None, reason="the engine needs oneDNN, which Jittor has not installed"
 )
 
 IDS, TARGETS = ids_of((3, 7)), ids_of((21,), seed=1)
@@ -126,8 +126,22 @@ class RoundedWeight:
         weight = round_bf16(weight.numpy())
         self.weight = weight.T if transposed else weight
 
-    def __call__(self, x):
-        return Rounded.apply(x, self.weight)
+    def __call__(self, x, bias=None):
+        y = Rounded.apply(x, self.weight)
+        return y if bias is None else y + bias
+
+    def with_lora(self, x, bias, branch):
+        low = nn.matmul_transpose(x, branch.A) * branch.scale
+        parts, place, r = [], 0, branch.B.shape[1]
+        width = self.weight.shape[0] // len(branch.enabled)
+        for enabled in branch.enabled:
+            if not enabled:
+                parts.append(jt.zeros((*x.shape[:-1], width)))
+                continue
+            B = branch.B[place * width : (place + 1) * width]
+            parts.append(nn.matmul_transpose(low[..., place * r : (place + 1) * r], B))
+            place += 1
+        return self(x, bias) + jt.concat(parts, dim=-1)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -325,7 +339,7 @@ def test_plain_precision_undoes():
 
 
 def test_without_onednn_bf16_is_refused_and_fp32_runs(monkeypatch):
-    monkeypatch.setattr(runtime, "onednn_paths", lambda: None)
+    monkeypatch.setattr(runtime, "find_onednn", lambda: None)
     model = adapted()
     with pytest.raises(UserError, match="bf16 needs oneDNN.*jlora doctor"):
         engine.prepare(model, "bf16")

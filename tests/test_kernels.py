@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from tiny_models import round_bf16
 
+from jlora import machine
 from jlora.kernels import elementwise
 from jlora.kernels.attention import causal_attention
-from jlora.kernels.packed_linear import PackedWeight
+from jlora.kernels.packed_linear import Branch, PackedWeight
 from jlora.kernels.target_loss import target_loss
 from jlora.models import gpt2, llama
 from jlora.models.attention import CausalAttention, KeyRange
 from jlora.models.head import LanguageHead
-from jlora.runtime import jt, onednn_paths, set_seed
+from jlora.runtime import find_onednn, jt, set_seed
+
+from jittor import nn  # isort: skip
 
 needs_onednn = pytest.mark.skipif(
-    onednn_paths() is None, reason="packed weights need oneDNN, which Jittor has not installed"
+    find_onednn() is None, reason="packed weights need oneDNN, which Jittor has not installed"
 )
 
 
@@ -243,6 +252,101 @@ def test_packed_product(size, transposed, precision):
             assert_close(dx, dy @ w, 2e-2)
     unpacked = packed.unpack(transposed).numpy()
     np.testing.assert_array_equal(unpacked.T if transposed else unpacked, kept)
+
+
+@needs_onednn
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "enabled", [(True,), (True, False, True), (False, True), (True, True)], ids=str
+)
+def test_packed_product_with_a_low_rank_branch(enabled, bias, p):
+    """Against the same in separate operators: the product, dropout, two thin products."""
+    n, k, r, rows, blocks = 12, 7, 3, 41, len(enabled)
+    w, b, x, dy = random(n, k), random(n, seed=1), random(2, rows, k, seed=2), random(2, rows, n)
+    A = random(r * sum(enabled), k, seed=3)
+    B = random(n // blocks * sum(enabled), r, seed=4)
+    packed, offset = PackedWeight(jt.array(w), False, bf16=False), jt.array(b) if bias else None
+
+    def fused(x, A, B):
+        branch = Branch(A, B, enabled, scale=0.7, p=p, seed=11)
+        return packed.with_lora(x, offset, branch)
+
+    def apart(x, A, B):
+        dropped = elementwise._Dropout.apply(x, p, 11) if p else x
+        low, width, place, parts = nn.matmul_transpose(dropped, A) * 0.7, n // blocks, 0, []
+        for flag in enabled:
+            parts.append(jt.zeros((2, rows, width)))
+            if flag:
+                own = B[place * width : (place + 1) * width]
+                parts[-1] = nn.matmul_transpose(low[..., place * r : (place + 1) * r], own)
+                place += 1
+        y = nn.matmul_transpose(x, jt.array(w)) + jt.concat(parts, dim=-1)
+        return y + offset if bias else y
+
+    found, expected = (results(f, [x, A, B], dy) for f in (fused, apart))
+    for actual, wanted in zip(found, expected):
+        assert_close(actual, wanted, 1e-5)
+    again = results(fused, [x, A, B], dy)
+    for first, second in zip(found, again):
+        np.testing.assert_array_equal(first, second)
+
+
+ISAS = ["AVX2", "AVX512_CORE", "AVX512_CORE_BF16", "AVX512_CORE_AMX"]
+CHILD = """
+import sys
+import numpy as np
+from jlora.kernels.packed_linear import PackedWeight
+from jlora.errors import UserError
+from jlora.runtime import jt
+rng = np.random.default_rng(0)
+w, x = rng.standard_normal((70, 64)).astype("f"), rng.standard_normal((33, 64)).astype("f")
+for bf16, tolerance in ((False, 1e-5), (True, 2e-2)):
+    try:
+        y = PackedWeight(jt.array(w), False, bf16)(jt.array(x)).numpy()
+    except UserError:
+        print("bf16 refused" if bf16 else "fp32 refused")
+        continue
+    worst = np.abs(y - x @ w.T).max() / np.abs(x @ w.T).max()
+    assert worst < tolerance, (bf16, worst)
+    print("bf16" if bf16 else "fp32", "right")
+"""
+
+
+@needs_onednn
+@pytest.mark.parametrize("isa", ISAS)
+def test_packed_product_on_each_instruction_set(isa):
+    """Those that this processor has; oneDNN stops below one that it lacks."""
+    run = run_child(CHILD, ONEDNN_MAX_CPU_ISA=isa, DNNL_MAX_CPU_ISA=isa)
+    assert "fp32 right" in run
+    # What AVX2 lacks is said, and not computed wrongly.
+    assert "bf16 right" in run or "bf16 refused" in run
+
+
+@pytest.mark.parametrize("arch", ["x86-64", "x86-64-v3", "x86-64-v4"])
+def test_operators_compiled_for_other_processors(arch):
+    """Vectors of 4, 8 and 16 floats, as far as this processor has them."""
+    features = machine.cpu_features()
+    if platform.machine() != "x86_64" or (arch == "x86-64-v4" and "AVX-512" not in features):
+        pytest.skip(f"this processor does not run {arch}")
+    own = Path(__file__)
+    tests = [f"{own}::{name}" for name in ("test_attention", "test_swiglu_and_gelu")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *tests]
+    environment = {**os.environ, "JLORA_ARCH": arch}
+    run = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=own.parents[1]
+    )
+    assert run.returncode == 0, run.stdout[-2000:]
+
+
+def run_child(code: str, **environment: str) -> str:
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment},
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
 
 
 @needs_onednn

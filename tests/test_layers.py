@@ -314,8 +314,20 @@ def test_engine_replaces_the_frozen_product_while_unmerged(rng):
     layer = Linear(5, 6, r=2)
     A, B = random_lora(layer, rng)
     x = rng.standard_normal((3, 5)).astype("f")
-    layer._engine = lambda v: jt.ones((3, 6))
+
+    class Engine:
+        whole = None
+
+        def __call__(self, x):
+            return jt.ones((3, 6))
+
+        def with_lora(self, x, layer):
+            return self.whole
+
+    layer._engine = Engine()
     np.testing.assert_allclose(layer(jt.array(x)).numpy(), 1 + x @ A.T @ B.T / 2, atol=1e-5)
+    layer._engine.whole = jt.full((3, 6), 7.0)
+    np.testing.assert_array_equal(layer(jt.array(x)).numpy(), np.full((3, 6), 7))
     layer.eval()
     expected = x @ layer.weight.numpy().T + layer.bias.numpy()
     np.testing.assert_allclose(layer(jt.array(x)).numpy(), expected, atol=1e-5)

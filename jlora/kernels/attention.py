@@ -9,11 +9,6 @@ import numpy as np
 from jlora.kernels.native import FusedFunction, operator
 from jlora.runtime import jt
 
-SHAPE = """
-    jlora::AttentionShape s{in0_shape0, in0_shape1, in1_shape1, in0_shape2, in1_shape2, in0_shape3,
-                            (float)data["scale"]};
-"""
-
 
 class _Attention(FusedFunction):
     def execute(self, q, k, v, first, last):
@@ -23,10 +18,8 @@ class _Attention(FusedFunction):
             [(B, T, H, D), (B, H, T)],
             ["float32", "float32"],
             [q, k, v, first, last],
-            SHAPE
-            + "jlora::attention_forward(s, in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, out1_p);",
-            "attention.h",
-            scale=self.scale,
+            "attention_forward_op",
+            self.scale,
         )
         self.results = [out, lse]
         return out
@@ -37,10 +30,8 @@ class _Attention(FusedFunction):
             [q.shape, k.shape, v.shape],
             ["float32"] * 3,
             [*self.inputs, *self.results, dout],
-            SHAPE + "jlora::attention_backward(s, in0_p, in1_p, in2_p, in3_p, in4_p, in5_p, in6_p, "
-            "in7_p, out0_p, out1_p, out2_p);",
-            "attention.h",
-            scale=self.scale,
+            "attention_backward_op",
+            self.scale,
         )
         return dq, dk, dv, None, None
 

@@ -99,17 +99,23 @@ inline void rotate(const float* x, const float* cos, const float* sin, float* y,
 }
 // Keeps x[i] with probability 1 - p, scaled by 1 / (1 - p). The choice is a hash of (seed, i), so
 // that the backward pass makes the same one without a stored mask, on any number of threads.
-inline void dropout(const float* x, float* y, int64_t n, uint64_t seed, double p) {
-    const uint32_t limit = (uint32_t)(p * 4294967296.0);
-    const float scale = (float)(1.0 / (1.0 - p));
-    const uint32_t key = (uint32_t)(seed * 0x9E3779B97F4A7C15ull >> 32);
-    #pragma omp parallel for
-    for (int64_t i = 0; i < n; i++) {
+struct Dropout {
+    uint32_t limit, key;
+    float scale;
+    Dropout(double p, uint64_t seed)
+        : limit((uint32_t)(p * 4294967296.0)), key((uint32_t)(seed * 0x9E3779B97F4A7C15ull >> 32)),
+          scale((float)(1.0 / (1.0 - p))) {}
+    float operator()(float x, int64_t i) const {
         uint32_t h = (uint32_t)i * 0x9E3779B1u ^ key;  // then the finaliser of MurmurHash3
         h = (h ^ (h >> 16)) * 0x85EBCA6Bu;
         h = (h ^ (h >> 13)) * 0xC2B2AE35u;
         h ^= h >> 16;
-        y[i] = h >= limit ? x[i] * scale : 0.0f;
+        return h >= limit ? x * scale : 0.0f;
     }
+};
+inline void dropout(const float* x, float* y, int64_t n, uint64_t seed, double p) {
+    const Dropout drop(p, seed);
+    #pragma omp parallel for
+    for (int64_t i = 0; i < n; i++) y[i] = drop(x[i], i);
 }
 }  // namespace jlora

@@ -1,63 +1,152 @@
-"""How a C++ operator gets into Jittor: one call of ``jt.code`` with our headers and flags."""
+"""How a C++ operator gets into Jittor.
+
+The operators of this folder are compiled once for the machine, into one library. What Jittor
+compiles for each of them is a stub of a few lines that calls the library; the stub depends on the
+number and types of the arrays only, so a handful of stubs serve all operators and all sizes.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import hashlib
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
-from jlora.runtime import jt, onednn_paths
+from jlora import machine
+from jlora.errors import UserError
+from jlora.files import atomic_path
+from jlora.runtime import OneDNN, find_onednn, jt
 
 FOLDER = Path(__file__).resolve().parent
-
+SOURCE = "library.cc"
 # Reassociation lets the compiler use vector registers for sums. -Ofast is not used: linking with
 # it would flush denormal numbers to zero in the whole process.
 FLAGS = (
-    "-O3 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math "
-    "-freciprocal-math -ffp-contract=fast -fopenmp"
-)
+    "-std=c++17 -O3 -fPIC -shared -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros "
+    "-fassociative-math -freciprocal-math -ffp-contract=fast"
+).split()
+NUMBERS = 8  # most numbers that an operator takes
+
+_HEADER = """
+struct JloraArray { void* data; int64_t size; int64_t shape[6]; };
+static inline JloraArray jlora_array(jittor::Var* v) {
+    JloraArray a{v->mem_ptr, v->num, {0}};
+    for (int i = 0; i < (int)v->shape.size() && i < 6; i++) a.shape[i] = v->shape[i];
+    return a;
+}
+"""
 
 
 @functools.cache
-def header(name: str) -> str:
-    """The text of a header of this folder; our own ``#include "..."`` lines are put in place."""
-    lines = []
-    for line in (FOLDER / name).read_text(encoding="utf-8").splitlines():
-        if line.startswith('#include "'):
-            lines.append(header(line.split('"')[1]))
-        elif line != "#pragma once" and not line.lstrip().startswith("//"):
-            lines.append(line)
-    return "\n".join(lines)
+def library() -> ctypes.CDLL:
+    """The compiled operators, compiled at the first call on this machine.
+
+    It is opened apart from everything else in the process (RTLD_DEEPBIND), since it may bring a
+    newer oneDNN than Jittor's own.
+
+    Raises:
+        UserError: the compiler failed, or the result cannot be loaded.
+    """
+    onednn = find_onednn()
+    command = _command(onednn)
+    path = Path(jt.flags.cache_path) / "jlora" / f"operators-{_digest(command)}.so"
+    if not path.is_file():
+        _compile(command, path)
+    mode = os.RTLD_NOW | os.RTLD_LOCAL | getattr(os, "RTLD_DEEPBIND", 0)
+    try:
+        return ctypes.CDLL(str(path), mode=mode)
+    except OSError as error:
+        raise UserError(
+            f"the compiled operators cannot be loaded: {error}; remove {path} and start again"
+        ) from error
+
+
+def _command(onednn: OneDNN | None) -> list[str]:
+    option = "-mcpu" if platform.machine() in ("aarch64", "arm64") else "-march"
+    target = f"{option}={os.environ.get('JLORA_ARCH', 'native')}"  # another one is for tests
+    command = [machine.compiler() or "g++", *FLAGS, target, str(FOLDER / SOURCE)]
+    if onednn is not None:  # after the source that needs it
+        command += ["-DJLORA_ONEDNN", f"-I{onednn.include}", str(onednn.library)]
+        command += [f"-Wl,-rpath,{onednn.library.parent}"]
+    return command
+
+
+def _digest(command: list[str]) -> str:
+    """Changes with the sources, the command and the processor that -march=native means."""
+    digest = hashlib.sha256(repr((command, machine.cpu_model(), machine.cpu_features())).encode())
+    for path in sorted(FOLDER.glob("*.[hc]*")):
+        if path.suffix in (".h", ".cc"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile(command: list[str], path: Path) -> None:
+    print("jlora: compiling its operators for this machine (once)", file=sys.stderr, flush=True)
+    with atomic_path(path) as temporary:
+        result = subprocess.run(
+            [*command, "-o", str(temporary)], capture_output=True, text=True, errors="replace"
+        )
+        if result.returncode:
+            lines = [x for x in result.stderr.splitlines() if "error" in x] or ["no message"]
+            raise UserError(
+                f"{command[0]} could not compile jlora's operators ({lines[0].strip()}); "
+                "precision plain runs without them, `jlora doctor` checks the compiler"
+            )
 
 
 @functools.cache
-def _options(onednn: bool) -> str:
-    flags = f"FLAGS: {FLAGS} "
-    if onednn:
-        include, library = onednn_paths()
-        flags += f"-I{include} -L{library} -ldnnl -Wl,-rpath,{library} "
-    return flags
+def _address(function: str) -> int:
+    return ctypes.cast(getattr(library(), function), ctypes.c_void_p).value
 
 
-def operator(shapes, dtypes, inputs, source: str, include: str, onednn=False, **data):
-    """Add a C++ operator to Jittor's graph.
+@functools.cache
+def _stub(inputs: int, outputs: int) -> str:
+    """Statements that describe the arrays and call the operator whose address comes as a number."""
+    lists = [
+        f"JloraArray {name}[] = {{{', '.join(f'jlora_array({v}{i})' for i in range(count))}}};"
+        for name, v, count in (("ins", "in", max(inputs, 1)), ("outs", "out", outputs))
+    ]
+    numbers = ", ".join(f'data["{i}"]' for i in range(NUMBERS))
+    return "\n".join(
+        [
+            *lists,
+            f"double numbers[] = {{{numbers}}};",
+            "((void (*)(JloraArray*, JloraArray*, double*))(uintptr_t)data[\"address\"])"
+            "(ins, outs, numbers);",
+        ]
+    )  # fmt: skip
+
+
+def operator(shapes, dtypes, inputs, function: str, *numbers: float):
+    """Add an operator of the library to Jittor's graph.
 
     Args:
         shapes: the output's shape, or a list of shapes for several outputs.
         dtypes: likewise.
-        inputs: Vars, ``in0_p``, ``in1_p`` ... in the source.
-        source: C++ statements; outputs are ``out0_p``, ``out1_p`` ...
-        include: a header of this folder.
-        onednn: link with Jittor's oneDNN.
-        data: numbers the source reads as ``data["name"]``; changing them never recompiles.
+        inputs: Vars, at least one.
+        function: its name in the library (``JLORA_OPERATOR(name)``).
+        numbers: what it reads as ``number[0]``, ``number[1]``, ...
 
     Returns:
         A Var, or a list of Vars for several outputs.
     """
-    data = {key: float(value) for key, value in data.items()}
-    result = jt.code(shapes, dtypes, inputs, cpu_header=header(include), cpu_src=source, data=data)
-    for var in result if isinstance(result, (list, tuple)) else [result]:
-        var.compile_options = {_options(onednn): 1}
-    return result
+    data = {str(i): float(number) for i, number in enumerate(numbers)}
+    data.update({str(i): 0.0 for i in range(len(numbers), NUMBERS)}, address=_address(function))
+    outputs = len(dtypes) if isinstance(dtypes, list) else 1
+    return jt.code(
+        shapes, dtypes, inputs, cpu_header=_HEADER, cpu_src=_stub(len(inputs), outputs), data=data
+    )
+
+
+def call(function: str, result: type, *numbers: int) -> int:
+    """Ask the library something at once, outside Jittor's graph; all arguments are int64."""
+    found = getattr(library(), function)
+    found.restype = result
+    return found(*(ctypes.c_int64(int(number)) for number in numbers))
 
 
 class FusedFunction(jt.Function):

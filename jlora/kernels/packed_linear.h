@@ -1,12 +1,15 @@
 // y = x W^T with W packed once into the layout that oneDNN likes best, in bf16 or fp32.
 // Activations come and go as fp32; for bf16 they are rounded on the way in and the products are
-// summed in fp32. oneDNN 2.2 (Jittor's own) picks AVX2, AVX-512 or AVX512_BF16 code at run time.
+// summed in fp32. oneDNN picks AVX2, AVX-512, AVX512_BF16 or (from 3.x on) AMX code at run time.
 #pragma once
+#include <algorithm>
 #include <dnnl.hpp>
 #include <cstdint>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <tuple>
+#include <unordered_map>
 #include <vector>
 
 namespace jlora {
@@ -20,6 +23,16 @@ inline dnnl::stream& stream() {
     static dnnl::stream s(engine());
     return s;
 }
+// To the nearest bf16, ties to even; NaN stays NaN.
+inline void round_to_bf16(const float* x, uint16_t* y, int64_t n) {
+    #pragma omp parallel for simd schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        y[i] = (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
+    }
+}
 inline memory::data_type kind(bool bf16) {
     return bf16 ? memory::data_type::bf16 : memory::data_type::f32;
 }
@@ -28,13 +41,18 @@ inline memory::data_type kind(bool bf16) {
 constexpr memory::dim typical_rows = 512;
 
 inline dnnl::inner_product_forward::primitive_desc describe(
-        memory::dim rows, memory::dim n, memory::dim k, bool bf16, const memory::desc& weights) {
+        memory::dim rows, memory::dim n, memory::dim k, bool bf16, bool biased, const memory::desc& weights) {
+    memory::desc bias;
+    if (biased) bias = {{n}, memory::data_type::f32, memory::format_tag::a};
     memory::desc src({rows, k}, kind(bf16), memory::format_tag::nc);
     memory::desc dst({rows, n}, memory::data_type::f32, memory::format_tag::nc);
-    dnnl::inner_product_forward::desc d(dnnl::prop_kind::forward_inference, src, weights, dst);
     dnnl::primitive_attr attr;
     attr.set_scratchpad_mode(dnnl::scratchpad_mode::user);
-    return {d, attr, engine()};
+#if DNNL_VERSION_MAJOR >= 3
+    return {engine(), dnnl::prop_kind::forward_inference, src, weights, bias, dst, attr};
+#else
+    return {{dnnl::prop_kind::forward_inference, src, weights, bias, dst}, attr, engine()};
+#endif
 }
 
 inline const memory::desc& packed_layout(memory::dim n, memory::dim k, bool bf16) {
@@ -45,7 +63,7 @@ inline const memory::desc& packed_layout(memory::dim n, memory::dim k, bool bf16
     auto found = layouts.find(key);
     if (found == layouts.end()) {
         memory::desc any({n, k}, kind(bf16), memory::format_tag::any);
-        auto layout = describe(typical_rows, n, k, bf16, any).weights_desc();
+        auto layout = describe(typical_rows, n, k, bf16, false, any).weights_desc();
         found = layouts.emplace(key, layout).first;
     }
     return found->second;
@@ -77,28 +95,49 @@ inline void unpack(void* packed, float* w, memory::dim n, memory::dim k, bool tr
     stream().wait();
 }
 
-inline void multiply(const float* x, void* packed, float* y,
+struct Product {
+    dnnl::inner_product_forward::primitive_desc description;
+    dnnl::inner_product_forward primitive;
+};
+
+// Made once for each number of rows: making one takes longer than a small product.
+inline const Product& product(memory::dim rows, memory::dim n, memory::dim k, bool bf16, bool biased) {
+    using Key = std::tuple<memory::dim, memory::dim, memory::dim, bool, bool>;
+    static std::map<Key, Product> made;
+    if (made.size() > 2000) made.clear();
+    const Key key{rows, n, k, bf16, biased};
+    auto found = made.find(key);
+    if (found == made.end()) {
+        auto pd = describe(rows, n, k, bf16, biased, packed_layout(n, k, bf16));
+        found = made.emplace(key, Product{pd, dnnl::inner_product_forward(pd)}).first;
+    }
+    return found->second;
+}
+
+// bias: (n,), or null.
+inline void multiply(const float* x, void* packed, const float* bias, float* y,
         memory::dim rows, memory::dim n, memory::dim k, bool bf16) {
     if (!rows) return;
-    auto pd = describe(rows, n, k, bf16, packed_layout(n, k, bf16));  // oneDNN caches primitives
-    memory::desc plain({rows, k}, memory::data_type::f32, memory::format_tag::nc);
-    memory src(plain, engine(), const_cast<float*>(x));
+    const Product& p = product(rows, n, k, bf16, bias != nullptr);
+    const auto& pd = p.description;
     static std::vector<uint16_t> rounded;  // operators run one after another
+    void* source = const_cast<float*>(x);
     if (bf16) {
-        rounded.resize(rows * k);
-        memory low(pd.src_desc(), engine(), rounded.data());
-        dnnl::reorder(src, low).execute(stream(), src, low);
-        src = low;
+        rounded.resize(std::max<size_t>(rounded.size(), rows * k));
+        round_to_bf16(x, rounded.data(), rows * k);
+        source = rounded.data();
     }
     static std::vector<char> scratch;
-    scratch.resize(pd.scratchpad_desc().get_size() + 64);
+    scratch.resize(std::max(scratch.size(), pd.scratchpad_desc().get_size() + 64));
     auto aligned = (char*)(((uintptr_t)scratch.data() + 63) & ~(uintptr_t)63);
-    dnnl::inner_product_forward(pd).execute(stream(), {
-        {DNNL_ARG_SRC, src},
+    std::unordered_map<int, memory> arguments = {
+        {DNNL_ARG_SRC, memory(pd.src_desc(), engine(), source)},
         {DNNL_ARG_WEIGHTS, memory(pd.weights_desc(), engine(), packed)},
         {DNNL_ARG_DST, memory(pd.dst_desc(), engine(), y)},
         {DNNL_ARG_SCRATCHPAD, memory(pd.scratchpad_desc(), engine(), aligned)},
-    });
+    };
+    if (bias) arguments[DNNL_ARG_BIAS] = memory(pd.bias_desc(), engine(), const_cast<float*>(bias));
+    p.primitive.execute(stream(), arguments);
     stream().wait();
 }
 }  // namespace jlora

@@ -49,11 +49,11 @@ inline void target_loss(const float* hidden, void* forward, void* backward, cons
     logits.resize(std::min(N, block) * V);
     for (int64_t from = 0; from < N; from += block) {
         const int64_t rows = std::min(block, N - from);
-        multiply(hidden + from * C, forward, logits.data(), rows, V, C, bf16);
+        multiply(hidden + from * C, forward, nullptr, logits.data(), rows, V, C, bf16);
         #pragma omp parallel for schedule(dynamic)
         for (int64_t i = 0; i < rows; i++)
             losses[from + i] = softmax_loss(logits.data() + i * V, V, targets[from + i], smoothing, gradient);
-        if (gradient) multiply(logits.data(), backward, dhidden + from * C, rows, C, V, bf16);
+        if (gradient) multiply(logits.data(), backward, nullptr, dhidden + from * C, rows, C, V, bf16);
     }
 }
 }  // namespace jlora

@@ -14,15 +14,11 @@ class _TargetLoss(FusedFunction):
             [targets.shape, hidden.shape if wanted else (1,)],
             ["float32", "float32"],
             [hidden, head.forward_blob, head.backward_blob, targets],
-            "jlora::target_loss(in0_p, (void*)in1_p, (void*)in2_p, in3_p, out0_p, out1_p, "
-            'in0_shape0, in0_shape1, (int64_t)data["vocabulary"], (float)data["smoothing"], '
-            'data["gradient"] != 0, data["bf16"] != 0);',
-            "target_loss.h",
-            onednn=True,
-            vocabulary=head.n,
-            smoothing=smoothing,
-            gradient=wanted,
-            bf16=head.bf16,
+            "target_loss_op",
+            head.n,
+            smoothing,
+            wanted,
+            head.bf16,
         )
         return losses
 

@@ -19,11 +19,6 @@ LARGEST_K = 1024  # the operator inserts into a sorted list, which is slow for a
 
 _LOWEST = np.finfo(np.float32).min
 
-_SOURCE = """
-    jlora::Edits edits{in1_p, in2_p, in1_shape1, in2_shape1, (float)data["penalty"]};
-    jlora::topk(in0_p, in0_shape0, in0_shape1, edits, out0_shape1, out0_p, out1_p);
-"""
-
 
 def log_softmax_topk(
     logits: jt.Var,
@@ -58,9 +53,8 @@ def log_softmax_topk(
         [(rows, k), (rows, k)],
         ["float32", "int32"],
         [logits.float32(), *edits],
-        _SOURCE,
-        "topk.h",
-        penalty=penalty,
+        "topk_op",
+        penalty,
     )
     return values.numpy(), ids.numpy()
 

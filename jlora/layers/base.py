@@ -41,6 +41,8 @@ class LoRALayer:
         scaling: factor of the change.
     """
 
+    # A packed copy of the weight (`jlora.engine.FrozenProduct`): called, it gives ``W0 x + b``;
+    # its ``with_lora(x, layer)`` gives the layer's whole result, or None where it cannot.
     _engine = None
 
     def _init_lora(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool):

@@ -72,6 +72,10 @@ class _LinearBase(LoRALayer, nn.Linear):
 
     def execute(self, x: jt.Var) -> jt.Var:
         """``(..., in) -> (..., out)``"""
+        if self._adds_lora and self._engine is not None:
+            y = self._engine.with_lora(x, self)
+            if y is not None:
+                return y
         y = self._frozen_product(x)
         if not self._adds_lora:
             return y

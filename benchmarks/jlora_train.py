@@ -1,0 +1,38 @@
+"""A LoRA training step in jlora, as `jlora.train.train` does it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def make(spec: dict):
+    """One round is one update on the next batch."""
+    from jlora import LoraConfig, engine, get_peft_model
+    from jlora.data import Batch
+    from jlora.models.hub import build_model
+    from jlora.optim import AdamW, OptimConfig
+    from jlora.runtime import jt
+    from jlora.train import batch_loss
+
+    model = get_peft_model(build_model(spec["config"]), LoraConfig(**spec["lora"]))
+    engine.prepare(model, spec["precision"])
+    parameters = [parameter for _, parameter in model.trainable_parameters()]
+    optimizer = AdamW(parameters, OptimConfig())
+    arrays = np.load(spec["batches"])
+    batches = [
+        Batch(arrays[f"ids{i}"], arrays[f"targets{i}"], arrays[f"mask{i}"], arrays[f"lengths{i}"])
+        for i in range(int(arrays["count"]))
+    ]
+    model.train()
+    done = 0
+
+    def work():
+        nonlocal done
+        batch = batches[done % len(batches)]
+        done += 1
+        loss = batch_loss(model, batch, spec["label_smoothing"])
+        gradient = optimizer.flatten(jt.grad(loss, parameters))
+        optimizer.step(gradient, 2e-4)
+        return {"loss": loss.item()}
+
+    return work

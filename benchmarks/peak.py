@@ -1,0 +1,52 @@
+"""The largest matrix product of this machine, by either side's library: what MFU is a share of."""
+
+from __future__ import annotations
+
+from benchmarks.sides import PYTHON, Side
+
+SIZE = {"rows": 2048, "n": 2048, "k": 2048}
+
+
+def make(spec: dict):
+    """One round is one bf16 product of the library of the environment it runs in."""
+    try:
+        import torch
+    except ImportError:
+        return jlora_product(spec)
+    x = torch.randn(spec["rows"], spec["k"], dtype=torch.bfloat16)
+    w = torch.randn(spec["n"], spec["k"], dtype=torch.bfloat16)
+
+    def product():
+        torch.nn.functional.linear(x, w)
+
+    return product
+
+
+def jlora_product(spec: dict):
+    import numpy as np
+
+    from jlora.kernels.packed_linear import PackedWeight
+    from jlora.runtime import jt
+
+    w = jt.array(np.random.standard_normal((spec["n"], spec["k"])).astype("f"))
+    x = jt.array(np.random.standard_normal((spec["rows"], spec["k"])).astype("f"))
+    packed = PackedWeight(w, transposed=False, bf16=True)
+
+    def product():
+        packed(x).sync()
+
+    return product
+
+
+def measure(rounds: int = 20) -> float:
+    """FLOP/s of the fastest round of either side."""
+    best = 0.0
+    for environment, python in PYTHON.items():
+        if not python.exists():
+            continue
+        side = Side(environment, "peak", environment, SIZE)
+        side.start()
+        flops = 2 * SIZE["rows"] * SIZE["n"] * SIZE["k"]
+        best = max([best, *(flops / side.round() for _ in range(rounds))])
+        side.stop()
+    return best

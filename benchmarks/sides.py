@@ -1,0 +1,107 @@
+"""Processes that do rounds of work on demand, and the alternation of several of them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = {
+    "jlora": ROOT / ".venv" / "bin" / "python",
+    "torch": ROOT / ".venv-parity" / "bin" / "python",
+}
+
+
+@dataclass
+class Side:
+    """A competitor.
+
+    Attributes:
+        name: what the table calls it.
+        module: of this folder; its ``make(spec)`` gives a function that does one round.
+        environment: "jlora" or "torch".
+        spec: what ``make`` needs, as JSON holds it.
+        seconds: of every round but the warm-up ones.
+        first_seconds: of the very first round, compilation included.
+        peak_mb: largest resident memory of the process.
+    """
+
+    name: str
+    module: str
+    environment: str
+    spec: dict
+    seconds: list[float] = field(default_factory=list)
+    first_seconds: float = 0.0
+    peak_mb: float = 0.0
+    extra: dict = field(default_factory=dict)
+    process: subprocess.Popen | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def start(self) -> None:
+        command = [PYTHON[self.environment], "-m", "benchmarks.sides", self.module]
+        self.process = subprocess.Popen(
+            [*command, json.dumps(self.spec)], cwd=ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        self._ask("ready")
+
+    def round(self) -> float:
+        answer = self._ask("round")
+        self.peak_mb, self.extra = answer["peak_mb"], answer["extra"]
+        return answer["seconds"]
+
+    def stop(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _ask(self, what: str) -> dict:
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()}")
+
+
+def alternate(sides: list[Side], rounds: int, warmup: int = 2) -> None:
+    """Start all sides, let each warm up, then do rounds in turn."""
+    for side in sides:
+        side.start()
+        side.first_seconds = side.round()
+        for _ in range(warmup - 1):
+            side.round()
+    for _ in range(rounds):
+        for side in sides:
+            side.seconds.append(side.round())
+    for side in sides:
+        side.stop()
+
+
+def serve(module: str, spec: dict) -> None:
+    """A side's process: a round for every line on standard input."""
+    work = importlib.import_module(f"benchmarks.{module}").make(spec)
+    for line in sys.stdin:
+        answer = {}
+        if line.strip() == "round":
+            started = time.perf_counter()
+            extra = work()
+            answer = {
+                "seconds": time.perf_counter() - started,
+                "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                "extra": extra or {},
+            }
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], json.loads(sys.argv[2]))

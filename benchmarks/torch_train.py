@@ -1,0 +1,53 @@
+"""The same LoRA training step with transformers and PEFT."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def make(spec: dict):
+    """One round is one update on the next batch."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**spec["config"])
+    dtype = torch.bfloat16 if spec["precision"] == "bf16" else torch.float32
+    base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    settings = dict(spec["lora"])
+    # PEFT's equal of two blocks of rank r is one of rank 2 r.
+    enabled = sum(settings.pop("enable_lora", [1]))
+    settings["r"], settings["lora_alpha"] = (
+        settings["r"] * enabled,
+        settings["lora_alpha"] * enabled,
+    )
+    settings["fan_in_fan_out"] = spec["config"]["model_type"] == "gpt2"
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings)).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-4)
+    called = torch.compile(model) if spec.get("compile") else model
+    arrays = np.load(spec["batches"])
+    done = 0
+
+    def batch(i: int):
+        ids = torch.from_numpy(arrays[f"ids{i}"]).long()
+        targets = torch.from_numpy(arrays[f"targets{i}"]).long()
+        mask = torch.from_numpy(arrays[f"mask{i}"]) > 0
+        real = torch.arange(ids.shape[1])[None] < torch.from_numpy(arrays[f"lengths{i}"])[:, None]
+        return ids, torch.where(mask, targets, -100), real.long()
+
+    def work():
+        nonlocal done
+        ids, targets, mask = batch(done % int(arrays["count"]))
+        done += 1
+        logits = called(input_ids=ids, attention_mask=mask).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1),
+            label_smoothing=spec["label_smoothing"],
+        )  # fmt: skip
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return {"loss": float(loss)}
+
+    return work
