@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import resource
@@ -60,17 +61,22 @@ class Side:
         self.peak_mb, self.extra = answer["peak_mb"], answer["extra"]
         return answer["seconds"]
 
-    def stop(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+    def stop(self) -> int:
+        """End the process; its exit code."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        code = self.process.wait()
+        self.process.stdout.close()
+        return code
 
     def _ask(self, what: str) -> dict:
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has died: its output ends below
+            self.process.stdin.write(what + "\n")
+            self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()}")
+        raise RuntimeError(f"{self.name} ended with exit code {self.stop()}")
 
 
 def alternate(sides: list[Side], rounds: int, warmup: int = 2) -> None:

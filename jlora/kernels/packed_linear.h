@@ -24,14 +24,15 @@ inline dnnl::stream& stream() {
     return s;
 }
 // To the nearest bf16, ties to even; NaN stays NaN.
+inline uint16_t bf16_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
+}
 inline void round_to_bf16(const float* x, uint16_t* y, int64_t n) {
     #pragma omp parallel for simd schedule(static)
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t bits;
-        std::memcpy(&bits, x + i, 4);
-        const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-        y[i] = (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
-    }
+    for (int64_t i = 0; i < n; i++) y[i] = bf16_of(x[i]);
 }
 inline memory::data_type kind(bool bf16) {
     return bf16 ? memory::data_type::bf16 : memory::data_type::f32;
@@ -114,24 +115,16 @@ inline const Product& product(memory::dim rows, memory::dim n, memory::dim k, bo
     return found->second;
 }
 
-// bias: (n,), or null.
-inline void multiply(const float* x, void* packed, const float* bias, float* y,
+// x: (rows, k) in the type of the packed weight; bias: (n,) or null.
+inline void multiply_as_stored(const void* x, void* packed, const float* bias, float* y,
         memory::dim rows, memory::dim n, memory::dim k, bool bf16) {
-    if (!rows) return;
     const Product& p = product(rows, n, k, bf16, bias != nullptr);
     const auto& pd = p.description;
-    static std::vector<uint16_t> rounded;  // operators run one after another
-    void* source = const_cast<float*>(x);
-    if (bf16) {
-        rounded.resize(std::max<size_t>(rounded.size(), rows * k));
-        round_to_bf16(x, rounded.data(), rows * k);
-        source = rounded.data();
-    }
     static std::vector<char> scratch;
     scratch.resize(std::max(scratch.size(), pd.scratchpad_desc().get_size() + 64));
     auto aligned = (char*)(((uintptr_t)scratch.data() + 63) & ~(uintptr_t)63);
     std::unordered_map<int, memory> arguments = {
-        {DNNL_ARG_SRC, memory(pd.src_desc(), engine(), source)},
+        {DNNL_ARG_SRC, memory(pd.src_desc(), engine(), const_cast<void*>(x))},
         {DNNL_ARG_WEIGHTS, memory(pd.weights_desc(), engine(), packed)},
         {DNNL_ARG_DST, memory(pd.dst_desc(), engine(), y)},
         {DNNL_ARG_SCRATCHPAD, memory(pd.scratchpad_desc(), engine(), aligned)},
@@ -139,5 +132,16 @@ inline void multiply(const float* x, void* packed, const float* bias, float* y,
     if (bias) arguments[DNNL_ARG_BIAS] = memory(pd.bias_desc(), engine(), const_cast<float*>(bias));
     p.primitive.execute(stream(), arguments);
     stream().wait();
+}
+
+// x: (rows, k) float32, rounded on the way where the weight is bf16.
+inline void multiply(const float* x, void* packed, const float* bias, float* y,
+        memory::dim rows, memory::dim n, memory::dim k, bool bf16) {
+    if (!rows) return;
+    if (!bf16) return multiply_as_stored(x, packed, bias, y, rows, n, k, bf16);
+    static std::vector<uint16_t> low;  // operators run one after another
+    low.resize(std::max<size_t>(low.size(), rows * k));
+    round_to_bf16(x, low.data(), rows * k);
+    multiply_as_stored(low.data(), packed, bias, y, rows, n, k, bf16);
 }
 }  // namespace jlora

@@ -7,11 +7,12 @@
 #include "vector_math.h"
 
 namespace jlora {
-// One row of logits becomes its loss; with `gradient` the row becomes d loss / d logits.
-// A target outside the vocabulary gives NaN, not a read of foreign memory.
-inline float softmax_loss(float* row, int64_t V, int64_t target, float smoothing, bool gradient) {
+// One row of logits becomes its loss; d loss / d logits goes to `low` as bf16, or takes the row's
+// place. A target outside the vocabulary gives NaN, not a read of foreign memory.
+inline float softmax_loss(float* row, int64_t V, int64_t target, float smoothing, bool gradient, uint16_t* low) {
     if (target < 0 || target >= V) {
         std::fill(row, row + V, NAN);
+        if (low) std::fill(low, low + V, bf16_of(NAN));
         return NAN;
     }
     float peak = row[0];
@@ -34,8 +35,9 @@ inline float softmax_loss(float* row, int64_t V, int64_t target, float smoothing
     mean /= V;
     if (gradient) {
         const float inverse = (float)(1.0 / total), even = smoothing / V;
-        for (int64_t j = 0; j < V; j++) row[j] = row[j] * inverse - even;
-        row[target] -= 1.0f - smoothing;
+        row[target] -= (1.0f - smoothing) / inverse;
+        if (low) for (int64_t j = 0; j < V; j++) low[j] = bf16_of(row[j] * inverse - even);
+        else for (int64_t j = 0; j < V; j++) row[j] = row[j] * inverse - even;
     }
     return (float)(std::log(total) + peak - (1.0 - smoothing) * picked - smoothing * mean);
 }
@@ -46,14 +48,19 @@ inline void target_loss(const float* hidden, void* forward, void* backward, cons
         bool gradient, bool bf16) {
     const int64_t block = 128;  // rows of logits kept at a time
     static std::vector<float> logits;
+    static std::vector<uint16_t> low;
     logits.resize(std::min(N, block) * V);
+    if (bf16 && gradient) low.resize(std::min(N, block) * V);
     for (int64_t from = 0; from < N; from += block) {
         const int64_t rows = std::min(block, N - from);
         multiply(hidden + from * C, forward, nullptr, logits.data(), rows, V, C, bf16);
         #pragma omp parallel for schedule(dynamic)
         for (int64_t i = 0; i < rows; i++)
-            losses[from + i] = softmax_loss(logits.data() + i * V, V, targets[from + i], smoothing, gradient);
-        if (gradient) multiply(logits.data(), backward, nullptr, dhidden + from * C, rows, C, V, bf16);
+            losses[from + i] = softmax_loss(logits.data() + i * V, V, targets[from + i], smoothing, gradient,
+                bf16 && gradient ? low.data() + i * V : nullptr);
+        if (!gradient) continue;
+        const void* source = bf16 ? (const void*)low.data() : logits.data();
+        multiply_as_stored(source, backward, nullptr, dhidden + from * C, rows, C, V, bf16);
     }
 }
 }  // namespace jlora

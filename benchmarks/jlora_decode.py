@@ -1,0 +1,35 @@
+"""Beam search in jlora, as `jlora generate` does it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def make(spec: dict):
+    """One round decodes the next batch of prompts."""
+    from jlora import PeftModel, engine, load
+    from jlora.beam import BeamConfig, beam_search
+
+    model = load(spec["model"])
+    if spec["adapter"]:
+        model = PeftModel.from_pretrained(model, spec["adapter"])
+    engine.prepare(model, spec["precision"])
+    model.eval()
+    prompts = json.loads(Path(spec["prompts"]).read_text())
+    size = spec["batch_size"]
+    config = BeamConfig(
+        eos_token_ids=(spec["end"],), num_beams=spec["beams"], no_repeat_ngram_size=4,
+        length_penalty=0.8, max_new_tokens=spec["new_tokens"], batch_size=size,
+        rank_up_to=1.0,
+    )  # fmt: skip
+    done = 0
+
+    def work():
+        nonlocal done
+        batch = [prompts[(done + i) % len(prompts)] for i in range(size)]
+        done += size
+        found = beam_search(model, batch, config)
+        return {"inputs": size, "tokens": sum(best[0].length for best in found)}
+
+    return work
