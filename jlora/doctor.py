@@ -52,7 +52,7 @@ def checks() -> list[Check]:
         jittor = _jittor()
     else:
         jittor = Check("Jittor", False, "not tried: it needs what is missing above")
-    return [*found, jittor, _onednn(jittor.ok), _java(), _gpu(), _mpi()]
+    return [*found, jittor, _onednn(jittor.ok), _precision(jittor.ok), _java(), _gpu(), _mpi()]
 
 
 def _compiler() -> Check:
@@ -184,7 +184,18 @@ def _run_showing_progress(command: list[str], environment: dict[str, str]) -> tu
     return status, output, "".join(errors)
 
 
+def _precision(jittor_works: bool) -> Check:
+    if not jittor_works:
+        return Check("Precision", False, "not tried: it needs Jittor", required=False)
+    from jlora.engine import choose_precision
+
+    return Check("Precision", True, ": ".join(choose_precision()), required=False)
+
+
 def _onednn(jittor_works: bool) -> Check:
+    newer = runtime.packaged_onednn()
+    if newer is not None:
+        return Check("oneDNN", True, f"{newer.library} (3.x, which uses AMX)")
     homes = runtime.installed_onednn()
     if homes:
         return Check("oneDNN", True, str(homes[0]))

@@ -134,7 +134,10 @@ def choose_precision() -> tuple[str, str]:
         return "plain", "the fused operators are for CPUs; on a GPU Jittor's own are used"
     if runtime.find_onednn() is None:
         return "fp32", "oneDNN, which multiplies bf16, was not found"
-    if any("BF16" in name for name in machine.cpu_features()):
+    features = machine.cpu_features()
+    if "AMX_BF16" in features and runtime.packaged_onednn() is not None:
+        return "bf16", "the processor multiplies bf16 by AMX"
+    if any("BF16" in name for name in features):
         return "bf16", "the processor multiplies bf16"
     return "fp32", "the processor has no bf16 instructions"
 

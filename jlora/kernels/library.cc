@@ -75,19 +75,20 @@ JLORA_OPERATOR(topk_op) {
 }
 
 #ifdef JLORA_ONEDNN
+static Blob blob(const Array& a) { return {a.as<uint8_t>(), a.size}; }
 // Packed products; number: n, k, bf16 and, for packing, whether the weight is stored as (k, n).
 extern "C" int64_t packed_bytes(int64_t n, int64_t k, int64_t bf16) { return packed_size(n, k, bf16); }
 JLORA_OPERATOR(pack_op) {
-    pack(in[0].in(), out[0].data, number[0], number[1], number[3] != 0, number[2] != 0);
+    pack(in[0].in(), blob(out[0]), number[0], number[1], number[3] != 0, number[2] != 0);
 }
 JLORA_OPERATOR(unpack_op) {
-    unpack(in[0].data, out[0].out(), number[0], number[1], number[3] != 0, number[2] != 0);
+    unpack(blob(in[0]), out[0].out(), number[0], number[1], number[3] != 0, number[2] != 0);
 }
 // x (..., k), packed, bias (n,) if there is one -> y (..., n); number[3]: whether there is.
 JLORA_OPERATOR(multiply_op) {
     const int64_t n = number[0], k = number[1];
     const float* bias = number[3] != 0 ? in[2].in() : nullptr;
-    multiply(in[0].in(), in[1].data, bias, out[0].out(), in[0].size / k, n, k, number[2] != 0);
+    multiply(in[0].in(), blob(in[1]), bias, out[0].out(), in[0].size / k, n, k, number[2] != 0);
 }
 // The same with a low-rank branch. number: r, blocks, flags, scale, p, seed, n, bf16 and a bias.
 static LoraShape lora_shape(const Array& x, const Array& A, const double* number) {
@@ -100,20 +101,20 @@ JLORA_OPERATOR(lora_forward_op) {
     const LoraShape s = lora_shape(in[0], in[2], number);
     const int64_t bf16_and_bias = number[7];
     const float* bias = bf16_and_bias & 2 ? in[4].in() : nullptr;
-    multiply(in[0].in(), in[1].data, bias, out[0].out(), s.rows, s.out, s.in, bf16_and_bias & 1);
+    multiply(in[0].in(), blob(in[1]), bias, out[0].out(), s.rows, s.out, s.in, bf16_and_bias & 1);
     lora_forward(s, in[0].in(), in[2].in(), in[3].in(), out[0].out(), out[1].out());
 }
 // x, packed transposed, A, B, low, dy -> dx, dA, dB
 JLORA_OPERATOR(lora_backward_op) {
     const LoraShape s = lora_shape(in[0], in[2], number);
-    multiply(in[5].in(), in[1].data, nullptr, out[0].out(), s.rows, s.in, s.out, (int64_t)number[7] & 1);
+    multiply(in[5].in(), blob(in[1]), nullptr, out[0].out(), s.rows, s.in, s.out, (int64_t)number[7] & 1);
     lora_backward(s, in[0].in(), in[2].in(), in[3].in(), in[4].in(), in[5].in(),
         out[0].out(), out[1].out(), out[2].out());
 }
 // hidden (N, C), head packed both ways, targets (N,) -> losses (N,), d hidden;
 // number: V, smoothing, whether the gradient is wanted, bf16.
 JLORA_OPERATOR(target_loss_op) {
-    target_loss(in[0].in(), in[1].data, in[2].data, in[3].as<int>(), out[0].out(), out[1].out(),
+    target_loss(in[0].in(), blob(in[1]), blob(in[2]), in[3].as<int>(), out[0].out(), out[1].out(),
         in[0].shape[0], in[0].shape[1], (int64_t)number[0], number[1], number[2] != 0, number[3] != 0);
 }
 #endif

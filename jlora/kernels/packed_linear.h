@@ -70,27 +70,53 @@ inline const memory::desc& packed_layout(memory::dim n, memory::dim k, bool bf16
     return found->second;
 }
 
-// Bytes of a packed weight; 0 where oneDNN has no such product for this processor.
+// AMX reads lines of 64 bytes: from a weight that begins between two lines it is half as fast, and
+// Jittor's memory begins at multiples of 32. So a packed weight is kept in a blob with room to begin
+// on a line, whose last byte says how far in it begins, in case the blob is ever copied elsewhere.
+constexpr int64_t line = 64;
+
+// Bytes of a blob; 0 where oneDNN has no such product for this processor.
 inline int64_t packed_size(memory::dim n, memory::dim k, bool bf16) {
     try {
-        return packed_layout(n, k, bf16).get_size();
+        return packed_layout(n, k, bf16).get_size() + line;
     } catch (const dnnl::error&) {
         return 0;
     }
 }
+struct Blob {
+    uint8_t* begin;
+    int64_t size;
+    uint8_t& shift() const { return begin[size - 1]; }
+    void* weight() const { return begin + shift(); }
+    void* place_weight() const {
+        shift() = (line - (uintptr_t)begin % line) % line;
+        return weight();
+    }
+};
+
+// Memory that grows and begins on a line. One for each use: operators run one after another.
+template <typename T>
+struct Buffer {
+    std::vector<char> bytes;
+    T* of(int64_t count) {
+        const size_t wanted = count * sizeof(T) + line;
+        if (bytes.size() < wanted) bytes.resize(wanted);
+        return (T*)(((uintptr_t)bytes.data() + line - 1) / line * line);
+    }
+};
 
 // w: (n, k) row by row, or (k, n) when transposed.
-inline void pack(const float* w, void* out, memory::dim n, memory::dim k, bool transposed, bool bf16) {
+inline void pack(const float* w, Blob out, memory::dim n, memory::dim k, bool transposed, bool bf16) {
     auto tag = transposed ? memory::format_tag::ba : memory::format_tag::ab;
     memory from(memory::desc({n, k}, memory::data_type::f32, tag), engine(), const_cast<float*>(w));
-    memory to(packed_layout(n, k, bf16), engine(), out);
+    memory to(packed_layout(n, k, bf16), engine(), out.place_weight());
     dnnl::reorder(from, to).execute(stream(), from, to);
     stream().wait();
 }
 
-inline void unpack(void* packed, float* w, memory::dim n, memory::dim k, bool transposed, bool bf16) {
+inline void unpack(Blob packed, float* w, memory::dim n, memory::dim k, bool transposed, bool bf16) {
     auto tag = transposed ? memory::format_tag::ba : memory::format_tag::ab;
-    memory from(packed_layout(n, k, bf16), engine(), packed);
+    memory from(packed_layout(n, k, bf16), engine(), packed.weight());
     memory to(memory::desc({n, k}, memory::data_type::f32, tag), engine(), w);
     dnnl::reorder(from, to).execute(stream(), from, to);
     stream().wait();
@@ -116,18 +142,16 @@ inline const Product& product(memory::dim rows, memory::dim n, memory::dim k, bo
 }
 
 // x: (rows, k) in the type of the packed weight; bias: (n,) or null.
-inline void multiply_as_stored(const void* x, void* packed, const float* bias, float* y,
+inline void multiply_as_stored(const void* x, Blob packed, const float* bias, float* y,
         memory::dim rows, memory::dim n, memory::dim k, bool bf16) {
     const Product& p = product(rows, n, k, bf16, bias != nullptr);
     const auto& pd = p.description;
-    static std::vector<char> scratch;
-    scratch.resize(std::max(scratch.size(), pd.scratchpad_desc().get_size() + 64));
-    auto aligned = (char*)(((uintptr_t)scratch.data() + 63) & ~(uintptr_t)63);
+    static Buffer<char> scratch;
     std::unordered_map<int, memory> arguments = {
         {DNNL_ARG_SRC, memory(pd.src_desc(), engine(), const_cast<void*>(x))},
-        {DNNL_ARG_WEIGHTS, memory(pd.weights_desc(), engine(), packed)},
+        {DNNL_ARG_WEIGHTS, memory(pd.weights_desc(), engine(), packed.weight())},
         {DNNL_ARG_DST, memory(pd.dst_desc(), engine(), y)},
-        {DNNL_ARG_SCRATCHPAD, memory(pd.scratchpad_desc(), engine(), aligned)},
+        {DNNL_ARG_SCRATCHPAD, memory(pd.scratchpad_desc(), engine(), scratch.of(pd.scratchpad_desc().get_size()))},
     };
     if (bias) arguments[DNNL_ARG_BIAS] = memory(pd.bias_desc(), engine(), const_cast<float*>(bias));
     p.primitive.execute(stream(), arguments);
@@ -135,13 +159,13 @@ inline void multiply_as_stored(const void* x, void* packed, const float* bias, f
 }
 
 // x: (rows, k) float32, rounded on the way where the weight is bf16.
-inline void multiply(const float* x, void* packed, const float* bias, float* y,
+inline void multiply(const float* x, Blob packed, const float* bias, float* y,
         memory::dim rows, memory::dim n, memory::dim k, bool bf16) {
     if (!rows) return;
     if (!bf16) return multiply_as_stored(x, packed, bias, y, rows, n, k, bf16);
-    static std::vector<uint16_t> low;  // operators run one after another
-    low.resize(std::max<size_t>(low.size(), rows * k));
-    round_to_bf16(x, low.data(), rows * k);
-    multiply_as_stored(low.data(), packed, bias, y, rows, n, k, bf16);
+    static Buffer<uint16_t> rounded;
+    uint16_t* low = rounded.of(rows * k);
+    round_to_bf16(x, low, rows * k);
+    multiply_as_stored(low, packed, bias, y, rows, n, k, bf16);
 }
 }  // namespace jlora

@@ -43,23 +43,23 @@ inline float softmax_loss(float* row, int64_t V, int64_t target, float smoothing
 }
 
 // hidden (N, C), forward = packed (V, C), backward = packed (C, V) -> losses (N,), dhidden (N, C)
-inline void target_loss(const float* hidden, void* forward, void* backward, const int* targets,
+inline void target_loss(const float* hidden, Blob forward, Blob backward, const int* targets,
         float* losses, float* dhidden, int64_t N, int64_t C, int64_t V, float smoothing,
         bool gradient, bool bf16) {
     const int64_t block = 128;  // rows of logits kept at a time
-    static std::vector<float> logits;
-    static std::vector<uint16_t> low;
-    logits.resize(std::min(N, block) * V);
-    if (bf16 && gradient) low.resize(std::min(N, block) * V);
+    static Buffer<float> for_logits;
+    static Buffer<uint16_t> for_low;
+    float* logits = for_logits.of(std::min(N, block) * V);
+    uint16_t* low = bf16 && gradient ? for_low.of(std::min(N, block) * V) : nullptr;
     for (int64_t from = 0; from < N; from += block) {
         const int64_t rows = std::min(block, N - from);
-        multiply(hidden + from * C, forward, nullptr, logits.data(), rows, V, C, bf16);
+        multiply(hidden + from * C, forward, nullptr, logits, rows, V, C, bf16);
         #pragma omp parallel for schedule(dynamic)
         for (int64_t i = 0; i < rows; i++)
-            losses[from + i] = softmax_loss(logits.data() + i * V, V, targets[from + i], smoothing, gradient,
-                bf16 && gradient ? low.data() + i * V : nullptr);
+            losses[from + i] = softmax_loss(logits + i * V, V, targets[from + i], smoothing, gradient,
+                low ? low + i * V : nullptr);
         if (!gradient) continue;
-        const void* source = bf16 ? (const void*)low.data() : logits.data();
+        const void* source = low ? (const void*)low : logits;
         multiply_as_stored(source, backward, nullptr, dhidden + from * C, rows, C, V, bf16);
     }
 }
