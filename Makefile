@@ -10,7 +10,7 @@ PARITY := .venv-parity
 PARITY_STAMP := $(PARITY)/.installed
 SEED ?= 1
 
-.PHONY: demo test test-all parity golden lint install clean
+.PHONY: demo test test-all parity golden bench-train bench-decode lint install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -29,6 +29,13 @@ parity: $(STAMP) $(PARITY_STAMP)
 # The reference results that `make test` compares with; made again only when a golden case changes.
 golden: $(PARITY_STAMP)
 	$(PARITY)/bin/python -m parity.golden
+
+# Speed and memory beside PEFT and transformers; ARGS goes to the command (docs/benchmarks.md).
+bench-train: $(STAMP) $(PARITY_STAMP)
+	$(BIN)/python -m benchmarks.train_step $(ARGS)
+
+bench-decode: $(STAMP) $(PARITY_STAMP)
+	$(BIN)/python -m benchmarks.decode $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
