@@ -83,6 +83,10 @@ class CausalAttention(nn.Module):
     Grouped-query attention: query head h uses key-value head ``h // (H / H_kv)``.
     """
 
+    def new_cache(self, layers: int) -> KVCache:
+        """An empty cache of the kind that goes with this attention."""
+        return KVCache(layers)
+
     def execute(self, q: jt.Var, k: jt.Var, v: jt.Var, keys: KeyRange | None = None) -> jt.Var:
         """Attend.
 
@@ -137,6 +141,11 @@ class KVCache:
             k, v = jt.concat([past_k, k], dim=1), jt.concat([past_v, v], dim=1)
         self.layers[layer] = (k, v)
         return k, v
+
+    def attend(self, layer: int, attention: CausalAttention, q, k, v, keys: KeyRange | None):
+        """Append new keys and values to a layer and attend over all of them; (B, T, H, D)."""
+        k, v = self.extend(layer, k, v)
+        return attention(q, k, v, keys)
 
     def reorder(self, rows) -> None:
         """Make row i of the cache what row ``rows[i]`` was; rows may repeat, vanish or grow."""

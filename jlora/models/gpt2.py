@@ -97,9 +97,11 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).reshape(B, T, 3, self.heads, C // self.heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # each (B, T, H, D)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        return self.c_proj(self.attention(q, k, v, keys).reshape(B, T, C))
+        if cache is None:
+            y = self.attention(q, k, v, keys)
+        else:
+            y = cache.attend(self.layer, self.attention, q, k, v, keys)
+        return self.c_proj(y.reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -166,4 +168,4 @@ class GPT2LMHeadModel(CausalLM):
         return self.transformer.wte.weight
 
     def new_cache(self) -> KVCache:
-        return KVCache(self.config.n_layer)
+        return self.transformer.h[0].attn.attention.new_cache(self.config.n_layer)

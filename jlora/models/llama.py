@@ -182,9 +182,11 @@ class Attention(nn.Module):
         k = self.k_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
         v = self.v_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
         q, k = self.rotary(q, cos, sin), self.rotary(k, cos, sin)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        return self.o_proj(self.attention(q, k, v, keys).reshape(B, T, self.heads * self.head_dim))
+        if cache is None:
+            y = self.attention(q, k, v, keys)
+        else:
+            y = cache.attend(self.layer, self.attention, q, k, v, keys)
+        return self.o_proj(y.reshape(B, T, self.heads * self.head_dim))
 
 
 class MLP(nn.Module):
@@ -254,4 +256,4 @@ class LlamaForCausalLM(CausalLM):
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
     def new_cache(self) -> KVCache:
-        return KVCache(self.config.num_hidden_layers)
+        return self.model.layers[0].self_attn.attention.new_cache(self.config.num_hidden_layers)
