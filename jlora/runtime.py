@@ -220,6 +220,9 @@ def environment_defaults() -> dict[str, str]:
         # Downloaded from Jittor's site whenever CUDA is used, needed by nothing.
         "use_cutlass": "0",
         "OMP_NUM_THREADS": str(machine.processors()),
+        # Turns that a thread waits awake for the others, some ten microseconds. By default it is
+        # milliseconds, which on a busy machine keeps the thread it waits for from running.
+        "GOMP_SPINCOUNT": "10000",
         # Compilers at a time for new operators; by default one for every 3 GiB of memory.
         "use_parallel_op_compiler": str(max(1, min(16, machine.processors()))),
     }
