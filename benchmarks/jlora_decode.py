@@ -10,8 +10,10 @@ def make(spec: dict):
     """One round decodes the next batch of prompts."""
     from jlora import PeftModel, engine, load
     from jlora.beam import BeamConfig, beam_search
+    from jlora.layers import set_trainable
 
     model = load(spec["model"])
+    set_trainable(model, ())
     if spec["adapter"]:
         model = PeftModel.from_pretrained(model, spec["adapter"])
     engine.prepare(model, spec["precision"])

@@ -12,6 +12,7 @@ from jlora.adapters import PeftModel
 from jlora.adapters.loralib import is_loralib
 from jlora.config import Recipe, load_recipe
 from jlora.errors import UserError
+from jlora.layers import set_trainable
 from jlora.models.hub import load
 
 
@@ -96,4 +97,5 @@ def open_model(name: str | None, adapter: AdapterFile | None) -> tuple[Any, Reci
         raise UserError("no --model given, such as --model smollm2-135m")
     say(f"loading {name}")
     model = load(name)
+    set_trainable(model, ())  # nothing is trained here, so the engine may pack every weight
     return (adapter.attach(model, folder) if adapter else model), recipe
