@@ -7,6 +7,7 @@ import pytest
 from tiny_models import ids_of, tiny_gpt2, tiny_llama
 
 from jlora import engine
+from jlora.beam_cache import BeamCache
 from jlora.models.attention import KVCache
 from jlora.runtime import jt
 
@@ -40,7 +41,7 @@ def test_logits_of_every_step(make, orders, widths, lengths):
     model = make()
     length, plain = run(model, KVCache, orders, widths, lengths=lengths)
     engine.prepare(model, "fp32")
-    fused_length, fused = run(model, engine.BeamCache, orders, widths, lengths=lengths)
+    fused_length, fused = run(model, BeamCache, orders, widths, lengths=lengths)
     assert fused_length == length
     for step, (actual, expected) in enumerate(zip(fused, plain)):
         np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=2e-4, err_msg=str(step))

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize, quantize
-from tiny_models import ids_of, tiny_gpt2, tiny_llama, weights
+from tiny_models import ids_of, randomise_adapter, tiny_gpt2, tiny_llama, weights
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
@@ -56,15 +56,7 @@ TARGETS = {"gpt2": ["c_attn", "c_proj"]}
 def adapted(kind: str):
     targets = TARGETS.get(kind, ["q_proj", "k_proj", "v_proj"])
     model = get_peft_model(MODELS[kind](), LoraConfig(r=2, target_modules=targets))
-    random = np.random.default_rng(1)
-    model.set_adapter_tensors(
-        {
-            name: 0.3 * random.standard_normal(array.shape).astype("f")
-            for name, array in model.adapter_tensors().items()
-        }
-    )
-    model.eval()
-    return model
+    return randomise_adapter(model)
 
 
 def logits(model) -> np.ndarray:

@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 from test_formats import Call, Named, Reference, write_arrays
-from tiny_models import ids_of, tiny_gpt2, tiny_llama, weights
+from tiny_models import ids_of, randomise_adapter, tiny_gpt2, tiny_llama, weights
 
 import jlora
 from jlora.adapters import LoraConfig, PeftModel, get_peft_model
@@ -48,15 +48,7 @@ SETTINGS = {
 def adapted(name: str) -> PeftModel:
     make, settings = SETTINGS[name]
     model = get_peft_model(make(), LoraConfig(**settings))
-    random = np.random.default_rng(1)
-    model.set_adapter_tensors(
-        {
-            name: 0.3 * random.standard_normal(array.shape).astype("f")
-            for name, array in model.adapter_tensors().items()
-        }
-    )
-    model.eval()
-    return model
+    return randomise_adapter(model)
 
 
 def logits(model) -> np.ndarray:

@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny_models import ids_of, round_bf16, tiny_gpt2, tiny_llama, weights
+from tiny_models import ids_of, randomise_adapter, round_bf16, tiny_gpt2, tiny_llama, weights
 
 import jlora
 from jlora.adapters import LoraConfig, PeftModel, get_peft_model, merged_weights
@@ -34,15 +34,7 @@ ADAPTERS = {
 
 def adapted(make, settings, seed: int = 1) -> PeftModel:
     model = get_peft_model(make(), LoraConfig(**settings))
-    random = np.random.default_rng(seed)
-    model.set_adapter_tensors(
-        {
-            name: 0.3 * random.standard_normal(array.shape).astype("f")
-            for name, array in model.adapter_tensors().items()
-        }
-    )
-    model.eval()
-    return model
+    return randomise_adapter(model, seed)
 
 
 def logits(model) -> np.ndarray:

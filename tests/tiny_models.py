@@ -54,3 +54,14 @@ def round_bf16(x: np.ndarray) -> np.ndarray:
     """Rounded to the nearest bf16 (ties to even), as float32."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32).astype(np.uint64)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)
+
+
+def randomise_adapter(model, seed: int = 1):
+    """Random adapter tensors: B would be zero and hide every mistake. The model, in eval mode."""
+    generator = np.random.default_rng(seed)
+    tensors = model.adapter_tensors()
+    model.set_adapter_tensors(
+        {n: 0.3 * generator.standard_normal(a.shape).astype("f") for n, a in tensors.items()}
+    )
+    model.eval()
+    return model

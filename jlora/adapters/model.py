@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +21,6 @@ from jlora.layers import Embedding, LoRALayer, MergedLinear, assign, bias_names,
 from jlora.runtime import jt
 
 from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
-
-log = logging.getLogger("jlora.adapters")
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,7 @@ class PeftModel(nn.Module):
         """
         parameters = dict(self._named(self._adapter_names))
         shapes = {name: tuple(var.shape) for name, var in parameters.items()}
-        check_tensors("the adapter", shapes, tensors)
+        storage.check_tensors("the adapter", shapes, tensors)
         with self._unmerged():
             for name, var in parameters.items():
                 assign(var, jt.array(np.ascontiguousarray(tensors[name])).cast(var.dtype))
@@ -346,7 +343,7 @@ class PeftModel(nn.Module):
             storage.check_base(files.notes["base_model"], model, str(folder))
         config = _completed(config, model)
         tensors = {storage.from_peft_key(key): array for key, array in files.tensors.items()}
-        config, tensors = _without_head(config, tensors, model, str(files.path))
+        config, tensors = storage.without_head(config, tensors, model, str(files.path))
         config, tensors = storage.native_config(model, config, tensors, files.notes)
         return cls._restored(model, config, tensors, str(files.path), is_trainable)
 
@@ -456,32 +453,8 @@ class PeftModel(nn.Module):
         for name, var in self._named(self._bias_names):
             if self.peft_config.bias == "lora_only" and name not in complete:
                 complete[name] = var.float32().numpy()
-        check_tensors(source, shapes, complete)
+        storage.check_tensors(source, shapes, complete)
         self.set_adapter_tensors({own: complete[key] for key, own in by_file_name.items()})
-
-
-def check_tensors(
-    what: str, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, np.ndarray]
-) -> None:
-    """Raises: UserError: lists what is missing, unexpected or of another shape."""
-    wrong = [
-        f"{name} is {tuple(tensors[name].shape)} instead of {shape}"
-        for name, shape in shapes.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    problems = {
-        "missing": [name for name in shapes if name not in tensors],
-        "unexpected": [name for name in tensors if name not in shapes],
-        "misshapen": wrong,
-    }
-    found = [f"{kind}: {_listed(names)}" for kind, names in problems.items() if names]
-    if found:
-        raise UserError(f"{what} does not fit the model: {'; '.join(found)}")
-
-
-def _listed(names: list[str], limit: int = 4) -> str:
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def _completed(config: LoraConfig, model: nn.Module) -> LoraConfig:
@@ -492,24 +465,3 @@ def _completed(config: LoraConfig, model: nn.Module) -> LoraConfig:
     if config.base_model_name_or_path is None:
         config = replace(config, base_model_name_or_path=getattr(model, "name_or_path", None))
     return config
-
-
-def _without_head(
-    config: LoraConfig, tensors: dict[str, np.ndarray], model: nn.Module, source: str
-) -> tuple[LoraConfig, dict[str, np.ndarray]]:
-    """Leave out the classifier's head, which a language model has no place for, and say so."""
-    if config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
-        return config, tensors
-    there = {name.partition(".")[0] for name, _ in model.named_modules()}
-    heads = {"score", "classifier"} - there
-    left = sorted(name for name in tensors if name.partition(".")[0] in heads)
-    if left:
-        log.warning(
-            "%s is a classifier's adapter: %s left out, since the model has no such head",
-            source,
-            ", ".join(left),
-        )
-    kept = [name for name in config.modules_to_save or [] if name not in heads]
-    # What is left is a language model's adapter; PEFT would look for the head by the task type.
-    config = replace(config, modules_to_save=kept or None, task_type="CAUSAL_LM")
-    return config, {name: array for name, array in tensors.items() if name not in left}

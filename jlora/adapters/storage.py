@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from jlora.errors import UserError
 from jlora.layers import Embedding, LoRALayer, MergedLinear
 
 from jittor import nn  # isort: skip  (after jlora.layers, which prepares Jittor's import)
+
+log = logging.getLogger("jlora.adapters")
 
 PREFIX = "base_model.model."
 # Enough of a tensor to tell two models apart, and little enough to hash in milliseconds.
@@ -235,3 +238,48 @@ def _difference(recorded: Mapping[str, Any], model: nn.Module, parameters) -> st
         if not same:
             return f"the weights of {name} differ"
     return None
+
+
+def without_head(
+    config: LoraConfig, tensors: dict[str, np.ndarray], model: nn.Module, source: str
+) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """Leave out the classifier's head, which a language model has no place for, and say so."""
+    if config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+        return config, tensors
+    there = {name.partition(".")[0] for name, _ in model.named_modules()}
+    heads = {"score", "classifier"} - there
+    left = sorted(name for name in tensors if name.partition(".")[0] in heads)
+    if left:
+        log.warning(
+            "%s is a classifier's adapter: %s left out, since the model has no such head",
+            source,
+            ", ".join(left),
+        )
+    kept = [name for name in config.modules_to_save or [] if name not in heads]
+    # What is left is a language model's adapter; PEFT would look for the head by the task type.
+    config = replace(config, modules_to_save=kept or None, task_type="CAUSAL_LM")
+    return config, {name: array for name, array in tensors.items() if name not in left}
+
+
+def check_tensors(
+    what: str, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, np.ndarray]
+) -> None:
+    """Raises: UserError: lists what is missing, unexpected or of another shape."""
+    wrong = [
+        f"{name} is {tuple(tensors[name].shape)} instead of {shape}"
+        for name, shape in shapes.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    problems = {
+        "missing": [name for name in shapes if name not in tensors],
+        "unexpected": [name for name in tensors if name not in shapes],
+        "misshapen": wrong,
+    }
+    found = [f"{kind}: {_listed(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise UserError(f"{what} does not fit the model: {'; '.join(found)}")
+
+
+def _listed(names: list[str], limit: int = 4) -> str:
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
