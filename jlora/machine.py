@@ -173,12 +173,17 @@ def cpu_features() -> list[str]:
         "bf16": "BF16",
         "i8mm": "I8MM",
     }
+    flags = cpu_flags()
+    return [shown for flag, shown in names.items() if flag in flags]
+
+
+def cpu_flags() -> set[str]:
+    """Every extension of the processor by the kernel's name; empty where it gives none."""
     for line in _cpuinfo():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
-            flags = set(value.split())
-            return [shown for flag, shown in names.items() if flag in flags]
-    return []
+            return set(value.split())
+    return set()
 
 
 def _cpuinfo() -> list[str]:

@@ -77,7 +77,8 @@ def _command(onednn: OneDNN | None) -> list[str]:
 
 def _digest(command: list[str]) -> str:
     """Changes with the sources, the command and the processor that -march=native means."""
-    digest = hashlib.sha256(repr((command, machine.cpu_model(), machine.cpu_features())).encode())
+    processor = (platform.machine(), machine.cpu_model(), sorted(machine.cpu_flags()))
+    digest = hashlib.sha256(repr((command, processor)).encode())
     for path in sorted(FOLDER.glob("*.[hc]*")):
         if path.suffix in (".h", ".cc"):
             digest.update(path.read_bytes())
