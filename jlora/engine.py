@@ -12,7 +12,7 @@ import numpy as np
 from jlora import layers, machine, runtime
 from jlora.beam_cache import BeamCache
 from jlora.errors import UserError
-from jlora.kernels import attention, elementwise, target_loss
+from jlora.kernels import attention, elementwise, native, target_loss
 from jlora.kernels.packed_linear import Branch, PackedWeight
 from jlora.layers.base import identity
 from jlora.models import attention as models_attention
@@ -136,6 +136,9 @@ def choose_precision() -> tuple[str, str]:
     """The fastest precision that this machine does well, and why."""
     if jt.flags.use_cuda:
         return "plain", "the fused operators are for CPUs; on a GPU Jittor's own are used"
+    problem = native.problem()
+    if problem is not None:
+        return "plain", problem
     if runtime.find_onednn() is None:
         return "fp32", "oneDNN, which multiplies bf16, was not found"
     features = machine.cpu_features()
@@ -198,6 +201,9 @@ def restore(model) -> None:
 def _check(model, precision: str) -> None:
     if jt.flags.use_cuda:
         raise UserError(f"precision {precision} is for CPUs; on a GPU use precision plain")
+    problem = native.problem()
+    if problem is not None:
+        raise UserError(f"precision {precision} is not to be had: {problem}")
     if precision == "bf16" and runtime.find_onednn() is None:
         raise UserError(
             "precision bf16 needs oneDNN, which was not found; `jlora doctor` says how to get it, "

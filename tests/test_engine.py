@@ -13,6 +13,7 @@ from jlora import engine, machine, runtime
 from jlora.adapters import LoraConfig, get_peft_model
 from jlora.adapters.attach import ModulesToSave
 from jlora.errors import UserError
+from jlora.kernels import native
 from jlora.kernels.native import FusedFunction
 from jlora.layers import assign
 from jlora.models.head import LanguageHead
@@ -336,6 +337,16 @@ def test_plain_precision_undoes():
     engine.prepare(model, "bf16")
     assert engine.prepare(model, "plain") == "plain"
     assert not packed(model)
+
+
+def test_where_nothing_can_be_compiled_the_plain_layers_run(monkeypatch):
+    monkeypatch.setattr(native, "problem", lambda: "g++ could not compile jlora's operators (why)")
+    model = adapted()
+    assert engine.prepare(model) == "plain"
+    assert not packed(model) and "could not compile" in engine.choose_precision()[1]
+    for precision in ("fp32", "bf16"):
+        with pytest.raises(UserError, match=rf"precision {precision} .*could not compile.*\(why\)"):
+            engine.prepare(model, precision)
 
 
 def test_without_onednn_bf16_is_refused_and_fp32_runs(monkeypatch):

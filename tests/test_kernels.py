@@ -13,7 +13,8 @@ import pytest
 from tiny_models import round_bf16
 
 from jlora import machine
-from jlora.kernels import elementwise
+from jlora.errors import UserError
+from jlora.kernels import elementwise, native
 from jlora.kernels.attention import causal_attention
 from jlora.kernels.packed_linear import Branch, PackedWeight
 from jlora.kernels.target_loss import target_loss
@@ -409,3 +410,11 @@ def test_target_outside_the_vocabulary_gives_nan_for_it_alone():
     targets = jt.array(np.int32([1, 9, -1, 2]))
     losses = target_loss(jt.array(random(4, 4)), packed, targets, 0.0).numpy()
     assert np.isnan(losses).tolist() == [False, True, True, False]
+
+
+def test_a_failing_compiler_is_one_line_and_leaves_nothing(monkeypatch, tmp_path):
+    path = tmp_path / "operators.so"
+    command = [machine.compiler(), "-shared", str(tmp_path / "no_such_file.cc")]
+    with pytest.raises(UserError, match="could not compile jlora's operators .*no_such_file") as e:
+        native._compile(command, path)
+    assert "\n" not in str(e.value) and list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from jlora.kernels import topk
 from jlora.kernels.topk import LARGEST_K, log_softmax_topk, log_softmax_topk_numpy
 from jlora.runtime import jt
 
@@ -111,3 +112,12 @@ def test_large_k():
         fast, plain = both(logits, k)
         assert_equal(fast, plain)
         assert fast[0].shape == (2, min(k, 3000))
+
+
+def test_without_compiled_operators_the_twin_answers(monkeypatch):
+    def operator(*_):
+        raise AssertionError("there is none")
+
+    monkeypatch.setattr(topk, "problem", lambda: "no compiler")
+    monkeypatch.setattr(topk, "operator", operator)
+    assert_equal(*both(np.arange(12).reshape(2, 6), 3, banned=[[5], [-1]]))

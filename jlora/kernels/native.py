@@ -65,6 +65,16 @@ def library() -> ctypes.CDLL:
         ) from error
 
 
+@functools.cache
+def problem() -> str | None:
+    """Why the operators cannot be used on this machine, None if they can; asked once."""
+    try:
+        library()
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def _command(onednn: OneDNN | None) -> list[str]:
     option = "-mcpu" if platform.machine() in ("aarch64", "arm64") else "-march"
     target = f"{option}={os.environ.get('JLORA_ARCH', 'native')}"  # another one is for tests
