@@ -20,11 +20,6 @@ struct AttentionShape {
 };
 constexpr int64_t query_rows = 32;  // score rows held at a time
 
-inline float dot(const float* a, const float* b, int64_t n) {
-    float sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
-    return sum;
-}
 // out (D, width) = n rows of x, transposed; columns from n on are zero.
 inline void transpose_rows(const float* x, int64_t stride, int64_t n, int64_t D, int64_t width, float* out) {
     for (int64_t d = 0; d < D; d++) {

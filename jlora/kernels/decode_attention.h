@@ -68,7 +68,7 @@ inline void decode_attention(const DecodeShape& s, const float* q, const float* 
                         for (int64_t h = 0; h < per; h++) {
                             const float weight = scores[(r * per + h) * row_size + s.T + t];
                             float* sum = sums.data() + (r * per + h) * s.D;
-                            for (int64_t d = 0; d < s.D; d++) sum[d] += weight * value[d];
+                            add_scaled(sum, weight, value, s.D);
                         }
                     }
                     std::copy_n(sums.data() + r * per * s.D, per * s.D, out + ((r0 + r) * s.H + g * per) * s.D);

@@ -34,14 +34,6 @@ inline void turn_b_back(const LoraShape& s, const float* turned, float* B) {
         for (int64_t o = 0; o < width; o++)
             B[(j / s.r * width + o) * s.r + j % s.r] = turned[j * width + o];
 }
-inline float inner(const float* a, const float* b, int64_t n) {
-    float sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
-    return sum;
-}
-inline void add_scaled_row(float* y, float a, const float* x, int64_t n) {
-    for (int64_t i = 0; i < n; i++) y[i] += a * x[i];
-}
 // Calls visit(j, first output) for every row j of A.
 template <typename Visit>
 inline void each_rank(const LoraShape& s, Visit visit) {
@@ -68,9 +60,9 @@ inline void lora_forward(const LoraShape& s, const float* x, const float* A, con
                 row = kept.data();
             }
             float *own = low + n * rank, *result = y + n * s.out;
-            for (int64_t j = 0; j < rank; j++) own[j] = s.scale * inner(row, A + j * s.in, s.in);
+            for (int64_t j = 0; j < rank; j++) own[j] = s.scale * dot(row, A + j * s.in, s.in);
             each_rank(s, [&](int64_t j, int64_t first) {
-                add_scaled_row(result + first, own[j], turned.data() + j * width, width);
+                add_scaled(result + first, own[j], turned.data() + j * width, width);
             });
         }
     }
@@ -95,10 +87,10 @@ inline void lora_backward(const LoraShape& s, const float* x, const float* A, co
             }
             std::fill(back.begin(), back.end(), 0.0f);
             each_rank(s, [&](int64_t j, int64_t first) {
-                dlow[j] = s.scale * inner(g + first, turned.data() + j * width, width);
-                add_scaled_row(own_b.data() + j * width, own[j], g + first, width);
-                add_scaled_row(own_a.data() + j * s.in, dlow[j], row, s.in);
-                add_scaled_row(back.data(), dlow[j], A + j * s.in, s.in);
+                dlow[j] = s.scale * dot(g + first, turned.data() + j * width, width);
+                add_scaled(own_b.data() + j * width, own[j], g + first, width);
+                add_scaled(own_a.data() + j * s.in, dlow[j], row, s.in);
+                add_scaled(back.data(), dlow[j], A + j * s.in, s.in);
             });
             float* result = dx + n * s.in;
             if (s.p > 0) for (int64_t i = 0; i < s.in; i++) result[i] += drop(back[i], n * s.in + i);
@@ -109,8 +101,8 @@ inline void lora_backward(const LoraShape& s, const float* x, const float* A, co
         for (int t = 0; t < omp_get_num_threads(); t++) {
             #pragma omp ordered
             {
-                add_scaled_row(sum_a.data(), 1.0f, own_a.data(), rank * s.in);
-                add_scaled_row(sum_b.data(), 1.0f, own_b.data(), rank * width);
+                add_scaled(sum_a.data(), 1.0f, own_a.data(), rank * s.in);
+                add_scaled(sum_b.data(), 1.0f, own_b.data(), rank * width);
             }
         }
     }

@@ -25,5 +25,12 @@ inline float fast_exp(float x) {
     return p * scale;
 }
 inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
-inline float tanh_(float x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
+inline float dot(const float* a, const float* b, int64_t n) {
+    float sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+inline void add_scaled(float* y, float a, const float* x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) y[i] += a * x[i];
+}
 }  // namespace jlora
