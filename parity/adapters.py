@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from parity.case import Case
 from parity.models import GPT2, LLAMA, make_model
@@ -66,6 +67,12 @@ LLAMA_VARIANTS = {
     },
 }
 SHARED = ("gpt2_c_attn_c_proj", "gpt2_flag_false", "gpt2_sequence_classifier")
+#: What a base may have that an adapter's own has not.
+WRONG = {
+    "weights": {},
+    "shapes": {"n_embd": 24},
+    "family": None,  # Llama
+}
 #: Keys of a variant that are ours and not PEFT's.
 OWN = ("blocks", "tie", "model_type")
 
@@ -89,6 +96,10 @@ def cases(seed: int) -> list[Case]:
             found.append(Case(row, f"{family}-{name}", settings, 1e-4, golden=golden))
     settings = {"config": REAL_GPT2, "peft": {"target_modules": ["c_attn"], "r": 4}}
     found.append(Case("GPT-2 small, real shape, with gradients", "gpt2-small", settings, 1e-4))
+    for name in WRONG:
+        settings = {"config": SMALL_GPT2, "peft": {"target_modules": ["c_attn"]}, "wrong": name}
+        row = "adapters on a base not their own: refused"
+        found.append(Case(row, f"wrong-{name}", settings, relative_to="exact"))
     for name in SHARED if shared_adapters() else ():
         settings = {"config": REAL_GPT2, "folder": name}
         found.append(Case("adapters that people trained with PEFT", name, settings, 1e-4))
@@ -119,6 +130,14 @@ def peft_writes(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict
     seed = int(arrays["seed"][0])
     base = make_model(case.settings["config"], seed)
     base.save_pretrained(folder / "base")
+    if "wrong" in case.settings:
+        changes = WRONG[case.settings["wrong"]]
+        other = SMALL_LLAMA if changes is None else {**SMALL_GPT2, **changes}
+        make_model(other, seed + 1).save_pretrained(folder / "other")
+        expected = {"refused by name": 1, "loaded by force": 1, "keys of no module refused": 1}
+        if changes != {}:  # nothing to put these on
+            expected["loaded by force"] = 0
+        return {name: np.array(value) for name, value in expected.items()}
     if "folder" in case.settings:
         return {"logits": peft_logits(folder, shared_adapters() / case.settings["folder"], arrays)}
     torch.manual_seed(seed)
@@ -191,6 +210,8 @@ def norm(found: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def peft_reads(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
+    if "wrong" in case.settings:
+        return {}
     if "folder" in case.settings:
         return {"logits of jlora's folder": peft_logits(folder, folder / "ours", arrays)}
     return {
@@ -203,7 +224,6 @@ def peft_logits(folder: Path, adapter: Path, arrays: dict[str, np.ndarray]) -> n
     """Logits (B, T, V) of ``folder``/base with an adapter; a lost key is an error."""
     import torch
     from peft import PeftConfig, PeftModel
-    from safetensors.numpy import load_file
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     classifier = PeftConfig.from_pretrained(adapter).task_type == "SEQ_CLS"
@@ -236,6 +256,8 @@ def ours(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict[str, n
     from jlora.layers import MergedLinear
     from jlora.runtime import jt
 
+    if "wrong" in case.settings:
+        return refusals(folder)
     ids = jt.array(arrays["ids"])
     theirs = shared_adapters() / case.settings["folder"] if "folder" in case.settings else None
     model = PeftModel.from_pretrained(
@@ -270,6 +292,33 @@ def ours(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict[str, n
     with jt.no_grad():
         found["logits of a new jlora adapter"] = fresh(ids).numpy()
     return found
+
+
+def refusals(folder: Path) -> dict[str, np.ndarray]:
+    """Which of the wrong ways to load an adapter are errors that name both models."""
+    from jlora import LoraConfig, PeftModel, UserError, get_peft_model, load
+
+    config = LoraConfig(target_modules=["c_attn"], r=2)
+    get_peft_model(load(folder / "base"), config).save_pretrained(folder / "new")
+
+    def message(base: str, **settings) -> str:
+        try:
+            PeftModel.from_pretrained(load(folder / base), folder / "new", **settings)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    refused, forced = message("other"), message("other", force=True)
+    named = str(folder / "base") in refused and str(folder / "other") in refused
+    tensors = load_file(folder / "new" / "adapter_model.safetensors")
+    renamed = {name.replace(".h.", ".blocks."): array for name, array in tensors.items()}
+    save_file(renamed, folder / "new" / "adapter_model.safetensors")
+    found = {
+        "refused by name": named,
+        "loaded by force": not forced,
+        "keys of no module refused": "fits no module" in message("base"),
+    }
+    return {name: np.array(int(value)) for name, value in found.items()}
 
 
 def jlora_gradients(model, ids: np.ndarray) -> dict[str, np.ndarray]:
