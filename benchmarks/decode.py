@@ -29,6 +29,10 @@ def main() -> None:
     options.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     options.add_argument("--batch-size", type=int, default=16)
     options.add_argument("--peer-batch-size", type=int, default=8)
+    options.add_argument(
+        "--rank-up-to", type=float,
+        help="let jlora leave a prompt whose winner is certain, as its E2E recipes do",
+    )  # fmt: skip
     options.add_argument("--beams", type=int, default=10)
     options.add_argument("--new-tokens", type=int, default=64)
     options.add_argument("--rounds", type=int, default=3)
@@ -76,7 +80,7 @@ def make_spec(chosen, path: Path) -> dict:
     path.write_text(json.dumps(prompts))
     return {
         "model": str(folder), "adapter": chosen.adapter, "prompts": str(path), "end": end,
-        "beams": chosen.beams, "new_tokens": chosen.new_tokens,
+        "beams": chosen.beams, "new_tokens": chosen.new_tokens, "rank_up_to": chosen.rank_up_to,
     }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def make(spec: dict):
     config = BeamConfig(
         eos_token_ids=(spec["end"],), num_beams=spec["beams"], no_repeat_ngram_size=4,
         length_penalty=0.8, max_new_tokens=spec["new_tokens"], batch_size=size,
-        rank_up_to=1.0,
+        rank_up_to=spec["rank_up_to"],
     )  # fmt: skip
     done = 0
 
