@@ -146,8 +146,7 @@ def search(
         rows, tokens = pool.choose(values, ids)
         for prompt, hypotheses in pool.leave():
             yield prompt, rank(hypotheses, config.length_penalty)
-        if len(rows):
-            decoder.advance(rows, tokens)
+        decoder.advance(rows, tokens)
 
 
 class _Pool:

@@ -9,6 +9,8 @@ import numpy as np
 
 from jlora.errors import UserError
 from jlora.kernels.topk import log_softmax_topk
+from jlora.native_decoder import NativeDecoder
+from jlora.native_model import native_model
 from jlora.runtime import jt
 
 
@@ -68,6 +70,8 @@ class Decoder:
 
     def advance(self, rows: np.ndarray, tokens: np.ndarray) -> None:
         """Make row i what row ``rows[i]`` was and append ``tokens[i]``; rows repeat or vanish."""
+        if not len(rows):
+            return  # the next prompts begin anew
         if not np.array_equal(rows, np.arange(self.hidden.shape[0])):
             self.cache.reorder(rows)
         self._steps += 1
@@ -88,9 +92,10 @@ class Decoder:
             self.hidden = self.model.hidden_states(jt.array(ids), mask, self.cache)[:, -1]
 
 
-def decoder_of(model) -> Decoder:
+def decoder_of(model) -> Decoder | NativeDecoder:
     """The fastest decoder that can run the model as it is now."""
-    return Decoder(model)
+    native = native_model(model)
+    return Decoder(model) if native is None else NativeDecoder(native, model)
 
 
 def check_prompts(model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

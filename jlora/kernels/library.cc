@@ -5,6 +5,7 @@
 #include "elementwise.h"
 #include "topk.h"
 #ifdef JLORA_ONEDNN
+#include "decoder.h"
 #include "lora.h"
 #include "target_loss.h"
 #endif
@@ -135,5 +136,19 @@ JLORA_OPERATOR(lora_backward_op) {
 JLORA_OPERATOR(target_loss_op) {
     target_loss(in[0].in(), blob(in[1]), blob(in[2]), in[3].as<int>(), out[0].out(), out[1].out(),
         in[0].shape[0], in[0].shape[1], (int64_t)number[0], number[1], number[2] != 0, number[3] != 0);
+}
+
+// Decoding; see decoder.h. model, blocks, ids, positions, lengths (P,), addresses of blocks of keys
+// and values (P,) -> hidden (P, C)
+JLORA_OPERATOR(run_prompts_op) {
+    run_prompts(*in[0].as<Model>(), in[1].as<Block>(), in[4].size, in[2].as<int>(), in[3].as<int>(),
+        in[4].as<int>(), in[5].as<float*>(), out[0].out());
+}
+// model, blocks, ids, positions, addresses and lengths of prompts, table, lengths, addresses of slabs
+// -> hidden (R, C); number: tokens of a slab.
+JLORA_OPERATOR(run_step_op) {
+    run_step(*in[0].as<Model>(), in[1].as<Block>(), in[2].size, in[2].as<int>(), in[3].as<int>(),
+        in[4].as<float*>(), in[5].as<int>(), in[6].as<int>(), in[6].shape[1], in[7].as<int>(),
+        in[8].as<float*>(), (int64_t)number[0], in[8].size, out[0].out());
 }
 #endif

@@ -141,21 +141,24 @@ inline const Product& product(memory::dim rows, memory::dim n, memory::dim k, bo
     return found->second;
 }
 
-// x: (rows, k) in the type of the packed weight; bias: (n,) or null.
-inline void multiply_as_stored(const void* x, Blob packed, const float* bias, float* y,
-        memory::dim rows, memory::dim n, memory::dim k, bool bf16) {
-    const Product& p = product(rows, n, k, bf16, bias != nullptr);
+inline void execute(const Product& p, const void* x, const void* weight, const float* bias, float* y) {
     const auto& pd = p.description;
     static Buffer<char> scratch;
     std::unordered_map<int, memory> arguments = {
         {DNNL_ARG_SRC, memory(pd.src_desc(), engine(), const_cast<void*>(x))},
-        {DNNL_ARG_WEIGHTS, memory(pd.weights_desc(), engine(), packed.weight())},
+        {DNNL_ARG_WEIGHTS, memory(pd.weights_desc(), engine(), const_cast<void*>(weight))},
         {DNNL_ARG_DST, memory(pd.dst_desc(), engine(), y)},
         {DNNL_ARG_SCRATCHPAD, memory(pd.scratchpad_desc(), engine(), scratch.of(pd.scratchpad_desc().get_size()))},
     };
     if (bias) arguments[DNNL_ARG_BIAS] = memory(pd.bias_desc(), engine(), const_cast<float*>(bias));
     p.primitive.execute(stream(), arguments);
     stream().wait();
+}
+
+// x: (rows, k) in the type of the packed weight; bias: (n,) or null.
+inline void multiply_as_stored(const void* x, Blob packed, const float* bias, float* y,
+        memory::dim rows, memory::dim n, memory::dim k, bool bf16) {
+    execute(product(rows, n, k, bf16, bias != nullptr), x, packed.weight(), bias, y);
 }
 
 // x: (rows, k) float32, rounded on the way where the weight is bf16.
