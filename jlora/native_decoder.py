@@ -91,7 +91,6 @@ class NativeDecoder:
             SLAB,
         )
 
-
     def best(self, k: int, banned=None, penalised=None, penalty: float = 1.0):
         """The k likeliest next tokens; see `jlora.kernels.topk.log_softmax_topk`."""
         with jt.no_grad():
