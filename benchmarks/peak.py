@@ -30,7 +30,7 @@ def jlora_product(spec: dict):
 
     w = jt.array(np.random.standard_normal((spec["n"], spec["k"])).astype("f"))
     x = jt.array(np.random.standard_normal((spec["rows"], spec["k"])).astype("f"))
-    packed = PackedWeight(w, transposed=False, bf16=True)
+    packed = PackedWeight(w, transposed=False)
 
     def product():
         packed(x).sync()

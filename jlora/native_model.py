@@ -6,11 +6,13 @@ import numpy as np
 
 from jlora import engine, layers
 from jlora.adapters import PeftModel
+from jlora.engine.products import PackedConv1D, PackedLinear
+from jlora.kernels import native, packed_linear
 from jlora.kernels.decoder import BLOCK, COLUMNS_FIRST, LINEAR, MODEL, NORM, PACKED, ROWS_FIRST
 from jlora.layers.base import Conv1D
 from jlora.models import gpt2, llama
 from jlora.models.attention import CausalAttention
-from jlora.runtime import find_onednn, jt
+from jlora.runtime import jt
 
 from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
 
@@ -118,7 +120,7 @@ class NativeModel:
         adapted = type(module) in (layers.Linear, layers.MergedLinear)
         if adapted:
             product = None if module.merged else module._engine
-        elif type(module) in (engine.PackedLinear, engine.PackedConv1D):
+        elif type(module) in (PackedLinear, PackedConv1D):
             product = module._packed if module._packed.fits(module.weight) else None
         elif type(module) in (nn.Linear, Conv1D):
             product = None
@@ -140,9 +142,8 @@ class NativeModel:
             result["kind"] = COLUMNS_FIRST if turned else ROWS_FIRST
             result["weight"] = self._address(weight)
         else:
-            blob = product.packed.forward_blob
-            result["kind"], result["bytes"] = PACKED, blob.numel()
-            result["weight"] = self._address(blob, "uint8")
+            result["kind"], result["weight"] = PACKED, product.packed.address
+            self._held.append(product)
         return result
 
     def _read_branch(self, layer, result: np.ndarray) -> None:
@@ -155,8 +156,8 @@ class NativeModel:
         result["flags"] = sum(1 << block for block, flag in enumerate(enabled) if flag)
         result["scale"] = layer.scaling
 
-    def _address(self, var: jt.Var, dtype: str = "float32") -> int:
-        if var.dtype != dtype:
+    def _address(self, var: jt.Var) -> int:
+        if var.dtype != "float32":
             raise _Unsupported
         array = var.data  # shares the Var's memory
         self._held += [var, array]
@@ -165,7 +166,7 @@ class NativeModel:
 
 def native_model(model) -> NativeModel | None:
     """The model for the native decoder; None where only the model's own layers can run it."""
-    if find_onednn() is None or jt.flags.use_cuda:
+    if jt.flags.use_cuda or native.problem() is not None or not packed_linear.available():
         return None
     try:
         return NativeModel(model)

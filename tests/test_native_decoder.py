@@ -12,11 +12,13 @@ from jlora import LoraConfig, engine, get_peft_model
 from jlora.beam import BeamConfig, beam_search
 from jlora.decoding import Decoder, decoder_of
 from jlora.generate import GenerateConfig, generate
+from jlora.kernels import packed_linear
 from jlora.native_decoder import NativeDecoder
 from jlora.native_model import native_model
-from jlora.runtime import find_onednn
 
-pytestmark = pytest.mark.skipif(find_onednn() is None, reason="the native decoder needs oneDNN")
+pytestmark = pytest.mark.skipif(
+    not packed_linear.available(), reason="no bf16 products here"
+)
 
 LORA = {"r": 2, "lora_alpha": 4}
 

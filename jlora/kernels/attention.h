@@ -1,5 +1,4 @@
 // Causal attention, forward and backward, a few score rows at a time: no T x S matrix is kept.
-// Layouts: q, out (B, T, H, D); k, v (B, S, G, D); lse (B, H, T). Head h reads key head h / (H / G).
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -7,16 +6,16 @@
 #include "vector_math.h"
 
 namespace jlora {
-struct AttentionShape {
-    int64_t B, T, S, H, G, D;
+// One key head of one sequence, and the query heads that read it. Query t sees the keys from 0 on up
+// to t + ahead; head h's numbers of a row of q stand at h * D.
+struct Group {
+    int64_t T, S, ahead, heads, D;
     float scale;
-    int64_t q(int64_t b, int64_t t, int64_t h) const { return ((b * T + t) * H + h) * D; }
-    int64_t k(int64_t b, int64_t s, int64_t g) const { return ((b * S + s) * G + g) * D; }
-    int64_t l(int64_t b, int64_t h, int64_t t) const { return (b * H + h) * T + t; }
-    // Keys that query t sees, of those from `from` on of which n are real.
-    int64_t used(int64_t t, int64_t from, int64_t n) const {
-        return std::max<int64_t>(0, std::min(n, t + S - T + 1 - from));
-    }
+    const float *q, *k, *v;
+    int64_t q_row, kv_row;   // from one row to the next
+    float* lse;              // of head h and query t at h * lse_head + t
+    int64_t lse_head;
+    int64_t used(int64_t t) const { return std::max<int64_t>(0, std::min(S, t + ahead + 1)); }
 };
 constexpr int64_t query_rows = 32;  // score rows held at a time
 
@@ -42,87 +41,111 @@ inline float softmax_row(float* row, int64_t used, int64_t width, float scale) {
     return peak * scale + std::log(sum);
 }
 
-inline void attention_forward(const AttentionShape& s, const float* q, const float* k, const float* v,
-        const int* first, const int* last, float* out, float* lse) {
-    const int64_t per = s.H / s.G, stride = s.G * s.D, rows = s.H * s.D, most = padded(s.S);
+// Memory of one thread.
+struct AttentionRoom { std::vector<float> p, dp, kt, vt; };
+
+// out: as q. Also gives lse.
+inline void attend(const Group& s, AttentionRoom& room, float* out, int64_t out_row) {
+    const int64_t width = padded(s.S);
+    room.p.resize(query_rows * width);
+    float* p = room.p.data();
+    // Transposing the keys pays when several queries read them.
+    const bool many = s.T * s.heads >= 8;
+    if (many) {
+        room.kt.resize(s.D * width);
+        transpose_rows(s.k, s.kv_row, s.S, s.D, width, room.kt.data());
+    }
+    for (int64_t h = 0; h < s.heads; h++)
+        for (int64_t t0 = 0; t0 < s.T; t0 += query_rows) {
+            const int64_t count = std::min(query_rows, s.T - t0);
+            const int64_t used = s.used(t0 + count - 1), wide = std::min(width, padded(used));
+            const float* query = s.q + t0 * s.q_row + h * s.D;
+            if (many) small_product(count, wide, s.D, query, s.q_row, 1, room.kt.data(), width, p, width, false);
+            else for (int64_t i = 0; i < count; i++)
+                for (int64_t j = 0; j < used; j++)
+                    p[i * width + j] = dot(query + i * s.q_row, s.k + j * s.kv_row, s.D);
+            for (int64_t i = 0; i < count; i++) {
+                const int64_t own = s.used(t0 + i);
+                float log_sum = 0;
+                if (own) log_sum = softmax_row(p + i * width, own, wide, s.scale);
+                else std::fill_n(p + i * width, wide, 0.0f);
+                s.lse[h * s.lse_head + t0 + i] = log_sum;
+            }
+            small_product(count, s.D, used, p, width, 1, s.v, s.kv_row, out + t0 * out_row + h * s.D, out_row, false);
+        }
+}
+
+// out, dout, dq: as q; dk, dv: as k, and zero beforehand.
+inline void attend_back(const Group& s, AttentionRoom& room, const float* out, int64_t out_row, const float* dout,
+        int64_t dout_row, float* dq, float* dk, float* dv) {
+    const int64_t width = padded(s.S);
+    room.p.resize(query_rows * width), room.dp.resize(query_rows * width);
+    room.kt.resize(s.D * width), room.vt.resize(s.D * width);
+    float *p = room.p.data(), *dp = room.dp.data();
+    transpose_rows(s.k, s.kv_row, s.S, s.D, width, room.kt.data());
+    transpose_rows(s.v, s.kv_row, s.S, s.D, width, room.vt.data());
+    for (int64_t h = 0; h < s.heads; h++)
+        for (int64_t t0 = 0; t0 < s.T; t0 += query_rows) {
+            const int64_t count = std::min(query_rows, s.T - t0);
+            const int64_t used = s.used(t0 + count - 1), wide = std::min(width, padded(used));
+            const float *query = s.q + t0 * s.q_row + h * s.D, *d = dout + t0 * dout_row + h * s.D;
+            small_product(count, wide, s.D, query, s.q_row, 1, room.kt.data(), width, p, width, false);
+            small_product(count, wide, s.D, d, dout_row, 1, room.vt.data(), width, dp, width, false);
+            for (int64_t i = 0; i < count; i++) {
+                const int64_t own = s.used(t0 + i);
+                float *pi = p + i * width, *di = dp + i * width;
+                const float total = dot(d + i * dout_row, out + (t0 + i) * out_row + h * s.D, s.D);
+                const float log_sum = s.lse[h * s.lse_head + t0 + i];
+                for (int64_t j = 0; j < own; j++) {
+                    pi[j] = fast_exp(pi[j] * s.scale - log_sum);
+                    di[j] = pi[j] * (di[j] - total) * s.scale;
+                }
+                std::fill(pi + own, pi + wide, 0.0f);
+                std::fill(di + own, di + wide, 0.0f);
+            }
+            small_product(count, s.D, used, dp, width, 1, s.k, s.kv_row, dq + t0 * s.q_row + h * s.D, s.q_row, false);
+            small_product(used, s.D, count, dp, 1, width, query, s.q_row, dk, s.kv_row, true);
+            small_product(used, s.D, count, p, 1, width, d, dout_row, dv, s.kv_row, true);
+        }
+}
+
+// Batches. q, out (rows of q, H, D); k, v (rows of k, G, D); lse (H, rows of q). A sequence is a line
+// of five numbers: first row of q and how many, first row of k and how many, and `ahead`.
+struct Batch {
+    int64_t rows, H, G, D, count;
+    float scale;
+    const int* sequences;
+    Group group(int64_t i, int64_t g, const float* q, const float* k, const float* v, float* lse) const {
+        const int* s = sequences + 5 * i;
+        const int64_t per = H / G, from = s[0] * H * D + g * per * D, key = s[2] * G * D + g * D;
+        return {s[1], s[3], s[4], per, D, scale, q + from, k + key, v + key, H * D, G * D, lse + g * per * rows + s[0], rows};
+    }
+};
+inline void attention_forward(const Batch& b, const float* q, const float* k, const float* v, float* out, float* lse) {
     #pragma omp parallel
     {
-        std::vector<float> p(query_rows * most), kt;
+        AttentionRoom room;
         #pragma omp for collapse(2) schedule(dynamic)
-        for (int64_t b = 0; b < s.B; b++)
-            for (int64_t g = 0; g < s.G; g++) {
-                const int64_t from = first[b], n = last[b] - from, width = padded(n);
-                const float* keys = k + s.k(b, from, g);
-                const float* values = v + s.k(b, from, g);
-                // Transposing the keys pays when several queries read them.
-                const bool many = s.T * per >= 8;
-                if (many) {
-                    kt.resize(s.D * most);
-                    transpose_rows(keys, stride, n, s.D, width, kt.data());
-                }
-                for (int64_t h = g * per; h < (g + 1) * per; h++)
-                    for (int64_t t0 = 0; t0 < s.T; t0 += query_rows) {
-                        const int64_t count = std::min(query_rows, s.T - t0);
-                        const int64_t used = s.used(t0 + count - 1, from, n), wide = std::min(width, padded(used));
-                        const float* query = q + s.q(b, t0, h);
-                        float* o = out + s.q(b, t0, h);
-                        if (many) small_product(count, wide, s.D, query, rows, 1, kt.data(), width, p.data(), most, false);
-                        else for (int64_t i = 0; i < count; i++)
-                            for (int64_t j = 0; j < used; j++)
-                                p[i * most + j] = dot(query + i * rows, keys + j * stride, s.D);
-                        for (int64_t i = 0; i < count; i++) {
-                            const int64_t own = s.used(t0 + i, from, n);
-                            float* row = p.data() + i * most;
-                            float log_sum = 0;
-                            if (own) log_sum = softmax_row(row, own, wide, s.scale);
-                            else std::fill(row, row + wide, 0.0f);
-                            lse[s.l(b, h, t0 + i)] = log_sum;
-                        }
-                        small_product(count, s.D, used, p.data(), most, 1, values, stride, o, rows, false);
-                    }
+        for (int64_t i = 0; i < b.count; i++)
+            for (int64_t g = 0; g < b.G; g++) {
+                const Group group = b.group(i, g, q, k, v, lse);
+                attend(group, room, out + (group.q - q), b.H * b.D);
             }
     }
 }
-
-inline void attention_backward(const AttentionShape& s, const float* q, const float* k, const float* v,
-        const int* first, const int* last, const float* out, const float* lse, const float* dout,
-        float* dq, float* dk, float* dv) {
-    const int64_t per = s.H / s.G, stride = s.G * s.D, rows = s.H * s.D, most = padded(s.S);
+inline void attention_backward(const Batch& b, const float* q, const float* k, const float* v, const float* out,
+        const float* lse, const float* dout, int64_t key_rows, float* dq, float* dk, float* dv) {
+    std::fill_n(dk, key_rows * b.G * b.D, 0.0f);  // keys of no sequence, padding, have none
+    std::fill_n(dv, key_rows * b.G * b.D, 0.0f);
     #pragma omp parallel
     {
-        std::vector<float> p(query_rows * most), dp(query_rows * most), kt(s.D * most), vt(s.D * most);
+        AttentionRoom room;
         #pragma omp for collapse(2) schedule(dynamic)
-        for (int64_t b = 0; b < s.B; b++)
-            for (int64_t g = 0; g < s.G; g++) {
-                for (int64_t j = 0; j < s.S; j++) {
-                    std::fill_n(dk + s.k(b, j, g), s.D, 0.0f);
-                    std::fill_n(dv + s.k(b, j, g), s.D, 0.0f);
-                }
-                const int64_t from = first[b], n = last[b] - from, width = padded(n);
-                const int64_t base = s.k(b, from, g);
-                transpose_rows(k + base, stride, n, s.D, width, kt.data());
-                transpose_rows(v + base, stride, n, s.D, width, vt.data());
-                for (int64_t h = g * per; h < (g + 1) * per; h++)
-                    for (int64_t t0 = 0; t0 < s.T; t0 += query_rows) {
-                        const int64_t count = std::min(query_rows, s.T - t0), at = s.q(b, t0, h);
-                        const int64_t used = s.used(t0 + count - 1, from, n), wide = std::min(width, padded(used));
-                        small_product(count, wide, s.D, q + at, rows, 1, kt.data(), width, p.data(), most, false);
-                        small_product(count, wide, s.D, dout + at, rows, 1, vt.data(), width, dp.data(), most, false);
-                        for (int64_t i = 0; i < count; i++) {
-                            const int64_t own = s.used(t0 + i, from, n), row = at + i * rows;
-                            float *pi = p.data() + i * most, *di = dp.data() + i * most;
-                            const float total = dot(dout + row, out + row, s.D), log_sum = lse[s.l(b, h, t0 + i)];
-                            for (int64_t j = 0; j < own; j++) {
-                                pi[j] = fast_exp(pi[j] * s.scale - log_sum);
-                                di[j] = pi[j] * (di[j] - total) * s.scale;
-                            }
-                            std::fill(pi + own, pi + wide, 0.0f);
-                            std::fill(di + own, di + wide, 0.0f);
-                        }
-                        small_product(count, s.D, used, dp.data(), most, 1, k + base, stride, dq + at, rows, false);
-                        small_product(used, s.D, count, dp.data(), 1, most, q + at, rows, dk + base, stride, true);
-                        small_product(used, s.D, count, p.data(), 1, most, dout + at, rows, dv + base, stride, true);
-                    }
+        for (int64_t i = 0; i < b.count; i++)
+            for (int64_t g = 0; g < b.G; g++) {
+                const Group s = b.group(i, g, q, k, v, const_cast<float*>(lse));
+                const int64_t at = s.q - q, key = s.k - k, row = b.H * b.D;
+                attend_back(s, room, out + at, row, dout + at, row, dq + at, dk + key, dv + key);
             }
     }
 }

@@ -11,13 +11,13 @@ from jlora.runtime import jt
 
 
 class _Attention(FusedFunction):
-    def execute(self, q, k, v, first, last):
-        B, T, H, D = q.shape
+    def execute(self, q, k, v, sequences):
+        H, D = q.shape[-2:]
         self.scale = 1.0 / math.sqrt(D)
         out, lse = operator(
-            [(B, T, H, D), (B, H, T)],
+            [q.shape, (H, q.numel() // (H * D))],
             ["float32", "float32"],
-            [q, k, v, first, last],
+            [q, k, v, sequences],
             "attention_forward_op",
             self.scale,
         )
@@ -33,14 +33,26 @@ class _Attention(FusedFunction):
             "attention_backward_op",
             self.scale,
         )
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None
 
 
 def causal_attention(q, k, v, keys=None):
     """Attend as `CausalAttention` does; q (B, T, H, D), k and v (B, S, H_kv, D), all float32."""
+    B, T, S = *q.shape[:2], k.shape[1]
     if keys is None:
-        B, S = k.shape[:2]
-        first, last = jt.array(np.zeros(B, np.int32)), jt.array(np.full(B, S, np.int32))
+        table = sequences(np.zeros(B, np.int32), np.full(B, S, np.int32), T, S)
     else:
-        first, last = keys.first, keys.last
-    return _Attention.apply(q, k, v, first, last)
+        table = keys.sequences(T, S)
+    return _Attention.apply(q, k, v, jt.array(table))
+
+
+def sequences(first: np.ndarray, last: np.ndarray, T: int, S: int) -> np.ndarray:
+    """The operator's table of a padded batch, (B, 5) int32.
+
+    Row b's keys are ``first[b]`` to ``last[b]``; the last T of its S places are the queries'.
+    Columns: first row of q and number of rows, likewise of k, and how many of its keys the first
+    query sees before its own.
+    """
+    row = np.arange(len(first), dtype=np.int32)
+    columns = [row * T, np.full_like(row, T), row * S + first, last - first, S - T - first]
+    return np.stack(columns, axis=1).astype(np.int32)

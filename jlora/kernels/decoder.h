@@ -6,11 +6,13 @@
 #include "linear.h"
 #include "shared_attention.h"
 
-namespace jlora {
+namespace jlora::decode {
 struct Norm { const float *weight, *bias; };  // no bias: RMSNorm, otherwise LayerNorm
 struct Block {
     Norm before_attention, before_mlp;
     Linear qkv[3], out, in[2], down;  // one Linear for query, key and value together, or three
+    int64_t qkv_count() const { return qkv[1].kind ? 3 : 1; }
+    int64_t in_count() const { return in[1].kind ? 2 : 1; }  // 2: SwiGLU, 1: GELU
 };
 struct Model {
     int64_t layers, C, H, G, D, inner;
@@ -20,68 +22,62 @@ struct Model {
 };
 constexpr int64_t row_block = 16;  // rows are made up to whole blocks: fewer kinds of products
 
-// x += y where there is a y; then the norm of x, in the types wanted.
-inline void add_and_norm(const Norm& norm, float eps, float* x, const float* y, int64_t rows, int64_t C,
-        const Activations& to) {
-    #pragma omp parallel
-    {
-        std::vector<float> own(C);
-        #pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows; i++) {
-            float *a = x + i * C, *o = to.full ? to.full + i * C : own.data();
-            if (y) for (int64_t j = 0; j < C; j++) a[j] += y[i * C + j];
-            float sum = 0, square = 0;
-            if (norm.bias) for (int64_t j = 0; j < C; j++) sum += a[j];
-            const float mean = sum / C;
-            for (int64_t j = 0; j < C; j++) square += (a[j] - mean) * (a[j] - mean);
-            const float r = 1.0f / std::sqrt(square / C + eps);
-            if (norm.bias) for (int64_t j = 0; j < C; j++) o[j] = (a[j] - mean) * r * norm.weight[j] + norm.bias[j];
-            else for (int64_t j = 0; j < C; j++) o[j] = a[j] * r * norm.weight[j];
-            if (to.rounded) for (int64_t j = 0; j < C; j++) to.rounded[i * C + j] = bf16_of(o[j]);
-        }
+// A row's norm; make(k, n, v) of `Input::put_row`.
+struct NormRow {
+    const float* x;
+    const Norm& norm;
+    float mean = 0, r;
+    NormRow(const Norm& norm, float eps, const float* x, int64_t C) : x(x), norm(norm) {
+        float sum = 0, square = 0;
+        if (norm.bias) for (int64_t j = 0; j < C; j++) sum += x[j];
+        mean = sum / C;
+        for (int64_t j = 0; j < C; j++) square += (x[j] - mean) * (x[j] - mean);
+        r = 1.0f / std::sqrt(square / C + eps);
     }
-}
-
-// SwiGLU of two halves, or GELU of one; see elementwise.h.
-inline void activate(const float* gate, const float* up, int64_t n, const Activations& to) {
+    void operator()(int64_t k, int64_t n, float* v) const {
+        for (int64_t j = 0; j < n; j++) v[j] = (x[k + j] - mean) * r * norm.weight[k + j];
+        if (norm.bias) for (int64_t j = 0; j < n; j++) v[j] += norm.bias[k + j];
+    }
+};
+inline void normalise(const Norm& norm, float eps, const float* x, int64_t C, const Input& to) {
     #pragma omp parallel for schedule(static)
-    for (int64_t at = 0; at < n; at += 1024) {
-        float own[1024];
-        const int64_t size = std::min<int64_t>(1024, n - at);
-        float* o = to.full ? to.full + at : own;
-        const float *a = gate + at, *b = up ? up + at : nullptr;
-        if (b) for (int64_t j = 0; j < size; j++) o[j] = a[j] * sigmoid(a[j]) * b[j];
-        else for (int64_t j = 0; j < size; j++)
-            o[j] = a[j] * sigmoid(2 * 0.7978845608f * (a[j] + 0.044715f * a[j] * a[j] * a[j]));
-        if (to.rounded) for (int64_t j = 0; j < size; j++) to.rounded[at + j] = bf16_of(o[j]);
-    }
+    for (int64_t m = 0; m < to.rounded.rows; m++) to.put_row(m, NormRow(norm, eps, x + m * C, C));
 }
 
 // Rows of tokens with their positions, and where each keeps its key and value.
-struct Rows {
+struct Tokens {
     int64_t count;
     const int *ids, *positions;
     std::vector<Place> places;
 };
 
 // x (whole blocks of rows, C); rows that only fill a block are zero.
-inline void embed(const Model& m, const Rows& rows, int64_t whole, float* x) {
-    for (int64_t i = 0; i < rows.count; i++) {
-        const float* word = m.tokens + rows.ids[i] * m.C;
-        std::copy_n(word, m.C, x + i * m.C);
-        if (m.positions) add_scaled(x + i * m.C, 1.0f, m.positions + rows.positions[i] * m.C, m.C);
+inline void embed(const Model& m, const Tokens& tokens, int64_t whole, float* x) {
+    for (int64_t i = 0; i < tokens.count; i++) {
+        std::copy_n(m.tokens + tokens.ids[i] * m.C, m.C, x + i * m.C);
+        if (m.positions) add_scaled(x + i * m.C, 1.0f, m.positions + tokens.positions[i] * m.C, m.C);
     }
-    std::fill(x + rows.count * m.C, x + whole * m.C, 0.0f);
+    std::fill(x + tokens.count * m.C, x + whole * m.C, 0.0f);
 }
 
-// Turned queries to q (rows, H, D), turned keys and the values to their places. What comes in stands
-// in rows of from_stride (query, key and value in one row), or in three matrices (stride 0).
-inline void place_heads(const Model& m, const Rows& rows, int64_t layer, const float* from_q, const float* from_k,
-        const float* from_v, int64_t stride, const float* turns, float* q) {
+// Cosines and sines of each token's angles, (rows, 2, D / 2).
+inline void angles(const Model& m, const Tokens& tokens, float* turns) {
+    const int64_t half = m.D / 2;
+    #pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < tokens.count; i++)
+        for (int64_t j = 0; j < half; j++) {
+            const float angle = tokens.positions[i] * m.frequencies[j];
+            turns[i * m.D + j] = std::cos(angle);
+            turns[i * m.D + half + j] = std::sin(angle);
+        }
+}
+
+// Of rows (H + 2 G, D): queries to q (rows, H, D), keys and values to their places, the first two turned.
+inline void place_heads(const Model& m, const Tokens& tokens, int64_t layer, const float* qkv, const float* turns, float* q) {
     const int64_t half = m.D / 2, width = m.G * m.D, wide = m.H * m.D;
     #pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < rows.count; i++) {
-        const float *c = turns + i * m.D, *s = c + half;
+    for (int64_t i = 0; i < tokens.count; i++) {
+        const float *row = qkv + i * (wide + 2 * width), *c = turns + i * m.D, *s = c + half;
         auto turn = [&](const float* x, int64_t heads, float* y) {
             if (m.positions) std::copy_n(x, heads * m.D, y);
             else for (int64_t h = 0; h < heads; h++)
@@ -91,87 +87,95 @@ inline void place_heads(const Model& m, const Rows& rows, int64_t layer, const f
                     y[h * m.D + half + j] = b * c[j] + a * s[j];
                 }
         };
-        turn(from_q + i * (stride ? stride : wide), m.H, q + i * wide);
-        turn(from_k + i * (stride ? stride : width), m.G, rows.places[i].at(layer, 0, width));
-        std::copy_n(from_v + i * (stride ? stride : width), width, rows.places[i].at(layer, 1, width));
+        turn(row, m.H, q + i * wide);
+        turn(row + wide, m.G, tokens.places[i].at(layer, 0, width));
+        std::copy_n(row + wide + width, width, tokens.places[i].at(layer, 1, width));
     }
 }
 
-// attend(layer, q, out) is the attention of one layer over rows of (H, D). hidden (rows, C) is what
-// the head reads.
+// attend(layer, q, out) is the attention of one layer over rows of (H, D). x (rows, C) is what the
+// last norm reads; it stays valid until the next call.
 template <typename Attend>
-inline void run_rows(const Model& m, const Block* blocks, const Rows& rows, const Attend& attend, float* hidden) {
-    const int64_t R = (rows.count + row_block - 1) / row_block * row_block, wide = m.H * m.D;
-    const int64_t widest = std::max({m.C, wide, m.inner});
-    static Buffer<float> states, sums, full, inner[2], heads[3], queries, turned;
-    static Buffer<uint16_t> rounded;
-    float *x = states.of(R * m.C), *y = sums.of(R * m.C), *q = queries.of(R * wide), *turns = turned.of(R * m.D);
-    const Activations both{full.of(R * widest), rounded.of(R * widest)};
-    auto wanted = [&](const Linear& a, const Linear& b) {
-        const bool f = reads_full(a) || reads_full(b), r = reads_rounded(a) || reads_rounded(b);
-        return Activations{f ? both.full : nullptr, r ? both.rounded : nullptr};
+inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens& tokens, const Attend& attend) {
+    const int64_t R = up_to(tokens.count, row_block), C = m.C, wide = m.H * m.D, heads = wide + 2 * m.G * m.D;
+    static Buffer<float> for_x, for_qkv, for_q, for_attended, for_inner, for_turns;
+    static InputMemory for_normed, for_out, for_active;
+    float *x = for_x.of(R * C), *qkv = for_qkv.of(R * heads), *q = for_q.of(R * wide), *attended = for_attended.of(R * wide);
+    float *inner = for_inner.of(R * 2 * m.inner), *turns = for_turns.of(R * m.D);
+    const auto add_to_x = [&](int64_t m, int64_t n, const float* v, int64_t count) {
+        for (int64_t i = 0; i < count; i++) x[m * C + n + i] += v[i];
     };
-    embed(m, rows, R, x);
-    if (!m.positions)
-        for (int64_t i = 0; i < rows.count; i++)
-            for (int64_t j = 0; j < m.D / 2; j++) {
-                const float angle = rows.positions[i] * m.frequencies[j];
-                turns[i * m.D + j] = std::cos(angle);
-                turns[i * m.D + m.D / 2 + j] = std::sin(angle);
-            }
+    embed(m, tokens, R, x);
+    if (!m.positions) angles(m, tokens, turns);
     for (int64_t layer = 0; layer < m.layers; layer++) {
-        const Block& block = blocks[layer];
-        const Linear* qkv = block.qkv;
-        Activations in = wanted(qkv[0], qkv[1]);
-        if (reads_full(qkv[2])) in.full = both.full;
-        if (reads_rounded(qkv[2])) in.rounded = both.rounded;
-        add_and_norm(block.before_attention, m.eps, x, layer ? y : nullptr, R, m.C, in);
-        float* made[3] = {};
-        for (int i = 0; i < 3; i++)
-            if (qkv[i].kind) apply(qkv[i], in, made[i] = heads[i].of(R * qkv[i].n), R);
-        if (made[1]) place_heads(m, rows, layer, made[0], made[1], made[2], 0, turns, q);
-        else place_heads(m, rows, layer, made[0], made[0] + wide, made[0] + wide + m.G * m.D, qkv[0].n, turns, q);
-        attend(layer, q, both.full);
-        if (reads_rounded(block.out)) round_to_bf16(both.full, both.rounded, R * wide);
-        apply(block.out, both, y, R);
+        const Block& b = blocks[layer];
+        const Input normed = for_normed.of(R, C, b.qkv, b.qkv_count());
+        normalise(b.before_attention, m.eps, x, C, normed);
+        apply(b.qkv, b.qkv_count(), normed, [&](int64_t m, int64_t n, const float* v, int64_t count) {
+            std::copy_n(v, count, qkv + m * heads + n);
+        });
+        place_heads(m, tokens, layer, qkv, turns, q);
+        attend(layer, q, attended);
+        const Input out = for_out.of(R, wide, &b.out, 1);
+        #pragma omp parallel for schedule(static)
+        for (int64_t i = 0; i < R; i++)
+            out.put_row(i, [&](int64_t k, int64_t n, float* v) { std::copy_n(attended + i * wide + k, n, v); });
+        apply(&b.out, 1, out, add_to_x);
 
-        in = wanted(block.in[0], block.in[1]);
-        add_and_norm(block.before_mlp, m.eps, x, y, R, m.C, in);
-        float* opened[2] = {};
-        for (int i = 0; i < 2; i++)
-            if (block.in[i].kind) apply(block.in[i], in, opened[i] = inner[i].of(R * m.inner), R);
-        in = wanted(block.down, block.down);
-        activate(opened[0], opened[1], R * m.inner, in);
-        apply(block.down, in, y, R);
+        const int64_t parts = b.in_count();
+        const Input again = for_normed.of(R, C, b.in, parts), active = for_active.of(R, m.inner, &b.down, 1);
+        normalise(b.before_mlp, m.eps, x, C, again);
+        apply(b.in, parts, again, [&](int64_t row, int64_t n, const float* v, int64_t count) {
+            std::copy_n(v, count, inner + row * parts * m.inner + n);
+        });
+        #pragma omp parallel for schedule(static)
+        for (int64_t i = 0; i < R; i++)
+            active.put_row(i, [&](int64_t k, int64_t n, float* v) {
+                const float *g = inner + i * parts * m.inner + k, *up = g + m.inner;
+                if (parts == 2) for (int64_t j = 0; j < n; j++) v[j] = g[j] * sigmoid(g[j]) * up[j];
+                else for (int64_t j = 0; j < n; j++) v[j] = gelu(g[j]);
+            });
+        apply(&b.down, 1, active, add_to_x);
     }
-    add_and_norm(m.last, m.eps, x, y, rows.count, m.C, {hidden, nullptr});
+    return x;
 }
 
-// Prompts of ``lengths`` tokens one after the other: their keys and values go to the blocks, and
+// hidden (C,): what the head reads of one row.
+inline void finish(const Model& m, const float* x, float* hidden) {
+    NormRow(m.last, m.eps, x, m.C)(0, m.C, hidden);
+}
+
+// Prompts of `lengths` tokens one after the other: their keys and values go to the blocks, and
 // hidden (P, C) is the state of each one's last token.
 inline void run_prompts(const Model& m, const Block* blocks, int64_t P, const int* ids, const int* positions,
         const int* lengths, float* const* prompts, float* hidden) {
-    Rows rows{0, ids, positions, {}};
+    Tokens tokens{0, ids, positions, {}};
     std::vector<int64_t> starts;
     for (int64_t p = 0; p < P; p++) {
-        starts.push_back(rows.count);
-        for (int64_t t = 0; t < lengths[p]; t++) rows.places.push_back({prompts[p], lengths[p], t});
-        rows.count += lengths[p];
+        starts.push_back(tokens.count);
+        for (int64_t t = 0; t < lengths[p]; t++) tokens.places.push_back({prompts[p], lengths[p], t});
+        tokens.count += lengths[p];
     }
-    static Buffer<float> log_sums, states;
-    float *lse = log_sums.of(rows.count * m.H), *all = states.of(rows.count * m.C);
-    const int none = 0;
-    run_rows(m, blocks, rows, [&](int64_t layer, const float* q, float* out) {
-        #pragma omp parallel for schedule(dynamic) if (P > 1)
-        for (int64_t p = 0; p < P; p++) {
-            const int64_t T = lengths[p], at = starts[p] * m.H;
-            const Place& first = rows.places[starts[p]];
-            attention_forward({1, T, T, m.H, m.G, m.D, 1.0f / std::sqrt((float)m.D)}, q + at * m.D,
-                first.at(layer, 0, m.G * m.D), first.at(layer, 1, m.G * m.D), &none, lengths + p, out + at * m.D, lse + at);
+    static Buffer<float> for_lse;
+    float* lse = for_lse.of(tokens.count * m.H);
+    const int64_t per = m.H / m.G, width = m.G * m.D, wide = m.H * m.D;
+    const float scale = 1.0f / std::sqrt((float)m.D);
+    const float* x = run_tokens(m, blocks, tokens, [&](int64_t layer, const float* q, float* out) {
+        #pragma omp parallel
+        {
+            AttentionRoom room;
+            #pragma omp for collapse(2) schedule(dynamic)
+            for (int64_t p = 0; p < P; p++)
+                for (int64_t g = 0; g < m.G; g++) {
+                    const int64_t T = lengths[p], at = starts[p] * wide + g * per * m.D;
+                    const Place& first = tokens.places[starts[p]];
+                    attend({T, T, 0, per, m.D, scale, q + at, first.at(layer, 0, width) + g * m.D,
+                        first.at(layer, 1, width) + g * m.D, wide, width, lse + starts[p] * m.H + g * per * T, T},
+                        room, out + at, wide);
+                }
         }
-    }, all);
-    for (int64_t p = 0; p < P; p++)
-        std::copy_n(all + (starts[p] + lengths[p] - 1) * m.C, m.C, hidden + p * m.C);
+    });
+    for (int64_t p = 0; p < P; p++) finish(m, x + (starts[p] + lengths[p] - 1) * m.C, hidden + p * m.C);
 }
 
 // One more token a row; the last of a row's places in the table is the new token's own.
@@ -180,13 +184,14 @@ inline void run_step(const Model& m, const Block* blocks, int64_t R, const int* 
         float* const* slabs, int64_t slab_size, int64_t slab_count, float* hidden) {
     if (!R) return;
     const auto groups = group_rows(R, m.H / m.G, prompts, prompt_tokens, table, most, lengths, slabs, slab_size, slab_count);
-    Rows rows{R, ids, positions, {}};
+    Tokens tokens{R, ids, positions, {}};
     for (int64_t r = 0; r < R; r++) {
         const int place = table[r * most + lengths[r] - 1];
-        rows.places.push_back({slabs[place / slab_size], slab_size, place % slab_size});
+        tokens.places.push_back({slabs[place / slab_size], slab_size, place % slab_size});
     }
-    run_rows(m, blocks, rows, [&](int64_t layer, const float* q, float* out) {
+    const float* x = run_tokens(m, blocks, tokens, [&](int64_t layer, const float* q, float* out) {
         shared_attention(groups, layer, m.H, m.G, m.D, q, out);
-    }, hidden);
+    });
+    for (int64_t r = 0; r < R; r++) finish(m, x + r * m.C, hidden + r * m.C);
 }
-}  // namespace jlora
+}  // namespace jlora::decode

@@ -6,10 +6,11 @@ import numpy as np
 
 from jlora.kernels.native import run
 
-PACKED, ROWS_FIRST, COLUMNS_FIRST = 1, 2, 3  # kinds of weights: bf16 packed; (n, k); (k, n)
+# Kinds of weights: a `PackedWeight`, plain floats (n, k), plain floats (k, n).
+PACKED, ROWS_FIRST, COLUMNS_FIRST = 1, 2, 3
 
 LINEAR = np.dtype(
-    [("kind", "i8"), ("weight", "u8"), ("bytes", "i8"), ("n", "i8"), ("k", "i8"), ("bias", "u8"),
+    [("kind", "i8"), ("weight", "u8"), ("n", "i8"), ("k", "i8"), ("bias", "u8"),
      ("A", "u8"), ("B", "u8"), ("r", "i8"), ("blocks", "i8"), ("flags", "i8"), ("scale", "f8")]
 )  # fmt: skip
 NORM = np.dtype([("weight", "u8"), ("bias", "u8")])

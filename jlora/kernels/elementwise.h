@@ -64,22 +64,24 @@ inline void swiglu_backward(const float* gate, const float* up, const float* dy,
         dup[i] = dy[i] * silu;
     }
 }
-// tanh form of GELU; u = sqrt(2 / pi) * (x + 0.044715 x^3)
+// tanh form of GELU; u = sqrt(2 / pi) * (x + 0.044715 x^3), and 0.5 (1 + tanh u) = sigmoid(2u)
+inline float gelu(float x) {
+    const float u = 0.7978845608f * (x + 0.044715f * x * x * x);
+    return x * sigmoid(2.0f * u);
+}
+inline float gelu_slope(float x) {
+    const float u = 0.7978845608f * (x + 0.044715f * x * x * x);
+    const float du = 0.7978845608f * (1.0f + 3 * 0.044715f * x * x);
+    const float s = sigmoid(2.0f * u);
+    return s + x * 2.0f * s * (1.0f - s) * du;
+}
 inline void gelu_forward(const float* x, float* y, int64_t n) {
     #pragma omp parallel for
-    for (int64_t i = 0; i < n; i++) {
-        const float u = 0.7978845608f * (x[i] + 0.044715f * x[i] * x[i] * x[i]);
-        y[i] = x[i] * sigmoid(2.0f * u);  // 0.5 (1 + tanh u) = sigmoid(2u)
-    }
+    for (int64_t i = 0; i < n; i++) y[i] = gelu(x[i]);
 }
 inline void gelu_backward(const float* x, const float* dy, float* dx, int64_t n) {
     #pragma omp parallel for
-    for (int64_t i = 0; i < n; i++) {
-        const float u = 0.7978845608f * (x[i] + 0.044715f * x[i] * x[i] * x[i]);
-        const float du = 0.7978845608f * (1.0f + 3 * 0.044715f * x[i] * x[i]);
-        const float s = sigmoid(2.0f * u);
-        dx[i] = dy[i] * (s + x[i] * 2.0f * s * (1.0f - s) * du);
-    }
+    for (int64_t i = 0; i < n; i++) dx[i] = dy[i] * gelu_slope(x[i]);
 }
 // x, y (rows, H, D); cos, sin (rows, D / 2); sign -1 turns back.
 inline void rotate(const float* x, const float* cos, const float* sin, float* y, int64_t rows, int64_t H, int64_t D, float sign) {

@@ -4,28 +4,29 @@
 #include "decode_attention.h"
 #include "elementwise.h"
 #include "topk.h"
-#ifdef JLORA_ONEDNN
+#if defined(JLORA_AMX) || defined(JLORA_ONEDNN)
+#define JLORA_PRODUCTS
+#include "block.h"
 #include "decoder.h"
-#include "lora.h"
 #include "target_loss.h"
 #endif
 
 using namespace jlora;
 
-// Attention: q (B, T, H, D), k and v (B, S, G, D), first and last (B,) -> out, lse; number: scale.
-static AttentionShape attention_shape(const Array* in, double scale) {
-    const int64_t *q = in[0].shape, *k = in[1].shape;
-    return {q[0], q[1], k[1], q[2], k[2], q[3], (float)scale};
+// Attention: q (..., H, D), k and v (..., G, D), sequences (n, 5) -> out, lse (H, rows); number: scale.
+static Batch batch(const Array* in, double scale) {
+    const int last = in[0].dims - 1;
+    const int64_t H = in[0].shape[last - 1], D = in[0].shape[last], G = in[1].shape[last - 1];
+    return {in[0].size / (H * D), H, G, D, in[3].shape[0], (float)scale, in[3].as<int>()};
 }
 JLORA_OPERATOR(attention_forward_op) {
-    attention_forward(attention_shape(in, number[0]), in[0].in(), in[1].in(), in[2].in(),
-        in[3].as<int>(), in[4].as<int>(), out[0].out(), out[1].out());
+    attention_forward(batch(in, number[0]), in[0].in(), in[1].in(), in[2].in(), out[0].out(), out[1].out());
 }
 // As above, then out, lse and d out -> dq, dk, dv.
 JLORA_OPERATOR(attention_backward_op) {
-    attention_backward(attention_shape(in, number[0]), in[0].in(), in[1].in(), in[2].in(),
-        in[3].as<int>(), in[4].as<int>(), in[5].in(), in[6].in(), in[7].in(),
-        out[0].out(), out[1].out(), out[2].out());
+    const Batch b = batch(in, number[0]);
+    attention_backward(b, in[0].in(), in[1].in(), in[2].in(), in[4].in(), in[5].in(), in[6].in(),
+        in[1].size / (b.G * b.D), out[0].out(), out[1].out(), out[2].out());
 }
 
 // Decoding; see decode_attention.h.
@@ -94,61 +95,134 @@ JLORA_OPERATOR(topk_op) {
         out[0].out(), out[1].as<int>());
 }
 
-#ifdef JLORA_ONEDNN
-static Blob blob(const Array& a) { return {a.as<uint8_t>(), a.size}; }
-// Packed products; number: n, k, bf16 and, for packing, whether the weight is stored as (k, n).
-extern "C" int64_t packed_bytes(int64_t n, int64_t k, int64_t bf16) { return packed_size(n, k, bf16); }
-JLORA_OPERATOR(pack_op) {
-    pack(in[0].in(), blob(out[0]), number[0], number[1], number[3] != 0, number[2] != 0);
+#ifdef JLORA_AMX
+extern "C" int64_t uses_amx() { return amx::permitted(); }
+#endif
+#ifdef JLORA_PRODUCTS
+// Packed weights: Python owns the memory, a `Weight` describes it.
+extern "C" int64_t packed_bytes(int64_t n, int64_t k) { return weight_bytes(n, k); }
+extern "C" void pack_weight(const float* w, char* memory, Weight* out, int64_t n, int64_t k, int64_t transposed) {
+    *out = weight_in(memory, n, k);
+    pack(w, *out, transposed != 0);
 }
-JLORA_OPERATOR(unpack_op) {
-    unpack(blob(in[0]), out[0].out(), number[0], number[1], number[3] != 0, number[2] != 0);
+extern "C" void unpack_weight(const Weight* w, float* out, int64_t transposed) { unpack(*w, out, transposed != 0); }
+
+// Stores 32 values of a row of `width`, fewer at its end.
+static void store(float* y, int64_t width, int64_t m, int64_t n, const float* v) {
+    std::copy_n(v, std::min<int64_t>(32, width - n), y + m * width + n);
 }
-// x (..., k), packed, bias (n,) if there is one -> y (..., n); number[3]: whether there is.
+// x (..., k), bias (n,) if there is one -> y (..., n); number: address of the weight, back
 JLORA_OPERATOR(multiply_op) {
-    const int64_t n = number[0], k = number[1];
-    const float* bias = number[3] != 0 ? in[2].in() : nullptr;
-    multiply(in[0].in(), blob(in[1]), bias, out[0].out(), in[0].size / k, n, k, number[2] != 0);
+    const Weight& w = *(const Weight*)(uintptr_t)number[0];
+    static Buffer<uint16_t> memory;
+    const bool back = number[1] != 0;
+    const int64_t from = back ? w.n : w.k, to = back ? w.k : w.n;
+    const Rows x = rows_in(memory, in[0].size / from, from);
+    round_rows(in[0].in(), x);
+    const float* bias = number[2] != 0 ? in[1].in() : nullptr;
+    const auto sink = [&](int64_t m, int64_t n, const float* left, const float* right) {
+        float v[32];
+        for (int i = 0; i < 16; i++) v[i] = left[i], v[i + 16] = right[i];
+        if (bias) for (int64_t i = 0; i < std::min<int64_t>(32, to - n); i++) v[i] += bias[n + i];
+        store(out[0].out(), to, m, n, v);
+    };
+    if (back) product_back(x, {{&w}, 1}, sink); else product(x, {{&w}, 1}, sink);
 }
-// The same with a low-rank branch. number: r, blocks, flags, scale, p, seed, n, bf16 and a bias.
-static LoraShape lora_shape(const Array& x, const Array& A, const double* number) {
-    const int64_t in = A.shape[1];
-    return {x.size / in, in, (int64_t)number[6], (int64_t)number[0], (int64_t)number[1],
-            (int64_t)number[2], (float)number[3], number[4], (uint64_t)number[5]};
-}
-// x, packed, A, B, bias if there is one -> y, low (rows, rank)
+// A linear layer with its low-rank branch. number: address of the weight, r, blocks, flags, scale, p,
+// seed and whether there is a bias.
+struct LoraCall {
+    const Weight& w;
+    int64_t rows;
+    LowRank low;
+    LoraCall(const Array* in, const double* number, float* dA, float* dB)
+        : w(*(const Weight*)(uintptr_t)number[0]), rows(in[0].size / w.k),
+          low(w.k, w.n, {{in[1].in(), in[2].in(), dA, dB, 0, w.n, (int64_t)number[1], (int64_t)number[2],
+              (int64_t)number[3], (float)number[4], number[5], (uint64_t)number[6]}}) {}
+};
+// x, A, B, bias if there is one -> y, low (rows, rank)
 JLORA_OPERATOR(lora_forward_op) {
-    const LoraShape s = lora_shape(in[0], in[2], number);
-    const int64_t bf16_and_bias = number[7];
-    const float* bias = bf16_and_bias & 2 ? in[4].in() : nullptr;
-    multiply(in[0].in(), blob(in[1]), bias, out[0].out(), s.rows, s.out, s.in, bf16_and_bias & 1);
-    lora_forward(s, in[0].in(), in[2].in(), in[3].in(), out[0].out(), out[1].out());
+    LoraCall call(in, number, nullptr, nullptr);
+    static Buffer<uint16_t> memory;
+    const Rows x = rows_in(memory, call.rows, call.w.k);
+    round_rows(in[0].in(), x);
+    call.low.forward(x, out[1].out());
+    const float* bias = number[7] != 0 ? in[3].in() : nullptr;
+    product(x, {{&call.w}, 1}, [&](int64_t m, int64_t n, const float* left, const float* right) {
+        float v[32];
+        for (int i = 0; i < 16; i++) v[i] = left[i], v[i + 16] = right[i];
+        if (bias) for (int64_t i = 0; i < std::min<int64_t>(32, call.w.n - n); i++) v[i] += bias[n + i];
+        call.low.add(m, n, v);
+        store(out[0].out(), call.w.n, m, n, v);
+    });
 }
-// x, packed transposed, A, B, low, dy -> dx, dA, dB
+// x, A, B, low, dy -> dx, dA, dB
 JLORA_OPERATOR(lora_backward_op) {
-    const LoraShape s = lora_shape(in[0], in[2], number);
-    multiply(in[5].in(), blob(in[1]), nullptr, out[0].out(), s.rows, s.in, s.out, (int64_t)number[7] & 1);
-    lora_backward(s, in[0].in(), in[2].in(), in[3].in(), in[4].in(), in[5].in(),
-        out[0].out(), out[1].out(), out[2].out());
+    LoraCall call(in, number, out[1].out(), out[2].out());
+    static Buffer<uint16_t> for_x, for_dy;
+    static Buffer<float> for_low;
+    const Rows x = rows_in(for_x, call.rows, call.w.k), dy = rows_in(for_dy, call.rows, call.w.n);
+    round_rows(in[0].in(), x);
+    round_rows(in[4].in(), dy);
+    call.low.backward(x, dy, in[3].in(), for_low);
+    product_back(dy, {{&call.w}, 1}, [&](int64_t m, int64_t k, const float* left, const float* right) {
+        float v[32];
+        for (int i = 0; i < 16; i++) v[i] = left[i], v[i + 16] = right[i];
+        call.low.add_back(m, k, v);
+        store(out[0].out(), call.w.k, m, k, v);
+    });
 }
-// hidden (N, C), head packed both ways, targets (N,) -> losses (N,), d hidden;
-// number: V, smoothing, whether the gradient is wanted, bf16.
+// hidden (N, C), targets (N,) -> losses (N,), d hidden; number: address of the head, smoothing,
+// whether the gradient is wanted.
 JLORA_OPERATOR(target_loss_op) {
-    target_loss(in[0].in(), blob(in[1]), blob(in[2]), in[3].as<int>(), out[0].out(), out[1].out(),
-        in[0].shape[0], in[0].shape[1], (int64_t)number[0], number[1], number[2] != 0, number[3] != 0);
+    target_loss(in[0].in(), *(const Weight*)(uintptr_t)number[0], in[1].as<int>(), out[0].out(), out[1].out(),
+        in[0].shape[0], in[0].shape[1], number[1], number[2] != 0);
+}
+
+// Blocks. in: x, starts, cos and sin if there are, A and B of each branch.
+// number: address of the BlockSpec, branches, seed, whether `saved` is kept.
+static BlockCall block_call(const Array* in, const BlockSpec& s, const double* number, int64_t& next) {
+    BlockCall call{in[0].size / s.width, in[1].size - 1, in[0].in(), in[1].as<int>(), nullptr, nullptr, {}, {},
+        (uint64_t)number[2]};
+    next = 2;
+    if (s.gated) call.cos = in[next++].in(), call.sin = in[next++].in();
+    for (int64_t i = 0; i < 2 * (int64_t)number[1]; i++) call.adapters.push_back(in[next++].in());
+    return call;
+}
+extern "C" int64_t saved_bytes(const BlockSpec* s, int64_t rows) { return Saved(nullptr, *s, rows).bytes; }
+static Buffer<char> block_memory;
+// -> y, saved
+JLORA_OPERATOR(block_forward_op) {
+    const BlockSpec& s = *(const BlockSpec*)(uintptr_t)number[0];
+    int64_t next;
+    const BlockCall call = block_call(in, s, number, next);
+    char* memory = number[3] != 0 ? out[1].as<char>() : block_memory.of(saved_bytes(&s, call.rows));
+    Block(s, call).forward(Saved(memory, s, call.rows), out[0].out());
+}
+// As above, then saved and dy -> dx, dA and dB of each branch; number[4]: whether dx is wanted.
+JLORA_OPERATOR(block_backward_op) {
+    const BlockSpec& s = *(const BlockSpec*)(uintptr_t)number[0];
+    int64_t next;
+    BlockCall call = block_call(in, s, number, next);
+    for (int64_t i = 0; i < 2 * (int64_t)number[1]; i++) call.gradients.push_back(out[1 + i].out());
+    Block block(s, call);
+    const bool kept = number[3] != 0;
+    const Saved saved(kept ? in[next].as<char>() : block_memory.of(saved_bytes(&s, call.rows)), s, call.rows);
+    static Buffer<float> again;
+    if (!kept) block.forward(saved, again.of(call.rows * s.width));
+    block.backward(saved, in[next + 1].in(), number[4] != 0 ? out[0].out() : nullptr);
 }
 
 // Decoding; see decoder.h. model, blocks, ids, positions, lengths (P,), addresses of blocks of keys
 // and values (P,) -> hidden (P, C)
 JLORA_OPERATOR(run_prompts_op) {
-    run_prompts(*in[0].as<Model>(), in[1].as<Block>(), in[4].size, in[2].as<int>(), in[3].as<int>(),
-        in[4].as<int>(), in[5].as<float*>(), out[0].out());
+    decode::run_prompts(*in[0].as<decode::Model>(), in[1].as<decode::Block>(), in[4].size, in[2].as<int>(),
+        in[3].as<int>(), in[4].as<int>(), in[5].as<float*>(), out[0].out());
 }
 // model, blocks, ids, positions, addresses and lengths of prompts, table, lengths, addresses of slabs
 // -> hidden (R, C); number: tokens of a slab.
 JLORA_OPERATOR(run_step_op) {
-    run_step(*in[0].as<Model>(), in[1].as<Block>(), in[2].size, in[2].as<int>(), in[3].as<int>(),
-        in[4].as<float*>(), in[5].as<int>(), in[6].as<int>(), in[6].shape[1], in[7].as<int>(),
+    decode::run_step(*in[0].as<decode::Model>(), in[1].as<decode::Block>(), in[2].size, in[2].as<int>(),
+        in[3].as<int>(), in[4].as<float*>(), in[5].as<int>(), in[6].as<int>(), in[6].shape[1], in[7].as<int>(),
         in[8].as<float*>(), (int64_t)number[0], in[8].size, out[0].out());
 }
 #endif

@@ -1,54 +1,132 @@
-// A linear layer of a model that decodes, by the addresses of its weights: the one place where the
-// native decoder multiplies. The struct is LINEAR of decoder.py.
+// The linear layers of a model that decodes, by the addresses of their weights: packed bf16 where the
+// engine has packed them, and plain floats elsewhere. Results go to a function as in product.h.
 #pragma once
 #include "lora.h"
-#include "packed_linear.h"
+#include "product.h"
+#include "small_product.h"
 
-namespace jlora {
+namespace jlora::decode {
+// LINEAR of decoder.py.
 struct Linear {
     enum Kind : int64_t { none, packed, rows_first, columns_first };
-    Kind kind;              // packed bf16, or floats stored as (n, k) or as (k, n)
-    const void* weight;
-    int64_t bytes, n, k;    // bytes of a packed weight
-    const float* bias;      // (n,) or null
-    const float *A, *B;     // of a low-rank branch, or null; see lora.h
+    Kind kind;
+    const void* weight;      // a `Weight`, or floats stored as (n, k) or as (k, n)
+    int64_t n, k;
+    const float* bias;       // (n,) or null
+    const float *A, *B;      // of a low-rank branch, or null; see lora.h
     int64_t r, blocks, flags;
     double scale;
 };
 
-// Activations (rows, k), in the types that the layers which read them want.
-struct Activations {
-    float* full;       // null where nobody reads it
-    uint16_t* rounded; // bf16, likewise
-};
-inline bool reads_full(const Linear& l) { return l.kind != Linear::none && (l.kind != Linear::packed || l.A); }
-inline bool reads_rounded(const Linear& l) { return l.kind == Linear::packed; }
-
-inline const Product& plain_product(memory::dim rows, const Linear& l) {
-    using Key = std::tuple<memory::dim, memory::dim, memory::dim, bool, bool>;
-    static std::map<Key, Product> made;
-    const bool turned = l.kind == Linear::columns_first;
-    const Key key{rows, l.n, l.k, turned, l.bias != nullptr};
-    auto found = made.find(key);
-    if (found == made.end()) {
-        const auto tag = turned ? memory::format_tag::ba : memory::format_tag::ab;
-        const memory::desc weights({l.n, l.k}, memory::data_type::f32, tag);
-        auto pd = describe(rows, l.n, l.k, false, l.bias != nullptr, weights);
-        found = made.emplace(key, Product{pd, dnnl::inner_product_forward(pd)}).first;
+// What linear layers read, in the types that they want.
+struct Input {
+    Rows rounded;
+    float* full;             // (rows, width up to a multiple of 32)
+    bool wants_rounded = false, wants_full = false;
+    int64_t stride() const { return up_to(rounded.width, 32); }
+    void want(const Linear* layers, int64_t count) {
+        wants_rounded = wants_full = false;
+        for (int64_t i = 0; i < count; i++) {
+            wants_rounded |= layers[i].kind == Linear::packed;
+            wants_full |= layers[i].kind > Linear::packed;
+        }
     }
-    return found->second;
+    // 32 numbers of row m from column k, a multiple of 32, on; zeros beyond the width.
+    void put(int64_t m, int64_t k, const float* v) const {
+        const int64_t n = Rows::filled_up ? 32 : std::min<int64_t>(32, rounded.width - k);
+        if (wants_rounded) to_bf16(v, rounded.at(m, k), n);
+        if (wants_full) std::copy_n(v, 32, full + m * stride() + k);
+    }
+    // make(k, n, v) makes n numbers from column k on.
+    template <typename Make>
+    void put_row(int64_t m, Make make) const {
+        for (int64_t k = 0; k < rounded.width; k += 32) {
+            alignas(64) float v[32] = {};
+            make(k, std::min<int64_t>(32, rounded.width - k), v);
+            put(m, k, v);
+        }
+    }
+};
+struct InputMemory {
+    Buffer<uint16_t> rounded;
+    Buffer<float> full;
+    Input of(int64_t rows, int64_t width, const Linear* readers, int64_t count) {
+        Input x{rows_in(rounded, rows, width), full.of(rows * up_to(width, 32))};
+        x.want(readers, count);
+        return x;
+    }
+};
+
+// y = x W^T of plain floats: the rows of x become columns, which are vectors.
+template <typename Sink>
+inline void product_of_floats(const Input& x, const Linear& l, Sink sink) {
+    const int64_t rows = x.rounded.rows, columns = up_to(rows, 16), panels = up_to(l.n, 32) / 32;
+    static Buffer<float> for_turned;
+    float* turned = for_turned.of(l.k * columns);
+    const bool by_row = l.kind == Linear::rows_first;
+    const float* w = (const float*)l.weight;
+    #pragma omp parallel
+    {
+        #pragma omp for schedule(static)
+        for (int64_t k = 0; k < l.k; k++)
+            for (int64_t m = 0; m < columns; m++) turned[k * columns + m] = m < rows ? x.full[m * x.stride() + k] : 0.0f;
+        std::vector<float> y(32 * columns);
+        #pragma omp for schedule(dynamic)
+        for (int64_t p = 0; p < panels; p++) {
+            const int64_t count = std::min<int64_t>(32, l.n - p * 32);
+            small_product(count, columns, l.k, w + p * 32 * (by_row ? l.k : 1), by_row ? l.k : 1, by_row ? 1 : l.n,
+                turned, columns, y.data(), columns, false);
+            for (int64_t m = 0; m < rows; m++) {
+                float v[32] = {};
+                for (int64_t i = 0; i < count; i++) v[i] = y[i * columns + m];
+                sink(m, p * 32, v, v + 16);
+            }
+        }
+    }
 }
 
-// y (rows, n) = x W^T + bias + the low-rank branch.
-inline void apply(const Linear& l, const Activations& x, float* y, int64_t rows) {
-    if (l.kind == Linear::packed)
-        execute(product(rows, l.n, l.k, true, l.bias != nullptr), x.rounded,
-            Blob{(uint8_t*)l.weight, l.bytes}.weight(), l.bias, y);
-    else execute(plain_product(rows, l), x.full, l.weight, l.bias, y);
-    if (!l.A) return;
-    const LoraShape s{rows, l.k, l.n, l.r, l.blocks, l.flags, (float)l.scale, 0.0, 0};
-    static std::vector<float> low;
-    low.resize(rows * s.rank());
-    lora_forward(s, x.full, l.A, l.B, y, low.data());
+// Layers that are multiplied in one product: all packed, and with whole panels of outputs.
+inline bool joined(const Linear* layers, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if (layers[i].kind != Linear::packed || (i + 1 < count && layers[i].n % 32)) return false;
+    return true;
 }
-}  // namespace jlora
+
+// The outputs of layers with the same input stand side by side. store(m, n, v, count): count of them,
+// 32 at most, from output n of row m on.
+template <typename Store>
+void apply(const Linear* layers, int64_t count, const Input& x, Store store, int64_t first = 0) {
+    if (count > 1 && !joined(layers, count)) {
+        for (int64_t i = 0; i < count; first += layers[i++].n) apply(layers + i, 1, x, store, first);
+        return;
+    }
+    Weights weights{{}, count};
+    std::vector<jlora::Branch> branches;
+    int64_t ends[3], outputs = 0;
+    for (int64_t i = 0; i < count; ends[i++] = outputs) {
+        const Linear& l = layers[i];
+        weights.list[i] = (const Weight*)l.weight;
+        if (l.A) branches.push_back({l.A, l.B, nullptr, nullptr, outputs, l.n, l.r, l.blocks, l.flags, (float)l.scale, 0, 0});
+        outputs += l.n;
+    }
+    LowRank low(layers[0].k, outputs, branches);
+    static Buffer<float> for_low;
+    float* kept = for_low.of(x.rounded.rows * low.rank());
+    const bool packed = layers[0].kind == Linear::packed;
+    if (packed) low.forward(x.rounded, kept);
+    else low.forward(FloatRows{x.full, x.rounded.rows, x.stride()}, kept);
+    const auto sink = [&](int64_t m, int64_t n, const float* left, const float* right) {
+        alignas(64) float v[32];
+        for (int i = 0; i < 16; i++) v[i] = left[i], v[i + 16] = right[i];
+        int64_t i = 0;
+        while (n >= ends[i]) i++;
+        const int64_t own = std::min<int64_t>(32, ends[i] - n);
+        if (const float* bias = layers[i].bias)
+            for (int64_t j = 0; j < own; j++) v[j] += bias[n - (ends[i] - layers[i].n) + j];
+        low.add(m, n, v);
+        store(m, first + n, v, own);
+    };
+    if (packed) product(x.rounded, weights, sink);
+    else product_of_floats(x, layers[0], sink);
+}
+}  // namespace jlora::decode

@@ -1,112 +1,168 @@
-// The low-rank branch of a linear layer, row by row: y += s (dropout(x) A^T) B^T, and its gradients.
-// A layer may be several blocks of equal width, some of them with LoRA (loralib's MergedLinear):
-// A (enabled * r, in), B (enabled * width, r), the enabled blocks one after the other.
+// The low-rank branches of the linear layers that read the same rows: y += s (dropout(x) A^T) B^T, and
+// their gradients. The sums that have many terms run over rows here; what is added to the result of
+// the frozen weights is added 32 columns at a time, where that result appears.
 #pragma once
 #include <omp.h>
 #include <algorithm>
 #include <vector>
 #include "elementwise.h"
+#include "product.h"
 
 namespace jlora {
-struct LoraShape {
-    int64_t rows, in, out, r, blocks, flags;  // bit i of flags: block i is enabled
+// One layer's branch. A layer may be several blocks of equal width, some of them with LoRA (loralib's
+// MergedLinear): A (enabled * r, in), B (enabled * width, r), the enabled blocks one after the other.
+struct Branch {
+    const float *A, *B;
+    float *dA, *dB;          // where their gradients go
+    int64_t first, out;      // its layer's outputs among all
+    int64_t r, blocks, flags;  // bit i of flags: block i is enabled
     float scale;
-    double p;        // of dropout; 0: none
+    double p;                // of dropout; 0: none
     uint64_t seed;
     int64_t width() const { return out / blocks; }
-    int64_t rank() const {
-        int64_t enabled = 0;
-        for (int64_t b = 0; b < blocks; b++) enabled += flags >> b & 1;
-        return enabled * r;
-    }
+    int64_t rank() const { return __builtin_popcountll(flags) * r; }
 };
 
-// B (enabled * width, r) -> the same numbers as (enabled * r, width), so that rows are vectors.
-inline void turn_b(const LoraShape& s, const float* B, float* turned) {
-    const int64_t width = s.width();
-    for (int64_t j = 0; j < s.rank(); j++)
-        for (int64_t o = 0; o < width; o++)
-            turned[j * width + o] = B[(j / s.r * width + o) * s.r + j % s.r];
-}
-inline void turn_b_back(const LoraShape& s, const float* turned, float* B) {
-    const int64_t width = s.width();
-    for (int64_t j = 0; j < s.rank(); j++)
-        for (int64_t o = 0; o < width; o++)
-            B[(j / s.r * width + o) * s.r + j % s.r] = turned[j * width + o];
-}
-// Calls visit(j, first output) for every row j of A.
-template <typename Visit>
-inline void each_rank(const LoraShape& s, Visit visit) {
-    int64_t j = 0;
-    for (int64_t b = 0; b < s.blocks; b++)
-        if (s.flags >> b & 1)
-            for (int64_t i = 0; i < s.r; i++) visit(j++, b * s.width());
-}
+// Rows of floats, `stride` from one to the next.
+struct FloatRows {
+    const float* data;
+    int64_t rows, stride;
+};
 
-// low (rows, rank) = s dropout(x) A^T is kept for the backward pass.
-inline void lora_forward(const LoraShape& s, const float* x, const float* A, const float* B, float* y, float* low) {
-    const int64_t rank = s.rank(), width = s.width();
-    const Dropout drop(s.p, s.seed);
-    std::vector<float> turned(rank * width);
-    turn_b(s, B, turned.data());
-    #pragma omp parallel
-    {
-        std::vector<float> kept(s.in);
-        #pragma omp for
-        for (int64_t n = 0; n < s.rows; n++) {
-            const float* row = x + n * s.in;
-            if (s.p > 0) {
-                for (int64_t i = 0; i < s.in; i++) kept[i] = drop(row[i], n * s.in + i);
-                row = kept.data();
-            }
-            float *own = low + n * rank, *result = y + n * s.out;
-            for (int64_t j = 0; j < rank; j++) own[j] = s.scale * dot(row, A + j * s.in, s.in);
-            each_rank(s, [&](int64_t j, int64_t first) {
-                add_scaled(result + first, own[j], turned.data() + j * width, width);
+class LowRank {
+public:
+    // in, out: width of the rows and of all layers' outputs together
+    LowRank(int64_t in, int64_t out, std::vector<Branch> branches) : in_(in), out_(up_to(out, 32)), branches_(std::move(branches)) {
+        for (const Branch& b : branches_)
+            for (int64_t block = 0; block < b.blocks; block++)
+                if (b.flags >> block & 1)
+                    for (int64_t i = 0; i < b.r; i++) first_.push_back(b.first + block * b.width());
+        // B's columns become rows that stand where their outputs do, so that they can be added.
+        table_.assign(rank() * out_, 0.0f);
+        each([&](const Branch& b, int64_t j, int64_t own) {
+            for (int64_t o = 0; o < b.width(); o++)
+                table_[j * out_ + first_[j] + o] = b.B[(own / b.r * b.width() + o) * b.r + own % b.r];
+        });
+        for (int64_t n = 0; n < out_; n += 32) {
+            int64_t from = rank(), to = 0;
+            each([&](const Branch& b, int64_t j, int64_t) {
+                if (first_[j] < n + 32 && first_[j] + b.width() > n) from = std::min(from, j), to = j + 1;
             });
+            reach_.push_back({from, to});
         }
     }
-}
+    int64_t rank() const { return first_.size(); }
 
-// dx already holds what the frozen weight gives; the branch's part is added.
-inline void lora_backward(const LoraShape& s, const float* x, const float* A, const float* B, const float* low,
-        const float* dy, float* dx, float* dA, float* dB) {
-    const int64_t rank = s.rank(), width = s.width();
-    const Dropout drop(s.p, s.seed);
-    std::vector<float> turned(rank * width), sum_a(rank * s.in), sum_b(rank * width);
-    turn_b(s, B, turned.data());
-    #pragma omp parallel
-    {
-        std::vector<float> kept(s.in), back(s.in), dlow(rank), own_a(rank * s.in), own_b(rank * width);
-        #pragma omp for schedule(static)
-        for (int64_t n = 0; n < s.rows; n++) {
-            const float *row = x + n * s.in, *g = dy + n * s.out, *own = low + n * rank;
-            if (s.p > 0) {
-                for (int64_t i = 0; i < s.in; i++) kept[i] = drop(row[i], n * s.in + i);
-                row = kept.data();
-            }
-            std::fill(back.begin(), back.end(), 0.0f);
-            each_rank(s, [&](int64_t j, int64_t first) {
-                dlow[j] = s.scale * dot(g + first, turned.data() + j * width, width);
-                add_scaled(own_b.data() + j * width, own[j], g + first, width);
-                add_scaled(own_a.data() + j * s.in, dlow[j], row, s.in);
-                add_scaled(back.data(), dlow[j], A + j * s.in, s.in);
-            });
-            float* result = dx + n * s.in;
-            if (s.p > 0) for (int64_t i = 0; i < s.in; i++) result[i] += drop(back[i], n * s.in + i);
-            else for (int64_t i = 0; i < s.in; i++) result[i] += back[i];
-        }
-        // In the order of the threads, so that equal runs give equal bits.
-        #pragma omp for ordered schedule(static, 1)
-        for (int t = 0; t < omp_get_num_threads(); t++) {
-            #pragma omp ordered
-            {
-                add_scaled(sum_a.data(), 1.0f, own_a.data(), rank * s.in);
-                add_scaled(sum_b.data(), 1.0f, own_b.data(), rank * width);
+    // low (rows, rank) = s dropout(x) A^T, kept for the backward pass
+    template <typename Source>
+    void forward(const Source& x, float* low) {
+        low_ = low;
+        if (!rank()) return;
+        #pragma omp parallel
+        {
+            std::vector<float> row(up_to(in_, 32)), kept(up_to(in_, 32));
+            #pragma omp for schedule(static)
+            for (int64_t m = 0; m < x.rows; m++) {
+                read(x, m, row.data());
+                each_branch([&](const Branch& b, int64_t j) {
+                    const float* source = dropped(b, m, row.data(), kept.data());
+                    for (int64_t i = 0; i < b.rank(); i++)
+                        low[m * rank() + j + i] = b.scale * dot(source, b.A + i * in_, in_);
+                });
             }
         }
     }
-    std::copy(sum_a.begin(), sum_a.end(), dA);
-    turn_b_back(s, sum_b.data(), dB);
-}
+    // Adds the branches' part to outputs n to n + 31 of row m.
+    void add(int64_t m, int64_t n, float* y) const {
+        if (!rank()) return;
+        for (int64_t j = reach_[n / 32].from; j < reach_[n / 32].to; j++)
+            add_scaled(y, low_[m * rank() + j], table_.data() + j * out_ + n, 32);
+    }
+
+    // x: what the forward pass read; low: what it kept. Writes dA and dB, and keeps what add_back adds.
+    void backward(const Rows& x, const Rows& dy, const float* low, Buffer<float>& memory) {
+        if (!rank()) return;
+        const int64_t R = rank();
+        float* dlow = dlow_ = memory.of(x.rows * R);
+        std::vector<float> sum_a(R * in_), sum_b(R * out_);
+        #pragma omp parallel
+        {
+            std::vector<float> row(up_to(in_, 32)), kept(up_to(in_, 32)), g(out_), own_a(R * in_), own_b(R * out_);
+            #pragma omp for schedule(static)
+            for (int64_t m = 0; m < x.rows; m++) {
+                read(x, m, row.data());
+                read(dy, m, g.data());
+                each_branch([&](const Branch& b, int64_t first) {
+                    const float* source = dropped(b, m, row.data(), kept.data());
+                    for (int64_t j = first; j < first + b.rank(); j++) {
+                        const float* own = g.data() + first_[j];
+                        const float d = dlow[m * R + j] = b.scale * dot(own, table_.data() + j * out_ + first_[j], b.width());
+                        add_scaled(own_b.data() + j * out_ + first_[j], low[m * R + j], own, b.width());
+                        add_scaled(own_a.data() + j * in_, d, source, in_);
+                    }
+                });
+            }
+            // In the order of the threads, so that equal runs give equal bits.
+            #pragma omp for ordered schedule(static, 1)
+            for (int t = 0; t < omp_get_num_threads(); t++) {
+                #pragma omp ordered
+                {
+                    add_scaled(sum_a.data(), 1.0f, own_a.data(), R * in_);
+                    add_scaled(sum_b.data(), 1.0f, own_b.data(), R * out_);
+                }
+            }
+        }
+        each([&](const Branch& b, int64_t j, int64_t own) {
+            std::copy_n(sum_a.data() + j * in_, in_, b.dA + own * in_);
+            for (int64_t o = 0; o < b.width(); o++)
+                b.dB[(own / b.r * b.width() + o) * b.r + own % b.r] = sum_b[j * out_ + first_[j] + o];
+        });
+    }
+    // Adds the branches' part to the gradient of inputs k to k + 31 of row m.
+    void add_back(int64_t m, int64_t k, float* dx) const {
+        const int64_t n = std::min<int64_t>(32, in_ - k);
+        each_branch([&](const Branch& b, int64_t first) {
+            float sum[32] = {};
+            for (int64_t i = 0; i < b.rank(); i++)
+                add_scaled(sum, dlow_[m * rank() + first + i], b.A + i * in_ + k, n);
+            const Dropout drop(b.p, b.seed);
+            if (b.p > 0) for (int64_t i = 0; i < n; i++) dx[i] += drop(sum[i], m * in_ + k + i);
+            else for (int64_t i = 0; i < n; i++) dx[i] += sum[i];
+        });
+    }
+
+private:
+    struct Reach { int64_t from, to; };  // of ranks that change a panel of 32 outputs
+    // visit(branch, number of its first rank)
+    template <typename Visit>
+    void each_branch(Visit visit) const {
+        int64_t j = 0;
+        for (const Branch& b : branches_) visit(b, j), j += b.rank();
+    }
+    // visit(branch, number of a rank, its number in the branch)
+    template <typename Visit>
+    void each(Visit visit) const {
+        each_branch([&](const Branch& b, int64_t first) {
+            for (int64_t i = 0; i < b.rank(); i++) visit(b, first + i, i);
+        });
+    }
+    void read(const FloatRows& x, int64_t m, float* row) const { std::copy_n(x.data + m * x.stride, in_, row); }
+    static void read(const Rows& x, int64_t m, float* row) {
+        for (int64_t k = 0; k < x.width; k += 32) to_float(x.at(m, k), row + k, std::min<int64_t>(32, x.width - k));
+    }
+    const float* dropped(const Branch& b, int64_t m, const float* row, float* kept) const {
+        if (b.p <= 0) return row;
+        const Dropout drop(b.p, b.seed);
+        for (int64_t i = 0; i < in_; i++) kept[i] = drop(row[i], m * in_ + i);
+        return kept;
+    }
+
+    int64_t in_, out_;
+    std::vector<Branch> branches_;
+    std::vector<int64_t> first_;   // first output of each rank
+    std::vector<float> table_;     // (rank, out)
+    std::vector<Reach> reach_;
+    const float* low_ = nullptr;
+    float* dlow_ = nullptr;
+};
 }  // namespace jlora

@@ -7,6 +7,7 @@ struct Array {
     void* data;
     int64_t size;      // elements
     int64_t shape[6];
+    int64_t dims;
     template <typename T> T* as() const { return (T*)data; }
     const float* in() const { return (const float*)data; }
     float* out() const { return (float*)data; }

@@ -35,9 +35,9 @@ FLAGS = (
 NUMBERS = 8  # most numbers that an operator takes
 
 _HEADER = """
-struct JloraArray { void* data; int64_t size; int64_t shape[6]; };
+struct JloraArray { void* data; int64_t size; int64_t shape[6]; int64_t dims; };
 static inline JloraArray jlora_array(jittor::Var* v) {
-    JloraArray a{v->mem_ptr, v->num, {0}};
+    JloraArray a{v->mem_ptr, v->num, {0}, (int64_t)v->shape.size()};
     for (int i = 0; i < (int)v->shape.size() && i < 6; i++) a.shape[i] = v->shape[i];
     return a;
 }
@@ -82,10 +82,21 @@ def _command(onednn: OneDNN | None) -> list[str]:
     option = "-mcpu" if platform.machine() in ("aarch64", "arm64") else "-march"
     target = f"{option}={os.environ.get('JLORA_ARCH', 'native')}"  # another one is for tests
     command = [machine.compiler() or "g++", *FLAGS, target, str(FOLDER / SOURCE)]
-    if onednn is not None:  # after the source that needs it
+    if _has_amx(command):
+        command += ["-DJLORA_AMX"]
+    elif onednn is not None:  # after the source that needs it
         command += ["-DJLORA_ONEDNN", f"-I{onednn.include}", str(onednn.library)]
         command += [f"-Wl,-rpath,{onednn.library.parent}"]
     return command
+
+
+def _has_amx(command: list[str]) -> bool:
+    """Whether the compiler makes AMX code for this target, and the system lets us run it."""
+    if "AMX_BF16" not in machine.cpu_features():
+        return False
+    asked = [*command[:-1], "-dM", "-E", "-x", "c++", os.devnull]
+    result = subprocess.run(asked, capture_output=True, text=True, errors="replace")
+    return "__AMX_BF16__" in result.stdout and "__AMX_INT8__" in result.stdout
 
 
 def _digest(command: list[str]) -> str:
@@ -168,6 +179,7 @@ class _Array(ctypes.Structure):
         ("data", ctypes.c_void_p),
         ("size", ctypes.c_int64),
         ("shape", ctypes.c_int64 * 6),
+        ("dims", ctypes.c_int64),
     ]
 
 
@@ -184,8 +196,14 @@ def _described(arrays: Sequence[np.ndarray]) -> ctypes.Array:
     for array in arrays:
         if not array.flags.c_contiguous:
             raise ValueError("the operators read arrays row by row")
-    described = [_Array(a.ctypes.data, a.size, (ctypes.c_int64 * 6)(*a.shape)) for a in arrays]
-    return (_Array * len(arrays))(*described)
+    return (_Array * len(arrays))(
+        *((a.ctypes.data, a.size, (ctypes.c_int64 * 6)(*a.shape), a.ndim) for a in arrays)
+    )
+
+
+def has(function: str) -> bool:
+    """Whether the library was compiled with a function."""
+    return hasattr(library(), function)
 
 
 class FusedFunction(jt.Function):

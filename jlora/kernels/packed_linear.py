@@ -1,29 +1,60 @@
-"""Frozen linear layers with weights packed once: y = x W^T + b forward, dx = g W backward."""
+"""Frozen linear layers with weights packed once in bf16: y = x W^T + b, and dx = dy W."""
 
 from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
 
+import numpy as np
+
 from jlora.errors import UserError
-from jlora.kernels.native import FusedFunction, call, operator
+from jlora.kernels.native import FusedFunction, call, has, operator
 from jlora.runtime import jt
+
+LINE = 64  # bytes; packed weights begin on a line of the cache
+
+
+class _Weight(ctypes.Structure):
+    """`Weight` of product.h; what the fields mean is the library's business."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("data", "n", "k", "more")]
+
+
+def available() -> bool:
+    """Whether the compiled operators multiply bf16 on this machine."""
+    return has("packed_bytes") and call("packed_bytes", ctypes.c_int64, 32, 32) > 0
+
+
+def uses_amx() -> bool:
+    """Whether they do it by AMX; otherwise by oneDNN."""
+    return has("uses_amx") and bool(call("uses_amx", ctypes.c_int64))
 
 
 class PackedWeight:
-    """A weight (N, K) held twice in oneDNN's layout, for products with it and its transpose.
+    """A weight (N, K) in bf16, in the layout that the processor multiplies best.
 
-    In bf16 the two copies take as much memory as one float32 weight, which the model keeps beside
-    them: saving, merging and `jlora.engine.restore` need it.
+    With AMX one packing serves the product and its transpose, 2 bytes a number; without it there is
+    one for each.
     """
 
-    def __init__(self, weight: jt.Var, transposed: bool, bf16: bool):
-        """Pack ``weight``, (N, K) as nn.Linear holds it, or (K, N) as Conv1D does (transposed)."""
+    def __init__(self, weight: jt.Var, transposed: bool):
+        """Pack ``weight``, (N, K) as nn.Linear holds it, or (K, N) as Conv1D does (transposed).
+
+        Raises:
+            UserError: the library cannot multiply bf16 on this processor.
+        """
         shape = tuple(weight.shape)
         self.n, self.k = shape[::-1] if transposed else shape
-        self.bf16 = bf16
-        self.forward_blob = pack(weight, self.n, self.k, transposed, bf16)
-        self.backward_blob = pack(weight, self.k, self.n, not transposed, bf16)
+        size = call("packed_bytes", ctypes.c_int64, self.n, self.k)
+        if size == 0:
+            raise UserError("this processor has no bf16 product; use precision fp32")
+        self._memory = np.empty(size + LINE, np.uint8)
+        begin = -(-self._memory.ctypes.data // LINE) * LINE
+        self._weight = _Weight()
+        self.address = ctypes.addressof(self._weight)
+        values = np.ascontiguousarray(weight.numpy())
+        numbers = (values.ctypes.data, begin, self.address, self.n, self.k, transposed)
+        call("pack_weight", None, *numbers)
 
     def __call__(self, x: jt.Var, bias: jt.Var | None = None) -> jt.Var:
         """(..., K) float32 -> (..., N) float32; ``bias`` (N,). Differentiable in x alone."""
@@ -33,28 +64,11 @@ class PackedWeight:
         """The same plus a low-rank branch; differentiable in x and the branch's A and B."""
         return _LoraProduct.apply(x, self, bias, branch, branch.A, branch.B)
 
-    def unpack(self, transposed: bool) -> jt.Var:
-        """The weight as it was given, to the precision kept."""
-        shape = (self.k, self.n) if transposed else (self.n, self.k)
-        numbers = (self.n, self.k, self.bf16, transposed)
-        return operator(shape, "float32", [self.forward_blob], "unpack_op", *numbers)
-
-
-def pack(weight: jt.Var, n: int, k: int, transposed: bool, bf16: bool) -> jt.Var:
-    """The packed bytes of a weight, uint8; ``transposed`` says that it is stored as (K, N).
-
-    Raises:
-        UserError: oneDNN cannot do it on this processor.
-    """
-    # oneDNN may pad the layout, so it is asked for the size first.
-    size = call("packed_bytes", ctypes.c_int64, n, k, bf16)
-    if size == 0:
-        raise UserError(
-            f"oneDNN has no {'bf16' if bf16 else 'float32'} product for this processor; "
-            "use precision fp32"
-        )
-    blob = operator((size,), "uint8", [weight], "pack_op", n, k, bf16, transposed)
-    return blob.stop_grad()
+    def unpack(self, transposed: bool) -> np.ndarray:
+        """The weight as it was given, to the precision kept; float32."""
+        result = np.empty((self.k, self.n) if transposed else (self.n, self.k), np.float32)
+        call("unpack_weight", None, self.address, result.ctypes.data, transposed)
+        return result
 
 
 @dataclass(frozen=True)
@@ -75,42 +89,42 @@ class Branch:
     seed: int = 0
 
     @property
+    def flags(self) -> int:
+        return sum(1 << block for block, flag in enumerate(self.enabled) if flag)
+
+    @property
     def numbers(self) -> tuple[float, ...]:
-        flags = sum(1 << block for block, flag in enumerate(self.enabled) if flag)
-        return self.B.shape[1], len(self.enabled), flags, self.scale, self.p, self.seed
-
-
-def _multiply(x: jt.Var, blob: jt.Var, bias: jt.Var | None, n: int, k: int, bf16: bool) -> jt.Var:
-    inputs = [x, blob] if bias is None else [x, blob, bias]
-    shape = (*x.shape[:-1], n)
-    return operator(shape, "float32", inputs, "multiply_op", n, k, bf16, bias is not None)
+        r, blocks = self.B.shape[1], len(self.enabled)
+        return r, blocks, self.flags, self.scale, self.p, self.seed
 
 
 class _PackedProduct(FusedFunction):
     def execute(self, x, weight, bias):
-        return _multiply(x, weight.forward_blob, bias, weight.n, weight.k, weight.bf16)
+        inputs = [x] if bias is None else [x, bias]
+        numbers = (weight.address, False, bias is not None)
+        return operator((*x.shape[:-1], weight.n), "float32", inputs, "multiply_op", *numbers)
 
     def grad(self, dy):
-        w = self.inputs[1]
-        return _multiply(dy, w.backward_blob, None, w.k, w.n, w.bf16), None, None
+        weight = self.inputs[1]
+        numbers = (weight.address, True, False)
+        dx = operator((*dy.shape[:-1], weight.k), "float32", [dy], "multiply_op", *numbers)
+        return dx, None, None
 
 
 class _LoraProduct(FusedFunction):
     def execute(self, x, weight, bias, branch, A, B):
-        inputs = [x, weight.forward_blob, A, B] + ([] if bias is None else [bias])
+        inputs = [x, A, B] + ([] if bias is None else [bias])
         rows = x.numel() // weight.k
-        kinds = weight.bf16 + 2 * (bias is not None)
         y, self.low = operator(
             [(*x.shape[:-1], weight.n), (rows, A.shape[0])], ["float32"] * 2, inputs,
-            "lora_forward_op", *branch.numbers, weight.n, kinds,
+            "lora_forward_op", weight.address, *branch.numbers, bias is not None,
         )  # fmt: skip
         return y
 
     def grad(self, dy):
         x, weight, _, branch, A, B = self.inputs
         dx, dA, dB = operator(
-            [x.shape, A.shape, B.shape], ["float32"] * 3,
-            [x, weight.backward_blob, A, B, self.low, dy],
-            "lora_backward_op", *branch.numbers, weight.n, weight.bf16,
+            [x.shape, A.shape, B.shape], ["float32"] * 3, [x, A, B, self.low, dy],
+            "lora_backward_op", weight.address, *branch.numbers,
         )  # fmt: skip
         return dx, None, None, None, dA, dB

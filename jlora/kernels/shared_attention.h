@@ -6,7 +6,7 @@
 #include "small_product.h"
 #include "vector_math.h"
 
-namespace jlora {
+namespace jlora::decode {
 // Where the key and the value of a token stand in a block of tokens (layers, 2, size, G * D).
 struct Place {
     float* block;
@@ -117,4 +117,4 @@ inline void shared_attention(const std::vector<Group>& groups, int64_t layer, in
             }
     }
 }
-}  // namespace jlora
+}  // namespace jlora::decode

@@ -13,12 +13,11 @@ class _TargetLoss(FusedFunction):
         losses, self.dhidden = operator(
             [targets.shape, hidden.shape if wanted else (1,)],
             ["float32", "float32"],
-            [hidden, head.forward_blob, head.backward_blob, targets],
+            [hidden, targets],
             "target_loss_op",
-            head.n,
+            head.address,
             smoothing,
             wanted,
-            head.bf16,
         )
         return losses
 

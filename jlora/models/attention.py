@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jlora.kernels.attention import sequences
 from jlora.runtime import jt
 
 from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
@@ -53,6 +54,20 @@ class KeyRange:
         first, last = jt.array(first.astype(np.int32)), jt.array(last.astype(np.int32))
         return cls(first, last, bool(mask[:, -1:].all()))
 
+    def positions(self, column: jt.Var) -> jt.Var:
+        """Position of the tokens of ``column`` (1, T) in each row, (B, T)."""
+        return jt.maximum(column - self.first.unsqueeze(1), jt.int32(0))
+
+    def mask(self, T: int, S: int) -> jt.Var:
+        """Which keys are real to whom, (B, 1, S)."""
+        key = jt.arange(S).unsqueeze(0)  # (1, S)
+        real = jt.logical_and(key >= self.first.unsqueeze(1), key < self.last.unsqueeze(1))
+        return real.unsqueeze(1)
+
+    def sequences(self, T: int, S: int) -> np.ndarray:
+        """See `jlora.kernels.attention.sequences`."""
+        return sequences(self.first.numpy(), self.last.numpy(), T, S)
+
     def take(self, rows: jt.Var) -> KeyRange:
         return KeyRange(self.first[rows], self.last[rows], self.open)
 
@@ -69,12 +84,40 @@ class KeyRange:
         return KeyRange(self.first, self.last + tokens)
 
 
-def positions(batch: int, tokens: int, past: int, keys: KeyRange | None) -> jt.Var:
-    """Position of each new token, (B, T) int32: counted from the row's first real token."""
+class Stream:
+    """Sequences one after the other in a single row, which do not see each other: no padding.
+
+    Attributes:
+        starts: (n + 1,) int32, where each begins, and the number of tokens.
+    """
+
+    def __init__(self, lengths):
+        self.starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+    @property
+    def longest(self) -> int:
+        return int(np.diff(self.starts).max())
+
+    def _first(self) -> np.ndarray:
+        """The first token of each token's sequence, (T,) int32."""
+        return np.repeat(self.starts[:-1], np.diff(self.starts))
+
+    def positions(self, column: jt.Var) -> jt.Var:
+        return column - jt.array(self._first()).unsqueeze(0)
+
+    def mask(self, T: int, S: int) -> jt.Var:
+        first = jt.array(self._first()).unsqueeze(1)  # (T, 1)
+        return (jt.arange(S).unsqueeze(0) >= first).unsqueeze(0)  # (1, T, S)
+
+    def sequences(self, T: int, S: int) -> np.ndarray:
+        first, count = self.starts[:-1], np.diff(self.starts)
+        return np.stack([first, count, first, count, np.zeros_like(first)], axis=1)
+
+
+def positions(batch: int, tokens: int, past: int, keys: KeyRange | Stream | None) -> jt.Var:
+    """Position of each new token, (B, T) int32: counted from its sequence's first real token."""
     column = (jt.arange(tokens) + past).int32().unsqueeze(0)  # (1, T)
-    if keys is None:
-        return column.broadcast((batch, tokens))
-    return jt.maximum(column - keys.first.unsqueeze(1), jt.int32(0))
+    return column.broadcast((batch, tokens)) if keys is None else keys.positions(column)
 
 
 class CausalAttention(nn.Module):
@@ -87,13 +130,17 @@ class CausalAttention(nn.Module):
         """An empty cache of the kind that goes with this attention."""
         return KVCache(layers)
 
-    def execute(self, q: jt.Var, k: jt.Var, v: jt.Var, keys: KeyRange | None = None) -> jt.Var:
+    reads_streams = False  # it can, at the cost of a (T, T) matrix over all of a `Stream`
+
+    def execute(
+        self, q: jt.Var, k: jt.Var, v: jt.Var, keys: KeyRange | Stream | None = None
+    ) -> jt.Var:
         """Attend.
 
         Args:
             q: (B, T, H, D) float32, the T newest tokens.
             k, v: (B, S, H_kv, D) float32, S >= T; the last T of them belong to q's tokens.
-            keys: which keys are real; None when all are.
+            keys: which keys are real; None when all are. A `Stream` is one row, B = 1.
 
         Returns:
             (B, T, H, D) float32. Rows of padding hold values that nobody may use.
@@ -109,8 +156,7 @@ class CausalAttention(nn.Module):
         seen = key <= (jt.arange(T) + (S - T)).unsqueeze(1)  # (T, S)
         seen = seen.unsqueeze(0)  # (1, T, S)
         if keys is not None:
-            real = jt.logical_and(key >= keys.first.unsqueeze(1), key < keys.last.unsqueeze(1))
-            seen = jt.logical_and(seen, real.unsqueeze(1))  # (B, T, S)
+            seen = jt.logical_and(seen, keys.mask(T, S))  # (B or 1, T, S)
         scores = scores + (1.0 - seen.float32()).unsqueeze(1) * MASKED
         weights = nn.softmax(scores, dim=-1)
         return jt.matmul(weights, v).permute(0, 2, 1, 3)  # (B, T, H, D)
@@ -157,9 +203,10 @@ class KVCache:
 
 def step_keys(
     cache: KVCache | None, attention_mask, batch: int, new_tokens: int
-) -> tuple[int, KeyRange | None]:
+) -> tuple[int, KeyRange | Stream | None]:
     """The number of past tokens and the real keys for a model call.
 
+    A `Stream` in the mask's place says where the sequences of a single row begin.
     A mask given with a cache covers past and new tokens, as in transformers. Without one the
     cache's own ranges go on: rows that were padded on the left stay so.
 
@@ -167,6 +214,14 @@ def step_keys(
         ValueError: the mask does not fit the tokens, or the cache cannot go on without one.
     """
     past = 0 if cache is None else cache.length
+    if isinstance(attention_mask, Stream):
+        tokens = int(attention_mask.starts[-1])
+        if cache is not None or (batch, new_tokens) != (1, tokens):
+            raise ValueError(
+                f"a stream of {tokens} tokens needs input_ids of shape (1, {tokens}) and no cache, "
+                f"got {(batch, new_tokens)}"
+            )
+        return 0, attention_mask
     if attention_mask is not None:
         keys = KeyRange.from_mask(attention_mask)
         covered = tuple(np.shape(attention_mask))

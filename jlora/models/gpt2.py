@@ -6,7 +6,14 @@ import math
 from dataclasses import asdict, dataclass, fields
 
 from jlora.layers import Conv1D
-from jlora.models.attention import CausalAttention, KeyRange, KVCache, positions, step_keys
+from jlora.models.attention import (
+    CausalAttention,
+    KeyRange,
+    KVCache,
+    Stream,
+    positions,
+    step_keys,
+)
 from jlora.models.head import CausalLM, LanguageHead
 from jlora.runtime import jt
 
@@ -93,7 +100,7 @@ class Attention(nn.Module):
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
         self.attention = CausalAttention()
 
-    def execute(self, x: jt.Var, keys: KeyRange | None, cache: KVCache | None) -> jt.Var:
+    def execute(self, x: jt.Var, keys: KeyRange | Stream | None, cache: KVCache | None) -> jt.Var:
         B, T, C = x.shape
         qkv = self.c_attn(x).reshape(B, T, 3, self.heads, C // self.heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # each (B, T, H, D)
@@ -122,7 +129,7 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def execute(self, x: jt.Var, keys: KeyRange | None, cache: KVCache | None) -> jt.Var:
+    def execute(self, x: jt.Var, keys: KeyRange | Stream | None, cache: KVCache | None) -> jt.Var:
         x = x + self.attn(self.ln_1(x), keys, cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -140,8 +147,9 @@ class GPT2Model(nn.Module):
         B, T = input_ids.shape
         past, keys = step_keys(cache, attention_mask, B, T)
         limit = self.wpe.weight.shape[0]
-        if past + T > limit:  # Jittor would look up zeros for the positions beyond
-            raise ValueError(f"{past + T} tokens are more than the model's {limit} positions")
+        longest = keys.longest if isinstance(keys, Stream) else past + T
+        if longest > limit:  # Jittor would look up zeros for the positions beyond
+            raise ValueError(f"{longest} tokens are more than the model's {limit} positions")
         x = self.wte(input_ids) + self.wpe(positions(B, T, past, keys))  # (B, T, C)
         for block in self.h:
             x = block(x, keys, cache)

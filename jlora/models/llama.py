@@ -10,7 +10,14 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
-from jlora.models.attention import CausalAttention, KeyRange, KVCache, positions, step_keys
+from jlora.models.attention import (
+    CausalAttention,
+    KeyRange,
+    KVCache,
+    Stream,
+    positions,
+    step_keys,
+)
 from jlora.models.head import CausalLM, LanguageHead
 from jlora.runtime import jt
 
@@ -176,7 +183,7 @@ class Attention(nn.Module):
         self.rotary = Rotary()
         self.attention = CausalAttention()
 
-    def execute(self, x, cos, sin, keys: KeyRange | None, cache: KVCache | None) -> jt.Var:
+    def execute(self, x, cos, sin, keys: KeyRange | Stream | None, cache: KVCache | None) -> jt.Var:
         B, T, _ = x.shape
         q = self.q_proj(x).reshape(B, T, self.heads, self.head_dim)
         k = self.k_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
@@ -208,7 +215,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def execute(self, x, cos, sin, keys: KeyRange | None, cache: KVCache | None) -> jt.Var:
+    def execute(self, x, cos, sin, keys: KeyRange | Stream | None, cache: KVCache | None) -> jt.Var:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, keys, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 

@@ -7,14 +7,12 @@ plain layers in ``jlora.models`` remain the definition of what is computed.
 
 from __future__ import annotations
 
-import numpy as np
-
-from jlora import layers, machine, runtime
+from jlora import layers, machine
 from jlora.beam_cache import BeamCache
+from jlora.engine.blocks import BLOCKS
+from jlora.engine.products import PACKED, FrozenProduct
 from jlora.errors import UserError
-from jlora.kernels import attention, elementwise, native, target_loss
-from jlora.kernels.packed_linear import Branch, PackedWeight
-from jlora.layers.base import identity
+from jlora.kernels import attention, elementwise, native, packed_linear
 from jlora.models import attention as models_attention
 from jlora.models import gpt2, llama
 from jlora.models.head import LanguageHead
@@ -26,6 +24,8 @@ PRECISIONS = ("plain", "fp32", "bf16")
 
 
 class FusedAttention(models_attention.CausalAttention):
+    reads_streams = True
+
     def execute(self, q, k, v, keys=None):
         return attention.causal_attention(q, k, v, keys)
 
@@ -62,62 +62,6 @@ class FusedRotary(llama.Rotary):
         return elementwise.rotary(x, cos, sin)
 
 
-class FrozenProduct:
-    """``W x + b`` with a packed copy of a frozen W."""
-
-    def __init__(self, weight: jt.Var, bias: jt.Var | None, transposed: bool = False):
-        self.weight, self.bias = weight, bias
-        self.packed = PackedWeight(weight, transposed, bf16=True)
-
-    def __call__(self, x: jt.Var) -> jt.Var:
-        if self.bias is None or self.bias.is_stop_grad():
-            return self.packed(x, self.bias)
-        return self.packed(x) + self.bias
-
-    def with_lora(self, x: jt.Var, layer) -> jt.Var | None:
-        """The whole of a LoRA layer in one operator, or None where the layer has more to it."""
-        drop = layer.lora_dropout
-        trained_bias = self.bias is not None and not self.bias.is_stop_grad()
-        dropped = isinstance(drop, elementwise.FusedDropout)
-        if trained_bias or layer.lora_A.dtype != "float32" or not (dropped or drop is identity):
-            return None
-        p = drop.p if dropped and drop.is_train else 0.0
-        seed = int(np.random.randint(2**31)) if p else 0
-        enabled = tuple(getattr(layer, "enable_lora", (True,)))
-        branch = Branch(layer.lora_A, layer.lora_B, enabled, layer.scaling, p, seed)
-        return self.packed.with_lora(x, self.bias, branch)
-
-    def fits(self, weight: jt.Var) -> bool:
-        """Whether the copy stands for ``weight``: the same Var, and not trained meanwhile.
-
-        A copied module (``modules_to_save``) and a disabled one have another.
-        """
-        return weight is self.weight and weight.is_stop_grad()
-
-
-class PackedLinear(nn.Linear):
-    def execute(self, x):
-        product = self._packed
-        return product(x) if product.fits(self.weight) else super().execute(x)
-
-
-class PackedConv1D(layers.Conv1D):
-    def execute(self, x):
-        product = self._packed
-        return product(x) if product.fits(self.weight) else super().execute(x)
-
-
-class PackedHead(LanguageHead):
-    def execute(self, hidden, weight):
-        product = self._packed
-        return product(hidden) if product.fits(weight) else super().execute(hidden, weight)
-
-    def losses(self, hidden, weight, targets, smoothing):
-        if not self._packed.fits(weight):
-            return super().losses(hidden, weight, targets, smoothing)
-        return target_loss.target_loss(hidden, self._packed.packed, targets, smoothing)
-
-
 FUSED = {
     models_attention.CausalAttention: FusedAttention,
     llama.SwiGLU: FusedSwiGLU,
@@ -128,8 +72,7 @@ FUSED = {
     llama.RMSNorm: FusedRMSNorm,
     gpt2.LayerNorm: FusedLayerNorm,
 }
-PACKED = {nn.Linear: PackedLinear, layers.Conv1D: PackedConv1D, LanguageHead: PackedHead}
-PLAIN = {fused: plain for plain, fused in {**FUSED, **PACKED}.items()}
+PLAIN = {fused: plain for plain, fused in {**FUSED, **PACKED, **BLOCKS}.items()}
 
 
 def choose_precision() -> tuple[str, str]:
@@ -139,10 +82,10 @@ def choose_precision() -> tuple[str, str]:
     problem = native.problem()
     if problem is not None:
         return "plain", problem
-    if runtime.find_onednn() is None:
-        return "fp32", "oneDNN, which multiplies bf16, was not found"
+    if not packed_linear.available():
+        return "fp32", "neither AMX nor oneDNN multiplies bf16 here"
     features = machine.cpu_features()
-    if "AMX_BF16" in features and runtime.packaged_onednn() is not None:
+    if packed_linear.uses_amx():
         return "bf16", "the processor multiplies bf16 by AMX"
     if any("BF16" in name for name in features):
         return "bf16", "the processor multiplies bf16"
@@ -186,6 +129,9 @@ def prepare(model, precision: str = "auto") -> str:
         except UserError:
             restore(model)
             raise
+        for module in model.modules():
+            if type(module) in BLOCKS:
+                module.__class__ = BLOCKS[type(module)]
     return precision
 
 
@@ -194,7 +140,7 @@ def restore(model) -> None:
     for module in model.modules():
         if type(module) in PLAIN:
             module.__class__ = PLAIN[type(module)]
-        for name in ("_packed", "_engine"):
+        for name in ("_packed", "_engine", "_plans"):
             module.__dict__.pop(name, None)
 
 
@@ -204,10 +150,10 @@ def _check(model, precision: str) -> None:
     problem = native.problem()
     if problem is not None:
         raise UserError(f"precision {precision} is not to be had: {problem}")
-    if precision == "bf16" and runtime.find_onednn() is None:
+    if precision == "bf16" and not packed_linear.available():
         raise UserError(
-            "precision bf16 needs oneDNN, which was not found; `jlora doctor` says how to get it, "
-            "and precisions fp32 and plain run without"
+            "precision bf16 needs a processor with AMX, or oneDNN, which was not found; "
+            "`jlora doctor` says how to get it, and precisions fp32 and plain run without"
         )
     for name, parameter in model.named_parameters():
         if parameter.dtype != "float32":

@@ -1,0 +1,85 @@
+"""Layers whose frozen weight is multiplied from a packed copy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from jlora import layers
+from jlora.kernels import elementwise, target_loss
+from jlora.kernels.packed_linear import Branch, PackedWeight
+from jlora.layers.base import identity
+from jlora.models.head import LanguageHead
+from jlora.runtime import jt
+
+from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
+
+
+class FrozenProduct:
+    """``W x + b`` with a packed copy of a frozen W."""
+
+    def __init__(self, weight: jt.Var, bias: jt.Var | None, transposed: bool = False):
+        self.weight, self.bias = weight, bias
+        self.packed = PackedWeight(weight, transposed)
+
+    def __call__(self, x: jt.Var) -> jt.Var:
+        if self.bias is None or self.bias.is_stop_grad():
+            return self.packed(x, self.bias)
+        return self.packed(x) + self.bias
+
+    @property
+    def trains_bias(self) -> bool:
+        return self.bias is not None and not self.bias.is_stop_grad()
+
+    def branch(self, layer) -> Branch | None:
+        """The low-rank branch of a LoRA layer, or None where the layer has more to it."""
+        drop = layer.lora_dropout
+        dropped = isinstance(drop, elementwise.FusedDropout)
+        if layer.lora_A.dtype != "float32" or not (dropped or drop is identity):
+            return None
+        p = drop.p if dropped and drop.is_train else 0.0
+        enabled = tuple(getattr(layer, "enable_lora", (True,)))
+        return Branch(layer.lora_A, layer.lora_B, enabled, layer.scaling, p)
+
+    def with_lora(self, x: jt.Var, layer) -> jt.Var | None:
+        """The whole of a LoRA layer in one operator, or None where that cannot be."""
+        branch = self.branch(layer)
+        if branch is None or self.trains_bias:
+            return None
+        if branch.p:
+            branch = replace(branch, seed=int(np.random.randint(2**31)))
+        return self.packed.with_lora(x, self.bias, branch)
+
+    def fits(self, weight: jt.Var) -> bool:
+        """Whether the copy stands for ``weight``: the same Var, and not trained meanwhile.
+
+        A copied module (``modules_to_save``) and a disabled one have another.
+        """
+        return weight is self.weight and weight.is_stop_grad()
+
+
+class PackedLinear(nn.Linear):
+    def execute(self, x):
+        product = self._packed
+        return product(x) if product.fits(self.weight) else super().execute(x)
+
+
+class PackedConv1D(layers.Conv1D):
+    def execute(self, x):
+        product = self._packed
+        return product(x) if product.fits(self.weight) else super().execute(x)
+
+
+class PackedHead(LanguageHead):
+    def execute(self, hidden, weight):
+        product = self._packed
+        return product(hidden) if product.fits(weight) else super().execute(hidden, weight)
+
+    def losses(self, hidden, weight, targets, smoothing):
+        if not self._packed.fits(weight):
+            return super().losses(hidden, weight, targets, smoothing)
+        return target_loss.target_loss(hidden, self._packed.packed, targets, smoothing)
+
+
+PACKED = {nn.Linear: PackedLinear, layers.Conv1D: PackedConv1D, LanguageHead: PackedHead}

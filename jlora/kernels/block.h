@@ -1,0 +1,347 @@
+// A whole transformer block, forward and backward, over a stream of tokens: norm, query-key-value
+// product, attention, output product, norm, MLP, with low-rank branches on any of the products.
+//
+// Products read bf16, everything else and all sums are float32; the residual stream enters and leaves
+// as float32. Of a pass is kept what the way back cannot recompute cheaply (`Saved`).
+#pragma once
+#include <algorithm>
+#include <vector>
+#include "attention.h"
+#include "elementwise.h"
+#include "lora.h"
+#include "product.h"
+
+namespace jlora {
+// What Python hands over; block.py mirrors these.
+struct LinearSpec {
+    const Weight* weight;
+    int64_t r, blocks, flags;  // of its low-rank branch; r 0: none
+    double scale, p;
+};
+struct JointSpec {  // linear layers that read the same rows
+    int64_t count;
+    LinearSpec linears[3];
+    const float* bias;  // (all outputs,) or null
+};
+struct BlockSpec {
+    int64_t width, heads, key_heads, head_size, inner;
+    int64_t gated;          // Llama's RMSNorm, rotary embedding and SwiGLU; else LayerNorm and GELU
+    double eps;
+    const float *norm1, *norm1_bias, *norm2, *norm2_bias;
+    JointSpec qkv, out, up, down;
+    int64_t qkv_width() const { return (heads + 2 * key_heads) * head_size; }
+};
+
+// The arrays of one call. A sequence i is rows starts[i] to starts[i + 1] of the stream.
+struct BlockCall {
+    int64_t rows, sequences;
+    const float* x;              // (rows, width)
+    const int* starts;
+    const float *cos, *sin;      // (rows, head_size / 2), with rotary embedding
+    std::vector<const float*> adapters;  // A and B of each branch, in the order of the layers
+    std::vector<float*> gradients;       // likewise, in the backward pass
+    uint64_t seed;               // of dropout
+};
+
+// Kept from the forward to the backward pass, in one piece of memory.
+struct Saved {
+    float *mid, *lse, *low_qkv, *low_out, *low_up, *low_down;
+    uint16_t* qkv;               // (rows, qkv_width), before rotary embedding
+    Rows attended, up, gate;     // up: before the activation
+    int64_t bytes = 0;
+
+    // memory null: only counts the bytes
+    Saved(char* memory, const BlockSpec& s, int64_t rows) {
+        char* at = memory ? (char*)up_to((int64_t)(uintptr_t)memory, line) : nullptr;
+        auto take = [&](int64_t size) {
+            char* own = at + bytes;
+            bytes += up_to(size, line);
+            return own;
+        };
+        auto floats = [&](int64_t count) { return (float*)take(count * 4); };
+        auto rows_of = [&](int64_t width) { return Rows{(uint16_t*)take(Rows::numbers(rows, width) * 2), rows, width}; };
+        auto low = [&](const JointSpec& joint) {
+            int64_t rank = 0;
+            for (int64_t i = 0; i < joint.count; i++)
+                rank += joint.linears[i].r * __builtin_popcountll(joint.linears[i].flags);
+            return floats(rows * rank);
+        };
+        mid = floats(rows * s.width), lse = floats(rows * s.heads);
+        low_qkv = low(s.qkv), low_out = low(s.out), low_up = low(s.up), low_down = low(s.down);
+        qkv = (uint16_t*)take(rows * s.qkv_width() * 2);
+        attended = rows_of(s.heads * s.head_size), up = rows_of(s.inner), gate = rows_of(s.gated ? s.inner : 0);
+        bytes += line;  // room to begin on a line
+    }
+};
+
+struct Joint {
+    Weights weights;
+    const float* bias;
+    LowRank low;
+
+    // next: place among the adapters of this joint's first branch; moves on.
+    Joint(const JointSpec& s, const BlockCall& call, size_t& next)
+        : weights{{}, s.count}, bias(s.bias), low(s.linears[0].weight->k, outputs(s), branches(s, call, next)) {
+        for (int64_t i = 0; i < s.count; i++) weights.list[i] = s.linears[i].weight;
+    }
+    static int64_t outputs(const JointSpec& s) {
+        int64_t sum = 0;
+        for (int64_t i = 0; i < s.count; i++) sum += s.linears[i].weight->n;
+        return sum;
+    }
+    static std::vector<Branch> branches(const JointSpec& s, const BlockCall& call, size_t& next) {
+        std::vector<Branch> all;
+        for (int64_t i = 0, first = 0; i < s.count; first += s.linears[i++].weight->n) {
+            const LinearSpec& l = s.linears[i];
+            if (!l.r) continue;
+            const bool back = !call.gradients.empty();
+            all.push_back({call.adapters[next], call.adapters[next + 1], back ? call.gradients[next] : nullptr,
+                back ? call.gradients[next + 1] : nullptr, first, l.weight->n, l.r, l.blocks, l.flags, (float)l.scale,
+                l.p, call.seed * 64 + next});
+            next += 2;
+        }
+        return all;
+    }
+    // store(m, n, values): 32 finished outputs
+    template <typename Store>
+    void forward(const Rows& x, float* low_kept, Store store) {
+        low.forward(x, low_kept);
+        product(x, weights, [&](int64_t m, int64_t n, const float* left, const float* right) {
+            alignas(64) float y[32];
+            for (int i = 0; i < 16; i++) y[i] = left[i], y[i + 16] = right[i];
+            if (bias) for (int i = 0; i < 32; i++) y[i] += bias[n + i];
+            low.add(m, n, y);
+            store(m, n, y);
+        });
+    }
+    // store(m, k, values): the gradient of 32 inputs
+    template <typename Store>
+    void backward(const Rows& dy, Store store) {
+        product_back(dy, weights, [&](int64_t m, int64_t k, const float* left, const float* right) {
+            alignas(64) float dx[32];
+            for (int i = 0; i < 16; i++) dx[i] = left[i], dx[i + 16] = right[i];
+            if (low.rank()) low.add_back(m, k, dx);
+            store(m, k, dx);
+        });
+    }
+};
+
+class Block {
+public:
+    Block(const BlockSpec& spec, const BlockCall& call) : s(spec), c(call), C(spec.width), M(call.rows),
+        qkv(spec.qkv, call, next_), out(spec.out, call, next_), up(spec.up, call, next_), down(spec.down, call, next_) {}
+
+    void forward(const Saved& saved, float* y) {
+        static Buffer<uint16_t> for_normed, for_active;
+        const Rows normed = rows_in(for_normed, M, C), active = rows_in(for_active, M, s.inner);
+        normalise(c.x, s.norm1, s.norm1_bias, normed);
+        const int64_t W = s.qkv_width();
+        qkv.forward(normed, saved.low_qkv, [&](int64_t m, int64_t n, const float* v) { to_bf16(v, saved.qkv + m * W + n, 32); });
+        attention(saved);
+        out.forward(saved.attended, saved.low_out, [&](int64_t m, int64_t n, const float* v) {
+            for (int i = 0; i < 32; i++) saved.mid[m * C + n + i] = c.x[m * C + n + i] + v[i];
+        });
+        normalise(saved.mid, s.norm2, s.norm2_bias, normed);
+        up.forward(normed, saved.low_up, [&](int64_t m, int64_t n, float* v) {
+            const bool gate = s.gated && n < s.inner;
+            to_bf16(v, gate ? saved.gate.at(m, n) : saved.up.at(m, s.gated ? n - s.inner : n), 32);
+            if (s.gated) return;
+            for (int i = 0; i < 32; i++) v[i] = gelu(v[i]);
+            to_bf16(v, active.at(m, n), 32);
+        });
+        if (s.gated) activate(saved, active);
+        down.forward(active, saved.low_down, [&](int64_t m, int64_t n, const float* v) {
+            for (int i = 0; i < 32; i++) y[m * C + n + i] = saved.mid[m * C + n + i] + v[i];
+        });
+    }
+
+    // dx null: nobody asks for the gradient of the block's input.
+    void backward(const Saved& saved, const float* dy, float* dx) {
+        static Buffer<uint16_t> for_dres, for_rows, for_dup, for_dqkv;
+        static Buffer<float> for_dmid, for_dnormed, for_dattended, for_dlow;
+        const int64_t W = s.qkv_width(), A = s.heads * s.head_size;
+        const Rows dres = rows_in(for_dres, M, C), dup = rows_in(for_dup, M, s.inner * (s.gated ? 2 : 1));
+        float *dmid = for_dmid.of(M * C), *dnormed = for_dnormed.of(M * C), *dattended = for_dattended.of(M * A);
+        round_rows(dy, dres);
+        if (down.low.rank()) {
+            const Rows active = rows_in(for_rows, M, s.inner);
+            activate(saved, active);
+            down.low.backward(active, dres, saved.low_down, for_dlow);
+        }
+        down.backward(dres, [&](int64_t m, int64_t k, const float* v) {
+            alignas(64) float u[32], g[32], du[32];
+            to_float(saved.up.at(m, k), u, 32);
+            if (s.gated) {
+                to_float(saved.gate.at(m, k), g, 32);
+                for (int i = 0; i < 32; i++) {
+                    const float sig = sigmoid(g[i]), silu = g[i] * sig;
+                    du[i] = v[i] * silu;
+                    g[i] = v[i] * u[i] * (sig + silu * (1.0f - sig));
+                }
+                to_bf16(g, dup.at(m, k), 32);
+            } else {
+                for (int i = 0; i < 32; i++) du[i] = v[i] * gelu_slope(u[i]);
+            }
+            to_bf16(du, dup.at(m, s.gated ? s.inner + k : k), 32);
+        });
+        if (up.low.rank()) {
+            const Rows normed = rows_in(for_rows, M, C);
+            normalise(saved.mid, s.norm2, s.norm2_bias, normed);
+            up.low.backward(normed, dup, saved.low_up, for_dlow);
+        }
+        up.backward(dup, [&](int64_t m, int64_t k, const float* v) { std::copy_n(v, 32, dnormed + m * C + k); });
+        normalise_back(saved.mid, s.norm2, dnormed, dy, dmid);
+
+        round_rows(dmid, dres);
+        if (out.low.rank()) out.low.backward(saved.attended, dres, saved.low_out, for_dlow);
+        out.backward(dres, [&](int64_t m, int64_t k, const float* v) { std::copy_n(v, 32, dattended + m * A + k); });
+        const Rows dqkv = rows_in(for_dqkv, M, W);
+        attention_back(saved, dattended, dqkv);
+        if (qkv.low.rank()) {
+            const Rows normed = rows_in(for_rows, M, C);
+            normalise(c.x, s.norm1, s.norm1_bias, normed);
+            qkv.low.backward(normed, dqkv, saved.low_qkv, for_dlow);
+        }
+        if (!dx) return;
+        qkv.backward(dqkv, [&](int64_t m, int64_t k, const float* v) { std::copy_n(v, 32, dnormed + m * C + k); });
+        normalise_back(c.x, s.norm1, dnormed, dmid, dx);
+    }
+
+private:
+    const BlockSpec& s;
+    const BlockCall& c;
+    const int64_t C, M;
+    size_t next_ = 0;  // before the joints, which count with it
+    Joint qkv, out, up, down;
+
+    struct Moments { float mean, rstd; };
+    Moments moments(const float* row) const {
+        float sum = 0, square = 0;
+        if (!s.gated) for (int64_t j = 0; j < C; j++) sum += row[j];
+        const float mean = sum / C;
+        for (int64_t j = 0; j < C; j++) square += (row[j] - mean) * (row[j] - mean);
+        return {mean, 1.0f / std::sqrt(square / C + (float)s.eps)};
+    }
+    void normalise(const float* x, const float* weight, const float* bias, const Rows& y) const {
+        #pragma omp parallel for schedule(static)
+        for (int64_t m = 0; m < M; m++) {
+            const float* row = x + m * C;
+            const Moments of = moments(row);
+            for (int64_t k = 0; k < C; k += 32) {
+                alignas(64) float v[32];
+                for (int i = 0; i < 32; i++) v[i] = (row[k + i] - of.mean) * of.rstd * weight[k + i];
+                if (bias) for (int i = 0; i < 32; i++) v[i] += bias[k + i];
+                to_bf16(v, y.at(m, k), 32);
+            }
+        }
+    }
+    // dx = the norm's gradient + what flows past it
+    void normalise_back(const float* x, const float* weight, const float* dy, const float* past, float* dx) const {
+        #pragma omp parallel for schedule(static)
+        for (int64_t m = 0; m < M; m++) {
+            const float *row = x + m * C, *g = dy + m * C;
+            const Moments of = moments(row);
+            float sum = 0, along = 0;
+            for (int64_t j = 0; j < C; j++) {
+                const float w = g[j] * weight[j];
+                sum += w;
+                along += w * (row[j] - of.mean);
+            }
+            const float c0 = s.gated ? 0.0f : sum / C, c1 = along * of.rstd * of.rstd / C;
+            for (int64_t j = 0; j < C; j++)
+                dx[m * C + j] = past[m * C + j] + of.rstd * (g[j] * weight[j] - c0 - (row[j] - of.mean) * c1);
+        }
+    }
+    void activate(const Saved& saved, const Rows& active) const {
+        #pragma omp parallel for schedule(static)
+        for (int64_t m = 0; m < M; m++)
+            for (int64_t k = 0; k < s.inner; k += 32) {
+                alignas(64) float u[32], g[32];
+                to_float(saved.up.at(m, k), u, 32);
+                if (s.gated) {
+                    to_float(saved.gate.at(m, k), g, 32);
+                    for (int i = 0; i < 32; i++) u[i] *= g[i] * sigmoid(g[i]);
+                } else {
+                    for (int i = 0; i < 32; i++) u[i] = gelu(u[i]);
+                }
+                to_bf16(u, active.at(m, k), 32);
+            }
+    }
+
+    // Rotates `heads` heads of every row by its position's angle; sign -1 turns back.
+    void turn(float* x, int64_t first, int64_t T, int64_t heads, float sign) const {
+        const int64_t D = s.head_size, half = D / 2;
+        if (!c.cos) return;
+        for (int64_t t = 0; t < T; t++) {
+            const float *cos = c.cos + (first + t) * half, *sin = c.sin + (first + t) * half;
+            for (int64_t h = 0; h < heads; h++) {
+                float* a = x + (t * heads + h) * D;
+                for (int64_t j = 0; j < half; j++) {
+                    const float l = a[j], r = a[j + half];
+                    a[j] = l * cos[j] - sign * r * sin[j];
+                    a[j + half] = r * cos[j] + sign * l * sin[j];
+                }
+            }
+        }
+    }
+    // One sequence's queries, keys and values of key head g, in a thread's memory.
+    struct Heads { std::vector<float> q, k, v, o, d, dq, dk, dv; };
+    Group load(Heads& heads, const Saved& saved, int64_t i, int64_t g) const {
+        const int64_t first = c.starts[i], T = c.starts[i + 1] - first, D = s.head_size, per = s.heads / s.key_heads;
+        const int64_t W = s.qkv_width();
+        const uint16_t* from = saved.qkv + first * W;
+        heads.q.resize(T * per * D), heads.k.resize(T * D), heads.v.resize(T * D), heads.o.resize(T * per * D);
+        for (int64_t t = 0; t < T; t++) {
+            to_float(from + t * W + g * per * D, heads.q.data() + t * per * D, per * D);
+            to_float(from + t * W + (s.heads + g) * D, heads.k.data() + t * D, D);
+            to_float(from + t * W + (s.heads + s.key_heads + g) * D, heads.v.data() + t * D, D);
+        }
+        turn(heads.q.data(), first, T, per, 1), turn(heads.k.data(), first, T, 1, 1);
+        return {T, T, 0, per, D, 1.0f / std::sqrt((float)D), heads.q.data(), heads.k.data(), heads.v.data(),
+            per * D, D, saved.lse + g * per * M + first, M};
+    }
+    // (T, width) -> columns from `column` on of rows from `first` on
+    static void store(const float* x, int64_t T, int64_t width, const Rows& to, int64_t first, int64_t column) {
+        for (int64_t t = 0; t < T; t++)
+            for (int64_t k = 0; k < width; k += 32) to_bf16(x + t * width + k, to.at(first + t, column + k), 32);
+    }
+    void attention(const Saved& saved) const {
+        #pragma omp parallel
+        {
+            AttentionRoom room;
+            Heads heads;
+            #pragma omp for collapse(2) schedule(dynamic)
+            for (int64_t i = 0; i < c.sequences; i++)
+                for (int64_t g = 0; g < s.key_heads; g++) {
+                    const Group group = load(heads, saved, i, g);
+                    attend(group, room, heads.o.data(), group.q_row);
+                    store(heads.o.data(), group.T, group.q_row, saved.attended, c.starts[i], g * group.q_row);
+                }
+        }
+    }
+    void attention_back(const Saved& saved, const float* dattended, const Rows& dqkv) const {
+        const int64_t A = s.heads * s.head_size, D = s.head_size;
+        #pragma omp parallel
+        {
+            AttentionRoom room;
+            Heads heads;
+            #pragma omp for collapse(2) schedule(dynamic)
+            for (int64_t i = 0; i < c.sequences; i++)
+                for (int64_t g = 0; g < s.key_heads; g++) {
+                    const Group group = load(heads, saved, i, g);
+                    const int64_t first = c.starts[i], T = group.T, row = group.q_row, column = g * row;
+                    heads.dq.resize(T * row), heads.dk.assign(T * D, 0.0f), heads.dv.assign(T * D, 0.0f);
+                    for (int64_t t = 0; t < T; t++)
+                        for (int64_t k = 0; k < row; k += 32)
+                            to_float(saved.attended.at(first + t, column + k), heads.o.data() + t * row + k, 32);
+                    attend_back(group, room, heads.o.data(), row, dattended + first * A + column, A,
+                        heads.dq.data(), heads.dk.data(), heads.dv.data());
+                    turn(heads.dq.data(), first, T, row / D, -1), turn(heads.dk.data(), first, T, 1, -1);
+                    store(heads.dq.data(), T, row, dqkv, first, column);
+                    store(heads.dk.data(), T, D, dqkv, first, (s.heads + g) * D);
+                    store(heads.dv.data(), T, D, dqkv, first, (s.heads + s.key_heads + g) * D);
+                }
+        }
+    }
+};
+}  // namespace jlora
