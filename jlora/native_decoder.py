@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jlora.kernels.decoder import run_prompts, run_step
+from jlora.kernels.decoder import head_topk, run_prompts, run_step
 from jlora.kernels.topk import log_softmax_topk
 from jlora.native_model import NativeModel
 from jlora.runtime import jt
 
 SLAB = 1024  # tokens of a slab
 PROMPT_TOKENS = 1024  # tokens of prompts run together, about
+FUSED_K = 64  # for a larger k the lists of the fused head cost more than the logits
 
 
 class NativeDecoder:
@@ -93,6 +94,8 @@ class NativeDecoder:
 
     def best(self, k: int, banned=None, penalised=None, penalty: float = 1.0):
         """The k likeliest next tokens; see `jlora.kernels.topk.log_softmax_topk`."""
+        if self.model.head is not None and k <= FUSED_K:
+            return head_topk(self.hidden, self.model.head, k, banned, penalised, penalty)
         with jt.no_grad():
             logits = self._source.lm_head_logits(jt.array(self.hidden))
         return log_softmax_topk(logits, k, banned, penalised, penalty)

@@ -6,7 +6,7 @@ import numpy as np
 
 from jlora import engine, layers
 from jlora.adapters import PeftModel
-from jlora.engine.products import PackedConv1D, PackedLinear
+from jlora.engine.products import PackedConv1D, PackedHead, PackedLinear
 from jlora.kernels import native, packed_linear
 from jlora.kernels.decoder import BLOCK, COLUMNS_FIRST, LINEAR, MODEL, NORM, PACKED, ROWS_FIRST
 from jlora.layers.base import Conv1D
@@ -27,6 +27,7 @@ class NativeModel:
     Attributes:
         model, blocks: MODEL (1,) and BLOCK (layers,), see `jlora.kernels.decoder`.
         width: floats that one token's keys take in one layer.
+        head: address of the head's packed weight; None where it is not packed.
 
     Raises:
         _Unsupported: the model has parts of another kind.
@@ -43,6 +44,10 @@ class NativeModel:
         else:
             raise _Unsupported
         self.model["layers"] = len(self.blocks)
+        packed = model.head._packed if type(model.head) is PackedHead else None
+        fits = packed is not None and packed.fits(model.output_embedding)
+        self.head = packed.packed.address if fits else None
+        self._held.append(packed)
         self.width = int(self.model["G"][0] * self.model["D"][0])
 
     @property

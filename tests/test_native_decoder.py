@@ -16,9 +16,7 @@ from jlora.kernels import packed_linear
 from jlora.native_decoder import NativeDecoder
 from jlora.native_model import native_model
 
-pytestmark = pytest.mark.skipif(
-    not packed_linear.available(), reason="no bf16 products here"
-)
+pytestmark = pytest.mark.skipif(not packed_linear.available(), reason="no bf16 products here")
 
 LORA = {"r": 2, "lora_alpha": 4}
 

@@ -103,7 +103,9 @@ inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens
     float *x = for_x.of(R * C), *qkv = for_qkv.of(R * heads), *q = for_q.of(R * wide), *attended = for_attended.of(R * wide);
     float *inner = for_inner.of(R * 2 * m.inner), *turns = for_turns.of(R * m.D);
     const auto add_to_x = [&](int64_t m, int64_t n, const float* v, int64_t count) {
-        for (int64_t i = 0; i < count; i++) x[m * C + n + i] += v[i];
+        float* y = x + m * C + n;
+        if (count == 32) for (int i = 0; i < 32; i++) y[i] += v[i];
+        else for (int64_t i = 0; i < count; i++) y[i] += v[i];
     };
     embed(m, tokens, R, x);
     if (!m.positions) angles(m, tokens, turns);
@@ -112,21 +114,21 @@ inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens
         const Input normed = for_normed.of(R, C, b.qkv, b.qkv_count());
         normalise(b.before_attention, m.eps, x, C, normed);
         apply(b.qkv, b.qkv_count(), normed, [&](int64_t m, int64_t n, const float* v, int64_t count) {
-            std::copy_n(v, count, qkv + m * heads + n);
+            copy_run(v, count, qkv + m * heads + n);
         });
         place_heads(m, tokens, layer, qkv, turns, q);
         attend(layer, q, attended);
         const Input out = for_out.of(R, wide, &b.out, 1);
         #pragma omp parallel for schedule(static)
         for (int64_t i = 0; i < R; i++)
-            out.put_row(i, [&](int64_t k, int64_t n, float* v) { std::copy_n(attended + i * wide + k, n, v); });
+            out.put_row(i, [&](int64_t k, int64_t n, float* v) { copy_run(attended + i * wide + k, n, v); });
         apply(&b.out, 1, out, add_to_x);
 
         const int64_t parts = b.in_count();
         const Input again = for_normed.of(R, C, b.in, parts), active = for_active.of(R, m.inner, &b.down, 1);
         normalise(b.before_mlp, m.eps, x, C, again);
         apply(b.in, parts, again, [&](int64_t row, int64_t n, const float* v, int64_t count) {
-            std::copy_n(v, count, inner + row * parts * m.inner + n);
+            copy_run(v, count, inner + row * parts * m.inner + n);
         });
         #pragma omp parallel for schedule(static)
         for (int64_t i = 0; i < R; i++)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from jlora.kernels.native import run
+from jlora.kernels.topk import rectangle
 
 # Kinds of weights: a `PackedWeight`, plain floats (n, k), plain floats (k, n).
 PACKED, ROWS_FIRST, COLUMNS_FIRST = 1, 2, 3
@@ -62,3 +63,20 @@ def run_step(
     arrays = [model, blocks, ids, positions, prompts, prompt_lengths, table, lengths, slabs]
     run("run_step_op", arrays, [hidden], slab_size)
     return hidden
+
+
+def head_topk(
+    hidden: np.ndarray, head: int, k: int, banned=None, penalised=None, penalty: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """`jlora.kernels.topk.log_softmax_topk` of the head's logits, which are never written.
+
+    Args:
+        hidden: (rows, C) float32.
+        head: address of the head's packed weight.
+        k: at most the size of the vocabulary.
+    """
+    rows = len(hidden)
+    values, ids = np.empty((rows, k), np.float32), np.empty((rows, k), np.int32)
+    edits = [np.ascontiguousarray(rectangle(lists, rows)) for lists in (penalised, banned)]
+    run("head_topk_op", [hidden, *edits], [values, ids], head, penalty)
+    return values, ids

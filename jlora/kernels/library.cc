@@ -8,6 +8,7 @@
 #define JLORA_PRODUCTS
 #include "block.h"
 #include "decoder.h"
+#include "head_topk.h"
 #include "target_loss.h"
 #endif
 
@@ -224,5 +225,12 @@ JLORA_OPERATOR(run_step_op) {
     decode::run_step(*in[0].as<decode::Model>(), in[1].as<decode::Block>(), in[2].size, in[2].as<int>(),
         in[3].as<int>(), in[4].as<float*>(), in[5].as<int>(), in[6].as<int>(), in[6].shape[1], in[7].as<int>(),
         in[8].as<float*>(), (int64_t)number[0], in[8].size, out[0].out());
+}
+// hidden (rows, C), penalised and banned ids (rows, any) -> values, ids (rows, k); number: address of
+// the head's weight, penalty.
+JLORA_OPERATOR(head_topk_op) {
+    const Edits edits{in[1].as<int>(), in[2].as<int>(), in[1].shape[1], in[2].shape[1], (float)number[1]};
+    head_topk(in[0].in(), in[0].shape[0], *(const Weight*)(uintptr_t)number[0], edits, out[0].shape[1],
+        out[0].out(), out[1].as<int>());
 }
 #endif

@@ -34,7 +34,8 @@ struct Input {
     // 32 numbers of row m from column k, a multiple of 32, on; zeros beyond the width.
     void put(int64_t m, int64_t k, const float* v) const {
         const int64_t n = Rows::filled_up ? 32 : std::min<int64_t>(32, rounded.width - k);
-        if (wants_rounded) to_bf16(v, rounded.at(m, k), n);
+        if (wants_rounded && n == 32) to_bf16(v, rounded.at(m, k), 32);
+        else if (wants_rounded) to_bf16(v, rounded.at(m, k), n);
         if (wants_full) std::copy_n(v, 32, full + m * stride() + k);
     }
     // make(k, n, v) makes n numbers from column k on.
@@ -56,6 +57,12 @@ struct InputMemory {
         return x;
     }
 };
+
+// Whole runs are copied without a call.
+inline void copy_run(const float* from, int64_t n, float* to) {
+    if (n == 32) for (int i = 0; i < 32; i++) to[i] = from[i];
+    else std::copy_n(from, n, to);
+}
 
 // y = x W^T of plain floats: the rows of x become columns, which are vectors.
 template <typename Sink>
