@@ -8,7 +8,6 @@ import numpy as np
 def make(spec: dict):
     """One round is one update on the next batch."""
     from jlora import LoraConfig, engine, get_peft_model
-    from jlora.data import Batch
     from jlora.models.hub import build_model
     from jlora.optim import AdamW, OptimConfig
     from jlora.runtime import jt
@@ -19,10 +18,7 @@ def make(spec: dict):
     parameters = [parameter for _, parameter in model.trainable_parameters()]
     optimizer = AdamW(parameters, OptimConfig())
     arrays = np.load(spec["batches"])
-    batches = [
-        Batch(arrays[f"ids{i}"], arrays[f"targets{i}"], arrays[f"mask{i}"], arrays[f"lengths{i}"])
-        for i in range(int(arrays["count"]))
-    ]
+    batches = [batch_of(arrays, i, model.reads_streams) for i in range(int(arrays["count"]))]
     model.train()
     done = 0
 
@@ -36,3 +32,15 @@ def make(spec: dict):
         return {"loss": loss.item()}
 
     return work
+
+
+def batch_of(arrays, i: int, as_stream: bool):
+    """Batch i, padded or as a stream, as `jlora.train.make_batch` would make it."""
+    from jlora.data import Batch
+
+    parts = [arrays[f"{name}{i}"] for name in ("ids", "targets", "mask")]
+    lengths = arrays[f"lengths{i}"]
+    if as_stream:
+        real = np.arange(parts[0].shape[1]) < lengths[:, None]
+        parts = [part[real][None] for part in parts]
+    return Batch(*parts, lengths, is_stream=as_stream)

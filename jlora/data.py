@@ -59,19 +59,23 @@ class TokenExample:
 
 @dataclass
 class Batch:
-    """Right-padded rows; T is the longest row of this batch.
+    """Rows padded on the right, T being the longest of them, or all rows as one stream.
+
+    A stream is a single row (B = 1) in which the examples stand one after the other.
 
     Attributes:
         input_ids: (B, T) int32.
         targets: (B, T) int32, ``input_ids`` shifted by one.
         mask: (B, T) float32, 1 where the target counts in the loss.
-        lengths: (B,) int32, real input tokens of each row.
+        lengths: (examples,) int32, real input tokens of each.
+        is_stream: whether the rows stand in one stream.
     """
 
     input_ids: np.ndarray
     targets: np.ndarray
     mask: np.ndarray
     lengths: np.ndarray
+    is_stream: bool = False
 
 
 # Encoding ------------------------------------------------------------------------------------
@@ -291,6 +295,20 @@ def collate(token_examples: Sequence[TokenExample], pad_id: int) -> Batch:
         # Target t is ids[t + 1], so the first completion token is target prompt_length - 1.
         mask[row, example.prompt_length - 1 : length] = 1.0
     return Batch(input_ids, targets, mask, lengths)
+
+
+def stream(token_examples: Sequence[TokenExample]) -> Batch:
+    """The examples one after the other in a single row, without padding."""
+    inputs = [example.ids[:-1] for example in token_examples]
+    targets = [example.ids[1:] for example in token_examples]
+    counts = [np.arange(len(e.ids) - 1) >= e.prompt_length - 1 for e in token_examples]
+    return Batch(
+        np.concatenate(inputs).astype(np.int32)[None],
+        np.concatenate(targets).astype(np.int32)[None],
+        np.concatenate(counts).astype(np.float32)[None],
+        np.array([len(ids) for ids in inputs], dtype=np.int32),
+        is_stream=True,
+    )
 
 
 # Readers that the tasks share ------------------------------------------------------------------

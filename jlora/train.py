@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from jlora.adapters import PeftModel
-from jlora.data import Batch, BatchOrder, TokenExample, collate
+from jlora.data import Batch, BatchOrder, TokenExample, collate, stream
 from jlora.errors import UserError
 from jlora.loggers import Loggers, MetricsLogger
+from jlora.models.attention import Stream
 from jlora.optim import AdamW, OptimConfig, learning_rate
 from jlora.runtime import jt, set_seed
 from jlora.state import Progress, load_checkpoint, save_checkpoint
@@ -77,13 +78,19 @@ def batch_loss(model, batch: Batch, label_smoothing: float = 0.0) -> jt.Var:
     """
     where = np.flatnonzero(batch.mask)
     targets = jt.array(batch.targets.reshape(-1)[where])
-    hidden = model.hidden_states(jt.array(batch.input_ids))  # (B, T, C)
+    boundaries = Stream(batch.lengths) if batch.is_stream else None
+    hidden = model.hidden_states(jt.array(batch.input_ids), boundaries)  # (B, T, C)
     picked = hidden.reshape(-1, hidden.shape[-1])[jt.array(where.astype(np.int32))]  # (N, C)
     return model.target_losses(picked, targets, label_smoothing).sum() / (len(where) + 1e-4)
 
 
+def make_batch(model, examples: Sequence[TokenExample]) -> Batch:
+    """A stream where the model reads those at no extra cost, so that nothing is padded."""
+    return stream(examples) if model.reads_streams else collate(examples, pad_id=0)
+
+
 def validation_loss(
-    model, examples: Sequence[TokenExample], batch_size: int, pad_id: int = 0
+    model, examples: Sequence[TokenExample], batch_size: int
 ) -> float:
     """Mean loss over all target tokens of ``examples``, without dropout and label smoothing."""
     model.eval()
@@ -91,7 +98,7 @@ def validation_loss(
     total, count = 0.0, 0
     with jt.no_grad():
         for start in range(0, len(rows), batch_size):
-            batch = collate([examples[row] for row in rows[start : start + batch_size]], pad_id)
+            batch = make_batch(model, [examples[row] for row in rows[start : start + batch_size]])
             targets = int(batch.mask.sum())
             total += batch_loss(model, batch).item() * (targets + 1e-4)
             count += targets
@@ -198,7 +205,7 @@ def train(
             model.train()
             loss, gradient, tokens = 0.0, None, 0
             for micro in range(step * accumulate, (step + 1) * accumulate):
-                batch = collate([examples[row] for row in order.batch(micro)], pad_id=0)
+                batch = make_batch(model, [examples[row] for row in order.batch(micro)])
                 batch_mean = batch_loss(model, batch, config.label_smoothing) / accumulate
                 flat = optimizer.flatten(jt.grad(batch_mean, parameters))
                 gradient = flat if gradient is None else gradient + flat

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include "buffer.h"
+#include "lanes.h"
 
 namespace jlora::amx {
 constexpr int64_t tile_bytes = 1024;     // 16 rows of 64 bytes: 32 bf16 or 64 int8 numbers each
@@ -67,8 +68,8 @@ inline void steps(const char* a0, const char* a1, const char* b0, const char* b1
 // x: (row tiles, an even number of them; count) tiles. weights.panel(p, s, n, room, b0, b1) sets b0 and
 // b1 to the n tiles from s on of panel p's left and right columns, made in `room` if need be;
 // weights.fetch(p, s, i) fetches the i-th line of each of the two ahead of time.
-// sink(row, column, left, right) gets the results, 32 columns of a row at a time: two runs of 16
-// floats, or for int8 of 16 32-bit integers.
+// sink(row, column, left, right) gets the results, 32 columns of a row at a time; for int8 the bits of
+// 32-bit integers.
 template <bool int8, typename Weights, typename Sink>
 void product(const char* x, int64_t rows, int64_t panels, int64_t count, const Weights& weights, Sink sink) {
     constexpr int64_t group = 32;       // steps whose activations, of most_rows rows, stay in L2
@@ -111,7 +112,7 @@ void product(const char* x, int64_t rows, int64_t panels, int64_t count, const W
                         auto hand_over = [&](int64_t i_from, int64_t i_to) {
                             for (int64_t i = i_from; i < i_to && done_row + i < rows; i++) {
                                 const float* r = done + i / 16 * 512 + i % 16 * 16;
-                                sink(done_row + i, p * 32, r, r + 256);
+                                sink(done_row + i, p * 32, load16(r), load16(r + 256));
                             }
                         };
                         for (int64_t b = from; b < to; b++) {

@@ -102,26 +102,22 @@ struct Joint {
         }
         return all;
     }
-    // store(m, n, values): 32 finished outputs
+    // store(m, n, left, right): 32 finished outputs
     template <typename Store>
     void forward(const Rows& x, float* low_kept, Store store) {
         low.forward(x, low_kept);
-        product(x, weights, [&](int64_t m, int64_t n, const float* left, const float* right) {
-            alignas(64) float y[32];
-            for (int i = 0; i < 16; i++) y[i] = left[i], y[i + 16] = right[i];
-            if (bias) for (int i = 0; i < 32; i++) y[i] += bias[n + i];
-            low.add(m, n, y);
-            store(m, n, y);
+        product(x, weights, [&](int64_t m, int64_t n, F16 left, F16 right) {
+            if (bias) left += load16(bias + n), right += load16(bias + n + 16);
+            low.add(m, n, left, right);
+            store(m, n, left, right);
         });
     }
-    // store(m, k, values): the gradient of 32 inputs
+    // store(m, k, left, right): the gradient of 32 inputs
     template <typename Store>
     void backward(const Rows& dy, Store store) {
-        product_back(dy, weights, [&](int64_t m, int64_t k, const float* left, const float* right) {
-            alignas(64) float dx[32];
-            for (int i = 0; i < 16; i++) dx[i] = left[i], dx[i + 16] = right[i];
-            if (low.rank()) low.add_back(m, k, dx);
-            store(m, k, dx);
+        product_back(dy, weights, [&](int64_t m, int64_t k, F16 left, F16 right) {
+            if (low.rank()) low.add_back(m, k, left, right);
+            store(m, k, left, right);
         });
     }
 };
@@ -136,22 +132,22 @@ public:
         const Rows normed = rows_in(for_normed, M, C), active = rows_in(for_active, M, s.inner);
         normalise(c.x, s.norm1, s.norm1_bias, normed);
         const int64_t W = s.qkv_width();
-        qkv.forward(normed, saved.low_qkv, [&](int64_t m, int64_t n, const float* v) { to_bf16(v, saved.qkv + m * W + n, 32); });
+        qkv.forward(normed, saved.low_qkv, [&](int64_t m, int64_t n, F16 left, F16 right) {
+            store32(saved.qkv + m * W + n, left, right);
+        });
         attention(saved);
-        out.forward(saved.attended, saved.low_out, [&](int64_t m, int64_t n, const float* v) {
-            for (int i = 0; i < 32; i++) saved.mid[m * C + n + i] = c.x[m * C + n + i] + v[i];
+        out.forward(saved.attended, saved.low_out, [&](int64_t m, int64_t n, F16 left, F16 right) {
+            store_sum(c.x + m * C + n, left, right, saved.mid + m * C + n);
         });
         normalise(saved.mid, s.norm2, s.norm2_bias, normed);
-        up.forward(normed, saved.low_up, [&](int64_t m, int64_t n, float* v) {
+        up.forward(normed, saved.low_up, [&](int64_t m, int64_t n, F16 left, F16 right) {
             const bool gate = s.gated && n < s.inner;
-            to_bf16(v, gate ? saved.gate.at(m, n) : saved.up.at(m, s.gated ? n - s.inner : n), 32);
-            if (s.gated) return;
-            for (int i = 0; i < 32; i++) v[i] = gelu(v[i]);
-            to_bf16(v, active.at(m, n), 32);
+            store32(gate ? saved.gate.at(m, n) : saved.up.at(m, s.gated ? n - s.inner : n), left, right);
+            if (!s.gated) store32(active.at(m, n), gelu16(left), gelu16(right));
         });
         if (s.gated) activate(saved, active);
-        down.forward(active, saved.low_down, [&](int64_t m, int64_t n, const float* v) {
-            for (int i = 0; i < 32; i++) y[m * C + n + i] = saved.mid[m * C + n + i] + v[i];
+        down.forward(active, saved.low_down, [&](int64_t m, int64_t n, F16 left, F16 right) {
+            store_sum(saved.mid + m * C + n, left, right, y + m * C + n);
         });
     }
 
@@ -168,33 +164,33 @@ public:
             activate(saved, active);
             down.low.backward(active, dres, saved.low_down, for_dlow);
         }
-        down.backward(dres, [&](int64_t m, int64_t k, const float* v) {
-            alignas(64) float u[32], g[32], du[32];
-            to_float(saved.up.at(m, k), u, 32);
-            if (s.gated) {
-                to_float(saved.gate.at(m, k), g, 32);
-                for (int i = 0; i < 32; i++) {
-                    const float sig = sigmoid(g[i]), silu = g[i] * sig;
-                    du[i] = v[i] * silu;
-                    g[i] = v[i] * u[i] * (sig + silu * (1.0f - sig));
-                }
-                to_bf16(g, dup.at(m, k), 32);
-            } else {
-                for (int i = 0; i < 32; i++) du[i] = v[i] * gelu_slope(u[i]);
+        down.backward(dres, [&](int64_t m, int64_t k, F16 left, F16 right) {
+            const uint16_t* u = saved.up.at(m, k);
+            if (!s.gated) {
+                store32(dup.at(m, k), left * gelu_slope16(load16(u)), right * gelu_slope16(load16(u + 16)));
+                return;
             }
-            to_bf16(du, dup.at(m, s.gated ? s.inner + k : k), 32);
+            const uint16_t* g = saved.gate.at(m, k);
+            const F16 g0 = load16(g), g1 = load16(g + 16), s0 = sigmoid16(g0), s1 = sigmoid16(g1);
+            store32(dup.at(m, s.inner + k), left * g0 * s0, right * g1 * s1);
+            store32(dup.at(m, k), left * load16(u) * (s0 + g0 * s0 * (1.0f - s0)),
+                right * load16(u + 16) * (s1 + g1 * s1 * (1.0f - s1)));
         });
         if (up.low.rank()) {
             const Rows normed = rows_in(for_rows, M, C);
             normalise(saved.mid, s.norm2, s.norm2_bias, normed);
             up.low.backward(normed, dup, saved.low_up, for_dlow);
         }
-        up.backward(dup, [&](int64_t m, int64_t k, const float* v) { std::copy_n(v, 32, dnormed + m * C + k); });
+        up.backward(dup, [&](int64_t m, int64_t k, F16 left, F16 right) {
+            store16(dnormed + m * C + k, left), store16(dnormed + m * C + k + 16, right);
+        });
         normalise_back(saved.mid, s.norm2, dnormed, dy, dmid);
 
         round_rows(dmid, dres);
         if (out.low.rank()) out.low.backward(saved.attended, dres, saved.low_out, for_dlow);
-        out.backward(dres, [&](int64_t m, int64_t k, const float* v) { std::copy_n(v, 32, dattended + m * A + k); });
+        out.backward(dres, [&](int64_t m, int64_t k, F16 left, F16 right) {
+            store16(dattended + m * A + k, left), store16(dattended + m * A + k + 16, right);
+        });
         const Rows dqkv = rows_in(for_dqkv, M, W);
         attention_back(saved, dattended, dqkv);
         if (qkv.low.rank()) {
@@ -203,7 +199,9 @@ public:
             qkv.low.backward(normed, dqkv, saved.low_qkv, for_dlow);
         }
         if (!dx) return;
-        qkv.backward(dqkv, [&](int64_t m, int64_t k, const float* v) { std::copy_n(v, 32, dnormed + m * C + k); });
+        qkv.backward(dqkv, [&](int64_t m, int64_t k, F16 left, F16 right) {
+            store16(dnormed + m * C + k, left), store16(dnormed + m * C + k + 16, right);
+        });
         normalise_back(c.x, s.norm1, dnormed, dmid, dx);
     }
 
@@ -213,6 +211,10 @@ private:
     const int64_t C, M;
     size_t next_ = 0;  // before the joints, which count with it
     Joint qkv, out, up, down;
+
+    static void store_sum(const float* x, F16 left, F16 right, float* y) {
+        store16(y, load16(x) + left), store16(y + 16, load16(x + 16) + right);
+    }
 
     struct Moments { float mean, rstd; };
     Moments moments(const float* row) const {
@@ -228,10 +230,10 @@ private:
             const float* row = x + m * C;
             const Moments of = moments(row);
             for (int64_t k = 0; k < C; k += 32) {
-                alignas(64) float v[32];
-                for (int i = 0; i < 32; i++) v[i] = (row[k + i] - of.mean) * of.rstd * weight[k + i];
-                if (bias) for (int i = 0; i < 32; i++) v[i] += bias[k + i];
-                to_bf16(v, y.at(m, k), 32);
+                F16 left = (load16(row + k) - of.mean) * of.rstd * load16(weight + k);
+                F16 right = (load16(row + k + 16) - of.mean) * of.rstd * load16(weight + k + 16);
+                if (bias) left += load16(bias + k), right += load16(bias + k + 16);
+                store32(y.at(m, k), left, right);
             }
         }
     }
@@ -256,15 +258,15 @@ private:
         #pragma omp parallel for schedule(static)
         for (int64_t m = 0; m < M; m++)
             for (int64_t k = 0; k < s.inner; k += 32) {
-                alignas(64) float u[32], g[32];
-                to_float(saved.up.at(m, k), u, 32);
+                const uint16_t* u = saved.up.at(m, k);
+                F16 left = load16(u), right = load16(u + 16);
                 if (s.gated) {
-                    to_float(saved.gate.at(m, k), g, 32);
-                    for (int i = 0; i < 32; i++) u[i] *= g[i] * sigmoid(g[i]);
+                    const F16 g0 = load16(saved.gate.at(m, k)), g1 = load16(saved.gate.at(m, k) + 16);
+                    left *= g0 * sigmoid16(g0), right *= g1 * sigmoid16(g1);
                 } else {
-                    for (int i = 0; i < 32; i++) u[i] = gelu(u[i]);
+                    left = gelu16(left), right = gelu16(right);
                 }
-                to_bf16(u, active.at(m, k), 32);
+                store32(active.at(m, k), left, right);
             }
     }
 
@@ -303,7 +305,8 @@ private:
     // (T, width) -> columns from `column` on of rows from `first` on
     static void store(const float* x, int64_t T, int64_t width, const Rows& to, int64_t first, int64_t column) {
         for (int64_t t = 0; t < T; t++)
-            for (int64_t k = 0; k < width; k += 32) to_bf16(x + t * width + k, to.at(first + t, column + k), 32);
+            for (int64_t k = 0; k < width; k += 32)
+                store32(to.at(first + t, column + k), load16(x + t * width + k), load16(x + t * width + k + 16));
     }
     void attention(const Saved& saved) const {
         #pragma omp parallel

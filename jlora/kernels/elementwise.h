@@ -1,5 +1,6 @@
 // Norms, activations and rotary embedding over rows of floats.
 #pragma once
+#include "lanes.h"
 #include "vector_math.h"
 
 namespace jlora {
@@ -113,6 +114,15 @@ struct Dropout {
         h = (h ^ (h >> 13)) * 0xC2B2AE35u;
         h ^= h >> 16;
         return h >= limit ? x * scale : 0.0f;
+    }
+    // What x[i] to x[i + 15] are multiplied by: scale or zero.
+    F16 factors(int64_t i) const {
+        constexpr U16 count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        U16 h = (count + (uint32_t)i) * 0x9E3779B1u ^ key;
+        h = (h ^ (h >> 16)) * 0x85EBCA6Bu;
+        h = (h ^ (h >> 13)) * 0xC2B2AE35u;
+        h ^= h >> 16;
+        return h >= limit ? F16{} + scale : F16{};
     }
 };
 inline void dropout(const float* x, float* y, int64_t n, uint64_t seed, double p) {

@@ -108,10 +108,18 @@ extern "C" void pack_weight(const float* w, char* memory, Weight* out, int64_t n
 }
 extern "C" void unpack_weight(const Weight* w, float* out, int64_t transposed) { unpack(*w, out, transposed != 0); }
 
-// Stores 32 values of a row of `width`, fewer at its end.
-static void store(float* y, int64_t width, int64_t m, int64_t n, const float* v) {
-    std::copy_n(v, std::min<int64_t>(32, width - n), y + m * width + n);
-}
+// Stores 32 results, fewer at a row's end, with the bias if there is one.
+struct StoreRows {
+    float* y;
+    int64_t width;
+    const float* bias;
+    void operator()(int64_t m, int64_t n, F16 left, F16 right) const {
+        const int64_t count = std::min<int64_t>(32, width - n);
+        F16 l{}, r{};
+        if (bias) load_some(bias + n, l, r, count);
+        store_some(y + m * width + n, left + l, right + r, count);
+    }
+};
 // x (..., k), bias (n,) if there is one -> y (..., n); number: address of the weight, back
 JLORA_OPERATOR(multiply_op) {
     const Weight& w = *(const Weight*)(uintptr_t)number[0];
@@ -121,12 +129,7 @@ JLORA_OPERATOR(multiply_op) {
     const Rows x = rows_in(memory, in[0].size / from, from);
     round_rows(in[0].in(), x);
     const float* bias = number[2] != 0 ? in[1].in() : nullptr;
-    const auto sink = [&](int64_t m, int64_t n, const float* left, const float* right) {
-        float v[32];
-        for (int i = 0; i < 16; i++) v[i] = left[i], v[i + 16] = right[i];
-        if (bias) for (int64_t i = 0; i < std::min<int64_t>(32, to - n); i++) v[i] += bias[n + i];
-        store(out[0].out(), to, m, n, v);
-    };
+    const StoreRows sink{out[0].out(), to, bias};
     if (back) product_back(x, {{&w}, 1}, sink); else product(x, {{&w}, 1}, sink);
 }
 // A linear layer with its low-rank branch. number: address of the weight, r, blocks, flags, scale, p,
@@ -147,13 +150,10 @@ JLORA_OPERATOR(lora_forward_op) {
     const Rows x = rows_in(memory, call.rows, call.w.k);
     round_rows(in[0].in(), x);
     call.low.forward(x, out[1].out());
-    const float* bias = number[7] != 0 ? in[3].in() : nullptr;
-    product(x, {{&call.w}, 1}, [&](int64_t m, int64_t n, const float* left, const float* right) {
-        float v[32];
-        for (int i = 0; i < 16; i++) v[i] = left[i], v[i + 16] = right[i];
-        if (bias) for (int64_t i = 0; i < std::min<int64_t>(32, call.w.n - n); i++) v[i] += bias[n + i];
-        call.low.add(m, n, v);
-        store(out[0].out(), call.w.n, m, n, v);
+    const StoreRows sink{out[0].out(), call.w.n, number[7] != 0 ? in[3].in() : nullptr};
+    product(x, {{&call.w}, 1}, [&](int64_t m, int64_t n, F16 left, F16 right) {
+        call.low.add(m, n, left, right);
+        sink(m, n, left, right);
     });
 }
 // x, A, B, low, dy -> dx, dA, dB
@@ -165,11 +165,10 @@ JLORA_OPERATOR(lora_backward_op) {
     round_rows(in[0].in(), x);
     round_rows(in[4].in(), dy);
     call.low.backward(x, dy, in[3].in(), for_low);
-    product_back(dy, {{&call.w}, 1}, [&](int64_t m, int64_t k, const float* left, const float* right) {
-        float v[32];
-        for (int i = 0; i < 16; i++) v[i] = left[i], v[i + 16] = right[i];
-        call.low.add_back(m, k, v);
-        store(out[0].out(), call.w.k, m, k, v);
+    const StoreRows sink{out[0].out(), call.w.k, nullptr};
+    product_back(dy, {{&call.w}, 1}, [&](int64_t m, int64_t k, F16 left, F16 right) {
+        call.low.add_back(m, k, left, right);
+        sink(m, k, left, right);
     });
 }
 // hidden (N, C), targets (N,) -> losses (N,), d hidden; number: address of the head, smoothing,

@@ -32,14 +32,16 @@ struct FloatRows {
 class LowRank {
 public:
     // in, out: width of the rows and of all layers' outputs together
-    LowRank(int64_t in, int64_t out, std::vector<Branch> branches) : in_(in), out_(up_to(out, 32)), branches_(std::move(branches)) {
+    LowRank(int64_t in, int64_t out, std::vector<Branch> branches)
+        : own_in_(in), in_(up_to(in, 32)), out_(up_to(out, 32)), branches_(std::move(branches)) {
         for (const Branch& b : branches_)
             for (int64_t block = 0; block < b.blocks; block++)
                 if (b.flags >> block & 1)
                     for (int64_t i = 0; i < b.r; i++) first_.push_back(b.first + block * b.width());
-        // B's columns become rows that stand where their outputs do, so that they can be added.
-        table_.assign(rank() * out_, 0.0f);
+        // A's rows filled up to whole runs of 32; B's columns become rows that stand where their outputs do, so that they can be added.
+        a_.assign(rank() * in_, 0.0f), table_.assign(rank() * out_, 0.0f);
         each([&](const Branch& b, int64_t j, int64_t own) {
+            std::copy_n(b.A + own * own_in_, own_in_, a_.data() + j * in_);
             for (int64_t o = 0; o < b.width(); o++)
                 table_[j * out_ + first_[j] + o] = b.B[(own / b.r * b.width() + o) * b.r + own % b.r];
         });
@@ -60,23 +62,25 @@ public:
         if (!rank()) return;
         #pragma omp parallel
         {
-            std::vector<float> row(up_to(in_, 32)), kept(up_to(in_, 32));
+            std::vector<float> row(in_), kept(in_);
             #pragma omp for schedule(static)
             for (int64_t m = 0; m < x.rows; m++) {
                 read(x, m, row.data());
                 each_branch([&](const Branch& b, int64_t j) {
                     const float* source = dropped(b, m, row.data(), kept.data());
-                    for (int64_t i = 0; i < b.rank(); i++)
-                        low[m * rank() + j + i] = b.scale * dot(source, b.A + i * in_, in_);
+                    dots(source, a_.data() + j * in_, b.rank(), in_, b.scale, low + m * rank() + j);
                 });
             }
         }
     }
     // Adds the branches' part to outputs n to n + 31 of row m.
-    void add(int64_t m, int64_t n, float* y) const {
+    void add(int64_t m, int64_t n, F16& left, F16& right) const {
         if (!rank()) return;
-        for (int64_t j = reach_[n / 32].from; j < reach_[n / 32].to; j++)
-            add_scaled(y, low_[m * rank() + j], table_.data() + j * out_ + n, 32);
+        for (int64_t j = reach_[n / 32].from; j < reach_[n / 32].to; j++) {
+            const float x = low_[m * rank() + j];
+            const float* row = table_.data() + j * out_ + n;
+            left += x * load16(row), right += x * load16(row + 16);
+        }
     }
 
     // x: what the forward pass read; low: what it kept. Writes dA and dB, and keeps what add_back adds.
@@ -87,7 +91,7 @@ public:
         std::vector<float> sum_a(R * in_), sum_b(R * out_);
         #pragma omp parallel
         {
-            std::vector<float> row(up_to(in_, 32)), kept(up_to(in_, 32)), g(out_), own_a(R * in_), own_b(R * out_);
+            std::vector<float> row(in_), kept(in_), g(out_), own_a(R * in_), own_b(R * out_);
             #pragma omp for schedule(static)
             for (int64_t m = 0; m < x.rows; m++) {
                 read(x, m, row.data());
@@ -113,21 +117,23 @@ public:
             }
         }
         each([&](const Branch& b, int64_t j, int64_t own) {
-            std::copy_n(sum_a.data() + j * in_, in_, b.dA + own * in_);
+            std::copy_n(sum_a.data() + j * in_, own_in_, b.dA + own * own_in_);
             for (int64_t o = 0; o < b.width(); o++)
                 b.dB[(own / b.r * b.width() + o) * b.r + own % b.r] = sum_b[j * out_ + first_[j] + o];
         });
     }
     // Adds the branches' part to the gradient of inputs k to k + 31 of row m.
-    void add_back(int64_t m, int64_t k, float* dx) const {
-        const int64_t n = std::min<int64_t>(32, in_ - k);
+    void add_back(int64_t m, int64_t k, F16& left, F16& right) const {
         each_branch([&](const Branch& b, int64_t first) {
-            float sum[32] = {};
-            for (int64_t i = 0; i < b.rank(); i++)
-                add_scaled(sum, dlow_[m * rank() + first + i], b.A + i * in_ + k, n);
+            F16 l{}, r{};
+            for (int64_t j = first; j < first + b.rank(); j++) {
+                const float x = dlow_[m * rank() + j];
+                const float* row = a_.data() + j * in_ + k;
+                l += x * load16(row), r += x * load16(row + 16);
+            }
             const Dropout drop(b.p, b.seed);
-            if (b.p > 0) for (int64_t i = 0; i < n; i++) dx[i] += drop(sum[i], m * in_ + k + i);
-            else for (int64_t i = 0; i < n; i++) dx[i] += sum[i];
+            if (b.p > 0) l *= drop.factors(m * in_ + k), r *= drop.factors(m * in_ + k + 16);
+            left += l, right += r;
         });
     }
 
@@ -153,14 +159,27 @@ private:
     const float* dropped(const Branch& b, int64_t m, const float* row, float* kept) const {
         if (b.p <= 0) return row;
         const Dropout drop(b.p, b.seed);
-        for (int64_t i = 0; i < in_; i++) kept[i] = drop(row[i], m * in_ + i);
+        for (int64_t i = 0; i < in_; i += 16) store16(kept + i, load16(row + i) * drop.factors(m * in_ + i));
         return kept;
     }
 
-    int64_t in_, out_;
+    // y[i] = scale * (x . row i of a), four rows at a time
+    static void dots(const float* x, const float* a, int64_t rows, int64_t n, float scale, float* y) {
+        for (int64_t i = 0; i < rows; i += 4) {
+            const int64_t count = std::min<int64_t>(4, rows - i);
+            F16 sums[4] = {};
+            for (int64_t k = 0; k < n; k += 16) {
+                const F16 v = load16(x + k);
+                for (int64_t j = 0; j < 4; j++) sums[j] += v * load16(a + (i + std::min(j, count - 1)) * n + k);
+            }
+            for (int64_t j = 0; j < count; j++) y[i + j] = scale * sum16(sums[j]);
+        }
+    }
+
+    int64_t own_in_, in_, out_;    // the last two filled up to runs of 32
     std::vector<Branch> branches_;
     std::vector<int64_t> first_;   // first output of each rank
-    std::vector<float> table_;     // (rank, out)
+    std::vector<float> a_, table_;  // (rank, in), (rank, out)
     std::vector<Reach> reach_;
     const float* low_ = nullptr;
     float* dlow_ = nullptr;

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include "bf16.h"
 #include "buffer.h"
+#include "lanes.h"
 #if defined(JLORA_AMX)
 #include "amx.h"
 #else
@@ -155,7 +156,7 @@ struct BackwardPanels {
     }
 };
 
-// sink(m, n, left, right): outputs n to n + 31 of row m, as two runs of 16 floats.
+// sink(m, n, left, right): outputs n to n + 31 of row m.
 template <typename Sink>
 void product(const Rows& x, const Weights& all, Sink sink) {
     if (!x.rows) return;
@@ -206,7 +207,7 @@ void hand_over(const float* y, int64_t rows, int64_t width, int64_t first, Sink 
             const float* run = y + m * width + n;
             float end[32];  // the last columns may be fewer
             if (width - n < 32) run = std::copy_n(run, width - n, end) - (width - n);
-            sink(m, first + n, run, run + 16);
+            sink(m, first + n, load16(run), load16(run + 16));
         }
 }
 template <typename Sink>
@@ -248,9 +249,14 @@ inline void round_rows(const float* x, const Rows& out) {
     for (int64_t m = 0; m < out.rows; m++)
         for (int64_t k = 0; k < out.width; k += 32) {
             const int64_t n = std::min<int64_t>(32, out.width - k);
+            const float* from = x + m * out.width + k;
+            if (n == 32) {
+                store32(out.at(m, k), load16(from), load16(from + 16));
+                continue;
+            }
             uint16_t* to = out.at(m, k);
-            to_bf16(x + m * out.width + k, to, n);
-            if (n < 32 && Rows::filled_up) std::fill(to + n, to + 32, 0);
+            to_bf16(from, to, n);
+            if (Rows::filled_up) std::fill(to + n, to + 32, 0);
         }
 }
 inline Rows rows_in(Buffer<uint16_t>& memory, int64_t rows, int64_t width) {

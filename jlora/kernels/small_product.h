@@ -1,4 +1,4 @@
-// C (+)= A B for the small matrices inside attention, by register blocks of 4 rows.
+// C (+)= A B for the small matrices inside attention, by blocks of registers.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -6,14 +6,14 @@
 
 namespace jlora {
 #if defined(__AVX512F__)
-constexpr int64_t lanes = 16;
+constexpr int64_t lanes = 16, block_rows = 8;  // half of the registers hold sums
 #elif defined(__AVX__)
-constexpr int64_t lanes = 8;
+constexpr int64_t lanes = 8, block_rows = 4;
 #else
-constexpr int64_t lanes = 4;
+constexpr int64_t lanes = 4, block_rows = 4;
 #endif
 typedef float Lanes __attribute__((vector_size(lanes * sizeof(float))));
-constexpr int64_t block_rows = 4, block_lanes = 2, block_columns = block_lanes * lanes;
+constexpr int64_t block_lanes = 2, block_columns = block_lanes * lanes;
 
 inline Lanes load(const float* p) { Lanes v; std::memcpy(&v, p, sizeof v); return v; }
 inline void store(float* p, Lanes v) { std::memcpy(p, &v, sizeof v); }

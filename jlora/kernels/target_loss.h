@@ -5,6 +5,7 @@
 #include <cfloat>
 #include <cmath>
 #include <vector>
+#include "lanes.h"
 #include "product.h"
 #include "vector_math.h"
 
@@ -14,13 +15,20 @@ struct RowSums {
     float peak = -FLT_MAX, target = NAN;
     double total = 0, plain = 0;  // of exp(logit - peak), of logits
     // Logits of words n to n + count, count at most 32.
-    void take(const float* v, int64_t n, int64_t count, int64_t wanted) {
-        float most = v[0], sum = 0, all = 0;
-        for (int64_t i = 1; i < count; i++) most = v[i] > most ? v[i] : most;
+    void take(F16 left, F16 right, int64_t n, int64_t count, int64_t wanted) {
+        if (wanted >= n && wanted < n + count) target = wanted - n < 16 ? left[wanted - n] : right[wanted - n - 16];
+        plain += sum16(count == 32 ? left + right : first(left, count) + first(right, count - 16));
+        if (count < 32) left = first(left, count, -FLT_MAX), right = first(right, count - 16, -FLT_MAX);
+        const F16 both = left > right ? left : right;
+        float most = both[0];
+        for (int i = 1; i < 16; i++) most = both[i] > most ? both[i] : most;
         if (most > peak) total *= fast_exp(peak - most), peak = most;
-        for (int64_t i = 0; i < count; i++) sum += fast_exp(v[i] - peak), all += v[i];
-        total += sum, plain += all;
-        if (wanted >= n && wanted < n + count) target = v[wanted - n];
+        total += sum16(exp16(left - peak) + exp16(right - peak));
+    }
+    // The first `count` numbers of v, and `other` for the rest.
+    static F16 first(F16 v, int64_t count, float other = 0) {
+        constexpr I16 place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        return place < (int32_t)count ? v : F16{} + other;
     }
     void join(const RowSums& other) {
         const float most = std::max(peak, other.peak);
@@ -33,14 +41,6 @@ struct RowSums {
         return (float)(log_sum() - (1.0 - smoothing) * target - smoothing * plain / V);
     }
 };
-// The gradient of words n to n + count takes the place of their logits.
-inline void to_gradient(float* v, int64_t n, int64_t count, float log_sum, int64_t target, float smoothing, int64_t V) {
-    const float even = smoothing / V;
-    for (int64_t i = 0; i < count; i++) v[i] = fast_exp(v[i] - log_sum) - even;
-    if (target >= n && target < n + count) v[target - n] -= 1.0f - smoothing;
-    if (target < 0 || target >= V) std::fill_n(v, count, NAN);
-}
-
 #if defined(JLORA_AMX)
 constexpr int64_t target_rows = 512, words = 4096;  // at a time
 // The words from `from` on, at most `words` of them, as a weight of their own.
@@ -66,31 +66,37 @@ inline void target_loss(const float* hidden, const Weight& head, const int* targ
         round_rows(hidden + first * C, x);
         const int* wanted = targets + first;
         std::vector<RowSums> parts(omp_get_max_threads() * rows);
-        product(x, {{&head}, 1}, [&](int64_t m, int64_t n, const float* left, const float* right) {
-            float v[32];
-            for (int i = 0; i < 16; i++) v[i] = left[i], v[i + 16] = right[i];
-            parts[omp_get_thread_num() * rows + m].take(v, n, std::min<int64_t>(32, V - n), wanted[m]);
+        std::vector<float> log_sums(rows);
+        product(x, {{&head}, 1}, [&](int64_t m, int64_t n, F16 left, F16 right) {
+            parts[omp_get_thread_num() * rows + m].take(left, right, n, std::min<int64_t>(32, V - n), wanted[m]);
         });
+        const float even = smoothing / V;
         for (int64_t m = 0; m < rows; m++) {
             for (int t = 1; t < omp_get_max_threads(); t++) parts[m].join(parts[t * rows + m]);
             losses[first + m] = parts[m].loss(V, smoothing);
+            log_sums[m] = (float)parts[m].log_sum();
         }
         if (!gradient) continue;
         float* out = dhidden + first * C;
         for (int64_t from = 0; from < V;) {
             const Weight some = some_words(head, from);
             const Rows low = rows_in(for_low, rows, some.n);
-            product(x, {{&some}, 1}, [&](int64_t m, int64_t n, const float* left, const float* right) {
-                float v[32] = {};
-                const int64_t count = std::min<int64_t>(32, some.n - n);
-                for (int64_t i = 0; i < count; i++) v[i] = i < 16 ? left[i] : right[i - 16];
-                to_gradient(v, from + n, count, (float)parts[m].log_sum(), wanted[m], smoothing, V);
-                to_bf16(v, low.at(m, n), Rows::filled_up ? 32 : count);
+            product(x, {{&some}, 1}, [&](int64_t m, int64_t n, F16 left, F16 right) {
+                const int64_t count = std::min<int64_t>(32, some.n - n), place = wanted[m] - from - n;
+                const float log_sum = wanted[m] >= 0 && wanted[m] < V ? log_sums[m] : NAN;
+                left = exp16(left - log_sum) - even, right = exp16(right - log_sum) - even;
+                if (place >= 0 && place < 32) (place < 16 ? left : right)[place % 16] -= 1.0f - smoothing;
+                if (count == 32) return store32(low.at(m, n), left, right);
+                uint16_t end[32];
+                store32(end, RowSums::first(left, count), RowSums::first(right, count - 16));
+                std::copy_n(end, Rows::filled_up ? 32 : count, low.at(m, n));
             });
-            product_back(low, {{&some}, 1}, [&](int64_t m, int64_t k, const float* left, const float* right) {
+            product_back(low, {{&some}, 1}, [&](int64_t m, int64_t k, F16 left, F16 right) {
                 float* y = out + m * C + k;
-                for (int64_t i = 0; i < std::min<int64_t>(32, C - k); i++)
-                    y[i] = (i < 16 ? left[i] : right[i - 16]) + (from ? y[i] : 0.0f);
+                const int64_t count = std::min<int64_t>(32, C - k);
+                F16 l{}, r{};
+                if (from) load_some(y, l, r, count);
+                store_some(y, left + l, right + r, count);
             });
             from += some.n;
         }

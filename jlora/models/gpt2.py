@@ -71,6 +71,10 @@ class GPT2Config:
     def hidden_size(self) -> int:
         return self.n_embd
 
+    @property
+    def layers(self) -> int:
+        return self.n_layer
+
 
 class GELU(nn.Module):
     """The tanh approximation of GELU that GPT-2 was trained with ("gelu_new")."""
@@ -175,5 +179,6 @@ class GPT2LMHeadModel(CausalLM):
         """The weight of the language-model head, (V, C)."""
         return self.transformer.wte.weight
 
-    def new_cache(self) -> KVCache:
-        return self.transformer.h[0].attn.attention.new_cache(self.config.n_layer)
+    @property
+    def first_attention(self) -> CausalAttention:
+        return self.transformer.h[0].attn.attention

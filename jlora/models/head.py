@@ -41,8 +41,17 @@ class LanguageHead(nn.Module):
 class CausalLM(nn.Module):
     """What the model families share: a backbone's states in, logits and losses out.
 
-    A family gives ``head``, ``hidden_states``, ``output_embedding`` and ``new_cache``.
+    A family gives ``head``, ``hidden_states``, ``output_embedding`` and ``first_attention``.
     """
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for decoding."""
+        return self.first_attention.new_cache(self.config.layers)
+
+    @property
+    def reads_streams(self) -> bool:
+        """Whether a `Stream` costs no more than its sequences do."""
+        return self.first_attention.reads_streams
 
     def lm_head_logits(self, hidden: jt.Var) -> jt.Var:
         """States (..., C) -> logits (..., V)."""

@@ -102,6 +102,10 @@ class LlamaConfig:
         return {"architectures": [f"{name}ForCausalLM"], "hidden_act": "silu", **values}
 
     @property
+    def layers(self) -> int:
+        return self.num_hidden_layers
+
+    @property
     def max_positions(self) -> int:
         return self.max_position_embeddings
 
@@ -262,5 +266,6 @@ class LlamaForCausalLM(CausalLM):
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
-    def new_cache(self) -> KVCache:
-        return self.model.layers[0].self_attn.attention.new_cache(self.config.num_hidden_layers)
+    @property
+    def first_attention(self) -> CausalAttention:
+        return self.model.layers[0].self_attn.attention

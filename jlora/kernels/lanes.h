@@ -1,0 +1,80 @@
+// Sixteen floats at a time, on any processor: GCC splits them where its registers are smaller.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+#include "bf16.h"
+
+namespace jlora {
+typedef float F16 __attribute__((vector_size(64)));
+typedef int32_t I16 __attribute__((vector_size(64)));
+typedef uint32_t U16 __attribute__((vector_size(64)));
+typedef uint16_t Half16 __attribute__((vector_size(32)));
+
+inline F16 load16(const float* p) { F16 v; std::memcpy(&v, p, 64); return v; }
+inline void store16(float* p, F16 v) { std::memcpy(p, &v, 64); }
+inline F16 load16(const uint16_t* p) {
+    Half16 half;
+    std::memcpy(&half, p, 32);
+    return (F16)(__builtin_convertvector(half, U16) << 16);
+}
+inline void store_some(float* p, F16 left, F16 right, int64_t count) {  // at most 32
+    if (count == 32) return store16(p, left), store16(p + 16, right);
+    float all[32];
+    store16(all, left), store16(all + 16, right);
+    std::memcpy(p, all, count * sizeof(float));
+}
+inline void load_some(const float* p, F16& left, F16& right, int64_t count) {  // zeros beyond
+    float all[32] = {};
+    if (count < 32) std::memcpy(all, p, count * sizeof(float)), p = all;
+    left = load16(p), right = load16(p + 16);
+}
+// Rounds 32 numbers; see bf16_of.
+inline void store32(uint16_t* p, F16 left, F16 right) {
+#if defined(__AVX512BF16__)
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)right, (__m512)left);
+    std::memcpy(p, &both, 64);
+#else
+    for (F16 v : {left, right}) {
+        const U16 bits = (U16)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        const Half16 half = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded, Half16);
+        std::memcpy(p, &half, 32);
+        p += 16;
+    }
+#endif
+}
+// As fast_exp in vector_math.h.
+inline F16 exp16(F16 x) {
+    x = x < -87.0f ? F16{} - 87.0f : x;
+    x = x > 88.0f ? F16{} + 88.0f : x;
+    const F16 scaled = x * 1.44269504f;
+    const I16 n = __builtin_convertvector(scaled + (scaled < 0.0f ? F16{} - 0.5f : F16{} + 0.5f), I16);
+    const F16 whole = __builtin_convertvector(n, F16);
+    const F16 r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    F16 p = r * (1.0f / 5040) + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return p * (F16)((n + 127) << 23);
+}
+inline F16 sigmoid16(F16 x) { return 1.0f / (1.0f + exp16(-x)); }
+// gelu and gelu_slope of elementwise.h
+inline F16 gelu16(F16 x) {
+    return x * sigmoid16(2.0f * 0.7978845608f * (x + 0.044715f * x * x * x));
+}
+inline F16 gelu_slope16(F16 x) {
+    const F16 du = 0.7978845608f * (1.0f + 3 * 0.044715f * x * x);
+    const F16 s = sigmoid16(2.0f * 0.7978845608f * (x + 0.044715f * x * x * x));
+    return s + x * 2.0f * s * (1.0f - s) * du;
+}
+inline float sum16(F16 v) {
+    float sum = 0;
+    for (int i = 0; i < 16; i++) sum += v[i];
+    return sum;
+}
+}  // namespace jlora
