@@ -34,9 +34,12 @@ struct NormRow {
         for (int64_t j = 0; j < C; j++) square += (x[j] - mean) * (x[j] - mean);
         r = 1.0f / std::sqrt(square / C + eps);
     }
-    void operator()(int64_t k, int64_t n, float* v) const {
-        for (int64_t j = 0; j < n; j++) v[j] = (x[k + j] - mean) * r * norm.weight[k + j];
-        if (norm.bias) for (int64_t j = 0; j < n; j++) v[j] += norm.bias[k + j];
+    void operator()(int64_t k, int64_t n, F16& left, F16& right) const {
+        F16 w0, w1, b0{}, b1{};
+        load_some(x + k, left, right, n);
+        load_some(norm.weight + k, w0, w1, n);
+        if (norm.bias) load_some(norm.bias + k, b0, b1, n);
+        left = (left - mean) * r * w0 + b0, right = (right - mean) * r * w1 + b1;
     }
 };
 inline void normalise(const Norm& norm, float eps, const float* x, int64_t C, const Input& to) {
@@ -102,10 +105,10 @@ inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens
     static InputMemory for_normed, for_out, for_active;
     float *x = for_x.of(R * C), *qkv = for_qkv.of(R * heads), *q = for_q.of(R * wide), *attended = for_attended.of(R * wide);
     float *inner = for_inner.of(R * 2 * m.inner), *turns = for_turns.of(R * m.D);
-    const auto add_to_x = [&](int64_t m, int64_t n, const float* v, int64_t count) {
-        float* y = x + m * C + n;
-        if (count == 32) for (int i = 0; i < 32; i++) y[i] += v[i];
-        else for (int64_t i = 0; i < count; i++) y[i] += v[i];
+    const auto add_to_x = [&](int64_t m, int64_t n, F16 left, F16 right, int64_t count) {
+        F16 l, r;
+        load_some(x + m * C + n, l, r, count);
+        store_some(x + m * C + n, l + left, r + right, count);
     };
     embed(m, tokens, R, x);
     if (!m.positions) angles(m, tokens, turns);
@@ -113,29 +116,37 @@ inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens
         const Block& b = blocks[layer];
         const Input normed = for_normed.of(R, C, b.qkv, b.qkv_count());
         normalise(b.before_attention, m.eps, x, C, normed);
-        apply(b.qkv, b.qkv_count(), normed, [&](int64_t m, int64_t n, const float* v, int64_t count) {
-            copy_run(v, count, qkv + m * heads + n);
+        apply(b.qkv, b.qkv_count(), normed, [&](int64_t m, int64_t n, F16 left, F16 right, int64_t count) {
+            store_some(qkv + m * heads + n, left, right, count);
         });
         place_heads(m, tokens, layer, qkv, turns, q);
         attend(layer, q, attended);
         const Input out = for_out.of(R, wide, &b.out, 1);
         #pragma omp parallel for schedule(static)
         for (int64_t i = 0; i < R; i++)
-            out.put_row(i, [&](int64_t k, int64_t n, float* v) { copy_run(attended + i * wide + k, n, v); });
+            out.put_row(i, [&](int64_t k, int64_t n, F16& left, F16& right) {
+                load_some(attended + i * wide + k, left, right, n);
+            });
         apply(&b.out, 1, out, add_to_x);
 
         const int64_t parts = b.in_count();
         const Input again = for_normed.of(R, C, b.in, parts), active = for_active.of(R, m.inner, &b.down, 1);
         normalise(b.before_mlp, m.eps, x, C, again);
-        apply(b.in, parts, again, [&](int64_t row, int64_t n, const float* v, int64_t count) {
-            copy_run(v, count, inner + row * parts * m.inner + n);
+        apply(b.in, parts, again, [&](int64_t row, int64_t n, F16 left, F16 right, int64_t count) {
+            store_some(inner + row * parts * m.inner + n, left, right, count);
         });
         #pragma omp parallel for schedule(static)
         for (int64_t i = 0; i < R; i++)
-            active.put_row(i, [&](int64_t k, int64_t n, float* v) {
-                const float *g = inner + i * parts * m.inner + k, *up = g + m.inner;
-                if (parts == 2) for (int64_t j = 0; j < n; j++) v[j] = g[j] * sigmoid(g[j]) * up[j];
-                else for (int64_t j = 0; j < n; j++) v[j] = gelu(g[j]);
+            active.put_row(i, [&](int64_t k, int64_t n, F16& left, F16& right) {
+                const float* g = inner + i * parts * m.inner + k;
+                load_some(g, left, right, n);
+                if (parts == 1) {
+                    left = gelu16(left), right = gelu16(right);
+                    return;
+                }
+                F16 l, r;
+                load_some(g + m.inner, l, r, n);
+                left *= sigmoid16(left) * l, right *= sigmoid16(right) * r;
             });
         apply(&b.down, 1, active, add_to_x);
     }
@@ -144,7 +155,13 @@ inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens
 
 // hidden (C,): what the head reads of one row.
 inline void finish(const Model& m, const float* x, float* hidden) {
-    NormRow(m.last, m.eps, x, m.C)(0, m.C, hidden);
+    const NormRow norm(m.last, m.eps, x, m.C);
+    for (int64_t k = 0; k < m.C; k += 32) {
+        const int64_t n = std::min<int64_t>(32, m.C - k);
+        F16 left, right;
+        norm(k, n, left, right);
+        store_some(hidden + k, left, right, n);
+    }
 }
 
 // Prompts of `lengths` tokens one after the other: their keys and values go to the blocks, and

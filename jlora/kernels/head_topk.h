@@ -38,7 +38,7 @@ struct Best {
             for (int64_t i = 0; i < count; i++)
                 if (v[i] >= least) insert(v[i], (int)(n + i), k, values, ids);
         }
-        for (int i = 0; i < 16; i++) sums[i] += fast_exp(v[i] - peak) + fast_exp(v[i + 16] - peak);
+        store16(sums, load16(sums) + exp16(load16(v) - peak) + exp16(load16(v + 16) - peak));
     }
 };
 
@@ -90,9 +90,9 @@ inline void head_topk(const float* hidden, int64_t rows, const Weight& head, con
     std::vector<Best> parts(threads * rows);
     std::vector<float> part_values(threads * rows * k);
     std::vector<int> part_ids(threads * rows * k);
-    product(x, {{&head}, 1}, [&](int64_t m, int64_t n, const float* left, const float* right) {
+    product(x, {{&head}, 1}, [&](int64_t m, int64_t n, F16 left, F16 right) {
         alignas(64) float v[32], clean[32];
-        for (int i = 0; i < 16; i++) v[i] = left[i], v[i + 16] = right[i];
+        store16(v, left), store16(v + 16, right);
         const int64_t count = std::min<int64_t>(32, head.n - n), own = omp_get_thread_num() * rows + m;
         Best& best = parts[own];
         if (!copy_row(v, clean, 32)) best.bad = true;

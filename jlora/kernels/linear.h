@@ -32,19 +32,22 @@ struct Input {
         }
     }
     // 32 numbers of row m from column k, a multiple of 32, on; zeros beyond the width.
-    void put(int64_t m, int64_t k, const float* v) const {
-        const int64_t n = Rows::filled_up ? 32 : std::min<int64_t>(32, rounded.width - k);
-        if (wants_rounded && n == 32) to_bf16(v, rounded.at(m, k), 32);
-        else if (wants_rounded) to_bf16(v, rounded.at(m, k), n);
-        if (wants_full) std::copy_n(v, 32, full + m * stride() + k);
+    void put(int64_t m, int64_t k, F16 left, F16 right) const {
+        if (wants_full) store16(full + m * stride() + k, left), store16(full + m * stride() + k + 16, right);
+        if (!wants_rounded) return;
+        const int64_t count = rounded.width - k;
+        if (Rows::filled_up || count >= 32) return store32(rounded.at(m, k), left, right);
+        uint16_t all[32];
+        store32(all, left, right);
+        std::copy_n(all, count, rounded.at(m, k));
     }
-    // make(k, n, v) makes n numbers from column k on.
+    // make(k, n, left, right) makes n numbers from column k on, and zeros beyond.
     template <typename Make>
     void put_row(int64_t m, Make make) const {
         for (int64_t k = 0; k < rounded.width; k += 32) {
-            alignas(64) float v[32] = {};
-            make(k, std::min<int64_t>(32, rounded.width - k), v);
-            put(m, k, v);
+            F16 left{}, right{};
+            make(k, std::min<int64_t>(32, rounded.width - k), left, right);
+            put(m, k, left, right);
         }
     }
 };
@@ -57,12 +60,6 @@ struct InputMemory {
         return x;
     }
 };
-
-// Whole runs are copied without a call.
-inline void copy_run(const float* from, int64_t n, float* to) {
-    if (n == 32) for (int i = 0; i < 32; i++) to[i] = from[i];
-    else std::copy_n(from, n, to);
-}
 
 // y = x W^T of plain floats: the rows of x become columns, which are vectors.
 template <typename Sink>
@@ -86,7 +83,7 @@ inline void product_of_floats(const Input& x, const Linear& l, Sink sink) {
             for (int64_t m = 0; m < rows; m++) {
                 float v[32] = {};
                 for (int64_t i = 0; i < count; i++) v[i] = y[i * columns + m];
-                sink(m, p * 32, v, v + 16);
+                sink(m, p * 32, load16(v), load16(v + 16));
             }
         }
     }
@@ -99,8 +96,8 @@ inline bool joined(const Linear* layers, int64_t count) {
     return true;
 }
 
-// The outputs of layers with the same input stand side by side. store(m, n, v, count): count of them,
-// 32 at most, from output n of row m on.
+// The outputs of layers with the same input stand side by side. store(m, n, left, right, count): count of
+// them, 32 at most, from output n of row m on.
 template <typename Store>
 void apply(const Linear* layers, int64_t count, const Input& x, Store store, int64_t first = 0) {
     if (count > 1 && !joined(layers, count)) {
@@ -122,16 +119,17 @@ void apply(const Linear* layers, int64_t count, const Input& x, Store store, int
     const bool packed = layers[0].kind == Linear::packed;
     if (packed) low.forward(x.rounded, kept);
     else low.forward(FloatRows{x.full, x.rounded.rows, x.stride()}, kept);
-    const auto sink = [&](int64_t m, int64_t n, const float* left, const float* right) {
-        alignas(64) float v[32];
-        for (int i = 0; i < 16; i++) v[i] = left[i], v[i + 16] = right[i];
+    const auto sink = [&](int64_t m, int64_t n, F16 left, F16 right) {
         int64_t i = 0;
         while (n >= ends[i]) i++;
         const int64_t own = std::min<int64_t>(32, ends[i] - n);
-        if (const float* bias = layers[i].bias)
-            for (int64_t j = 0; j < own; j++) v[j] += bias[n - (ends[i] - layers[i].n) + j];
-        low.add(m, n, v);
-        store(m, first + n, v, own);
+        if (const float* bias = layers[i].bias) {
+            F16 l, r;
+            load_some(bias + n - (ends[i] - layers[i].n), l, r, own);
+            left += l, right += r;
+        }
+        low.add(m, n, left, right);
+        store(m, first + n, left, right, own);
     };
     if (packed) product(x.rounded, weights, sink);
     else product_of_floats(x, layers[0], sink);

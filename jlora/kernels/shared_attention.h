@@ -3,6 +3,7 @@
 #pragma once
 #include <cfloat>
 #include <vector>
+#include "lanes.h"
 #include "small_product.h"
 #include "vector_math.h"
 
