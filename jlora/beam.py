@@ -52,7 +52,7 @@ class BeamConfig:
     max_new_tokens: int = 64
     min_length: int = 0
     repetition_penalty: float = 1.0
-    batch_size: int = 16
+    batch_size: int = 32
     rank_up_to: float | None = None
 
     def __post_init__(self):

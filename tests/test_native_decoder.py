@@ -18,6 +18,10 @@ from jlora.native_model import native_model
 
 pytestmark = pytest.mark.skipif(not packed_linear.available(), reason="no bf16 products here")
 
+PANELS = {
+    "hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16,
+}  # fmt: skip
 LORA = {"r": 2, "lora_alpha": 4}
 
 
@@ -43,6 +47,9 @@ MAKE = {
     "llama-biases": lambda: tiny_llama(attention_bias=True, mlp_bias=True),
     "llama-one-key-head": lambda: tiny_llama(num_key_value_heads=1),
     "llama-many-heads": lambda: tiny_llama(num_attention_heads=22, num_key_value_heads=22),
+    "llama-whole-panels": lambda: tiny_llama(**PANELS),
+    "llama-whole-panels-lora": lambda: adapted(tiny_llama(**PANELS), ["q_proj", "up_proj"]),
+    "gpt2-whole-panels": lambda: tiny_gpt2(n_embd=96),
     "qwen2": lambda: tiny_llama(model_type="qwen2"),
     "llama-lora": lambda: adapted(
         tiny_llama(), ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

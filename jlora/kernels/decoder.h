@@ -132,22 +132,24 @@ inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens
         const int64_t parts = b.in_count();
         const Input again = for_normed.of(R, C, b.in, parts), active = for_active.of(R, m.inner, &b.down, 1);
         normalise(b.before_mlp, m.eps, x, C, again);
-        apply(b.in, parts, again, [&](int64_t row, int64_t n, F16 left, F16 right, int64_t count) {
-            store_some(inner + row * parts * m.inner + n, left, right, count);
-        });
-        #pragma omp parallel for schedule(static)
-        for (int64_t i = 0; i < R; i++)
-            active.put_row(i, [&](int64_t k, int64_t n, F16& left, F16& right) {
-                const float* g = inner + i * parts * m.inner + k;
-                load_some(g, left, right, n);
-                if (parts == 1) {
-                    left = gelu16(left), right = gelu16(right);
-                    return;
-                }
-                F16 l, r;
-                load_some(g + m.inner, l, r, n);
-                left *= sigmoid16(left) * l, right *= sigmoid16(right) * r;
+        if (parts == 1 || !swiglu(b.in, again, active)) {
+            apply(b.in, parts, again, [&](int64_t row, int64_t n, F16 left, F16 right, int64_t count) {
+                store_some(inner + row * parts * m.inner + n, left, right, count);
             });
+            #pragma omp parallel for schedule(static)
+            for (int64_t i = 0; i < R; i++)
+                active.put_row(i, [&](int64_t k, int64_t n, F16& left, F16& right) {
+                    const float* g = inner + i * parts * m.inner + k;
+                    load_some(g, left, right, n);
+                    if (parts == 1) {
+                        left = gelu16(left), right = gelu16(right);
+                        return;
+                    }
+                    F16 l, r;
+                    load_some(g + m.inner, l, r, n);
+                    left *= sigmoid16(left) * l, right *= sigmoid16(right) * r;
+                });
+        }
         apply(&b.down, 1, active, add_to_x);
     }
     return x;

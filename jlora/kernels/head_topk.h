@@ -23,22 +23,31 @@ struct Best {
         values[place] = x;
         ids[place] = id;
     }
-    // 32 logits from word n on; those beyond the vocabulary are -FLT_MAX.
-    void take(const float* v, int64_t n, int64_t count, int64_t k, float* values, int* ids) {
+    // 32 logits from word n on, `count` of them words.
+    void take(F16 left, F16 right, int64_t n, int64_t count, int64_t k, float* values, int* ids) {
         const float least = held == k ? values[k - 1] : -FLT_MAX;
-        int above = 0;
-        for (int i = 0; i < 32; i++) above |= v[i] >= least;
-        if (above) {
-            const float most = largest(v, 32);
+        // Rare once the list is good; NaN comes here too.
+        if (any(~(left < least)) || any(~(right < least)) || count < 32) {
+            alignas(64) float v[32];
+            store16(v, left), store16(v + 16, right);
+            alignas(64) float clean[32];
+            bad |= !copy_row(v, clean, count);
+            std::fill(clean + count, clean + 32, -FLT_MAX);
+            const float most = largest(clean, 32);
             if (most > peak) {
                 const float factor = fast_exp(peak - most);
-                for (float& sum : sums) sum *= factor;
+                store16(sums, load16(sums) * factor);
                 peak = most;
             }
-            for (int64_t i = 0; i < count; i++)
-                if (v[i] >= least) insert(v[i], (int)(n + i), k, values, ids);
+            for (int64_t i = 0; i < count; i++) insert(clean[i], (int)(n + i), k, values, ids);
+            left = load16(clean), right = load16(clean + 16);
         }
-        store16(sums, load16(sums) + exp16(load16(v) - peak) + exp16(load16(v + 16) - peak));
+        store16(sums, load16(sums) + exp16(left - peak) + exp16(right - peak));
+    }
+    static bool any(I16 lanes) {
+        int32_t all = 0;
+        for (int i = 0; i < 16; i++) all |= lanes[i];
+        return all != 0;
     }
 };
 
@@ -52,21 +61,22 @@ public:
             mark(m, edits.banned + m * edits.banned_size, edits.banned_size);
         }
     }
-    // Changes the logits v of words n to n + 31 of row m.
-    void apply(int64_t m, int64_t n, float* v) const {
+    // Changes the logits of words n to n + 31 of row m.
+    void apply(int64_t m, int64_t n, F16& left, F16& right) const {
         if (!(bits_[m * words_ + n / 2048] >> (n / 32 % 64) & 1)) return;
-        float edited[32];
+        alignas(64) float v[32], edited[32];
+        store16(v, left), store16(v + 16, right);
         std::copy_n(v, 32, edited);
         const int* ids = edits_.penalised + m * edits_.penalised_size;
         for (int64_t i = 0; i < edits_.penalised_size; i++) {  // an id given twice is penalised once
             const int64_t at = ids[i] - n;
-            if (at < 0 || at >= 32 || v[at] == -FLT_MAX) continue;
+            if (at < 0 || at >= 32) continue;
             edited[at] = v[at] < 0 ? v[at] * edits_.penalty : v[at] / edits_.penalty;
         }
         ids = edits_.banned + m * edits_.banned_size;
         for (int64_t i = 0; i < edits_.banned_size; i++)
             if (ids[i] >= n && ids[i] < n + 32) edited[ids[i] - n] = -FLT_MAX;
-        std::copy_n(edited, 32, v);
+        left = load16(edited), right = load16(edited + 16);
     }
 
 private:
@@ -91,14 +101,9 @@ inline void head_topk(const float* hidden, int64_t rows, const Weight& head, con
     std::vector<float> part_values(threads * rows * k);
     std::vector<int> part_ids(threads * rows * k);
     product(x, {{&head}, 1}, [&](int64_t m, int64_t n, F16 left, F16 right) {
-        alignas(64) float v[32], clean[32];
-        store16(v, left), store16(v + 16, right);
         const int64_t count = std::min<int64_t>(32, head.n - n), own = omp_get_thread_num() * rows + m;
-        Best& best = parts[own];
-        if (!copy_row(v, clean, 32)) best.bad = true;
-        std::fill(clean + count, clean + 32, -FLT_MAX);
-        edited.apply(m, n, clean);
-        best.take(clean, n, count, k, part_values.data() + own * k, part_ids.data() + own * k);
+        edited.apply(m, n, left, right);
+        parts[own].take(left, right, n, count, k, part_values.data() + own * k, part_ids.data() + own * k);
     });
     #pragma omp parallel for schedule(static)
     for (int64_t m = 0; m < rows; m++) {

@@ -134,4 +134,40 @@ void apply(const Linear* layers, int64_t count, const Input& x, Store store, int
     if (packed) product(x.rounded, weights, sink);
     else product_of_floats(x, layers[0], sink);
 }
+
+// SwiGLU of two layers straight from their product, where that can be: a panel takes 16 outputs of
+// each, so that gate and value meet in registers. active (rows, n) is what it makes.
+#if defined(JLORA_AMX)
+struct Paired {
+    const Weight &gate, &up;
+    int64_t tile(int64_t p) const {  // neighbours, which share a line of `active`, far apart in time
+        const int64_t half = gate.n / 32;
+        return p < half ? 2 * p : 2 * (p - half) + 1;
+    }
+    void panel(int64_t p, int64_t s, int64_t, char*, const char*& b0, const char*& b1) const {
+        b0 = (const char*)gate.tile(tile(p), s), b1 = (const char*)up.tile(tile(p), s);
+    }
+    void fetch(int64_t p, int64_t s, int64_t line) const {
+        _mm_prefetch((const char*)gate.tile(tile(p), s) + line * 64, _MM_HINT_T1);
+        _mm_prefetch((const char*)up.tile(tile(p), s) + line * 64, _MM_HINT_T1);
+    }
+};
+inline bool swiglu(const Linear* layers, const Input& x, const Input& active) {
+    if (!joined(layers, 2) || active.wants_full || layers[0].n % 32) return false;
+    for (int i = 0; i < 2; i++)
+        if (layers[i].A || layers[i].bias) return false;
+    const Paired paired{*(const Weight*)layers[0].weight, *(const Weight*)layers[1].weight};
+    amx::product<false>((const char*)x.rounded.data, x.rounded.rows, layers[0].n / 16, x.rounded.steps(), paired,
+        [&](int64_t m, int64_t n, F16 gate, F16 up) {
+            const int64_t k = paired.tile(n / 32) * 16;
+            const F16 y = gate * sigmoid16(gate) * up;
+            uint16_t both[32];
+            store32(both, y, y);
+            std::memcpy(active.rounded.at(m, k / 32 * 32) + k % 32, both, 32);
+        });
+    return true;
+}
+#else
+inline bool swiglu(const Linear*, const Input&, const Input&) { return false; }
+#endif
 }  // namespace jlora::decode

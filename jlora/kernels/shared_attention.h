@@ -1,7 +1,6 @@
 // Attention of one new token a row, where rows share earlier tokens: the beams of a prompt read its
 // keys together, and each generated token is read once for all the beams that descend from it.
 #pragma once
-#include <cfloat>
 #include <vector>
 #include "lanes.h"
 #include "small_product.h"
@@ -26,7 +25,7 @@ struct Group {
     std::vector<float> hidden;  // (tokens, columns): 0, or far below any score where a row lacks it
 };
 constexpr float unseen = -1e30f;
-inline int64_t columns_of(int64_t rows, int64_t per) { return (rows * per + lanes - 1) / lanes * lanes; }
+inline int64_t columns_of(int64_t rows, int64_t per) { return (rows * per + 15) / 16 * 16; }
 
 // table (R, most): the place of each generated token of each row, numbered through slabs of
 // slab_size, of which row r has lengths[r]. Prompt r stands at prompts[r], prompt_tokens[r] long;
@@ -56,20 +55,32 @@ inline std::vector<Group> group_rows(int64_t R, int64_t per, float* const* promp
     return groups;
 }
 
-// scores (tokens, columns) -> exp(scale * (score - the column's largest)); totals (columns): sums.
-inline void exponentials(float* scores, int64_t tokens, int64_t columns, float scale, float* peaks, float* totals) {
-    std::fill_n(peaks, columns, -FLT_MAX);
-    std::fill_n(totals, columns, 0.0f);
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t c = 0; c < columns; c++) peaks[c] = std::max(peaks[c], scores[t * columns + c]);
-    for (int64_t t = 0; t < tokens; t++) {
-        float* row = scores + t * columns;
-        for (int64_t c = 0; c < columns; c++) {
-            const float e = fast_exp((row[c] - peaks[c]) * scale);
-            row[c] = row[c] < unseen / 2 ? 0.0f : e;
-            totals[c] += row[c];
+// scores (tokens, columns) -> exp(scale * (score - the column's largest)), by 16 columns; those of the
+// tokens from `shown` on are hidden where `hidden` says so. totals (columns): their sums.
+inline void exponentials(float* scores, int64_t shown, int64_t tokens, const float* hidden, int64_t columns, float scale,
+        float* totals) {
+    for (int64_t c = 0; c < columns; c += 16) {
+        float* own = scores + c;
+        const float* mask = hidden + c - shown * columns;
+        F16 peak = F16{} + unseen, total{};
+        for (int64_t t = 0; t < tokens; t++) {
+            F16 s = load16(own + t * columns);
+            if (t >= shown) store16(own + t * columns, s += load16(mask + t * columns));
+            peak = s > peak ? s : peak;
         }
+        for (int64_t t = 0; t < tokens; t++) {
+            const F16 s = load16(own + t * columns), e = exp16((s - peak) * scale);
+            const F16 p = s < unseen / 2 ? F16{} : e;
+            store16(own + t * columns, p);
+            total += p;
+        }
+        store16(totals + c, total);
     }
+}
+inline void copy_numbers(const float* from, int64_t n, float* to) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) store16(to + i, load16(from + i));
+    for (; i < n; i++) to[i] = from[i];
 }
 
 // q, out (R, H, D), for one layer.
@@ -79,7 +90,7 @@ inline void shared_attention(const std::vector<Group>& groups, int64_t layer, in
     const float scale = 1.0f / std::sqrt((float)D);
     #pragma omp parallel
     {
-        std::vector<float> queries, scores, keys, values, sums, peaks;
+        std::vector<float> queries, scores, keys, values, sums, totals;
         #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t i = 0; i < (int64_t)groups.size(); i++)
             for (int64_t g = 0; g < G; g++) {
@@ -90,23 +101,21 @@ inline void shared_attention(const std::vector<Group>& groups, int64_t layer, in
                 keys.resize(U * D);
                 values.resize(U * D);
                 sums.resize(columns * D);
-                peaks.resize(2 * columns);
+                totals.resize(columns);
                 for (int64_t m = 0; m < group.rows * per; m++) {
                     const float* query = q + ((group.first + m / per) * H + g * per + m % per) * D;
                     for (int64_t d = 0; d < D; d++) queries[d * columns + m] = query[d];
                 }
                 for (int64_t u = 0; u < U; u++) {
-                    std::copy_n(group.tokens[u].at(layer, 0, width) + g * D, D, keys.data() + u * D);
-                    std::copy_n(group.tokens[u].at(layer, 1, width) + g * D, D, values.data() + u * D);
+                    copy_numbers(group.tokens[u].at(layer, 0, width) + g * D, D, keys.data() + u * D);
+                    copy_numbers(group.tokens[u].at(layer, 1, width) + g * D, D, values.data() + u * D);
                 }
                 const float *prompt_keys = group.prompt.at(layer, 0, width) + g * D,
                             *prompt_values = group.prompt.at(layer, 1, width) + g * D;
                 float* generated = scores.data() + T * columns;
-                std::copy(group.hidden.begin(), group.hidden.end(), generated);
                 small_product(T, columns, D, prompt_keys, width, 1, queries.data(), columns, scores.data(), columns, false);
-                small_product(U, columns, D, keys.data(), D, 1, queries.data(), columns, generated, columns, true);
-                float* totals = peaks.data() + columns;
-                exponentials(scores.data(), T + U, columns, scale, peaks.data(), totals);
+                small_product(U, columns, D, keys.data(), D, 1, queries.data(), columns, generated, columns, false);
+                exponentials(scores.data(), T, T + U, group.hidden.data(), columns, scale, totals.data());
                 const int64_t M = group.rows * per;
                 small_product(M, D, T, scores.data(), 1, columns, prompt_values, width, sums.data(), D, false);
                 small_product(M, D, U, generated, 1, columns, values.data(), D, sums.data(), D, true);
