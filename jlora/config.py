@@ -51,7 +51,7 @@ class DecodeConfig:
     max_new_tokens: int = 64
     min_length: int = 0
     repetition_penalty: float = 1.0
-    batch_size: int = 16
+    batch_size: int = 32
     rank_up_to: float | None = None
     eos_token_ids: list[int] | None = None  # None: the end token of training
 

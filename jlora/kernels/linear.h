@@ -61,10 +61,10 @@ struct InputMemory {
     }
 };
 
-// y = x W^T of plain floats: the rows of x become columns, which are vectors.
+// y = x W^T of plain floats: the rows of x become columns, which are vectors, 32 of them together.
 template <typename Sink>
 inline void product_of_floats(const Input& x, const Linear& l, Sink sink) {
-    const int64_t rows = x.rounded.rows, columns = up_to(rows, 16), panels = up_to(l.n, 32) / 32;
+    const int64_t rows = x.rounded.rows, columns = up_to(rows, 32), panels = up_to(l.n, 32) / 32;
     static Buffer<float> for_turned;
     float* turned = for_turned.of(l.k * columns);
     const bool by_row = l.kind == Linear::rows_first;
@@ -72,14 +72,17 @@ inline void product_of_floats(const Input& x, const Linear& l, Sink sink) {
     #pragma omp parallel
     {
         #pragma omp for schedule(static)
-        for (int64_t k = 0; k < l.k; k++)
-            for (int64_t m = 0; m < columns; m++) turned[k * columns + m] = m < rows ? x.full[m * x.stride() + k] : 0.0f;
+        for (int64_t c = 0; c < columns; c += 32)
+            for (int64_t k = 0; k < l.k; k++)
+                for (int64_t m = c; m < c + 32; m++)
+                    turned[c * l.k + k * 32 + m - c] = m < rows ? x.full[m * x.stride() + k] : 0.0f;
         std::vector<float> y(32 * columns);
         #pragma omp for schedule(dynamic)
         for (int64_t p = 0; p < panels; p++) {
             const int64_t count = std::min<int64_t>(32, l.n - p * 32);
-            small_product(count, columns, l.k, w + p * 32 * (by_row ? l.k : 1), by_row ? l.k : 1, by_row ? 1 : l.n,
-                turned, columns, y.data(), columns, false);
+            for (int64_t c = 0; c < columns; c += 32)
+                small_product(count, 32, l.k, w + p * 32 * (by_row ? l.k : 1), by_row ? l.k : 1, by_row ? 1 : l.n,
+                    turned + c * l.k, 32, y.data() + c, columns, false);
             for (int64_t m = 0; m < rows; m++) {
                 float v[32] = {};
                 for (int64_t i = 0; i < count; i++) v[i] = y[i * columns + m];
