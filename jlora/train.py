@@ -89,9 +89,7 @@ def make_batch(model, examples: Sequence[TokenExample]) -> Batch:
     return stream(examples) if model.reads_streams else collate(examples, pad_id=0)
 
 
-def validation_loss(
-    model, examples: Sequence[TokenExample], batch_size: int
-) -> float:
+def validation_loss(model, examples: Sequence[TokenExample], batch_size: int) -> float:
     """Mean loss over all target tokens of ``examples``, without dropout and label smoothing."""
     model.eval()
     rows = sorted(range(len(examples)), key=lambda row: examples[row].input_length)

@@ -52,7 +52,7 @@ class PackedWeight:
         begin = -(-self._memory.ctypes.data // LINE) * LINE
         self._weight = _Weight()
         self.address = ctypes.addressof(self._weight)
-        values = np.ascontiguousarray(weight.numpy())
+        values = np.ascontiguousarray(weight.data)  # no copy of Jittor's memory
         numbers = (values.ctypes.data, begin, self.address, self.n, self.k, transposed)
         call("pack_weight", None, *numbers)
 
@@ -63,6 +63,14 @@ class PackedWeight:
     def with_lora(self, x: jt.Var, bias: jt.Var | None, branch: Branch) -> jt.Var:
         """The same plus a low-rank branch; differentiable in x and the branch's A and B."""
         return _LoraProduct.apply(x, self, bias, branch, branch.A, branch.B)
+
+    def rows(self, ids: jt.Var) -> jt.Var:
+        """Rows of the weight, as of an embedding: int32 (...) -> (..., K) float32; with AMX alone."""
+        shape = (*ids.shape, self.k)
+        return operator(shape, "float32", [ids], "rows_op", self.address).stop_grad()
+
+    def __del__(self):
+        jt.sync_all()  # Jittor is lazy: operators that have the address may not have run yet
 
     def unpack(self, transposed: bool) -> np.ndarray:
         """The weight as it was given, to the precision kept; float32."""

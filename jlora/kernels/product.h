@@ -49,6 +49,7 @@ struct Weight {
     uint16_t* tile(int64_t n_tile, int64_t k_tile) const {
         return (uint16_t*)(tiles + n_tile * stride + k_tile * amx::tile_bytes);
     }
+    uint16_t& at(int64_t n, int64_t k) const { return tile(n / 16, k / 32)[k % 32 / 2 * 32 + n % 16 * 2 + k % 2]; }
 };
 
 // w: (n, k) row by row, or (k, n) when transposed.
@@ -60,7 +61,7 @@ inline void pack(const float* w, const Weight& out, bool transposed) {
             for (int64_t i = 0; i < 16; i++) {
                 const int64_t n = t * 16 + i;
                 const float x = n < out.n && k < out.k ? w[n * along_n + k * along_k] : 0.0f;
-                out.tile(t, k / 32)[k % 32 / 2 * 32 + i * 2 + k % 2] = bf16_of(x);
+                out.at(n, k) = bf16_of(x);
             }
 }
 inline void unpack(const Weight& w, float* out, bool transposed) {
@@ -68,7 +69,7 @@ inline void unpack(const Weight& w, float* out, bool transposed) {
     #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < w.n; n++)
         for (int64_t k = 0; k < w.k; k++)
-            out[n * along_n + k * along_k] = float_of(w.tile(n / 16, k / 32)[k % 32 / 2 * 32 + n % 16 * 2 + k % 2]);
+            out[n * along_n + k * along_k] = float_of(w.at(n, k));
 }
 
 // 8 x 8 numbers of 64 bits.
