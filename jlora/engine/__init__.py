@@ -20,7 +20,7 @@ from jlora.runtime import jt
 
 from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
 
-PRECISIONS = ("plain", "fp32", "bf16")
+PRECISIONS = ("plain", "fp32", "bf16", "int8", "int8-both")
 
 
 class FusedAttention(models_attention.CausalAttention):
@@ -83,7 +83,7 @@ def choose_precision() -> tuple[str, str]:
     problem = native.problem()
     if problem is not None:
         return "plain", problem
-    if not packed_linear.available():
+    if not packed_linear.available("bf16"):
         return "fp32", "neither AMX nor oneDNN multiplies bf16 here"
     features = machine.cpu_features()
     if packed_linear.uses_amx():
@@ -108,8 +108,10 @@ def prepare(
     Args:
         model: a model or PeftModel, its base frozen and in float32.
         precision: "bf16" packs frozen linear weights in bf16 (sums, residual stream, adapter and
-            optimiser stay float32); "fp32" fuses what stands between the products and keeps every
-            number float32; "plain" changes nothing; "auto" is `choose_precision`.
+            optimiser stay float32); "int8" keeps them in int8, half the memory, and multiplies
+            activations in int8 and gradients in bf16, "int8-both" both in int8; "fp32" fuses what
+            stands between the products and keeps every number float32; "plain" changes nothing;
+            "auto" is `choose_precision`.
         keep_weights: False lets go of the float32 weights that were packed, which saves two thirds
             of the memory; `restore` and merging give them back to the precision kept.
         checkpoint_activations: compute each block's forward pass again in the backward pass instead
@@ -137,9 +139,9 @@ def prepare(
     for module in model.modules():
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
-    if precision == "bf16":
+    if precision in packed_linear.KINDS:
         try:
-            _pack(model, keep_weights)
+            _pack(model, precision, keep_weights)
         except UserError:
             restore(model)
             raise
@@ -175,10 +177,15 @@ def _check(model, precision: str) -> None:
     problem = native.problem()
     if problem is not None:
         raise UserError(f"precision {precision} is not to be had: {problem}")
-    if precision == "bf16" and not packed_linear.available():
+    if precision == "bf16" and not packed_linear.available("bf16"):
         raise UserError(
             "precision bf16 needs a processor with AMX, or oneDNN, which was not found; "
             "`jlora doctor` says how to get it, and precisions fp32 and plain run without"
+        )
+    if precision in packed_linear.KINDS and not packed_linear.available(precision):
+        raise UserError(
+            f"precision {precision} needs a processor with AMX and a compiler that knows it "
+            "(g++ 11 or newer); use precision bf16, fp32 or plain"
         )
     for name, parameter in model.named_parameters():
         if parameter.dtype != "float32":
@@ -188,7 +195,7 @@ def _check(model, precision: str) -> None:
             )
 
 
-def _pack(model, keep_weights: bool) -> None:
+def _pack(model, precision: str, keep_weights: bool) -> None:
     trainable = _trainable(model)
     head = getattr(model, "output_embedding", None)
     for module in model.modules():
@@ -204,7 +211,9 @@ def _pack(model, keep_weights: bool) -> None:
             continue
         if id(weight) in trainable:
             continue
-        product = FrozenProduct(weight, bias, transposed)
+        # The head decides between words by small differences, and embeds them: int8 is too coarse.
+        kind = "bf16" if weight is head else precision
+        product = FrozenProduct(weight, bias, transposed, kind)
         if is_lora:
             module._engine = product
         else:

@@ -47,10 +47,10 @@ class PackedOnly:
 class FrozenProduct:
     """``W x + b`` with a packed copy of a frozen W."""
 
-    def __init__(self, weight: jt.Var, bias: jt.Var | None, transposed: bool = False):
+    def __init__(self, weight: jt.Var, bias: jt.Var | None, transposed: bool, kind: str):
         self.weight, self.bias = weight, bias
         self.transposed = transposed
-        self.packed = PackedWeight(weight, transposed)
+        self.packed = PackedWeight(weight, transposed, kind)
 
     def __call__(self, x: jt.Var) -> jt.Var:
         if self.bias is None or self.bias.is_stop_grad():

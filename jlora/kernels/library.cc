@@ -99,9 +99,9 @@ extern "C" int64_t uses_amx() { return amx::permitted(); }
 #endif
 #ifdef JLORA_PRODUCTS
 // Packed weights: Python owns the memory, a `Weight` describes it.
-extern "C" int64_t packed_bytes(int64_t n, int64_t k) { return weight_bytes(n, k); }
-extern "C" void pack_weight(const float* w, char* memory, Weight* out, int64_t n, int64_t k, int64_t transposed) {
-    *out = weight_in(memory, n, k);
+extern "C" int64_t packed_bytes(int64_t n, int64_t k, int64_t kind) { return weight_bytes(n, k, kind); }
+extern "C" void pack_weight(const float* w, char* memory, Weight* out, int64_t n, int64_t k, int64_t kind, int64_t transposed) {
+    *out = weight_in(memory, n, k, kind);
     pack(w, *out, transposed != 0);
 }
 extern "C" void unpack_weight(const Weight* w, float* out, int64_t transposed) { unpack(*w, out, transposed != 0); }
