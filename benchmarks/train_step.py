@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks import operators, work
 from benchmarks.peak import measure
 from benchmarks.sides import ROOT, alternate
-from benchmarks.training import PEERS, add_options, training_sides
+from benchmarks.training import PEERS, add_options, fetch_code, training_sides
 from jlora.machine import cpu_model, processors
 
 
@@ -26,6 +26,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=9)
     options.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks")
     chosen = options.parse_args()
+    fetch_code(chosen.models, chosen)
     chosen.out.mkdir(parents=True, exist_ok=True)
     print(f"{cpu_model()}, {processors()} processors, {date.today()}")
     peak = measure()

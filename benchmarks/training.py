@@ -35,6 +35,13 @@ def add_options(options: argparse.ArgumentParser, peers: list[str]) -> None:
                          "as many as fit in memory")  # fmt: skip
 
 
+def fetch_code(models: list[str], chosen: argparse.Namespace) -> None:
+    """Clone microsoft/LoRA if it takes part, so that a failure shows before any measuring."""
+    wanted = any(name.startswith(MICROSOFT) for name in chosen.peers)
+    if wanted and any(model.startswith("gpt2") for model in models):
+        lora_code.clone(chosen.lora_code)
+
+
 def training_sides(model: str, batches: Path, chosen: argparse.Namespace) -> list[Side]:
     """jlora's sides and those of the chosen peers that know the model; jlora's come first.
 
