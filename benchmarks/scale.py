@@ -29,7 +29,7 @@ def main() -> None:
     options.add_argument("--lengths", nargs="*", type=int, default=[2**i for i in range(6, 11)],
                          help="T, the tokens of a row, in batches of --batch tokens")  # fmt: skip
     options.add_argument("--batch", type=int, default=4096)
-    add_options(options, peers=["PEFT bf16"])
+    add_options(options, peers=["PEFT bf16", "PEFT bf16, memory kept"])
     options.set_defaults(precisions=["bf16"])
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks")
@@ -68,7 +68,7 @@ def measure_point(model: str, rows: int, length: int, chosen, peak: float) -> di
     flops = work.training_flops(config, np.full(rows, length), targets)
     for side in sides:
         print(
-            f"{tokens:6} tokens, {rows:3} x {length:4}  {side.name:20} {side.median:8.3f} s/step "
+            f"{tokens:6} tokens, {rows:3} x {length:4}  {side.name:23} {side.median:8.3f} s/step "
             f"{tokens / side.median:6.0f} tokens/s  MFU {flops / side.median / peak:5.1%} "
             f"{side.peak_mb:6.0f} MB  ratio {side.median / sides[0].median:5.2f}",
             flush=True,

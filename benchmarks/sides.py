@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -31,6 +32,7 @@ class Side:
         spec: what ``make`` needs, as JSON holds it.
         most_rounds: of a slow side, which also warms up by one round only; None: as the others.
         apart: it runs when the others have ended, because its memory fills the machine.
+        variables: environment variables of its process.
         part: share of the work that a round does; ``median`` is what all of it would take.
         seconds: of every round but the warm-up ones.
         first_seconds: of the very first round, compilation included.
@@ -43,6 +45,7 @@ class Side:
     spec: dict
     most_rounds: int | None = None
     apart: bool = False
+    variables: dict[str, str] = field(default_factory=dict)
     part: float = 1.0
     seconds: list[float] = field(default_factory=list)
     first_seconds: float = 0.0
@@ -58,7 +61,7 @@ class Side:
         command = [PYTHON[self.environment], "-W", "ignore", "-m", "benchmarks.sides", self.module]
         self.process = subprocess.Popen(
             [*command, json.dumps(self.spec)], cwd=ROOT, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, **self.variables}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         self._ask("ready")
 
