@@ -11,13 +11,15 @@ weakens generated tokens. The length penalty only ranks what was found.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from jlora.decoding import Decoder, Hypothesis, check_finite, check_prompts, check_setting
-from jlora.kernels.topk import LARGEST_K, log_softmax_topk
+from jlora.decoding import Hypothesis, check_finite, check_prompts, check_setting, decoder_of
+from jlora.kernels.topk import LARGEST_K
+
+ENTRIES = 4  # the batch is renewed in about this many parts
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class BeamConfig:
     max_new_tokens: int = 64
     min_length: int = 0
     repetition_penalty: float = 1.0
-    batch_size: int = 16
+    batch_size: int = 32
     rank_up_to: float | None = None
 
     def __post_init__(self):
@@ -72,7 +74,7 @@ def beam_search(
     config: BeamConfig,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Hypothesis]]:
-    """Decode prompts, equal ones once, in batches of similar length.
+    """Decode prompts, equal ones once.
 
     Args:
         model: a language model of `jlora.models` with its dropout off.
@@ -87,14 +89,14 @@ def beam_search(
     Raises:
         UserError: a prompt does not fit the model, or the model gives NaN.
     """
-    check_prompts(model, prompts, config.max_new_tokens)
+    check_prompts(model, prompts, config.max_new_tokens)  # here too, for the numbers it names
     distinct = sorted({tuple(prompt) for prompt in prompts}, key=lambda ids: (len(ids), ids))
     found: dict[tuple[int, ...], list[Hypothesis]] = {}
-    for start in range(0, len(distinct), config.batch_size):
-        batch = distinct[start : start + config.batch_size]
-        for prompt, hypotheses in zip(batch, _search(model, batch, config)):
-            found[prompt] = rank(hypotheses, config.length_penalty)
-        if progress is not None:
+    for index, hypotheses in search(model, distinct, config):
+        found[distinct[index]] = hypotheses
+        if progress is not None and (
+            len(found) % config.batch_size == 0 or len(found) == len(distinct)
+        ):
             progress(len(found), len(distinct))
     return [found[tuple(prompt)] for prompt in prompts]
 
@@ -111,47 +113,118 @@ def rank(hypotheses: Iterable[Hypothesis], length_penalty: float) -> list[Hypoth
     )
 
 
-def _search(model, prompts: Sequence[Sequence[int]], config: BeamConfig) -> list[list[Hypothesis]]:
-    """Decode prompts together; per prompt the hypotheses in the order found.
+def search(
+    model, prompts: Sequence[Sequence[int]], config: BeamConfig
+) -> Iterator[tuple[int, list[Hypothesis]]]:
+    """Decode prompts; yields the number of each and its hypotheses, best first, as it is done.
 
-    The rows of the batch are the live beams of all prompts: rows of one prompt stand together,
-    likeliest first, and their number changes from step to step.
+    ``config.batch_size`` prompts are decoded together. Where the decoder allows it, waiting ones
+    take the places of those that are done; the first given enter first, so that prompts of like
+    length should stand together.
+
+    Raises:
+        UserError: as `beam_search`.
     """
-    found: list[list[Hypothesis]] = [[] for _ in prompts]
-    decoder = Decoder(model, prompts)
-    owner = np.arange(len(prompts))  # (R,) the prompt of each row
-    history = np.zeros((len(prompts), 0), dtype=np.int32)  # (R, t) generated tokens
-    scores = np.zeros(len(prompts), dtype=np.float32)  # (R,) summed log-probabilities
-    for step in range(config.max_new_tokens):
-        values, ids = log_softmax_topk(
-            decoder.logits,
-            config.num_beams,
-            banned=_banned(history, config),
-            penalised=history if config.repetition_penalty != 1 else None,
-            penalty=config.repetition_penalty,
+    check_prompts(model, prompts, config.max_new_tokens)
+    decoder, pool = decoder_of(model), _Pool(config)
+    waiting = 0  # the first prompt that has not entered
+    # Prompts enter a few at a time: their products are large then, and places stand empty briefly.
+    few = max(1, config.batch_size // ENTRIES)
+    while waiting < len(prompts) or len(pool.owner):
+        free = config.batch_size - len(pool.found)
+        if not pool.found or (decoder.enters and free >= few):
+            entering = prompts[waiting : waiting + free]
+            if entering:
+                decoder.enter(entering)
+                pool.enter(waiting, len(entering))
+                waiting += len(entering)
+        penalised = pool.history if config.repetition_penalty != 1 else None
+        values, ids = decoder.best(
+            config.num_beams, pool.banned(), penalised, config.repetition_penalty
         )  # (R, k) each
         check_finite(values)
-        rows, columns = _best(owner, scores[:, None] + values, config.num_beams)
-        scores, tokens = scores[rows] + values[rows, columns], ids[rows, columns]
-        owner = owner[rows]
-        history = np.concatenate([history[rows], tokens[:, None]], axis=1)
+        rows, tokens = pool.choose(values, ids)
+        for prompt, hypotheses in pool.leave():
+            yield prompt, rank(hypotheses, config.length_penalty)
+        decoder.advance(rows, tokens)
+
+
+class _Pool:
+    """The live beams of the prompts that are in the batch.
+
+    Rows of one prompt stand together, likeliest first, prompts in the order of their numbers; the
+    number of rows changes from step to step.
+
+    Attributes:
+        owner: (R,) the prompt of each row.
+        history: (R, t) int32, what each row has generated, on the left filled up with -1.
+        lengths: (R,) tokens of each row in ``history``.
+        scores: (R,) summed log-probabilities.
+        found: the hypotheses of each prompt in the batch, in the order found.
+    """
+
+    def __init__(self, config: BeamConfig):
+        self.config = config
+        self.owner = np.zeros(0, dtype=np.int64)
+        self.history = np.zeros((0, 0), dtype=np.int32)
+        self.lengths = np.zeros(0, dtype=np.int64)
+        self.scores = np.zeros(0, dtype=np.float32)
+        self.found: dict[int, list[Hypothesis]] = {}
+
+    def enter(self, first: int, count: int) -> None:
+        """Add a row for each of the prompts ``first``, ``first + 1``, ..."""
+        new = np.arange(first, first + count)
+        empty = np.full((count, self.history.shape[1]), -1, dtype=np.int32)
+        self.owner = np.concatenate([self.owner, new])
+        self.history = np.concatenate([self.history, empty])
+        self.lengths = np.concatenate([self.lengths, np.zeros_like(new)])
+        self.scores = np.concatenate([self.scores, np.zeros(count, dtype=np.float32)])
+        self.found.update({prompt: [] for prompt in new.tolist()})
+
+    def banned(self) -> np.ndarray:
+        """Forbidden next tokens of each row; see `_repeating`."""
+        config = self.config
+        banned = [_repeating(self.history, config.no_repeat_ngram_size)]
+        if config.min_length and config.eos_token_ids:
+            ends = np.array(config.eos_token_ids, dtype=np.int32)
+            banned.append(np.where(self.lengths[:, None] < config.min_length, ends, -1))
+        return np.concatenate(banned, axis=1)
+
+    def choose(self, values: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Go on with the best of the candidates (R, k), and note what ended.
+
+        Returns:
+            For each row that is live now, the row that it was and the token that it got.
+        """
+        config = self.config
+        rows, columns = _best(self.owner, self.scores[:, None] + values, config.num_beams)
+        tokens = ids[rows, columns]
+        scores = self.scores[rows] + values[rows, columns]
+        owner, lengths = self.owner[rows], self.lengths[rows] + 1
+        history = np.concatenate([self.history[rows], tokens[:, None]], axis=1)
 
         ended = np.isin(tokens, config.eos_token_ids)
-        last = step + 1 == config.max_new_tokens
+        last = lengths == config.max_new_tokens
         # Live beams compete only after the last step, and after those that ended in it.
         for row in np.concatenate([np.flatnonzero(ended), np.flatnonzero(~ended & last)]):
-            found[owner[row]].append(
-                Hypothesis(history[row].tolist(), float(scores[row]), step + 1, bool(ended[row]))
+            length = int(lengths[row])
+            self.found[int(owner[row])].append(
+                Hypothesis(
+                    history[row, -length:].tolist(), float(scores[row]), length, bool(ended[row])
+                )
             )
-        live = ~ended
+        live = ~ended & ~last
         if config.rank_up_to is not None:
-            live &= ~_decided(owner, scores, live, found, config)
-        if last or not live.any():
-            break
-        decoder.keep(rows[live])
-        decoder.step(tokens[live])
-        owner, history, scores = owner[live], history[live], scores[live]
-    return found
+            live &= ~_decided(owner, scores, live, self.found, config)
+        self.owner, self.scores, self.lengths = owner[live], scores[live], lengths[live]
+        longest = self.lengths.max(initial=0)
+        self.history = history[live, history.shape[1] - longest :]
+        return rows[live], tokens[live]
+
+    def leave(self) -> list[tuple[int, list[Hypothesis]]]:
+        """Take out the prompts without live rows."""
+        done = set(self.found) - set(self.owner.tolist())
+        return [(prompt, self.found.pop(prompt)) for prompt in sorted(done)]
 
 
 def _best(owner: np.ndarray, totals: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -172,30 +245,26 @@ def _best(owner: np.ndarray, totals: np.ndarray, count: int) -> tuple[np.ndarray
     return np.divmod(order, totals.shape[1])
 
 
-def _banned(history: np.ndarray, config: BeamConfig) -> np.ndarray:
-    """Forbidden next tokens of each row, (R, any) int32 filled up with -1.
+def _repeating(history: np.ndarray, n: int) -> np.ndarray:
+    """Tokens that would make an n-gram of a row come again, (R, any) int32 filled up with -1.
 
-    A token is banned when the last n - 1 tokens of a row stood before it earlier in the row.
+    A token is one when the last n - 1 tokens of a row stood before it earlier in the row.
     """
     rows, length = history.shape
-    n = config.no_repeat_ngram_size
-    banned = []
-    if 0 < n <= length:
-        repeated = np.ones((rows, length - n + 1), dtype=bool)  # which n-grams begin as the end
-        for offset in range(n - 1):
-            earlier = history[:, offset : offset + length - n + 1]
-            repeated &= earlier == history[:, length - n + 1 + offset, None]
-        banned.append(np.where(repeated, history[:, n - 1 :], -1))
-    if length < config.min_length and config.eos_token_ids:
-        banned.append(np.tile(np.array(config.eos_token_ids, dtype=np.int32), (rows, 1)))
-    return np.concatenate(banned, axis=1) if banned else np.full((rows, 1), -1, dtype=np.int32)
+    if not 0 < n <= length:
+        return np.full((rows, 1), -1, dtype=np.int32)
+    repeated = np.ones((rows, length - n + 1), dtype=bool)  # which n-grams begin as the end
+    for offset in range(n - 1):
+        earlier = history[:, offset : offset + length - n + 1]
+        repeated &= earlier == history[:, length - n + 1 + offset, None]
+    return np.where(repeated, history[:, n - 1 :], -1)
 
 
 def _decided(
     owner: np.ndarray,
     scores: np.ndarray,
     live: np.ndarray,
-    found: list[list[Hypothesis]],
+    found: Mapping[int, list[Hypothesis]],
     config: BeamConfig,
 ) -> np.ndarray:
     """Rows (R,) of prompts whose live beams can no longer become the best.
@@ -211,6 +280,6 @@ def _decided(
         decided[rows] = any(
             h.logprob * (config.max_new_tokens / h.length) ** config.rank_up_to
             > best_live * (1 - 1e-6)  # room for rounding
-            for h in found[prompt]
+            for h in found[int(prompt)]
         )
     return decided

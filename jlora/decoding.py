@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from jlora.errors import UserError
+from jlora.kernels.topk import log_softmax_topk
+from jlora.native_decoder import NativeDecoder
+from jlora.native_model import native_model
 from jlora.runtime import jt
 
 
@@ -40,44 +43,59 @@ STEPS_PER_CLEARING = 16
 
 
 class Decoder:
-    """Rows of a batch that grow by a token a step; only the newest logits are kept.
+    """Rows of a batch that grow by a token a step, through the model's own layers and its cache.
 
-    ``logits`` is a (rows, V) float32 Var: the scores of each row's next token.
+    Attributes:
+        enters: whether `enter` may be called while there are rows.
+        hidden: (rows, C) float32 Var, the state from which each row's next token is predicted.
     """
 
-    def __init__(self, model, prompts: Sequence[Sequence[int]]):
-        """Run the prompts, one row each, padded on the left to the longest."""
+    enters = False
+
+    def __init__(self, model):
         self.model = model
-        self.cache = model.new_cache()
+        self._steps = 0
+
+    def enter(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Run prompts, one row each, padded on the left to the longest."""
+        self.cache = self.model.new_cache()
         longest = max(map(len, prompts))
         ids = np.zeros((len(prompts), longest), dtype=np.int32)
         mask = np.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = prompt
             mask[row, longest - len(prompt) :] = 1
-        self._steps = 0
         jt.gc()
         self._run(ids, None if mask.all() else mask)
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Make row i what row ``rows[i]`` was; rows may repeat or vanish. `step` must follow."""
-        rows = np.asarray(rows)
-        if not np.array_equal(rows, np.arange(self.logits.shape[0])):
+    def advance(self, rows: np.ndarray, tokens: np.ndarray) -> None:
+        """Make row i what row ``rows[i]`` was and append ``tokens[i]``; rows repeat or vanish."""
+        if not len(rows):
+            return  # the next prompts begin anew
+        if not np.array_equal(rows, np.arange(self.hidden.shape[0])):
             self.cache.reorder(rows)
-
-    def step(self, tokens: Sequence[int]) -> None:
-        """Append one token to each row, (rows,)."""
         self._steps += 1
         if self._steps % STEPS_PER_CLEARING == 0:
             jt.gc()
         # The cache remembers which of its tokens are padding, so no mask is needed again.
         self._run(np.asarray(tokens, dtype=np.int32)[:, None], None)
 
+    def best(self, k: int, banned=None, penalised=None, penalty: float = 1.0):
+        """The k likeliest next tokens of each row; see `jlora.kernels.topk.log_softmax_topk`."""
+        with jt.no_grad():
+            logits = self.model.lm_head_logits(self.hidden)
+        return log_softmax_topk(logits, k, banned, penalised, penalty)
+
     def _run(self, ids: np.ndarray, mask: np.ndarray | None) -> None:
         with jt.no_grad():
             mask = None if mask is None else jt.array(mask)
-            hidden = self.model.hidden_states(jt.array(ids), mask, self.cache)  # (rows, T, C)
-            self.logits = self.model.lm_head_logits(hidden[:, -1])  # (rows, V)
+            self.hidden = self.model.hidden_states(jt.array(ids), mask, self.cache)[:, -1]
+
+
+def decoder_of(model) -> Decoder | NativeDecoder:
+    """The fastest decoder that can run the model as it is now."""
+    native = native_model(model)
+    return Decoder(model) if native is None else NativeDecoder(native, model)
 
 
 def check_prompts(model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

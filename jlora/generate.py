@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jlora.decoding import Decoder, Hypothesis, check_finite, check_prompts, check_setting
-from jlora.kernels.topk import log_softmax_topk
+from jlora.decoding import Hypothesis, check_finite, check_prompts, check_setting, decoder_of
 
 
 @dataclass(frozen=True)
@@ -111,15 +110,16 @@ def _tokens(
 
     The log-probability is the model's own, the repetition penalty counted in, temperature not.
     """
-    decoder = Decoder(model, [prompts[index] for index in batch])
+    decoder = decoder_of(model)
+    decoder.enter([prompts[index] for index in batch])
     batch = list(batch)
+    vocabulary = model.config.vocab_size
     draws = {index: np.random.default_rng([config.seed, index]) for index in batch}
     texts = {index: list(prompts[index]) for index in batch}
     for _ in range(config.max_new_tokens):
         penalised = config.repetition_penalty != 1
-        values, ids = log_softmax_topk(
-            decoder.logits,
-            1 if config.temperature == 0 else config.top_k or decoder.logits.shape[1],
+        values, ids = decoder.best(
+            1 if config.temperature == 0 else config.top_k or vocabulary,
             penalised=[texts[index] for index in batch] if penalised else None,
             penalty=config.repetition_penalty,
         )  # (rows, k) each, likeliest first
@@ -133,8 +133,7 @@ def _tokens(
         live = [row for row, token in enumerate(chosen) if token not in config.eos_token_ids]
         if not live:
             return
-        decoder.keep(live)
-        decoder.step([chosen[row] for row in live])
+        decoder.advance(np.array(live), np.array([chosen[row] for row in live]))
         batch = [batch[row] for row in live]
 
 

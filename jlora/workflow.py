@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jlora import engine
 from jlora.adapters import PeftModel, get_peft_model
-from jlora.beam import beam_search
+from jlora.beam import beam_search, search
 from jlora.config import DataConfig, DecodeConfig, Recipe, dump_recipe, load_recipe
 from jlora.data import Example, TokenExample, check_vocabulary, encode_examples, encode_prompts
 from jlora.errors import UserError
@@ -235,17 +235,14 @@ def decode(
 
     with tqdm(total=len(prompts), initial=len(prompts) - len(waiting), desc="decoding",
               unit="input", mininterval=1 if sys.stderr.isatty() else 30) as bar:  # fmt: skip
-        for start in range(0, len(waiting), config.batch_size):
-            batch = waiting[start : start + config.batch_size]
-            found = beam_search(model, [encoded[index] for index in batch], config)
-            predictions = [
-                make_prediction(prompts[index], hypotheses, tokenizer.decode, config.length_penalty)
-                for index, hypotheses in zip(batch, found)
-            ]
-            done.update((p.prompt, p) for p in predictions)
-            if partial:
+        for place, hypotheses in search(model, [encoded[index] for index in waiting], config):
+            prompt = prompts[waiting[place]]
+            done[prompt] = make_prediction(
+                prompt, hypotheses, tokenizer.decode, config.length_penalty
+            )
+            bar.update()
+            if partial and bar.n % config.batch_size == 0:
                 write_predictions(partial, list(done.values()))
-            bar.update(len(batch))
     ordered = [done[prompt] for prompt in prompts]
     if path:
         save_predictions(path, ordered)

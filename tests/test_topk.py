@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jlora.kernels import topk
+from jlora.kernels import packed_linear, topk
+from jlora.kernels.decoder import head_topk
 from jlora.kernels.topk import LARGEST_K, log_softmax_topk, log_softmax_topk_numpy
 from jlora.runtime import jt
 
@@ -121,3 +122,25 @@ def test_without_compiled_operators_the_twin_answers(monkeypatch):
     monkeypatch.setattr(topk, "problem", lambda: "no compiler")
     monkeypatch.setattr(topk, "operator", operator)
     assert_equal(*both(np.arange(12).reshape(2, 6), 3, banned=[[5], [-1]]))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "width", "rows", "k"), [(1003, 64, 37, 10), (23, 12, 5, 23), (4100, 96, 3, 1)]
+)
+def test_the_heads_product_and_its_best_words_together(vocabulary, width, rows, k):
+    if not packed_linear.available():
+        pytest.skip("no bf16 products here")
+    generator = np.random.default_rng(vocabulary)
+    weight = generator.standard_normal((vocabulary, width)).astype(np.float32)
+    weight[vocabulary - 1] = weight[5] = weight[3]  # equal logits stand in the order of their ids
+    hidden = generator.standard_normal((rows, width)).astype(np.float32)
+    hidden[0] = weight[3]
+    hidden[1] = np.nan
+    banned = generator.integers(-1, vocabulary, (rows, 5)).astype(np.int32)
+    penalised = generator.integers(-1, vocabulary, (rows, 9)).astype(np.int32)
+    packed = packed_linear.PackedWeight(jt.array(weight), False)
+    logits = packed(jt.array(hidden))
+    expected = log_softmax_topk(logits, k, banned, penalised, 1.3)
+    values, ids = head_topk(hidden, packed.address, k, banned, penalised, 1.3)
+    np.testing.assert_array_equal(ids, expected[1])
+    np.testing.assert_allclose(values, expected[0], rtol=1e-6, atol=2e-6)

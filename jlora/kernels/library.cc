@@ -7,6 +7,8 @@
 #if defined(JLORA_AMX) || defined(JLORA_ONEDNN)
 #define JLORA_PRODUCTS
 #include "block.h"
+#include "decoder.h"
+#include "head_topk.h"
 #include "target_loss.h"
 #endif
 
@@ -220,5 +222,26 @@ JLORA_OPERATOR(block_backward_op) {
     static Buffer<float> again;
     if (!kept) block.forward(saved, again.of(call.rows * s.width));
     block.backward(saved, in[next + 1].in(), number[4] != 0 ? out[0].out() : nullptr);
+}
+
+// Decoding; see decoder.h. model, blocks, ids, positions, lengths (P,), addresses of blocks of keys
+// and values (P,) -> hidden (P, C)
+JLORA_OPERATOR(run_prompts_op) {
+    decode::run_prompts(*in[0].as<decode::Model>(), in[1].as<decode::Block>(), in[4].size, in[2].as<int>(),
+        in[3].as<int>(), in[4].as<int>(), in[5].as<float*>(), out[0].out());
+}
+// model, blocks, ids, positions, addresses and lengths of prompts, table, lengths, addresses of slabs
+// -> hidden (R, C); number: tokens of a slab.
+JLORA_OPERATOR(run_step_op) {
+    decode::run_step(*in[0].as<decode::Model>(), in[1].as<decode::Block>(), in[2].size, in[2].as<int>(),
+        in[3].as<int>(), in[4].as<float*>(), in[5].as<int>(), in[6].as<int>(), in[6].shape[1], in[7].as<int>(),
+        in[8].as<float*>(), (int64_t)number[0], in[8].size, out[0].out());
+}
+// hidden (rows, C), penalised and banned ids (rows, any) -> values, ids (rows, k); number: address of
+// the head's weight, penalty.
+JLORA_OPERATOR(head_topk_op) {
+    const Edits edits{in[1].as<int>(), in[2].as<int>(), in[1].shape[1], in[2].shape[1], (float)number[1]};
+    head_topk(in[0].in(), in[0].shape[0], *(const Weight*)(uintptr_t)number[0], edits, out[0].shape[1],
+        out[0].out(), out[1].as<int>());
 }
 #endif

@@ -14,7 +14,10 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from jlora import machine
 from jlora.errors import UserError
@@ -169,6 +172,33 @@ def call(function: str, result: type, *numbers: int) -> int:
     found = getattr(library(), function)
     found.restype = result
     return found(*(ctypes.c_int64(int(number)) for number in numbers))
+
+
+class _Array(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("shape", ctypes.c_int64 * 6),
+        ("dims", ctypes.c_int64),
+    ]
+
+
+def run(
+    function: str, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray], *numbers: float
+) -> None:
+    """Run an operator of the library at once on numpy arrays, outside Jittor's graph."""
+    found = getattr(library(), function)
+    found.restype = None
+    found(_described(inputs), _described(outputs), (ctypes.c_double * NUMBERS)(*numbers))
+
+
+def _described(arrays: Sequence[np.ndarray]) -> ctypes.Array:
+    for array in arrays:
+        if not array.flags.c_contiguous:
+            raise ValueError("the operators read arrays row by row")
+    return (_Array * len(arrays))(
+        *((a.ctypes.data, a.size, (ctypes.c_int64 * 6)(*a.shape), a.ndim) for a in arrays)
+    )
 
 
 def has(function: str) -> bool:

@@ -48,7 +48,7 @@ def log_softmax_topk(
     k = min(k, size)
     if k > LARGEST_K or problem() is not None:
         return log_softmax_topk_numpy(logits.numpy(), k, banned, penalised, penalty)
-    edits = [jt.array(_rectangle(lists, rows)) for lists in (penalised, banned)]
+    edits = [jt.array(rectangle(lists, rows)) for lists in (penalised, banned)]
     values, ids = operator(
         [(rows, k), (rows, k)],
         ["float32", "int32"],
@@ -59,7 +59,7 @@ def log_softmax_topk(
     return values.numpy(), ids.numpy()
 
 
-def _rectangle(lists: Sequence[Sequence[int]] | None, rows: int) -> np.ndarray:
+def rectangle(lists: Sequence[Sequence[int]] | None, rows: int) -> np.ndarray:
     """Lists of ids -> (rows, longest) int32, filled up with -1; Jittor wants no empty Vars."""
     if isinstance(lists, np.ndarray) and lists.size:
         return lists.astype(np.int32)

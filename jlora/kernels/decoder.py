@@ -1,0 +1,82 @@
+"""The structs that the native decoder reads, and its two calls; see decoder.h."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jlora.kernels.native import run
+from jlora.kernels.topk import rectangle
+
+# Kinds of weights: a `PackedWeight`, plain floats (n, k), plain floats (k, n).
+PACKED, ROWS_FIRST, COLUMNS_FIRST = 1, 2, 3
+
+LINEAR = np.dtype(
+    [("kind", "i8"), ("weight", "u8"), ("n", "i8"), ("k", "i8"), ("bias", "u8"),
+     ("A", "u8"), ("B", "u8"), ("r", "i8"), ("blocks", "i8"), ("flags", "i8"), ("scale", "f8")]
+)  # fmt: skip
+NORM = np.dtype([("weight", "u8"), ("bias", "u8")])
+BLOCK = np.dtype(
+    [("before_attention", NORM), ("before_mlp", NORM), ("qkv", LINEAR, 3), ("out", LINEAR),
+     ("in", LINEAR, 2), ("down", LINEAR)]
+)  # fmt: skip
+MODEL = np.dtype(
+    [(name, "i8") for name in ("layers", "C", "H", "G", "D", "inner")]
+    + [("eps", "f8"), ("tokens", "u8"), ("positions", "u8"), ("frequencies", "u8"), ("last", NORM)]
+)
+
+
+def run_prompts(model, blocks, ids, positions, lengths, prompts) -> np.ndarray:
+    """Run prompts, P of them one after the other in ``ids``.
+
+    Args:
+        model, blocks: MODEL (1,) and BLOCK (layers,).
+        ids, positions: (sum of lengths,) int32.
+        lengths: (P,) int32, tokens of each prompt.
+        prompts: (P,) int64, addresses of (layers, 2, tokens, G, D) float32, where keys and values
+            of each prompt are written.
+
+    Returns:
+        (P, C) float32, the state of each prompt's last token.
+    """
+    hidden = np.empty((len(lengths), int(model["C"][0])), np.float32)
+    run("run_prompts_op", [model, blocks, ids, positions, lengths, prompts], [hidden])
+    return hidden
+
+
+def run_step(
+    model, blocks, ids, positions, prompts, prompt_lengths, table, lengths, slabs, slab_size: int
+) -> np.ndarray:
+    """Run one more token of each of R rows; rows of one prompt stand together.
+
+    Args:
+        ids, positions: (R,) int32.
+        prompts, prompt_lengths: (R,) int64 and int32, as `run_prompts` has written them.
+        table: (R, any) int32, the place of each generated token, the new one included: the number
+            of a token in slabs of ``slab_size``.
+        lengths: (R,) int32, places of each row.
+        slabs: (any,) int64, addresses of (layers, 2, slab_size, G, D) float32.
+
+    Returns:
+        (R, C) float32, the state of each row's newest token.
+    """
+    hidden = np.empty((len(ids), int(model["C"][0])), np.float32)
+    arrays = [model, blocks, ids, positions, prompts, prompt_lengths, table, lengths, slabs]
+    run("run_step_op", arrays, [hidden], slab_size)
+    return hidden
+
+
+def head_topk(
+    hidden: np.ndarray, head: int, k: int, banned=None, penalised=None, penalty: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """`jlora.kernels.topk.log_softmax_topk` of the head's logits, which are never written.
+
+    Args:
+        hidden: (rows, C) float32.
+        head: address of the head's packed weight.
+        k: at most the size of the vocabulary.
+    """
+    rows = len(hidden)
+    values, ids = np.empty((rows, k), np.float32), np.empty((rows, k), np.int32)
+    edits = [np.ascontiguousarray(rectangle(lists, rows)) for lists in (penalised, banned)]
+    run("head_topk_op", [hidden, *edits], [values, ids], head, penalty)
+    return values, ids

@@ -1,0 +1,135 @@
+// The likeliest words of each row straight from the head's product: of its logits, which are as many
+// as the vocabulary has words, only what may still be among the best is kept. Says what topk.h says.
+#pragma once
+#include "product.h"
+#include "topk.h"
+
+namespace jlora {
+// What one thread has seen of a row.
+struct Best {
+    alignas(64) float sums[16] = {};  // of exp(logit - peak), by lane
+    float peak = -FLT_MAX;
+    bool bad = false;                 // NaN or +inf
+    int64_t held = 0;
+
+    // The list stands elsewhere: values falling, equal ones in the order of their ids.
+    void insert(float x, int id, int64_t k, float* values, int* ids) {
+        if (held == k && !(x > values[k - 1] || (x == values[k - 1] && id < ids[k - 1]))) return;
+        int64_t place = held < k ? held++ : k - 1;
+        for (; place > 0 && (values[place - 1] < x || (values[place - 1] == x && ids[place - 1] > id)); place--) {
+            values[place] = values[place - 1];
+            ids[place] = ids[place - 1];
+        }
+        values[place] = x;
+        ids[place] = id;
+    }
+    // 32 logits from word n on, `count` of them words.
+    void take(F16 left, F16 right, int64_t n, int64_t count, int64_t k, float* values, int* ids) {
+        const float least = held == k ? values[k - 1] : -FLT_MAX;
+        // Rare once the list is good; NaN comes here too.
+        if (any(~(left < least)) || any(~(right < least)) || count < 32) {
+            alignas(64) float v[32];
+            store16(v, left), store16(v + 16, right);
+            alignas(64) float clean[32];
+            bad |= !copy_row(v, clean, count);
+            std::fill(clean + count, clean + 32, -FLT_MAX);
+            const float most = largest(clean, 32);
+            if (most > peak) {
+                const float factor = fast_exp(peak - most);
+                store16(sums, load16(sums) * factor);
+                peak = most;
+            }
+            for (int64_t i = 0; i < count; i++) insert(clean[i], (int)(n + i), k, values, ids);
+            left = load16(clean), right = load16(clean + 16);
+        }
+        store16(sums, load16(sums) + exp16(left - peak) + exp16(right - peak));
+    }
+    static bool any(I16 lanes) {
+        int32_t all = 0;
+        for (int i = 0; i < 16; i++) all |= lanes[i];
+        return all != 0;
+    }
+};
+
+// Which panels of 32 words have a word that a row's edits change.
+class EditedPanels {
+public:
+    EditedPanels(const Edits& edits, int64_t rows, int64_t V) : edits_(edits), V_(V), words_((V + 2047) / 2048) {
+        bits_.assign(rows * words_, 0);
+        for (int64_t m = 0; m < rows; m++) {
+            mark(m, edits.penalised + m * edits.penalised_size, edits.penalised_size);
+            mark(m, edits.banned + m * edits.banned_size, edits.banned_size);
+        }
+    }
+    // Changes the logits of words n to n + 31 of row m.
+    void apply(int64_t m, int64_t n, F16& left, F16& right) const {
+        if (!(bits_[m * words_ + n / 2048] >> (n / 32 % 64) & 1)) return;
+        alignas(64) float v[32], edited[32];
+        store16(v, left), store16(v + 16, right);
+        std::copy_n(v, 32, edited);
+        const int* ids = edits_.penalised + m * edits_.penalised_size;
+        for (int64_t i = 0; i < edits_.penalised_size; i++) {  // an id given twice is penalised once
+            const int64_t at = ids[i] - n;
+            if (at < 0 || at >= 32) continue;
+            edited[at] = v[at] < 0 ? v[at] * edits_.penalty : v[at] / edits_.penalty;
+        }
+        ids = edits_.banned + m * edits_.banned_size;
+        for (int64_t i = 0; i < edits_.banned_size; i++)
+            if (ids[i] >= n && ids[i] < n + 32) edited[ids[i] - n] = -FLT_MAX;
+        left = load16(edited), right = load16(edited + 16);
+    }
+
+private:
+    void mark(int64_t m, const int* ids, int64_t count) {
+        for (int64_t i = 0; i < count; i++)
+            if (ids[i] >= 0 && ids[i] < V_) bits_[m * words_ + ids[i] / 2048] |= 1ull << (ids[i] / 32 % 64);
+    }
+    const Edits& edits_;
+    const int64_t V_, words_;
+    std::vector<uint64_t> bits_;
+};
+
+// hidden (rows, C), head (V, C) -> values, ids (rows, k)
+inline void head_topk(const float* hidden, int64_t rows, const Weight& head, const Edits& edits, int64_t k,
+        float* values, int* ids) {
+    static Buffer<uint16_t> for_hidden;
+    const Rows x = rows_in(for_hidden, rows, head.k);
+    round_rows(hidden, x);
+    const EditedPanels edited(edits, rows, head.n);
+    const int64_t threads = omp_get_max_threads();
+    std::vector<Best> parts(threads * rows);
+    std::vector<float> part_values(threads * rows * k);
+    std::vector<int> part_ids(threads * rows * k);
+    product(x, {{&head}, 1}, [&](int64_t m, int64_t n, F16 left, F16 right) {
+        const int64_t count = std::min<int64_t>(32, head.n - n), own = omp_get_thread_num() * rows + m;
+        edited.apply(m, n, left, right);
+        parts[own].take(left, right, n, count, k, part_values.data() + own * k, part_ids.data() + own * k);
+    });
+    #pragma omp parallel for schedule(static)
+    for (int64_t m = 0; m < rows; m++) {
+        float peak = -FLT_MAX;
+        bool bad = false;
+        for (int64_t t = 0; t < threads; t++) {
+            const Best& part = parts[t * rows + m];
+            peak = std::max(peak, part.peak);
+            bad |= part.bad;
+        }
+        Best all;
+        double total = 0;
+        float* v = values + m * k;
+        int* id = ids + m * k;
+        for (int64_t t = 0; t < threads; t++) {
+            const Best& part = parts[t * rows + m];
+            for (float sum : part.sums) total += sum * (double)fast_exp(part.peak - peak);
+            const int64_t at = (t * rows + m) * k;
+            for (int64_t i = 0; i < part.held; i++) all.insert(part_values[at + i], part_ids[at + i], k, v, id);
+        }
+        const double log_sum = std::log(total);
+        for (int64_t i = 0; i < k; i++) {
+            if (bad) v[i] = float_of_bits(kNan), id[i] = (int)i;
+            else if (v[i] == -FLT_MAX) v[i] = float_of_bits(kMinusInfinity);
+            else v[i] = (float)((double)(v[i] - peak) - log_sum);
+        }
+    }
+}
+}  // namespace jlora

@@ -1,0 +1,173 @@
+// The linear layers of a model that decodes, by the addresses of their weights: packed bf16 where the
+// engine has packed them, and plain floats elsewhere. Results go to a function as in product.h.
+#pragma once
+#include "lora.h"
+#include "product.h"
+#include "small_product.h"
+
+namespace jlora::decode {
+// LINEAR of decoder.py.
+struct Linear {
+    enum Kind : int64_t { none, packed, rows_first, columns_first };
+    Kind kind;
+    const void* weight;      // a `Weight`, or floats stored as (n, k) or as (k, n)
+    int64_t n, k;
+    const float* bias;       // (n,) or null
+    const float *A, *B;      // of a low-rank branch, or null; see lora.h
+    int64_t r, blocks, flags;
+    double scale;
+};
+
+// What linear layers read, in the types that they want.
+struct Input {
+    Rows rounded;
+    float* full;             // (rows, width up to a multiple of 32)
+    bool wants_rounded = false, wants_full = false;
+    int64_t stride() const { return up_to(rounded.width, 32); }
+    void want(const Linear* layers, int64_t count) {
+        wants_rounded = wants_full = false;
+        for (int64_t i = 0; i < count; i++) {
+            wants_rounded |= layers[i].kind == Linear::packed;
+            wants_full |= layers[i].kind > Linear::packed;
+        }
+    }
+    // 32 numbers of row m from column k, a multiple of 32, on; zeros beyond the width.
+    void put(int64_t m, int64_t k, F16 left, F16 right) const {
+        if (wants_full) store16(full + m * stride() + k, left), store16(full + m * stride() + k + 16, right);
+        if (!wants_rounded) return;
+        const int64_t count = rounded.width - k;
+        if (Rows::filled_up || count >= 32) return store32(rounded.at(m, k), left, right);
+        uint16_t all[32];
+        store32(all, left, right);
+        std::copy_n(all, count, rounded.at(m, k));
+    }
+    // make(k, n, left, right) makes n numbers from column k on, and zeros beyond.
+    template <typename Make>
+    void put_row(int64_t m, Make make) const {
+        for (int64_t k = 0; k < rounded.width; k += 32) {
+            F16 left{}, right{};
+            make(k, std::min<int64_t>(32, rounded.width - k), left, right);
+            put(m, k, left, right);
+        }
+    }
+};
+struct InputMemory {
+    Buffer<uint16_t> rounded;
+    Buffer<float> full;
+    Input of(int64_t rows, int64_t width, const Linear* readers, int64_t count) {
+        Input x{rows_in(rounded, rows, width), full.of(rows * up_to(width, 32))};
+        x.want(readers, count);
+        return x;
+    }
+};
+
+// y = x W^T of plain floats: the rows of x become columns, which are vectors.
+template <typename Sink>
+inline void product_of_floats(const Input& x, const Linear& l, Sink sink) {
+    const int64_t rows = x.rounded.rows, columns = up_to(rows, 16), panels = up_to(l.n, 32) / 32;
+    static Buffer<float> for_turned;
+    float* turned = for_turned.of(l.k * columns);
+    const bool by_row = l.kind == Linear::rows_first;
+    const float* w = (const float*)l.weight;
+    #pragma omp parallel
+    {
+        #pragma omp for schedule(static)
+        for (int64_t k = 0; k < l.k; k++)
+            for (int64_t m = 0; m < columns; m++) turned[k * columns + m] = m < rows ? x.full[m * x.stride() + k] : 0.0f;
+        std::vector<float> y(32 * columns);
+        #pragma omp for schedule(dynamic)
+        for (int64_t p = 0; p < panels; p++) {
+            const int64_t count = std::min<int64_t>(32, l.n - p * 32);
+            small_product(count, columns, l.k, w + p * 32 * (by_row ? l.k : 1), by_row ? l.k : 1, by_row ? 1 : l.n,
+                turned, columns, y.data(), columns, false);
+            for (int64_t m = 0; m < rows; m++) {
+                float v[32] = {};
+                for (int64_t i = 0; i < count; i++) v[i] = y[i * columns + m];
+                sink(m, p * 32, load16(v), load16(v + 16));
+            }
+        }
+    }
+}
+
+// Layers that are multiplied in one product: all packed, and with whole panels of outputs.
+inline bool joined(const Linear* layers, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if (layers[i].kind != Linear::packed || (i + 1 < count && layers[i].n % 32)) return false;
+    return true;
+}
+
+// The outputs of layers with the same input stand side by side. store(m, n, left, right, count): count of
+// them, 32 at most, from output n of row m on.
+template <typename Store>
+void apply(const Linear* layers, int64_t count, const Input& x, Store store, int64_t first = 0) {
+    if (count > 1 && !joined(layers, count)) {
+        for (int64_t i = 0; i < count; first += layers[i++].n) apply(layers + i, 1, x, store, first);
+        return;
+    }
+    Weights weights{{}, count};
+    std::vector<jlora::Branch> branches;
+    int64_t ends[3], outputs = 0;
+    for (int64_t i = 0; i < count; ends[i++] = outputs) {
+        const Linear& l = layers[i];
+        weights.list[i] = (const Weight*)l.weight;
+        if (l.A) branches.push_back({l.A, l.B, nullptr, nullptr, outputs, l.n, l.r, l.blocks, l.flags, (float)l.scale, 0, 0});
+        outputs += l.n;
+    }
+    LowRank low(layers[0].k, outputs, branches);
+    static Buffer<float> for_low;
+    float* kept = for_low.of(x.rounded.rows * low.rank());
+    const bool packed = layers[0].kind == Linear::packed;
+    if (packed) low.forward(x.rounded, kept);
+    else low.forward(FloatRows{x.full, x.rounded.rows, x.stride()}, kept);
+    const auto sink = [&](int64_t m, int64_t n, F16 left, F16 right) {
+        int64_t i = 0;
+        while (n >= ends[i]) i++;
+        const int64_t own = std::min<int64_t>(32, ends[i] - n);
+        if (const float* bias = layers[i].bias) {
+            F16 l, r;
+            load_some(bias + n - (ends[i] - layers[i].n), l, r, own);
+            left += l, right += r;
+        }
+        low.add(m, n, left, right);
+        store(m, first + n, left, right, own);
+    };
+    if (packed) product(x.rounded, weights, sink);
+    else product_of_floats(x, layers[0], sink);
+}
+
+// SwiGLU of two layers straight from their product, where that can be: a panel takes 16 outputs of
+// each, so that gate and value meet in registers. active (rows, n) is what it makes.
+#if defined(JLORA_AMX)
+struct Paired {
+    const Weight &gate, &up;
+    int64_t tile(int64_t p) const {  // neighbours, which share a line of `active`, far apart in time
+        const int64_t half = gate.n / 32;
+        return p < half ? 2 * p : 2 * (p - half) + 1;
+    }
+    void panel(int64_t p, int64_t s, int64_t, char*, const char*& b0, const char*& b1) const {
+        b0 = (const char*)gate.tile(tile(p), s), b1 = (const char*)up.tile(tile(p), s);
+    }
+    void fetch(int64_t p, int64_t s, int64_t line) const {
+        _mm_prefetch((const char*)gate.tile(tile(p), s) + line * 64, _MM_HINT_T1);
+        _mm_prefetch((const char*)up.tile(tile(p), s) + line * 64, _MM_HINT_T1);
+    }
+};
+inline bool swiglu(const Linear* layers, const Input& x, const Input& active) {
+    if (!joined(layers, 2) || active.wants_full || layers[0].n % 32) return false;
+    for (int i = 0; i < 2; i++)
+        if (layers[i].A || layers[i].bias) return false;
+    const Paired paired{*(const Weight*)layers[0].weight, *(const Weight*)layers[1].weight};
+    amx::product<false>((const char*)x.rounded.data, x.rounded.rows, layers[0].n / 16, x.rounded.steps(), paired,
+        [&](int64_t m, int64_t n, F16 gate, F16 up) {
+            const int64_t k = paired.tile(n / 32) * 16;
+            const F16 y = gate * sigmoid16(gate) * up;
+            uint16_t both[32];
+            store32(both, y, y);
+            std::memcpy(active.rounded.at(m, k / 32 * 32) + k % 32, both, 32);
+        });
+    return true;
+}
+#else
+inline bool swiglu(const Linear*, const Input&, const Input&) { return false; }
+#endif
+}  // namespace jlora::decode

@@ -1,0 +1,130 @@
+// Attention of one new token a row, where rows share earlier tokens: the beams of a prompt read its
+// keys together, and each generated token is read once for all the beams that descend from it.
+#pragma once
+#include <vector>
+#include "lanes.h"
+#include "small_product.h"
+#include "vector_math.h"
+
+namespace jlora::decode {
+// Where the key and the value of a token stand in a block of tokens (layers, 2, size, G * D).
+struct Place {
+    float* block;
+    int64_t size, index;
+    float* at(int64_t layer, int64_t value, int64_t width) const {
+        return block + ((layer * 2 + value) * size + index) * width;
+    }
+};
+
+// The rows of one prompt. Scores stand as (tokens, columns), a column for each row and query head of
+// a key head, so that everything done with them is done by vectors of columns.
+struct Group {
+    int64_t first, rows;
+    Place prompt;               // its first token; the block holds the prompt and nothing else
+    std::vector<Place> tokens;  // generated ones, each once
+    std::vector<float> hidden;  // (tokens, columns): 0, or far below any score where a row lacks it
+};
+constexpr float unseen = -1e30f;
+inline int64_t columns_of(int64_t rows, int64_t per) { return (rows * per + 15) / 16 * 16; }
+
+// table (R, most): the place of each generated token of each row, numbered through slabs of
+// slab_size, of which row r has lengths[r]. Prompt r stands at prompts[r], prompt_tokens[r] long;
+// rows of one prompt stand together.
+inline std::vector<Group> group_rows(int64_t R, int64_t per, float* const* prompts, const int* prompt_tokens,
+        const int* table, int64_t most, const int* lengths, float* const* slabs, int64_t slab_size, int64_t slab_count) {
+    std::vector<Group> groups;
+    std::vector<int> seen(slab_count * slab_size, -1);  // the last group to read a token
+    std::vector<int> numbers(slab_count * slab_size);   // and its number there
+    for (int64_t first = 0, end; first < R; first = end) {
+        for (end = first + 1; end < R && prompts[end] == prompts[first]; end++) {}
+        Group g{first, end - first, {prompts[first], prompt_tokens[first], 0}, {}, {}};
+        const int64_t columns = columns_of(g.rows, per);
+        for (int64_t r = first; r < end; r++)
+            for (int64_t t = 0; t < lengths[r]; t++) {
+                const int place = table[r * most + t];
+                if (seen[place] != (int)groups.size()) {
+                    seen[place] = (int)groups.size();
+                    numbers[place] = (int)g.tokens.size();
+                    g.tokens.push_back({slabs[place / slab_size], slab_size, place % slab_size});
+                    g.hidden.resize(g.tokens.size() * columns, unseen);
+                }
+                std::fill_n(g.hidden.data() + numbers[place] * columns + (r - first) * per, per, 0.0f);
+            }
+        groups.push_back(std::move(g));
+    }
+    return groups;
+}
+
+// scores (tokens, columns) -> exp(scale * (score - the column's largest)), by 16 columns; those of the
+// tokens from `shown` on are hidden where `hidden` says so. totals (columns): their sums.
+inline void exponentials(float* scores, int64_t shown, int64_t tokens, const float* hidden, int64_t columns, float scale,
+        float* totals) {
+    for (int64_t c = 0; c < columns; c += 16) {
+        float* own = scores + c;
+        const float* mask = hidden + c - shown * columns;
+        F16 peak = F16{} + unseen, total{};
+        for (int64_t t = 0; t < tokens; t++) {
+            F16 s = load16(own + t * columns);
+            if (t >= shown) store16(own + t * columns, s += load16(mask + t * columns));
+            peak = s > peak ? s : peak;
+        }
+        for (int64_t t = 0; t < tokens; t++) {
+            const F16 s = load16(own + t * columns), e = exp16((s - peak) * scale);
+            const F16 p = s < unseen / 2 ? F16{} : e;
+            store16(own + t * columns, p);
+            total += p;
+        }
+        store16(totals + c, total);
+    }
+}
+inline void copy_numbers(const float* from, int64_t n, float* to) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) store16(to + i, load16(from + i));
+    for (; i < n; i++) to[i] = from[i];
+}
+
+// q, out (R, H, D), for one layer.
+inline void shared_attention(const std::vector<Group>& groups, int64_t layer, int64_t H, int64_t G, int64_t D,
+        const float* q, float* out) {
+    const int64_t per = H / G, width = G * D;
+    const float scale = 1.0f / std::sqrt((float)D);
+    #pragma omp parallel
+    {
+        std::vector<float> queries, scores, keys, values, sums, totals;
+        #pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t i = 0; i < (int64_t)groups.size(); i++)
+            for (int64_t g = 0; g < G; g++) {
+                const Group& group = groups[i];
+                const int64_t columns = columns_of(group.rows, per), T = group.prompt.size, U = group.tokens.size();
+                queries.assign(D * columns, 0.0f);
+                scores.resize((T + U) * columns);
+                keys.resize(U * D);
+                values.resize(U * D);
+                sums.resize(columns * D);
+                totals.resize(columns);
+                for (int64_t m = 0; m < group.rows * per; m++) {
+                    const float* query = q + ((group.first + m / per) * H + g * per + m % per) * D;
+                    for (int64_t d = 0; d < D; d++) queries[d * columns + m] = query[d];
+                }
+                for (int64_t u = 0; u < U; u++) {
+                    copy_numbers(group.tokens[u].at(layer, 0, width) + g * D, D, keys.data() + u * D);
+                    copy_numbers(group.tokens[u].at(layer, 1, width) + g * D, D, values.data() + u * D);
+                }
+                const float *prompt_keys = group.prompt.at(layer, 0, width) + g * D,
+                            *prompt_values = group.prompt.at(layer, 1, width) + g * D;
+                float* generated = scores.data() + T * columns;
+                small_product(T, columns, D, prompt_keys, width, 1, queries.data(), columns, scores.data(), columns, false);
+                small_product(U, columns, D, keys.data(), D, 1, queries.data(), columns, generated, columns, false);
+                exponentials(scores.data(), T, T + U, group.hidden.data(), columns, scale, totals.data());
+                const int64_t M = group.rows * per;
+                small_product(M, D, T, scores.data(), 1, columns, prompt_values, width, sums.data(), D, false);
+                small_product(M, D, U, generated, 1, columns, values.data(), D, sums.data(), D, true);
+                for (int64_t m = 0; m < M; m++) {
+                    float* result = out + ((group.first + m / per) * H + g * per + m % per) * D;
+                    const float inverse = 1.0f / totals[m];
+                    for (int64_t d = 0; d < D; d++) result[d] = sums[m * D + d] * inverse;
+                }
+            }
+    }
+}
+}  // namespace jlora::decode

@@ -1,0 +1,178 @@
+"""The native decoder against the model's own layers, which are the definition."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tiny_models import randomise_adapter, tiny_gpt2, tiny_llama
+
+from jlora import LoraConfig, engine, get_peft_model
+from jlora.beam import BeamConfig, beam_search
+from jlora.decoding import Decoder, decoder_of
+from jlora.generate import GenerateConfig, generate
+from jlora.kernels import packed_linear
+from jlora.native_decoder import NativeDecoder
+from jlora.native_model import native_model
+
+pytestmark = pytest.mark.skipif(not packed_linear.available(), reason="no bf16 products here")
+
+PANELS = {
+    "hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16,
+}  # fmt: skip
+LORA = {"r": 2, "lora_alpha": 4}
+
+
+def adapted(base, names, **settings):
+    config = LoraConfig(target_modules=names, **LORA, **settings)
+    return randomise_adapter(get_peft_model(base, config))
+
+
+def merged():
+    model = adapted(tiny_llama(), ["q_proj", "down_proj"])
+    model.merge_adapter()
+    return model
+
+
+MAKE = {
+    "gpt2": tiny_gpt2,
+    "gpt2-merged-linear": lambda: adapted(
+        tiny_gpt2(), ["c_attn"], enable_lora=[True, False, True]
+    ),
+    "gpt2-lora-everywhere": lambda: adapted(tiny_gpt2(), ["c_attn", "c_proj", "c_fc"]),
+    "llama": tiny_llama,
+    "llama-tied": lambda: tiny_llama(tie_word_embeddings=True),
+    "llama-biases": lambda: tiny_llama(attention_bias=True, mlp_bias=True),
+    "llama-one-key-head": lambda: tiny_llama(num_key_value_heads=1),
+    "llama-many-heads": lambda: tiny_llama(num_attention_heads=22, num_key_value_heads=22),
+    "llama-whole-panels": lambda: tiny_llama(**PANELS),
+    "llama-whole-panels-lora": lambda: adapted(tiny_llama(**PANELS), ["q_proj", "up_proj"]),
+    "gpt2-whole-panels": lambda: tiny_gpt2(n_embd=96),
+    "qwen2": lambda: tiny_llama(model_type="qwen2"),
+    "llama-lora": lambda: adapted(
+        tiny_llama(), ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    ),
+    "llama-merged": merged,
+}  # fmt: skip
+PROMPTS = [[3, 1, 4, 1, 5, 9], [2], [6, 5, 3, 5], [8, 9]]
+# Rows after each step: beams that grow, change places and vanish; whole prompts that leave; rows
+# of a prompt that stand apart.
+ROWS = [[0, 0, 1, 1, 2, 3], [1, 0, 0, 3, 2, 4, 4, 5], [2, 2, 0, 3, 6, 5], [0, 3, 3, 5], [2, 0, 1]]
+
+
+def close(actual, expected, tolerance=2e-4):
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def states(decoder):
+    """Hidden states of every step of decoding the prompts."""
+    generator = np.random.default_rng(0)
+    decoder.enter(PROMPTS)
+    found = [np.array(decoder.hidden)]
+    for rows in ROWS:
+        decoder.advance(np.array(rows), generator.integers(0, 23, len(rows)))
+        found.append(np.array(decoder.hidden))
+    return found
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_states_of_every_step(make):
+    model = make()
+    expected = states(Decoder(model))
+    for precision, tolerance in (("fp32", 2e-4), ("bf16", 0.1)):
+        engine.prepare(model, precision)
+        decoder = decoder_of(model)
+        assert isinstance(decoder, NativeDecoder)
+        for actual, step in zip(states(decoder), expected):
+            close(actual, step, tolerance)
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_prompts_that_enter_later(make):
+    """Each row is what it is alone, whenever its prompt entered and whatever has left."""
+    model = make()
+    engine.prepare(model, "fp32")
+    alone = [Decoder(model) for _ in PROMPTS]
+    decoder, tokens, live = decoder_of(model), np.random.default_rng(1), []
+    for step in range(8):
+        if step % 2 == 0:
+            number = step // 2
+            decoder.enter([PROMPTS[number]])
+            alone[number].enter([PROMPTS[number]])
+            live.append(number)
+        for row, number in enumerate(live):
+            close(decoder.hidden[row], alone[number].hidden.numpy()[0])
+        if step == 5:
+            kept = np.array([0, 2])  # the second prompt leaves
+        else:
+            kept = np.arange(len(live))
+        live = [live[row] for row in kept]
+        new = tokens.integers(0, 23, len(live))
+        decoder.advance(kept, new)
+        for number, token in zip(live, new):
+            alone[number].advance(np.array([0]), np.array([token]))
+
+
+def some_prompts(count):
+    generator = np.random.default_rng(5)
+    return [generator.integers(0, 23, n).tolist() for n in generator.integers(1, 9, count)]
+
+
+@pytest.mark.parametrize("rank_up_to", [None, 1.0])
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "llama-lora"])
+def test_beam_search_finds_the_same(kind, batch_size, rank_up_to):
+    model = MAKE[kind]()
+    config = BeamConfig(
+        tuple(range(9)), num_beams=4, max_new_tokens=12, no_repeat_ngram_size=3, min_length=1,
+        repetition_penalty=1.1, batch_size=4, rank_up_to=rank_up_to,
+    )  # fmt: skip
+    prompts = some_prompts(10)
+    expected = beam_search(model, prompts, config)
+    engine.prepare(model, "fp32")
+    found = beam_search(model, prompts, replace(config, batch_size=batch_size))
+    for actual, right in zip(found, expected):
+        assert [h.ids for h in actual] == [h.ids for h in right]
+        close([h.logprob for h in actual], [h.logprob for h in right])
+    assert len({h.length for each in found for h in each if h.finished}) > 3
+
+
+def test_sampling_draws_the_same():
+    model = tiny_llama()
+    config = GenerateConfig((0,), 10, temperature=0.8, top_k=9, seed=4, batch_size=3)
+    prompts = some_prompts(7)
+    expected = generate(model, prompts, config)
+    engine.prepare(model, "fp32")
+    assert [h.ids for h in generate(model, prompts, config)] == [h.ids for h in expected]
+
+
+def test_memory_does_not_grow_with_the_prompts():
+    model = tiny_llama()
+    engine.prepare(model, "fp32")
+    decoder = decoder_of(model)
+    decoder.enter([PROMPTS[0]])
+    for step in range(2000):
+        if step % 8 == 0:  # the old prompt leaves, a new one takes its place
+            decoder.enter([PROMPTS[step % 3]])
+            rows = [len(decoder.hidden) - 1] * 5
+        else:
+            rows = [0, 0, 1, 2, 4]
+        decoder.advance(np.array(rows), np.zeros(5, np.int32))
+    assert len(decoder._prompts) == 1
+    assert len(decoder._slabs.addresses) == 1
+
+
+def test_what_it_cannot_do_runs_on_the_models_own_layers():
+    model = tiny_llama()
+    assert native_model(model) is None  # not prepared: the plain layers are the definition
+    with_embedding = adapted(tiny_llama(), ["embed_tokens", "q_proj"])
+    engine.prepare(with_embedding, "fp32")
+    assert native_model(with_embedding) is None
+    assert type(decoder_of(with_embedding)) is Decoder
+    dropping = adapted(tiny_llama(), ["q_proj"], lora_dropout=0.5)
+    engine.prepare(dropping, "bf16")
+    assert native_model(dropping) is not None
+    dropping.train()
+    assert native_model(dropping) is None
