@@ -10,7 +10,7 @@ PARITY := .venv-parity
 PARITY_STAMP := $(PARITY)/.installed
 SEED ?= 1
 
-.PHONY: demo test test-all parity golden bench-train bench-decode lint install clean
+.PHONY: demo test test-all parity golden bench-train bench-decode bench-scale lint install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -30,12 +30,16 @@ parity: $(STAMP) $(PARITY_STAMP)
 golden: $(PARITY_STAMP)
 	$(PARITY)/bin/python -m parity.golden
 
-# Speed and memory beside PEFT and transformers; ARGS goes to the command (docs/benchmarks.md).
+# Speed and memory beside PEFT, transformers and microsoft/LoRA, whose code is cloned into
+# runs/benchmarks/LoRA if it takes part; ARGS goes to the command (docs/benchmarks.md).
 bench-train: $(STAMP) $(PARITY_STAMP)
 	$(BIN)/python -m benchmarks.train_step $(ARGS)
 
 bench-decode: $(STAMP) $(PARITY_STAMP)
 	$(BIN)/python -m benchmarks.decode $(ARGS)
+
+bench-scale: $(STAMP) $(PARITY_STAMP)
+	$(BIN)/python -m benchmarks.scale $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

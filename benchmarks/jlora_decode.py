@@ -11,8 +11,9 @@ def make(spec: dict):
     from jlora import PeftModel, engine, load
     from jlora.beam import BeamConfig, beam_search
     from jlora.layers import set_trainable
+    from jlora.models.hub import build_model
 
-    model = load(spec["model"])
+    model = load(spec["model"]) if spec["model"] else build_model(spec["config"])
     set_trainable(model, ())
     if spec["adapter"]:
         model = PeftModel.from_pretrained(model, spec["adapter"])
@@ -21,7 +22,7 @@ def make(spec: dict):
     prompts = json.loads(Path(spec["prompts"]).read_text())
     size = spec["batch_size"]
     config = BeamConfig(
-        eos_token_ids=(spec["end"],), num_beams=spec["beams"], no_repeat_ngram_size=4,
+        eos_token_ids=tuple(spec["ends"]), num_beams=spec["beams"], no_repeat_ngram_size=4,
         length_penalty=0.8, max_new_tokens=spec["new_tokens"], batch_size=size,
         rank_up_to=spec["rank_up_to"],
     )  # fmt: skip

@@ -14,7 +14,12 @@ def make(spec: dict):
     from jlora.train import batch_loss
 
     model = get_peft_model(build_model(spec["config"]), LoraConfig(**spec["lora"]))
-    engine.prepare(model, spec["precision"])
+    engine.prepare(
+        model,
+        spec["precision"],
+        keep_weights=False,
+        checkpoint_activations=spec.get("checkpoint_activations", False),
+    )
     parameters = [parameter for _, parameter in model.trainable_parameters()]
     optimizer = AdamW(parameters, OptimConfig())
     arrays = np.load(spec["batches"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -29,6 +30,10 @@ class Side:
         module: of this folder; its ``make(spec)`` gives a function that does one round.
         environment: "jlora" or "torch".
         spec: what ``make`` needs, as JSON holds it.
+        most_rounds: of a slow side, which also warms up by one round only; None: as the others.
+        apart: it runs when the others have ended, because its memory fills the machine.
+        variables: environment variables of its process.
+        part: share of the work that a round does; ``median`` is what all of it would take.
         seconds: of every round but the warm-up ones.
         first_seconds: of the very first round, compilation included.
         peak_mb: largest resident memory of the process.
@@ -38,6 +43,10 @@ class Side:
     module: str
     environment: str
     spec: dict
+    most_rounds: int | None = None
+    apart: bool = False
+    variables: dict[str, str] = field(default_factory=dict)
+    part: float = 1.0
     seconds: list[float] = field(default_factory=list)
     first_seconds: float = 0.0
     peak_mb: float = 0.0
@@ -46,13 +55,13 @@ class Side:
 
     @property
     def median(self) -> float:
-        return statistics.median(self.seconds)
+        return statistics.median(self.seconds) / self.part
 
     def start(self) -> None:
-        command = [PYTHON[self.environment], "-m", "benchmarks.sides", self.module]
+        command = [PYTHON[self.environment], "-W", "ignore", "-m", "benchmarks.sides", self.module]
         self.process = subprocess.Popen(
             [*command, json.dumps(self.spec)], cwd=ROOT, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, **self.variables}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         self._ask("ready")
 
@@ -80,17 +89,19 @@ class Side:
 
 
 def alternate(sides: list[Side], rounds: int, warmup: int = 2) -> None:
-    """Start all sides, let each warm up, then do rounds in turn."""
-    for side in sides:
-        side.start()
-        side.first_seconds = side.round()
-        for _ in range(warmup - 1):
-            side.round()
-    for _ in range(rounds):
-        for side in sides:
-            side.seconds.append(side.round())
-    for side in sides:
-        side.stop()
+    """Start all sides, let each warm up, then do rounds in turn; those apart one by one after."""
+    for group in [[s for s in sides if not s.apart], *([s] for s in sides if s.apart)]:
+        for side in group:
+            side.start()
+            side.first_seconds = side.round()
+            for _ in range(warmup - 1 if side.most_rounds is None else 0):
+                side.round()
+        for done in range(rounds):
+            for side in group:
+                if side.most_rounds is None or done < side.most_rounds:
+                    side.seconds.append(side.round())
+        for side in group:
+            side.stop()
 
 
 def serve(module: str, spec: dict) -> None:

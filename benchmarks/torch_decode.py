@@ -9,10 +9,16 @@ from pathlib import Path
 def make(spec: dict):
     """One round decodes the next batch of prompts."""
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     dtype = torch.bfloat16 if spec["precision"] == "bf16" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype).eval()
+    if spec["model"]:
+        model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype)
+    else:
+        config = AutoConfig.for_model(**spec["config"])
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.generation_config.eos_token_id = None  # generate() takes it where ours is None
+    model.eval()
     if spec["adapter"]:
         from peft import PeftModel
 
@@ -21,7 +27,8 @@ def make(spec: dict):
     size = spec["batch_size"]
     config = GenerationConfig(
         num_beams=spec["beams"], no_repeat_ngram_size=4, length_penalty=0.8, do_sample=False,
-        max_new_tokens=spec["new_tokens"], eos_token_id=spec["end"], pad_token_id=spec["end"],
+        max_new_tokens=spec["new_tokens"], eos_token_id=spec["ends"] or None,
+        pad_token_id=spec["pad"],
         early_stopping=spec["early_stopping"],
     )  # fmt: skip
     done = 0
@@ -31,10 +38,10 @@ def make(spec: dict):
         batch = [prompts[(done + i) % len(prompts)] for i in range(size)]
         done += size
         longest = max(map(len, batch))
-        ids = torch.tensor([[spec["end"]] * (longest - len(p)) + p for p in batch])
+        ids = torch.tensor([[spec["pad"]] * (longest - len(p)) + p for p in batch])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch])
         with torch.no_grad():
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        return {"inputs": size, "tokens": int(out[:, longest:].ne(spec["end"]).sum())}
+        return {"inputs": size, "tokens": int(out[:, longest:].ne(spec["pad"]).sum())}
 
     return work

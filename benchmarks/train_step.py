@@ -1,4 +1,4 @@
-"""``make bench-train``: a LoRA training step beside PEFT's."""
+"""``make bench-train``: a LoRA training step beside PEFT's and microsoft/LoRA's."""
 
 from __future__ import annotations
 
@@ -11,35 +11,32 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import work
+from benchmarks import operators, work
 from benchmarks.peak import measure
-from benchmarks.sides import ROOT, Side, alternate
+from benchmarks.sides import ROOT, alternate
+from benchmarks.training import PEERS, add_options, fetch_code, training_sides
 from jlora.machine import cpu_model, processors
-
-PEERS = {
-    "PEFT fp32": {"precision": "fp32"},
-    "PEFT bf16": {"precision": "bf16"},
-    "PEFT bf16, compiled": {"precision": "bf16", "compile": True},
-}
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--models", nargs="+", default=list(work.MODELS), choices=work.MODELS)
     options.add_argument("--batches", nargs="+", default=["8x64", "e2e-8", "e2e-16"])
-    options.add_argument("--precisions", nargs="+", default=["bf16", "fp32"])
-    options.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    add_options(options, peers=list(PEERS))
     options.add_argument("--rounds", type=int, default=9)
     options.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks")
     chosen = options.parse_args()
+    fetch_code(chosen.models, chosen)
     chosen.out.mkdir(parents=True, exist_ok=True)
     print(f"{cpu_model()}, {processors()} processors, {date.today()}")
     peak = measure()
     print(f"largest matrix product measured: bf16 {peak / 1e9:,.0f} GFLOP/s", flush=True)
     results = []
     for model in chosen.models:
+        line, compiled = operators.describe(model, chosen.precisions[0])
+        print(f"\n{line}", flush=True)
         for batch in chosen.batches:
-            results.append(compare(model, batch, chosen, peak))
+            results.append({**compare(model, batch, chosen, peak), "operators": compiled})
     (chosen.out / "train_step.json").write_text(json.dumps(results, indent=1))
 
 
@@ -54,13 +51,7 @@ def compare(model: str, batch: str, chosen, peak: float) -> dict:
         else:
             rows, tokens = map(int, batch.split("x"))
             work.even_batches(path, config["vocab_size"], rows, tokens)
-        spec = {"config": config, "lora": work.lora_settings(model), "batches": str(path)}
-        spec["label_smoothing"] = 0.1
-        sides = [
-            Side(f"jlora {p}", "jlora_train", "jlora", {**spec, "precision": p})
-            for p in chosen.precisions
-        ]
-        sides += [Side(p, "torch_train", "torch", {**spec, **PEERS[p]}) for p in chosen.peers]
+        sides = training_sides(model, path, chosen)
         alternate(sides, chosen.rounds)
         arrays = np.load(path)
         count = int(arrays["count"])
@@ -72,20 +63,23 @@ def compare(model: str, batch: str, chosen, peak: float) -> dict:
         tokens = np.median([arrays[f"lengths{i}"].sum() for i in used])
     best = sides[0]
     print(f"\n{model}, {batch}: {tokens:.0f} tokens a step")
+    wide = max(len(side.name) for side in sides)
     print(
-        f"{'':22} {'s/step':>8} {'tokens/s':>9} {'MFU':>6} {'peak MB':>8} {'ratio':>6} {'first':>7}"
+        f"{'':{wide}} {'s/step':>8} {'tokens/s':>9} {'MFU':>6} {'peak MB':>8} {'ratio':>6} "
+        f"{'first':>7}"
     )
     for side in sides:
         share = flops / side.median / peak
         print(
-            f"{side.name:22} {side.median:8.3f} {tokens / side.median:9.0f} {share:6.1%} "
+            f"{side.name:{wide}} {side.median:8.3f} {tokens / side.median:9.0f} {share:6.1%} "
             f"{side.peak_mb:8.0f} {side.median / best.median:6.2f} {side.first_seconds:6.1f}s",
             flush=True,
         )
     return {
         "model": model, "batch": batch, "tokens": float(tokens), "flops": float(flops),
         "peak_flops": peak,
-        "sides": {s.name: {"seconds": s.seconds, "peak_mb": s.peak_mb, "first": s.first_seconds}
+        "sides": {s.name: {"seconds": s.seconds, "peak_mb": s.peak_mb, "first": s.first_seconds,
+                           "part": s.part}
                   for s in sides},
     }  # fmt: skip
 

@@ -13,6 +13,9 @@ from pathlib import Path
 from jlora.errors import UserError
 
 
+PRECISIONS = "auto, bf16, int8, int8-both (gradients too), fp32 or plain"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 0, 2 for what the user can mend, 130 after Ctrl-C."""
     arguments = parser().parse_args(argv)
@@ -150,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--raw", action="store_true", help="no separator token: go on with the prompt's own text"
     )
-    generate.add_argument("--precision", default="auto", help="auto, bf16, fp32 or plain")
+    generate.add_argument("--precision", default="auto", help=PRECISIONS)
 
     merge = verb("merge", run_merge, "Write base and adapter as one model that transformers loads.")
     merge.add_argument("base", help="name or path of the base model")
@@ -232,7 +235,11 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
         "valid may be missing",
     )  # fmt: skip
     command.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    command.add_argument("--precision", help="auto, bf16, fp32 or plain")
+    command.add_argument("--precision", help=PRECISIONS)
+    command.add_argument(
+        "--checkpoint-activations", action="store_true", default=None,
+        help="compute activations again in the backward pass: less memory, a third more time",
+    )  # fmt: skip
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",
         help="change any setting of the recipe, such as train.steps=100; may be repeated",
@@ -247,6 +254,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
         "alpha": "lora.lora_alpha", "lr": "train.optim.lr", "batch_size": "train.batch_size",
         "steps": "train.steps", "epochs": "train.epochs", "seed": "train.seed",
         "precision": "precision",
+        "checkpoint_activations": "checkpoint_activations",
     }  # fmt: skip
     found = []
     for option, key in names.items():

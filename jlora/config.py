@@ -76,7 +76,9 @@ class Recipe:
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
-    precision: str = "auto"  # plain, fp32, bf16; auto: the fastest this machine does well
+    # plain, fp32, bf16, int8, int8-both; auto: the fastest this machine does well
+    precision: str = "auto"
+    checkpoint_activations: bool = False  # less memory in training, a third more time
     score_before: bool = False  # also score the untouched model on the test inputs
     log: list[str] = field(default_factory=list)  # more loggers: wandb
 

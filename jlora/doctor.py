@@ -193,9 +193,6 @@ def _precision(jittor_works: bool) -> Check:
 
 
 def _onednn(jittor_works: bool) -> Check:
-    newer = runtime.packaged_onednn()
-    if newer is not None:
-        return Check("oneDNN", True, f"{newer.library} (3.x, which uses AMX)")
     homes = runtime.installed_onednn()
     if homes:
         return Check("oneDNN", True, str(homes[0]))

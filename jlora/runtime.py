@@ -111,35 +111,14 @@ class OneDNN:
 
 
 def find_onednn() -> OneDNN | None:
-    """The oneDNN for jlora's own operators: 3.x if it is installed, else Jittor's 2.2, or None.
+    """Jittor's oneDNN, for jlora's own operators where there is no AMX, or None.
 
-    2.2 multiplies bf16 by AVX512_BF16 but not by AMX, which is up to twenty times as fast. Imports
-    Jittor, because the import is what installs its oneDNN.
+    Imports Jittor, because the import is what installs it.
     """
     __getattr__("jt")
-    newer = packaged_onednn()
-    if newer is not None:
-        return newer
     for home in installed_onednn():
         return OneDNN(home / "include", next(iter(sorted((home / "lib").glob("libdnnl.*")))))
     return None
-
-
-def packaged_onednn() -> OneDNN | None:
-    """oneDNN 3.x from the packages onednn-cpu-gomp and onednn-devel-cpu-gomp, if installed."""
-    wanted = {"onednn-cpu-gomp": "libdnnl.so.3", "onednn-devel-cpu-gomp": "dnnl.hpp"}
-    found = []
-    for package, name in wanted.items():
-        try:
-            files = importlib.metadata.distribution(package).files or []
-        except importlib.metadata.PackageNotFoundError:
-            return None
-        paths = [Path(file.locate()).resolve() for file in files if file.name == name]
-        if not paths or not paths[0].is_file():
-            return None
-        found.append(min(paths, key=lambda path: len(path.parts)))
-    library, header = found
-    return OneDNN(header.parent, library)
 
 
 def installed_onednn() -> list[Path]:

@@ -95,7 +95,12 @@ def build(recipe: Recipe, adapter: str | Path | None = None) -> PeftModel:
         model = get_peft_model(base, recipe.lora)
     else:
         model = PeftModel.from_pretrained(base, adapter)
-    precision = engine.prepare(model, recipe.precision)
+    precision = engine.prepare(
+        model,
+        recipe.precision,
+        keep_weights=False,
+        checkpoint_activations=recipe.checkpoint_activations,
+    )
     reason = engine.choose_precision()[1] if recipe.precision == "auto" else "as asked for"
     say(f"precision {precision}: {reason}")
     return model
@@ -280,7 +285,7 @@ def answer(
     """
     model, recipe = open_model(model_name, adapter)
     tokenizer = require_tokenizer(model)
-    engine.prepare(model, precision)
+    engine.prepare(model, precision, keep_weights=False)
     model.eval()
     trained = recipe.data if recipe else DataConfig()
     separator_id = trained.separator_id if separator_id is None else separator_id

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import numpy as np
 import pytest
 
-from benchmarks import sides, work
+from benchmarks import lora_code, scale, sides, training, work
 
 
 def test_flops_of_a_step_counted_one_product_at_a_time():
@@ -48,3 +49,62 @@ def test_sides_answer_every_round_and_a_dead_one_is_named(monkeypatch):
     assert len(side.seconds) == 3 and side.first_seconds > 0 and side.peak_mb > 1
     with pytest.raises(RuntimeError, match="missing ended with exit code 1"):
         sides.Side("missing", "no_such_module", "here", {}).start()
+
+
+def test_slow_sides_do_fewer_rounds_and_those_apart_run_alone(monkeypatch):
+    log = []
+
+    def answer(self, what):
+        log.append((self.name, what))
+        return {"seconds": 2.0, "peak_mb": 1.0, "extra": {}}
+
+    monkeypatch.setattr(sides.Side, "start", lambda self: log.append((self.name, "start")))
+    monkeypatch.setattr(sides.Side, "stop", lambda self: log.append((self.name, "stop")))
+    monkeypatch.setattr(sides.Side, "_ask", answer)
+    plain, slow = sides.Side("a", "", "", {}), sides.Side("b", "", "", {}, most_rounds=1)
+    apart = sides.Side("c", "", "", {}, most_rounds=2, apart=True, part=0.25)
+    sides.alternate([apart, plain, slow], rounds=3, warmup=2)
+    assert [len(side.seconds) for side in (plain, slow, apart)] == [3, 1, 2]
+    assert [log.count((name, "round")) for name in "abc"] == [5, 2, 3]  # the warm-up included
+    assert log.index(("c", "start")) > max(log.index((name, "stop")) for name in "ab")
+    assert plain.median == 2 and apart.median == 8
+
+
+def test_a_straight_line_is_found_and_a_bent_one_shows():
+    x = [64, 128, 256, 512]
+    fixed, slope, off = scale.straight_line(x, [10 + 0.5 * n for n in x])
+    assert (fixed, slope) == pytest.approx((10, 0.5)) and off == pytest.approx(0, abs=1e-9)
+    bent = scale.straight_line(x, [n**1.5 for n in x])[2]
+    assert bent[0] > 0.05 and bent[1] < -0.05 and bent[3] > 0.05
+    assert scale.relative_cost([10, 20], [4.0, 6.0]) == pytest.approx([4 / 3, 1])
+    assert scale.growth([10, 20], [4.0, 6.0]) == pytest.approx([1, 0.75])
+
+
+def test_padded_rows_fit_the_memory_that_is_free():
+    small, medium = work.MODELS["gpt2-small"], work.MODELS["gpt2-medium"]
+    assert training.rows_that_fit(small, 512, 22 << 30) == 8
+    assert training.rows_that_fit(medium, 512, 22 << 30) == 4
+    assert training.rows_that_fit(medium, 512, 1 << 30) == 1  # at least one
+
+
+def test_microsofts_code_takes_part_for_gpt2_alone(tmp_path):
+    chosen = argparse.Namespace(
+        precisions=["bf16"], peers=["PEFT bf16", "microsoft/LoRA, padded to 512"],
+        lora_code=tmp_path, slow_rounds=2, padded_rows=2,
+    )  # fmt: skip
+    source = tmp_path / "examples" / "NLG" / "src"
+    source.mkdir(parents=True)
+    (source / "model.py").touch()
+    batches = work.even_batches(tmp_path / "batches.npz", 11, rows=8, tokens=4)
+    found = training.training_sides("gpt2-small", batches, chosen)
+    names = ["jlora bf16", "PEFT bf16", "microsoft/LoRA, padded to 512 (2 of 8 rows, scaled)"]
+    assert [side.name for side in found] == names
+    assert found[2].part == 0.25 and found[2].apart and found[2].spec["rows"] == 2
+    found = training.training_sides("smollm2-135m", batches, chosen)
+    assert [side.name for side in found] == names[:2]
+
+
+def test_without_network_the_clone_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(lora_code, "ADDRESS", str(tmp_path / "nowhere"))
+    with pytest.raises(SystemExit, match="could not be cloned.*--lora-code"):
+        lora_code.clone(tmp_path / "LoRA")

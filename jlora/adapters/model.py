@@ -131,7 +131,11 @@ class PeftModel(nn.Module):
         """(trainable, all) numbers of parameters, the adapter's among the latter."""
         named = self.base_model.named_parameters()
         sizes = {name: int(np.prod(var.shape)) for name, var in named}
-        return sum(sizes[name] for name in self._trainable_names), sum(sizes.values())
+        # What an engine keeps in packed form alone is no Var; tied weights are one thing.
+        weights = [module.__dict__.get("weight") for module in self.base_model.modules()]
+        packed = {id(w): w for w in weights if w is not None and not isinstance(w, jt.Var)}
+        total = sum(sizes.values()) + sum(int(np.prod(w.shape)) for w in packed.values())
+        return sum(sizes[name] for name in self._trainable_names), total
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from jlora import layers, machine
 from jlora.beam_cache import BeamCache
 from jlora.engine.blocks import BLOCKS
-from jlora.engine.products import PACKED, FrozenProduct
+from jlora.engine.products import PACKED, FrozenProduct, PackedEmbedding, PackedOnly
 from jlora.errors import UserError
 from jlora.kernels import attention, elementwise, native, packed_linear
 from jlora.models import attention as models_attention
@@ -20,7 +20,7 @@ from jlora.runtime import jt
 
 from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
 
-PRECISIONS = ("plain", "fp32", "bf16")
+PRECISIONS = ("plain", "fp32", "bf16", "int8", "int8-both")
 
 
 class FusedAttention(models_attention.CausalAttention):
@@ -73,6 +73,7 @@ FUSED = {
     gpt2.LayerNorm: FusedLayerNorm,
 }
 PLAIN = {fused: plain for plain, fused in {**FUSED, **PACKED, **BLOCKS}.items()}
+PLAIN[PackedEmbedding] = nn.Embedding
 
 
 def choose_precision() -> tuple[str, str]:
@@ -82,7 +83,7 @@ def choose_precision() -> tuple[str, str]:
     problem = native.problem()
     if problem is not None:
         return "plain", problem
-    if not packed_linear.available():
+    if not packed_linear.available("bf16"):
         return "fp32", "neither AMX nor oneDNN multiplies bf16 here"
     features = machine.cpu_features()
     if packed_linear.uses_amx():
@@ -92,7 +93,12 @@ def choose_precision() -> tuple[str, str]:
     return "fp32", "the processor has no bf16 instructions"
 
 
-def prepare(model, precision: str = "auto") -> str:
+def prepare(
+    model,
+    precision: str = "auto",
+    keep_weights: bool = True,
+    checkpoint_activations: bool = False,
+) -> str:
     """Make a model fast for training its adapter and for generation.
 
     Weights that are trainable stay as they are. Call it again after an adapter was attached,
@@ -102,8 +108,14 @@ def prepare(model, precision: str = "auto") -> str:
     Args:
         model: a model or PeftModel, its base frozen and in float32.
         precision: "bf16" packs frozen linear weights in bf16 (sums, residual stream, adapter and
-            optimiser stay float32); "fp32" fuses what stands between the products and keeps every
-            number float32; "plain" changes nothing; "auto" is `choose_precision`.
+            optimiser stay float32); "int8" keeps them in int8, half the memory, and multiplies
+            activations in int8 and gradients in bf16, "int8-both" both in int8; "fp32" fuses what
+            stands between the products and keeps every number float32; "plain" changes nothing;
+            "auto" is `choose_precision`.
+        keep_weights: False lets go of the float32 weights that were packed, which saves two thirds
+            of the memory; `restore` and merging give them back to the precision kept.
+        checkpoint_activations: compute each block's forward pass again in the backward pass instead
+            of keeping it: less memory, a third more time.
 
     Returns:
         The precision used.
@@ -115,6 +127,10 @@ def prepare(model, precision: str = "auto") -> str:
         precision = choose_precision()[0]
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is not one of auto, {', '.join(PRECISIONS)}")
+    if checkpoint_activations and precision in ("plain", "fp32"):
+        raise UserError(
+            f"checkpoint_activations works with precision bf16 or int8, not with {precision}"
+        )
     if precision != "plain":
         _check(model, precision)
     restore(model)
@@ -123,24 +139,35 @@ def prepare(model, precision: str = "auto") -> str:
     for module in model.modules():
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
-    if precision == "bf16":
+    if precision in packed_linear.KINDS:
         try:
-            _pack(model)
+            _pack(model, precision, keep_weights)
         except UserError:
             restore(model)
             raise
         for module in model.modules():
             if type(module) in BLOCKS:
                 module.__class__ = BLOCKS[type(module)]
+                module._checkpoint = checkpoint_activations
+        jt.gc()
     return precision
 
 
 def restore(model) -> None:
-    """Undo `prepare`: the plain layers are back, with the weights they had."""
+    """Undo `prepare`: the plain layers are back, with the weights they had.
+
+    Weights that were not kept come back rounded to the packed precision.
+    """
+    unpacked: dict[PackedOnly, jt.Var] = {}
     for module in model.modules():
         if type(module) in PLAIN:
             module.__class__ = PLAIN[type(module)]
-        for name in ("_packed", "_engine", "_plans"):
+        if isinstance(module.__dict__.get("weight"), PackedOnly):
+            held = module.weight
+            if held not in unpacked:  # tied weights stay tied
+                unpacked[held] = held.unpacked()
+            module.weight = unpacked[held]
+        for name in ("_packed", "_engine", "_plans", "_checkpoint"):
             module.__dict__.pop(name, None)
 
 
@@ -150,10 +177,15 @@ def _check(model, precision: str) -> None:
     problem = native.problem()
     if problem is not None:
         raise UserError(f"precision {precision} is not to be had: {problem}")
-    if precision == "bf16" and not packed_linear.available():
+    if precision == "bf16" and not packed_linear.available("bf16"):
         raise UserError(
             "precision bf16 needs a processor with AMX, or oneDNN, which was not found; "
             "`jlora doctor` says how to get it, and precisions fp32 and plain run without"
+        )
+    if precision in packed_linear.KINDS and not packed_linear.available(precision):
+        raise UserError(
+            f"precision {precision} needs a processor with AMX and a compiler that knows it "
+            "(g++ 11 or newer); use precision bf16, fp32 or plain"
         )
     for name, parameter in model.named_parameters():
         if parameter.dtype != "float32":
@@ -163,7 +195,7 @@ def _check(model, precision: str) -> None:
             )
 
 
-def _pack(model) -> None:
+def _pack(model, precision: str, keep_weights: bool) -> None:
     trainable = _trainable(model)
     head = getattr(model, "output_embedding", None)
     for module in model.modules():
@@ -179,12 +211,38 @@ def _pack(model) -> None:
             continue
         if id(weight) in trainable:
             continue
-        product = FrozenProduct(weight, bias, transposed)
+        # The head decides between words by small differences, and embeds them: int8 is too coarse.
+        kind = "bf16" if weight is head else precision
+        product = FrozenProduct(weight, bias, transposed, kind)
         if is_lora:
             module._engine = product
         else:
             module._packed = product
             module.__class__ = PACKED[type(module)]
+        if not keep_weights:
+            release = _release_head if weight is head else _release
+            release(model, product, module)
+            del weight
+            jt.gc()  # at once, so that the two copies of all weights are never there together
+
+
+def _release(model, product: FrozenProduct, module) -> None:
+    product.release([module])
+
+
+def _release_head(model, product: FrozenProduct, module) -> None:
+    """Let go of the head's weight, unless somebody needs it who cannot read the packed copy."""
+    owners = [m for m in model.modules() if m.__dict__.get("weight") is product.weight]
+    reads_rows = packed_linear.uses_amx()
+    if any(
+        type(m) is not nn.Linear and not (type(m) is nn.Embedding and reads_rows) for m in owners
+    ):
+        return
+    product.release(owners)
+    for owner in owners:
+        if type(owner) is nn.Embedding:
+            owner._packed = product
+            owner.__class__ = PackedEmbedding
 
 
 def _trainable(model) -> set[int]:

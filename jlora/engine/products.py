@@ -16,12 +16,41 @@ from jlora.runtime import jt
 from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
 
 
+class PackedOnly:
+    """Stands where a layer's frozen weight was, once only the packed copy of it is kept.
+
+    Attributes:
+        shape, dtype: of the weight.
+    """
+
+    dtype = "float32"
+
+    def __init__(self, packed: PackedWeight, transposed: bool):
+        self._packed, self._transposed = packed, transposed
+        n, k = packed.n, packed.k
+        self.shape = (k, n) if transposed else (n, k)
+
+    def is_stop_grad(self) -> bool:
+        return True
+
+    def stop_grad(self) -> PackedOnly:
+        return self
+
+    def numpy(self) -> np.ndarray:
+        """The weight to the precision kept, float32."""
+        return self._packed.unpack(self._transposed)
+
+    def unpacked(self) -> jt.Var:
+        return jt.array(self.numpy()).stop_grad()
+
+
 class FrozenProduct:
     """``W x + b`` with a packed copy of a frozen W."""
 
-    def __init__(self, weight: jt.Var, bias: jt.Var | None, transposed: bool = False):
+    def __init__(self, weight: jt.Var, bias: jt.Var | None, transposed: bool, kind: str):
         self.weight, self.bias = weight, bias
-        self.packed = PackedWeight(weight, transposed)
+        self.transposed = transposed
+        self.packed = PackedWeight(weight, transposed, kind)
 
     def __call__(self, x: jt.Var) -> jt.Var:
         if self.bias is None or self.bias.is_stop_grad():
@@ -51,7 +80,13 @@ class FrozenProduct:
             branch = replace(branch, seed=int(np.random.randint(2**31)))
         return self.packed.with_lora(x, self.bias, branch)
 
-    def fits(self, weight: jt.Var) -> bool:
+    def release(self, modules) -> None:
+        """Let go of the weight, which these modules have; `PackedOnly` takes its place."""
+        self.weight = PackedOnly(self.packed, self.transposed)
+        for module in modules:
+            module.weight = self.weight
+
+    def fits(self, weight: jt.Var | PackedOnly) -> bool:
         """Whether the copy stands for ``weight``: the same Var, and not trained meanwhile.
 
         A copied module (``modules_to_save``) and a disabled one have another.
@@ -80,6 +115,13 @@ class PackedHead(LanguageHead):
         if not self._packed.fits(weight):
             return super().losses(hidden, weight, targets, smoothing)
         return target_loss.target_loss(hidden, self._packed.packed, targets, smoothing)
+
+
+class PackedEmbedding(nn.Embedding):
+    """An embedding whose weight is the head's too, and is kept in the head's packed copy alone."""
+
+    def execute(self, x):
+        return self._packed.packed.rows(x)
 
 
 PACKED = {nn.Linear: PackedLinear, layers.Conv1D: PackedConv1D, LanguageHead: PackedHead}

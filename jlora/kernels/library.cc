@@ -101,13 +101,25 @@ extern "C" int64_t uses_amx() { return amx::permitted(); }
 #endif
 #ifdef JLORA_PRODUCTS
 // Packed weights: Python owns the memory, a `Weight` describes it.
-extern "C" int64_t packed_bytes(int64_t n, int64_t k) { return weight_bytes(n, k); }
-extern "C" void pack_weight(const float* w, char* memory, Weight* out, int64_t n, int64_t k, int64_t transposed) {
-    *out = weight_in(memory, n, k);
+extern "C" int64_t packed_bytes(int64_t n, int64_t k, int64_t kind) { return weight_bytes(n, k, kind); }
+extern "C" void pack_weight(const float* w, char* memory, Weight* out, int64_t n, int64_t k, int64_t kind, int64_t transposed) {
+    *out = weight_in(memory, n, k, kind);
     pack(w, *out, transposed != 0);
 }
 extern "C" void unpack_weight(const Weight* w, float* out, int64_t transposed) { unpack(*w, out, transposed != 0); }
 
+#ifdef JLORA_AMX
+// ids (...) -> rows of the weight (..., k); ids outside give NaN. number: address of the weight
+JLORA_OPERATOR(rows_op) {
+    const Weight& w = *(const Weight*)(uintptr_t)number[0];
+    #pragma omp parallel for
+    for (int64_t i = 0; i < in[0].size; i++) {
+        const int64_t n = in[0].as<int>()[i];
+        for (int64_t k = 0; k < w.k; k++)
+            out[0].out()[i * w.k + k] = n < 0 || n >= w.n ? NAN : float_of(w.at(n, k));
+    }
+}
+#endif
 // Stores 32 results, fewer at a row's end, with the bias if there is one.
 struct StoreRows {
     float* y;

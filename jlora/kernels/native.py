@@ -48,9 +48,6 @@ static inline JloraArray jlora_array(jittor::Var* v) {
 def library() -> ctypes.CDLL:
     """The compiled operators, compiled at the first call on this machine.
 
-    It is opened apart from everything else in the process (RTLD_DEEPBIND), since it may bring a
-    newer oneDNN than Jittor's own.
-
     Raises:
         UserError: the compiler failed, or the result cannot be loaded.
     """
@@ -59,9 +56,8 @@ def library() -> ctypes.CDLL:
     path = Path(jt.flags.cache_path) / "jlora" / f"operators-{_digest(command)}.so"
     if not path.is_file():
         _compile(command, path)
-    mode = os.RTLD_NOW | os.RTLD_LOCAL | getattr(os, "RTLD_DEEPBIND", 0)
     try:
-        return ctypes.CDLL(str(path), mode=mode)
+        return ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
     except OSError as error:
         raise UserError(
             f"the compiled operators cannot be loaded: {error}; remove {path} and start again"

@@ -17,12 +17,17 @@ LINE = 64  # bytes; packed weights begin on a line of the cache
 class _Weight(ctypes.Structure):
     """`Weight` of product.h; what the fields mean is the library's business."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("data", "n", "k", "more")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("data", "n", "k", "more", "scales", "back")]
 
 
-def available() -> bool:
-    """Whether the compiled operators multiply bf16 on this machine."""
-    return has("packed_bytes") and call("packed_bytes", ctypes.c_int64, 32, 32) > 0
+# What packed weights are kept in, by the numbers of product.h. "int8" multiplies activations in
+# int8 and gradients in bf16, "int8-both" both in int8.
+KINDS = {"bf16": 0, "int8": 1, "int8-both": 2}
+
+
+def available(kind: str) -> bool:
+    """Whether the compiled operators have products of this kind on this machine."""
+    return has("packed_bytes") and call("packed_bytes", ctypes.c_int64, 64, 64, KINDS[kind]) > 0
 
 
 def uses_amx() -> bool:
@@ -31,30 +36,33 @@ def uses_amx() -> bool:
 
 
 class PackedWeight:
-    """A weight (N, K) in bf16, in the layout that the processor multiplies best.
+    """A weight (N, K) in bf16 or int8, in the layout that the processor multiplies best.
 
-    With AMX one packing serves the product and its transpose, 2 bytes a number; without it there is
-    one for each.
+    With AMX one packing serves the product and its transpose, 2 bytes a number or 1; without it
+    there is one of bf16 for each. int8 has a scale for each of the N outputs.
     """
 
-    def __init__(self, weight: jt.Var, transposed: bool):
+    def __init__(self, weight: jt.Var, transposed: bool, kind: str = "bf16"):
         """Pack ``weight``, (N, K) as nn.Linear holds it, or (K, N) as Conv1D does (transposed).
 
+        Args:
+            kind: a key of `KINDS`.
+
         Raises:
-            UserError: the library cannot multiply bf16 on this processor.
+            UserError: the library cannot multiply that kind on this processor.
         """
         shape = tuple(weight.shape)
         self.n, self.k = shape[::-1] if transposed else shape
-        size = call("packed_bytes", ctypes.c_int64, self.n, self.k)
+        size = call("packed_bytes", ctypes.c_int64, self.n, self.k, KINDS[kind])
         if size == 0:
-            raise UserError("this processor has no bf16 product; use precision fp32")
+            raise UserError(f"this processor has no {kind} product; use precision fp32")
         self._memory = np.empty(size + LINE, np.uint8)
         begin = -(-self._memory.ctypes.data // LINE) * LINE
         self._weight = _Weight()
         self.address = ctypes.addressof(self._weight)
-        values = np.ascontiguousarray(weight.numpy())
-        numbers = (values.ctypes.data, begin, self.address, self.n, self.k, transposed)
-        call("pack_weight", None, *numbers)
+        values = np.ascontiguousarray(weight.data)  # no copy of Jittor's memory
+        sizes = (self.n, self.k, KINDS[kind], transposed)
+        call("pack_weight", None, values.ctypes.data, begin, self.address, *sizes)
 
     def __call__(self, x: jt.Var, bias: jt.Var | None = None) -> jt.Var:
         """(..., K) float32 -> (..., N) float32; ``bias`` (N,). Differentiable in x alone."""
@@ -63,6 +71,14 @@ class PackedWeight:
     def with_lora(self, x: jt.Var, bias: jt.Var | None, branch: Branch) -> jt.Var:
         """The same plus a low-rank branch; differentiable in x and the branch's A and B."""
         return _LoraProduct.apply(x, self, bias, branch, branch.A, branch.B)
+
+    def rows(self, ids: jt.Var) -> jt.Var:
+        """Rows of the weight, as of an embedding: int32 (...) -> (..., K) float32. AMX alone."""
+        shape = (*ids.shape, self.k)
+        return operator(shape, "float32", [ids], "rows_op", self.address).stop_grad()
+
+    def __del__(self):
+        jt.sync_all()  # Jittor is lazy: operators that have the address may not have run yet
 
     def unpack(self, transposed: bool) -> np.ndarray:
         """The weight as it was given, to the precision kept; float32."""

@@ -39,28 +39,48 @@ struct Rows {
     uint16_t* at(int64_t m, int64_t k) const { return data + (m / 16 * steps() + k / 32) * 512 + m % 16 * 32; }
 };
 
-// A tile of a weight: 16 outputs n by 32 inputs k, stored [k / 2][n][k % 2], filled up with zeros.
+// A tile of a weight: 16 outputs n by 32 inputs k, stored [k / 2][n][k % 2], or in int8 by 64 inputs,
+// stored [k / 4][n][k % 4]; filled up with zeros.
 struct Weight {
     char* tiles;
-    int64_t n, k;    // outputs and inputs
-    int64_t stride;  // bytes from the tiles of 16 outputs to the next 16
-    int64_t steps() const { return up_to(k, 32) / 32; }
-    static int64_t bytes(int64_t n, int64_t k) { return up_to(n, 32) * up_to(k, 32) * 2; }
+    int64_t n, k;         // outputs and inputs
+    int64_t stride;       // bytes from the tiles of 16 outputs to the next 16
+    const float* scales;  // of int8 numbers, one for each output; null: bf16
+    int64_t int8_back;    // whether gradients, too, are multiplied in int8
+    int64_t inputs_a_tile() const { return scales ? 64 : 32; }
+    int64_t steps() const { return up_to(k, inputs_a_tile()) / inputs_a_tile(); }
     uint16_t* tile(int64_t n_tile, int64_t k_tile) const {
         return (uint16_t*)(tiles + n_tile * stride + k_tile * amx::tile_bytes);
     }
+    uint16_t& at(int64_t n, int64_t k) const { return tile(n / 16, k / 32)[k % 32 / 2 * 32 + n % 16 * 2 + k % 2]; }
 };
 
+inline int64_t panels(const Weight& w) { return up_to(w.n, 32) / 32; }
+inline int64_t panels(const Weights& all) {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < all.count; i++) sum += panels(*all.list[i]);
+    return sum;
+}
+// The weight to which panel p belongs; p becomes its number there.
+inline const Weight& find(const Weights& all, int64_t& p) {
+    int64_t i = 0;
+    while (p >= panels(*all.list[i])) p -= panels(*all.list[i++]);
+    return *all.list[i];
+}
+}  // namespace jlora
+#include "int8.h"
+namespace jlora {
 // w: (n, k) row by row, or (k, n) when transposed.
 inline void pack(const float* w, const Weight& out, bool transposed) {
     const int64_t along_n = transposed ? 1 : out.k, along_k = transposed ? out.n : 1;
+    if (out.scales) return int8::pack(w, out, along_n, along_k);
     #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < up_to(out.n, 32) / 16; t++)
         for (int64_t k = 0; k < up_to(out.k, 32); k++)
             for (int64_t i = 0; i < 16; i++) {
                 const int64_t n = t * 16 + i;
                 const float x = n < out.n && k < out.k ? w[n * along_n + k * along_k] : 0.0f;
-                out.tile(t, k / 32)[k % 32 / 2 * 32 + i * 2 + k % 2] = bf16_of(x);
+                out.at(n, k) = bf16_of(x);
             }
 }
 inline void unpack(const Weight& w, float* out, bool transposed) {
@@ -68,7 +88,7 @@ inline void unpack(const Weight& w, float* out, bool transposed) {
     #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < w.n; n++)
         for (int64_t k = 0; k < w.k; k++)
-            out[n * along_n + k * along_k] = float_of(w.tile(n / 16, k / 32)[k % 32 / 2 * 32 + n % 16 * 2 + k % 2]);
+            out[n * along_n + k * along_k] = w.scales ? int8::at(w, n, k) * w.scales[n] : float_of(w.at(n, k));
 }
 
 // 8 x 8 numbers of 64 bits.
@@ -110,18 +130,6 @@ inline void turn_tiles(const uint16_t* upper, const uint16_t* lower, uint16_t* l
         }
 }
 
-inline int64_t panels(const Weight& w) { return up_to(w.n, 32) / 32; }
-inline int64_t panels(const Weights& all) {
-    int64_t sum = 0;
-    for (int64_t i = 0; i < all.count; i++) sum += panels(*all.list[i]);
-    return sum;
-}
-// The weight to which panel p belongs; p becomes its number there.
-inline const Weight& find(const Weights& all, int64_t& p) {
-    int64_t i = 0;
-    while (p >= panels(*all.list[i])) p -= panels(*all.list[i++]);
-    return *all.list[i];
-}
 struct ForwardPanels {
     const Weights& all;
     void panel(int64_t p, int64_t s, int64_t, char*, const char*& b0, const char*& b1) const {
@@ -143,6 +151,10 @@ struct BackwardPanels {
         for (int64_t i = 0; i < n; i++) {
             int64_t step = s + i;
             const Weight& w = find(all, step);
+            if (w.scales) {
+                int8::widen_tiles(w, step, p, left + i * 512, right + i * 512);
+                continue;
+            }
             turn_tiles(w.tile(2 * step, p), w.tile(2 * step + 1, p), left + i * 512, right + i * 512);
         }
         b0 = (const char*)left, b1 = (const char*)right;
@@ -150,7 +162,8 @@ struct BackwardPanels {
     void fetch(int64_t p, int64_t s, int64_t line) const {
         int64_t step = s + line / 16;
         const Weight& w = find(all, step);
-        const char* at = (const char*)w.tile(2 * step, p) + line % 16 * 64;
+        const char* at = w.scales ? int8::half_tile(w, 2 * step, p) + line % 8 * 64
+                                  : (const char*)w.tile(2 * step, p) + line % 16 * 64;
         _mm_prefetch(at, _MM_HINT_T1);
         _mm_prefetch(at + w.stride, _MM_HINT_T1);
     }
@@ -160,15 +173,28 @@ struct BackwardPanels {
 template <typename Sink>
 void product(const Rows& x, const Weights& all, Sink sink) {
     if (!x.rows) return;
+    if (all.list[0]->scales) return int8::product(x, all, panels(all), ForwardPanels{all}, sink);
     amx::product<false>((const char*)x.data, x.rows, panels(all), x.steps(), ForwardPanels{all}, sink);
 }
 template <typename Sink>
 void product_back(const Rows& dy, const Weights& all, Sink sink) {
     if (!dy.rows) return;
-    amx::product<false>((const char*)dy.data, dy.rows, all.list[0]->steps(), panels(all), BackwardPanels{all}, sink);
+    const Weight& first = *all.list[0];
+    if (first.int8_back) return int8::product_back(dy, all, sink);
+    amx::product<false>((const char*)dy.data, dy.rows, up_to(first.k, 32) / 32, panels(all), BackwardPanels{all}, sink);
 }
-inline int64_t weight_bytes(int64_t n, int64_t k) { return amx::permitted() ? Weight::bytes(n, k) : 0; }
-inline Weight weight_in(char* memory, int64_t n, int64_t k) { return {memory, n, k, up_to(k, 32) * 32}; }
+// What a weight is kept in.
+enum Kind { bf16_kind, int8_kind, int8_both_kind };
+inline int64_t weight_bytes(int64_t n, int64_t k, int64_t kind) {
+    if (!amx::permitted()) return 0;
+    if (kind == bf16_kind) return up_to(n, 32) * up_to(k, 32) * 2;
+    return up_to(n, 64) * (up_to(k, 64) + (int64_t)sizeof(float));
+}
+inline Weight weight_in(char* memory, int64_t n, int64_t k, int64_t kind) {
+    if (kind == bf16_kind) return {memory, n, k, up_to(k, 32) * 32, nullptr, 0};
+    const float* scales = (const float*)(memory + up_to(n, 64) * up_to(k, 64));
+    return {memory, n, k, up_to(k, 64) * 16, scales, kind == int8_both_kind};
+}
 
 #else
 // Rows of bf16 numbers, one after the other.
@@ -184,11 +210,12 @@ struct Weight {
     int64_t n, k;     // outputs and inputs
     char* backward;   // packed as (k, n)
 };
-inline int64_t weight_bytes(int64_t n, int64_t k) {
+inline int64_t weight_bytes(int64_t n, int64_t k, int64_t kind) {
+    if (kind) return 0;  // bf16 alone
     const int64_t forward = onednn::bytes(n, k), backward = onednn::bytes(k, n);
     return forward && backward ? up_to(forward, line) + backward : 0;
 }
-inline Weight weight_in(char* memory, int64_t n, int64_t k) {
+inline Weight weight_in(char* memory, int64_t n, int64_t k, int64_t) {
     return {memory, n, k, memory + up_to(onednn::bytes(n, k), line)};
 }
 inline void pack(const float* w, const Weight& out, bool transposed) {

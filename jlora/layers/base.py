@@ -108,6 +108,8 @@ class LoRALayer:
         if self.merged:
             return
         if self.has_adapter:
+            if not isinstance(self.weight, jt.Var):  # an engine keeps it in packed form alone
+                self.weight = self.weight.unpacked()
             with jt.no_grad():
                 # A copy is kept: subtracting would leave a rounding error at each round, and would
                 # take away the wrong change after lora_A or lora_B were replaced meanwhile.

@@ -1,0 +1,168 @@
+// int8 weights: one scale for each output, activations rounded to int8 row by row on the way. Included by
+// product.h, whose `Weight` and `Rows` it uses.
+#pragma once
+
+namespace jlora::int8 {
+typedef int8_t Byte16 __attribute__((vector_size(16)));
+
+inline int8_t& at(const Weight& w, int64_t n, int64_t k) {
+    return ((int8_t*)w.tile(n / 16, k / 64))[k % 64 / 4 * 64 + n % 16 * 4 + k % 4];
+}
+inline void pack(const float* from, const Weight& w, int64_t along_n, int64_t along_k) {
+    #pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < up_to(w.n, 64); n++) {
+        float most = 0;
+        for (int64_t k = 0; k < w.k && n < w.n; k++) most = std::max(most, std::fabs(from[n * along_n + k * along_k]));
+        const float scale = most > 0 ? most / 127 : 1.0f;
+        const_cast<float*>(w.scales)[n] = scale;
+        for (int64_t k = 0; k < up_to(w.k, 64); k++)
+            at(w, n, k) = n < w.n && k < w.k ? (int8_t)std::lrint(from[n * along_n + k * along_k] / scale) : 0;
+    }
+}
+
+// Rows of int8 numbers as tiles of 16 rows x 64 columns, and what each row is to be multiplied with.
+struct QuantisedRows { char* data; float* scales; };
+// columns: factors of the columns, filled up to whole tiles; null: none.
+inline QuantisedRows quantise(const Rows& x, const float* columns) {
+    static Buffer<char> memory;
+    static Buffer<float> for_scales;
+    const int64_t steps = up_to(x.width, 64) / 64;
+    const QuantisedRows out{memory.of(up_to(x.rows, 32) * steps * 64), for_scales.of(x.rows)};
+    #pragma omp parallel for schedule(static)
+    for (int64_t m = 0; m < x.rows; m++) {
+        const auto run = [&](int64_t k) {
+            F16 v = k < up_to(x.width, 32) ? load16(x.at(m, k / 32 * 32) + k % 32) : F16{};
+            return columns ? v * load16(columns + k) : v;
+        };
+        F16 peaks{};
+        for (int64_t k = 0; k < x.width; k += 16) {
+            const F16 v = run(k), size = v < 0.0f ? -v : v;
+            peaks = size > peaks ? size : peaks;
+        }
+        float most = 0;
+        for (int i = 0; i < 16; i++) most = std::max(most, peaks[i]);
+        out.scales[m] = most / 127;
+        const float inverse = most > 0 ? 127 / most : 0.0f;
+        for (int64_t k = 0; k < steps * 64; k += 16) {
+            const F16 v = run(k) * inverse, rounded = v + (v < 0.0f ? F16{} - 0.5f : F16{} + 0.5f);
+            const Byte16 bytes = __builtin_convertvector(__builtin_convertvector(rounded, I16), Byte16);
+            std::memcpy(out.data + (m / 16 * steps + k / 64) * amx::tile_bytes + m % 16 * 64 + k % 64, &bytes, 16);
+        }
+    }
+    return out;
+}
+
+// The scales of all outputs side by side.
+inline const float* all_scales(const Weights& all) {
+    static Buffer<float> memory;
+    int64_t width = 0;
+    for (int64_t i = 0; i < all.count; i++) width += up_to(all.list[i]->n, 64);
+    float* out = memory.of(width);
+    for (int64_t i = 0, first = 0; i < all.count; first += all.list[i++]->n)
+        std::copy_n(all.list[i]->scales, up_to(all.list[i]->n, 64), out + first);
+    return out;
+}
+
+template <typename Panels, typename Sink>
+void product(const Rows& x, const Weights& all, int64_t count, const Panels& weights, Sink sink) {
+    const QuantisedRows q = quantise(x, nullptr);
+    const float* scales = all_scales(all);
+    amx::product<true>(q.data, x.rows, count, all.list[0]->steps(), weights, [&](int64_t m, int64_t n, F16 left, F16 right) {
+        sink(m, n, __builtin_convertvector((I16)left, F16) * q.scales[m] * load16(scales + n),
+            __builtin_convertvector((I16)right, F16) * q.scales[m] * load16(scales + n + 16));
+    });
+}
+
+// The 32 inputs of panel p are one half of a tile of 64: 8 rows of 64 bytes.
+inline const char* half_tile(const Weight& w, int64_t n_tile, int64_t p) {
+    return (const char*)w.tile(n_tile, p / 2) + p % 2 * 512;
+}
+// Four of its rows, 16 inputs of 16 outputs: byte k of lane l of z[j] becomes input k of output 4 l + j.
+inline void by_outputs(const char* rows, __m512i* z) {
+    const __m512i r0 = _mm512_load_si512(rows), r1 = _mm512_load_si512(rows + 64);
+    const __m512i r2 = _mm512_load_si512(rows + 128), r3 = _mm512_load_si512(rows + 192);
+    const __m512i a = _mm512_unpacklo_epi32(r0, r1), b = _mm512_unpackhi_epi32(r0, r1);
+    const __m512i c = _mm512_unpacklo_epi32(r2, r3), d = _mm512_unpackhi_epi32(r2, r3);
+    z[0] = _mm512_unpacklo_epi64(a, c), z[1] = _mm512_unpackhi_epi64(a, c);
+    z[2] = _mm512_unpacklo_epi64(b, d), z[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+// 32 outputs by the 32 inputs of panel p as two bf16 tiles for the way back, as turn_tiles makes them.
+template <int lane>
+inline void widen_lane(const __m512i* z, const float* scales, uint16_t* rows) {
+    const __m512i mix = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+        21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    for (int j = 0; j < 4; j += 2) {
+        const auto wide = [&](int i) {
+            const __m512i numbers = _mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(z[i], lane));
+            return _mm512_mul_ps(_mm512_cvtepi32_ps(numbers), _mm512_set1_ps(scales[4 * lane + i]));
+        };
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(wide(j + 1), wide(j));
+        _mm512_store_si512(rows + (2 * lane + j / 2) * 32, _mm512_permutexvar_epi16(mix, both));
+    }
+}
+inline void widen_tiles(const Weight& w, int64_t step, int64_t p, uint16_t* left, uint16_t* right) {
+    for (int t = 0; t < 2; t++)
+        for (int half = 0; half < 2; half++) {
+            __m512i z[4];
+            by_outputs(half_tile(w, 2 * step + t, p) + half * 256, z);
+            uint16_t* rows = (half ? right : left) + t * 256;
+            const float* scales = w.scales + step * 32 + t * 16;
+            widen_lane<0>(z, scales, rows), widen_lane<1>(z, scales, rows);
+            widen_lane<2>(z, scales, rows), widen_lane<3>(z, scales, rows);
+        }
+}
+
+// The way back in int8: tiles [n / 4][k][n % 4] of 64 outputs by 16 inputs.
+inline void turn_bytes(const char* rows, char* out) {
+    __m512i z[4];
+    by_outputs(rows, z);
+    const __m512i a = _mm512_unpacklo_epi8(z[0], z[1]), b = _mm512_unpackhi_epi8(z[0], z[1]);
+    const __m512i c = _mm512_unpacklo_epi8(z[2], z[3]), d = _mm512_unpackhi_epi8(z[2], z[3]);
+    const __m512i u0 = _mm512_unpacklo_epi16(a, c), u1 = _mm512_unpackhi_epi16(a, c);
+    const __m512i u2 = _mm512_unpacklo_epi16(b, d), u3 = _mm512_unpackhi_epi16(b, d);
+    const __m512i v0 = _mm512_shuffle_i32x4(u0, u1, 0x44), v1 = _mm512_shuffle_i32x4(u0, u1, 0xee);
+    const __m512i v2 = _mm512_shuffle_i32x4(u2, u3, 0x44), v3 = _mm512_shuffle_i32x4(u2, u3, 0xee);
+    _mm512_store_si512(out, _mm512_shuffle_i32x4(v0, v2, 0x88));
+    _mm512_store_si512(out + 64, _mm512_shuffle_i32x4(v0, v2, 0xdd));
+    _mm512_store_si512(out + 128, _mm512_shuffle_i32x4(v1, v3, 0x88));
+    _mm512_store_si512(out + 192, _mm512_shuffle_i32x4(v1, v3, 0xdd));
+}
+struct BackwardPanels {
+    const Weights& all;
+    const Weight& find(int64_t& step) const {
+        int64_t i = 0;
+        while (step >= up_to(all.list[i]->n, 64) / 64) step -= up_to(all.list[i++]->n, 64) / 64;
+        return *all.list[i];
+    }
+    void panel(int64_t p, int64_t s, int64_t n, char* room, const char*& b0, const char*& b1) const {
+        char *left = room, *right = room + n * amx::tile_bytes;
+        for (int64_t i = 0; i < n; i++) {
+            int64_t step = s + i;
+            const Weight& w = find(step);
+            for (int t = 0; t < 4; t++) {
+                const char* rows = half_tile(w, 4 * step + t, p);
+                turn_bytes(rows, left + i * amx::tile_bytes + t * 256);
+                turn_bytes(rows + 256, right + i * amx::tile_bytes + t * 256);
+            }
+        }
+        b0 = left, b1 = right;
+    }
+    void fetch(int64_t p, int64_t s, int64_t line) const {
+        int64_t step = s + line / 16;
+        const Weight& w = find(step);
+        _mm_prefetch(half_tile(w, 4 * step + line % 4, p) + line / 4 % 4 * 128, _MM_HINT_T1);
+        _mm_prefetch(half_tile(w, 4 * step + line % 4, p) + line / 4 % 4 * 128 + 64, _MM_HINT_T1);
+    }
+};
+template <typename Sink>
+void product_back(const Rows& dy, const Weights& all, Sink sink) {
+    const QuantisedRows q = quantise(dy, all_scales(all));  // the weights' scales belong to dy's columns
+    int64_t steps = 0;
+    for (int64_t i = 0; i < all.count; i++) steps += up_to(all.list[i]->n, 64) / 64;
+    amx::product<true>(q.data, dy.rows, up_to(all.list[0]->k, 32) / 32, steps, BackwardPanels{all},
+        [&](int64_t m, int64_t n, F16 left, F16 right) {
+            sink(m, n, __builtin_convertvector((I16)left, F16) * q.scales[m], __builtin_convertvector((I16)right, F16) * q.scales[m]);
+        });
+}
+}  // namespace jlora::int8
