@@ -12,7 +12,6 @@ from pathlib import Path
 
 from jlora.errors import UserError
 
-
 PRECISIONS = "auto, bf16, int8, int8-both (gradients too), fp32 or plain"
 
 

@@ -16,7 +16,7 @@ from jlora.kernels import packed_linear
 from jlora.native_decoder import NativeDecoder
 from jlora.native_model import native_model
 
-pytestmark = pytest.mark.skipif(not packed_linear.available(), reason="no bf16 products here")
+pytestmark = pytest.mark.skipif(not packed_linear.available("bf16"), reason="no bf16 products here")
 
 PANELS = {
     "hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -17,7 +17,9 @@ struct Block {
 struct Model {
     int64_t layers, C, H, G, D, inner;
     double eps;
-    const float *tokens, *positions, *frequencies;  // (V, C); learned positions, or rotary (D / 2,)
+    const float* tokens;                // (V, C), or null
+    const Weight* packed_tokens;        // the same, where there are no floats of it
+    const float *positions, *frequencies;  // learned positions, or rotary (D / 2,)
     Norm last;
 };
 constexpr int64_t row_block = 16;  // rows are made up to whole blocks: fewer kinds of products
@@ -57,6 +59,10 @@ struct Tokens {
 // x (whole blocks of rows, C); rows that only fill a block are zero.
 inline void embed(const Model& m, const Tokens& tokens, int64_t whole, float* x) {
     for (int64_t i = 0; i < tokens.count; i++) {
+#if defined(JLORA_AMX)  // elsewhere the engine keeps the floats
+        if (!m.tokens) unpack_row(*m.packed_tokens, tokens.ids[i], x + i * m.C);
+        else
+#endif
         std::copy_n(m.tokens + tokens.ids[i] * m.C, m.C, x + i * m.C);
         if (m.positions) add_scaled(x + i * m.C, 1.0f, m.positions + tokens.positions[i] * m.C, m.C);
     }

@@ -21,7 +21,14 @@ BLOCK = np.dtype(
 )  # fmt: skip
 MODEL = np.dtype(
     [(name, "i8") for name in ("layers", "C", "H", "G", "D", "inner")]
-    + [("eps", "f8"), ("tokens", "u8"), ("positions", "u8"), ("frequencies", "u8"), ("last", NORM)]
+    + [
+        ("eps", "f8"),
+        ("tokens", "u8"),
+        ("packed_tokens", "u8"),
+        ("positions", "u8"),
+        ("frequencies", "u8"),
+        ("last", NORM),
+    ]
 )
 
 

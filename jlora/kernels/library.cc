@@ -115,8 +115,9 @@ JLORA_OPERATOR(rows_op) {
     #pragma omp parallel for
     for (int64_t i = 0; i < in[0].size; i++) {
         const int64_t n = in[0].as<int>()[i];
-        for (int64_t k = 0; k < w.k; k++)
-            out[0].out()[i * w.k + k] = n < 0 || n >= w.n ? NAN : float_of(w.at(n, k));
+        float* row = out[0].out() + i * w.k;
+        if (n < 0 || n >= w.n) std::fill_n(row, w.k, NAN);
+        else unpack_row(w, n, row);
     }
 }
 #endif

@@ -91,6 +91,11 @@ inline void unpack(const Weight& w, float* out, bool transposed) {
             out[n * along_n + k * along_k] = w.scales ? int8::at(w, n, k) * w.scales[n] : float_of(w.at(n, k));
 }
 
+// Row n of a bf16 weight.
+inline void unpack_row(const Weight& w, int64_t n, float* row) {
+    for (int64_t k = 0; k < w.k; k++) row[k] = float_of(w.at(n, k));
+}
+
 // 8 x 8 numbers of 64 bits.
 inline void transpose8(__m512i* x) {
     __m512i y[8];
