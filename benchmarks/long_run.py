@@ -1,0 +1,82 @@
+"""``make bench-long``: many training steps of varying lengths: does time or memory grow?
+
+Also says how long five epochs of E2E take at the pace measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+from benchmarks import work
+from benchmarks.sides import ROOT
+from jlora.machine import cpu_model, processors
+
+E2E_ROWS = 42_061  # of its training split
+PARTS = 10  # of the run, compared with each other
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--model", default="gpt2-medium", choices=work.MODELS)
+    options.add_argument("--steps", type=int, default=500)
+    options.add_argument("--rows", type=int, default=8, help="examples a step")
+    options.add_argument("--precision", default="bf16")
+    options.add_argument("--checkpoint-activations", action="store_true")
+    options.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks")
+    chosen = options.parse_args()
+    from benchmarks.jlora_train import make  # imports Jittor
+
+    print(f"{cpu_model()}, {processors()} processors, {date.today()}")
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Path(os.environ.get("JLORA_DATA", ROOT.parent / "shared" / "data"))
+        path = Path(scratch) / "batches.npz"
+        work.e2e_batches(path, data, chosen.model, chosen.rows, chosen.steps)
+        step = make({
+            "config": work.MODELS[chosen.model], "lora": work.lora_settings(chosen.model),
+            "batches": str(path), "label_smoothing": 0.1, "precision": chosen.precision,
+            "checkpoint_activations": chosen.checkpoint_activations,
+        })  # fmt: skip
+    seconds, resident = [], []
+    for _ in range(chosen.steps):
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+        resident.append(resident_mb())
+    report(chosen, seconds, resident)
+
+
+def report(chosen, seconds: list[float], resident: list[float]) -> None:
+    part = max(1, len(seconds) // PARTS)
+    print(f"{chosen.model}, {chosen.precision}, {chosen.rows} rows a step: {len(seconds)} steps")
+    print(f"{'steps':>12} {'mean s':>8} {'median s':>9} {'resident MB':>12}")
+    for start in range(0, len(seconds), part):
+        own = seconds[start : start + part]
+        print(
+            f"{start + 1:>6}-{start + len(own):<5} {statistics.mean(own):8.3f} "
+            f"{statistics.median(own):9.3f} {resident[start + len(own) - 1]:12.0f}"
+        )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    epochs = 5 * -(-E2E_ROWS // chosen.rows) * statistics.mean(seconds) / 3600
+    print(f"peak {peak:.0f} MB; five epochs of E2E at the mean pace: {epochs:.2f} hours")
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    name = f"long_run-{chosen.model}-{chosen.precision}.json"
+    result = {"seconds": seconds, "resident_mb": resident, "peak_mb": peak, "hours": epochs}
+    (chosen.out / name).write_text(json.dumps(result))
+
+
+def resident_mb() -> float:
+    """Memory of this process that is in the machine now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+if __name__ == "__main__":
+    main()
