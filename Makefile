@@ -10,7 +10,7 @@ PARITY := .venv-parity
 PARITY_STAMP := $(PARITY)/.installed
 SEED ?= 1
 
-.PHONY: demo test test-all parity golden bench-train bench-decode bench-scale lint install clean
+.PHONY: demo test test-all parity golden bench-train bench-decode bench-scale bench-long lint install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -40,6 +40,10 @@ bench-decode: $(STAMP) $(PARITY_STAMP)
 
 bench-scale: $(STAMP) $(PARITY_STAMP)
 	$(BIN)/python -m benchmarks.scale $(ARGS)
+
+# Many steps of one model: does time or memory grow, and how long do five epochs of E2E take?
+bench-long: $(STAMP)
+	$(BIN)/python -m benchmarks.long_run $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

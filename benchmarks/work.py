@@ -42,7 +42,7 @@ def e2e_batches(path: Path, data: Path, model: str, rows: int, count: int) -> Pa
     from jlora.data import BatchOrder, encode_examples
     from jlora.tasks import get_task
 
-    examples = get_task("e2e").read(data / "e2e" / "train.txt")[:4000]
+    examples = get_task("e2e").read(data / "e2e" / "train.txt")[::10]
     encoded = encode_examples(examples, tokenizer_of(model), None, 0, 0)
     order = BatchOrder(
         [e.input_length for e in encoded], rows, 1, group_by_length=True, shuffle=True
