@@ -85,10 +85,10 @@ def choose_precision() -> tuple[str, str]:
         return "plain", problem
     if not packed_linear.available("bf16"):
         return "fp32", "neither AMX nor oneDNN multiplies bf16 here"
-    features = machine.cpu_features()
-    if packed_linear.uses_amx():
-        return "bf16", "the processor multiplies bf16 by AMX"
-    if any("BF16" in name for name in features):
+    tiles = packed_linear.tiles()
+    if tiles is not None:
+        return "bf16", f"the processor multiplies bf16 by {tiles}"
+    if any("BF16" in name for name in machine.cpu_features()):
         return "bf16", "the processor multiplies bf16"
     return "fp32", "the processor has no bf16 instructions"
 
@@ -184,8 +184,8 @@ def _check(model, precision: str) -> None:
         )
     if precision in packed_linear.KINDS and not packed_linear.available(precision):
         raise UserError(
-            f"precision {precision} needs a processor with AMX and a compiler that knows it "
-            "(g++ 11 or newer); use precision bf16, fp32 or plain"
+            f"precision {precision} needs a processor with AMX or AVX512_BF16, and a compiler that "
+            "knows them (g++ 11 or newer); use precision bf16, fp32 or plain"
         )
     for name, parameter in model.named_parameters():
         if parameter.dtype != "float32":
@@ -233,7 +233,7 @@ def _release(model, product: FrozenProduct, module) -> None:
 def _release_head(model, product: FrozenProduct, module) -> None:
     """Let go of the head's weight, unless somebody needs it who cannot read the packed copy."""
     owners = [m for m in model.modules() if m.__dict__.get("weight") is product.weight]
-    reads_rows = packed_linear.uses_amx()
+    reads_rows = packed_linear.tiles() is not None
     if any(
         type(m) is not nn.Linear and not (type(m) is nn.Embedding and reads_rows) for m in owners
     ):

@@ -59,7 +59,7 @@ struct Tokens {
 // x (whole blocks of rows, C); rows that only fill a block are zero.
 inline void embed(const Model& m, const Tokens& tokens, int64_t whole, float* x) {
     for (int64_t i = 0; i < tokens.count; i++) {
-#if defined(JLORA_AMX)  // elsewhere the engine keeps the floats
+#if defined(JLORA_TILES)  // elsewhere the engine keeps the floats
         if (!m.tokens) unpack_row(*m.packed_tokens, tokens.ids[i], x + i * m.C);
         else
 #endif

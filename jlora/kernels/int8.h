@@ -46,7 +46,7 @@ inline QuantisedRows quantise(const Rows& x, const float* columns) {
         for (int64_t k = 0; k < steps * 64; k += 16) {
             const F16 v = run(k) * inverse, rounded = v + (v < 0.0f ? F16{} - 0.5f : F16{} + 0.5f);
             const Byte16 bytes = __builtin_convertvector(__builtin_convertvector(rounded, I16), Byte16);
-            std::memcpy(out.data + (m / 16 * steps + k / 64) * amx::tile_bytes + m % 16 * 64 + k % 64, &bytes, 16);
+            std::memcpy(out.data + (m / 16 * steps + k / 64) * tiles::tile_bytes + m % 16 * 64 + k % 64, &bytes, 16);
         }
     }
     return out;
@@ -67,7 +67,7 @@ template <typename Panels, typename Sink>
 void product(const Rows& x, const Weights& all, int64_t count, const Panels& weights, Sink sink) {
     const QuantisedRows q = quantise(x, nullptr);
     const float* scales = all_scales(all);
-    amx::product<true>(q.data, x.rows, count, all.list[0]->steps(), weights, [&](int64_t m, int64_t n, F16 left, F16 right) {
+    tiles::product<true>(q.data, x.rows, count, all.list[0]->steps(), weights, [&](int64_t m, int64_t n, F16 left, F16 right) {
         sink(m, n, __builtin_convertvector((I16)left, F16) * q.scales[m] * load16(scales + n),
             __builtin_convertvector((I16)right, F16) * q.scales[m] * load16(scales + n + 16));
     });
@@ -136,14 +136,14 @@ struct BackwardPanels {
         return *all.list[i];
     }
     void panel(int64_t p, int64_t s, int64_t n, char* room, const char*& b0, const char*& b1) const {
-        char *left = room, *right = room + n * amx::tile_bytes;
+        char *left = room, *right = room + n * tiles::tile_bytes;
         for (int64_t i = 0; i < n; i++) {
             int64_t step = s + i;
             const Weight& w = find(step);
             for (int t = 0; t < 4; t++) {
                 const char* rows = half_tile(w, 4 * step + t, p);
-                turn_bytes(rows, left + i * amx::tile_bytes + t * 256);
-                turn_bytes(rows + 256, right + i * amx::tile_bytes + t * 256);
+                turn_bytes(rows, left + i * tiles::tile_bytes + t * 256);
+                turn_bytes(rows + 256, right + i * tiles::tile_bytes + t * 256);
             }
         }
         b0 = left, b1 = right;
@@ -160,7 +160,7 @@ void product_back(const Rows& dy, const Weights& all, Sink sink) {
     const QuantisedRows q = quantise(dy, all_scales(all));  // the weights' scales belong to dy's columns
     int64_t steps = 0;
     for (int64_t i = 0; i < all.count; i++) steps += up_to(all.list[i]->n, 64) / 64;
-    amx::product<true>(q.data, dy.rows, up_to(all.list[0]->k, 32) / 32, steps, BackwardPanels{all},
+    tiles::product<true>(q.data, dy.rows, up_to(all.list[0]->k, 32) / 32, steps, BackwardPanels{all},
         [&](int64_t m, int64_t n, F16 left, F16 right) {
             sink(m, n, __builtin_convertvector((I16)left, F16) * q.scales[m], __builtin_convertvector((I16)right, F16) * q.scales[m]);
         });

@@ -4,7 +4,7 @@
 #include "decode_attention.h"
 #include "elementwise.h"
 #include "topk.h"
-#if defined(JLORA_AMX) || defined(JLORA_ONEDNN)
+#if defined(JLORA_TILES) || defined(JLORA_ONEDNN)
 #define JLORA_PRODUCTS
 #include "block.h"
 #include "decoder.h"
@@ -96,8 +96,9 @@ JLORA_OPERATOR(topk_op) {
         out[0].out(), out[1].as<int>());
 }
 
-#ifdef JLORA_AMX
-extern "C" int64_t uses_amx() { return amx::permitted(); }
+#ifdef JLORA_TILES
+// 2: by AMX, 1: by AVX-512; without this function products are oneDNN's
+extern "C" int64_t tile_products() { return tiles::permitted() ? JLORA_TILES : 0; }
 #endif
 #ifdef JLORA_PRODUCTS
 // Packed weights: Python owns the memory, a `Weight` describes it.
@@ -108,7 +109,7 @@ extern "C" void pack_weight(const float* w, char* memory, Weight* out, int64_t n
 }
 extern "C" void unpack_weight(const Weight* w, float* out, int64_t transposed) { unpack(*w, out, transposed != 0); }
 
-#ifdef JLORA_AMX
+#ifdef JLORA_TILES
 // ids (...) -> rows of the weight (..., k); ids outside give NaN. number: address of the weight
 JLORA_OPERATOR(rows_op) {
     const Weight& w = *(const Weight*)(uintptr_t)number[0];

@@ -140,7 +140,7 @@ void apply(const Linear* layers, int64_t count, const Input& x, Store store, int
 
 // SwiGLU of two layers straight from their product, where that can be: a panel takes 16 outputs of
 // each, so that gate and value meet in registers. active (rows, n) is what it makes.
-#if defined(JLORA_AMX)
+#if defined(JLORA_TILES)
 struct Paired {
     const Weight &gate, &up;
     int64_t tile(int64_t p) const {  // neighbours, which share a line of `active`, far apart in time
@@ -160,7 +160,7 @@ inline bool swiglu(const Linear* layers, const Input& x, const Input& active) {
     for (int i = 0; i < 2; i++)
         if (layers[i].A || layers[i].bias) return false;
     const Paired paired{*(const Weight*)layers[0].weight, *(const Weight*)layers[1].weight};
-    amx::product<false>((const char*)x.rounded.data, x.rounded.rows, layers[0].n / 16, x.rounded.steps(), paired,
+    tiles::product<false>((const char*)x.rounded.data, x.rounded.rows, layers[0].n / 16, x.rounded.steps(), paired,
         [&](int64_t m, int64_t n, F16 gate, F16 up) {
             const int64_t k = paired.tile(n / 32) * 16;
             const F16 y = gate * sigmoid16(gate) * up;

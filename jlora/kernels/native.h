@@ -2,6 +2,14 @@
 #pragma once
 #include <cstdint>
 
+// Whether the library multiplies packed weights by itself (tiles.h), and how: 2: by AMX, 1: by AVX-512.
+// JLORA_AMX comes from native.py, which knows whether the system lets us use it.
+#if defined(JLORA_AMX)
+#define JLORA_TILES 2
+#elif defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#define JLORA_TILES 1
+#endif
+
 namespace jlora {
 struct Array {
     void* data;

@@ -1,5 +1,5 @@
-// Products with bf16 weights by oneDNN, for processors without AMX: y = x W^T with W packed once into
-// the layout that oneDNN likes best. It picks AVX2, AVX-512 or AVX512_BF16 code at run time.
+// Products with bf16 weights by oneDNN, for processors without AMX and AVX-512's bf16: y = x W^T with W packed once into
+// the layout that oneDNN likes best. It picks what the processor has at run time.
 #pragma once
 #include <algorithm>
 #include <cstdint>

@@ -30,16 +30,18 @@ def available(kind: str) -> bool:
     return has("packed_bytes") and call("packed_bytes", ctypes.c_int64, 64, 64, KINDS[kind]) > 0
 
 
-def uses_amx() -> bool:
-    """Whether they do it by AMX; otherwise by oneDNN."""
-    return has("uses_amx") and bool(call("uses_amx", ctypes.c_int64))
+def tiles() -> str | None:
+    """What multiplies packed weights: "AMX" or "AVX-512", None for oneDNN."""
+    if not has("tile_products"):
+        return None
+    return {2: "AMX", 1: "AVX-512"}.get(call("tile_products", ctypes.c_int64))
 
 
 class PackedWeight:
     """A weight (N, K) in bf16 or int8, in the layout that the processor multiplies best.
 
-    With AMX one packing serves the product and its transpose, 2 bytes a number or 1; without it
-    there is one of bf16 for each. int8 has a scale for each of the N outputs.
+    With AMX or AVX-512 one packing serves the product and its transpose, 2 bytes a number or 1;
+    without them there is one of bf16 for each. int8 has a scale for each of the N outputs.
     """
 
     def __init__(self, weight: jt.Var, transposed: bool, kind: str = "bf16"):
@@ -73,7 +75,7 @@ class PackedWeight:
         return _LoraProduct.apply(x, self, bias, branch, branch.A, branch.B)
 
     def rows(self, ids: jt.Var) -> jt.Var:
-        """Rows of the weight, as of an embedding: int32 (...) -> (..., K) float32. AMX alone."""
+        """Rows of the weight, as of an embedding: int32 (...) -> (..., K) float32; not with oneDNN."""
         shape = (*ids.shape, self.k)
         return operator(shape, "float32", [ids], "rows_op", self.address).stop_grad()
 

@@ -2,16 +2,17 @@
 //
 // A weight is packed once. Activations come as `Rows`, bf16 in the layout that the product wants, and
 // results go to a function, 32 columns of a row at a time, so that whatever is to be done with them
-// (bias, activation, residual, rounding) costs no pass of its own. With AMX the product is amx.h's and
-// one packing serves both directions; without it is oneDNN's, with a packing for each.
+// (bias, activation, residual, rounding) costs no pass of its own. With AMX or AVX-512's bf16 the product is
+// that of tiles.h and one packing serves both directions; elsewhere it is oneDNN's, with a packing for each.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include "bf16.h"
 #include "buffer.h"
 #include "lanes.h"
-#if defined(JLORA_AMX)
-#include "amx.h"
+#include "native.h"
+#if defined(JLORA_TILES)
+#include "tiles.h"
 #else
 #include "onednn.h"
 #endif
@@ -27,7 +28,7 @@ struct Weights {
     int64_t count;
 };
 
-#if defined(JLORA_AMX)
+#if defined(JLORA_TILES)
 // Rows of bf16 numbers as tiles of 16 rows x 32 columns; an even number of row tiles.
 struct Rows {
     uint16_t* data;
@@ -50,7 +51,7 @@ struct Weight {
     int64_t inputs_a_tile() const { return scales ? 64 : 32; }
     int64_t steps() const { return up_to(k, inputs_a_tile()) / inputs_a_tile(); }
     uint16_t* tile(int64_t n_tile, int64_t k_tile) const {
-        return (uint16_t*)(tiles + n_tile * stride + k_tile * amx::tile_bytes);
+        return (uint16_t*)(tiles + n_tile * stride + k_tile * tiles::tile_bytes);
     }
     uint16_t& at(int64_t n, int64_t k) const { return tile(n / 16, k / 32)[k % 32 / 2 * 32 + n % 16 * 2 + k % 2]; }
 };
@@ -179,19 +180,19 @@ template <typename Sink>
 void product(const Rows& x, const Weights& all, Sink sink) {
     if (!x.rows) return;
     if (all.list[0]->scales) return int8::product(x, all, panels(all), ForwardPanels{all}, sink);
-    amx::product<false>((const char*)x.data, x.rows, panels(all), x.steps(), ForwardPanels{all}, sink);
+    tiles::product<false>((const char*)x.data, x.rows, panels(all), x.steps(), ForwardPanels{all}, sink);
 }
 template <typename Sink>
 void product_back(const Rows& dy, const Weights& all, Sink sink) {
     if (!dy.rows) return;
     const Weight& first = *all.list[0];
     if (first.int8_back) return int8::product_back(dy, all, sink);
-    amx::product<false>((const char*)dy.data, dy.rows, up_to(first.k, 32) / 32, panels(all), BackwardPanels{all}, sink);
+    tiles::product<false>((const char*)dy.data, dy.rows, up_to(first.k, 32) / 32, panels(all), BackwardPanels{all}, sink);
 }
 // What a weight is kept in.
 enum Kind { bf16_kind, int8_kind, int8_both_kind };
 inline int64_t weight_bytes(int64_t n, int64_t k, int64_t kind) {
-    if (!amx::permitted()) return 0;
+    if (!tiles::permitted()) return 0;
     if (kind == bf16_kind) return up_to(n, 32) * up_to(k, 32) * 2;
     return up_to(n, 64) * (up_to(k, 64) + (int64_t)sizeof(float));
 }

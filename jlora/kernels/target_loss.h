@@ -41,7 +41,7 @@ struct RowSums {
         return (float)(log_sum() - (1.0 - smoothing) * target - smoothing * plain / V);
     }
 };
-#if defined(JLORA_AMX)
+#if defined(JLORA_TILES)
 constexpr int64_t target_rows = 512, words = 4096;  // at a time
 // The words from `from` on, at most `words` of them, as a weight of their own.
 inline Weight some_words(const Weight& head, int64_t from) {
