@@ -75,7 +75,7 @@ class PackedWeight:
         return _LoraProduct.apply(x, self, bias, branch, branch.A, branch.B)
 
     def rows(self, ids: jt.Var) -> jt.Var:
-        """Rows of the weight, as of an embedding: int32 (...) -> (..., K) float32; not with oneDNN."""
+        """Rows of the weight: int32 (...) -> (..., K) float32. Not by oneDNN."""
         shape = (*ids.shape, self.k)
         return operator(shape, "float32", [ids], "rows_op", self.address).stop_grad()
 
