@@ -6,7 +6,7 @@ import numpy as np
 
 from jlora import engine, layers
 from jlora.adapters import PeftModel
-from jlora.engine.products import PackedConv1D, PackedHead, PackedLinear
+from jlora.engine.products import PackedConv1D, PackedEmbedding, PackedHead, PackedLinear
 from jlora.kernels import native, packed_linear
 from jlora.kernels.decoder import BLOCK, COLUMNS_FIRST, LINEAR, MODEL, NORM, PACKED, ROWS_FIRST
 from jlora.layers.base import Conv1D
@@ -60,7 +60,7 @@ class NativeModel:
             config.num_attention_heads, config.num_key_value_heads, config.head_dim,
             config.hidden_size, config.intermediate_size, config.rms_norm_eps,
         )  # fmt: skip
-        self.model["tokens"] = self._embedding(body.embed_tokens)
+        self._read_tokens(body.embed_tokens)
         self.model["frequencies"] = self._address(body._frequencies)
         self.model["last"] = self._norm(body.norm)
         self.blocks = np.zeros(len(body.layers), BLOCK)
@@ -83,7 +83,7 @@ class NativeModel:
             heads, heads, width // heads, width, config.n_inner or 4 * width,
             config.layer_norm_epsilon,
         )  # fmt: skip
-        self.model["tokens"] = self._embedding(body.wte)
+        self._read_tokens(body.wte)
         self.model["positions"] = self._embedding(body.wpe)
         self.model["last"] = self._norm(body.ln_f)
         self.blocks = np.zeros(len(body.h), BLOCK)
@@ -106,6 +106,13 @@ class NativeModel:
     def _check_attention(self, module: CausalAttention) -> None:
         if type(module) is not engine.FusedAttention:
             raise _Unsupported
+
+    def _read_tokens(self, module: nn.Module) -> None:
+        if type(module) is PackedEmbedding:
+            self.model["packed_tokens"] = module._packed.packed.address
+            self._held.append(module._packed)
+        else:
+            self.model["tokens"] = self._embedding(module)
 
     def _embedding(self, module: nn.Module) -> int:
         if type(module) is not nn.Embedding:
@@ -162,7 +169,7 @@ class NativeModel:
         result["scale"] = layer.scaling
 
     def _address(self, var: jt.Var) -> int:
-        if var.dtype != "float32":
+        if not isinstance(var, jt.Var) or var.dtype != "float32":
             raise _Unsupported
         array = var.data  # shares the Var's memory
         self._held += [var, array]
@@ -171,7 +178,7 @@ class NativeModel:
 
 def native_model(model) -> NativeModel | None:
     """The model for the native decoder; None where only the model's own layers can run it."""
-    if jt.flags.use_cuda or native.problem() is not None or not packed_linear.available():
+    if jt.flags.use_cuda or native.problem() is not None or not packed_linear.available("bf16"):
         return None
     try:
         return NativeModel(model)

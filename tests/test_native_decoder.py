@@ -16,7 +16,7 @@ from jlora.kernels import packed_linear
 from jlora.native_decoder import NativeDecoder
 from jlora.native_model import native_model
 
-pytestmark = pytest.mark.skipif(not packed_linear.available(), reason="no bf16 products here")
+pytestmark = pytest.mark.skipif(not packed_linear.available("bf16"), reason="no bf16 products here")
 
 PANELS = {
     "hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -87,6 +87,20 @@ def test_states_of_every_step(make):
         assert isinstance(decoder, NativeDecoder)
         for actual, step in zip(states(decoder), expected):
             close(actual, step, tolerance)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama-tied", "llama-whole-panels-lora"])
+def test_states_where_the_packed_weights_are_kept_alone(kind, precision):
+    """Against the same model's layers, which read the same packed weights."""
+    if not packed_linear.available(precision):
+        pytest.skip(f"no {precision} products here")
+    model = MAKE[kind]()
+    engine.prepare(model, precision, keep_weights=False)
+    decoder = decoder_of(model)
+    assert isinstance(decoder, NativeDecoder)
+    for actual, expected in zip(states(decoder), states(Decoder(model))):
+        close(actual, expected, 0.1)
 
 
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
