@@ -169,7 +169,7 @@ class NativeModel:
         result["scale"] = layer.scaling
 
     def _address(self, var: jt.Var) -> int:
-        if var.dtype != "float32":
+        if not isinstance(var, jt.Var) or var.dtype != "float32":
             raise _Unsupported
         array = var.data  # shares the Var's memory
         self._held += [var, array]

@@ -89,6 +89,20 @@ def test_states_of_every_step(make):
             close(actual, step, tolerance)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama-tied", "llama-whole-panels-lora"])
+def test_states_where_the_packed_weights_are_kept_alone(kind, precision):
+    """Against the same model's layers, which read the same packed weights."""
+    if not packed_linear.available(precision):
+        pytest.skip(f"no {precision} products here")
+    model = MAKE[kind]()
+    engine.prepare(model, precision, keep_weights=False)
+    decoder = decoder_of(model)
+    assert isinstance(decoder, NativeDecoder)
+    for actual, expected in zip(states(decoder), states(Decoder(model))):
+        close(actual, expected, 0.1)
+
+
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 def test_prompts_that_enter_later(make):
     """Each row is what it is alone, whenever its prompt entered and whatever has left."""

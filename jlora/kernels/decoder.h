@@ -17,9 +17,9 @@ struct Block {
 struct Model {
     int64_t layers, C, H, G, D, inner;
     double eps;
-    const float* tokens;                // (V, C), or null
-    const Weight* packed_tokens;        // the same, where there are no floats of it
-    const float *positions, *frequencies;  // learned positions, or rotary (D / 2,)
+    const float* tokens;           // (V, C), or null where they are kept packed alone
+    const Weight* packed_tokens;
+    const float *positions, *frequencies;  // learned, (any, C), or rotary, (D / 2,)
     Norm last;
 };
 constexpr int64_t row_block = 16;  // rows are made up to whole blocks: fewer kinds of products
@@ -58,12 +58,12 @@ struct Tokens {
 
 // x (whole blocks of rows, C); rows that only fill a block are zero.
 inline void embed(const Model& m, const Tokens& tokens, int64_t whole, float* x) {
+    #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < tokens.count; i++) {
-#if defined(JLORA_TILES)  // elsewhere the engine keeps the floats
-        if (!m.tokens) unpack_row(*m.packed_tokens, tokens.ids[i], x + i * m.C);
-        else
+        if (m.tokens) std::copy_n(m.tokens + tokens.ids[i] * m.C, m.C, x + i * m.C);
+#if defined(JLORA_AMX)
+        else for (int64_t k = 0; k < m.C; k++) x[i * m.C + k] = float_of(m.packed_tokens->at(tokens.ids[i], k));
 #endif
-        std::copy_n(m.tokens + tokens.ids[i] * m.C, m.C, x + i * m.C);
         if (m.positions) add_scaled(x + i * m.C, 1.0f, m.positions + tokens.positions[i] * m.C, m.C);
     }
     std::fill(x + tokens.count * m.C, x + whole * m.C, 0.0f);

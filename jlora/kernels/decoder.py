@@ -20,16 +20,10 @@ BLOCK = np.dtype(
      ("in", LINEAR, 2), ("down", LINEAR)]
 )  # fmt: skip
 MODEL = np.dtype(
-    [(name, "i8") for name in ("layers", "C", "H", "G", "D", "inner")]
-    + [
-        ("eps", "f8"),
-        ("tokens", "u8"),
-        ("packed_tokens", "u8"),
-        ("positions", "u8"),
-        ("frequencies", "u8"),
-        ("last", NORM),
-    ]
-)
+    [*((name, "i8") for name in ("layers", "C", "H", "G", "D", "inner")), ("eps", "f8"),
+     *((name, "u8") for name in ("tokens", "packed_tokens", "positions", "frequencies")),
+     ("last", NORM)]
+)  # fmt: skip
 
 
 def run_prompts(model, blocks, ids, positions, lengths, prompts) -> np.ndarray:
