@@ -56,6 +56,10 @@ class PackedWeight:
         numbers = (values.ctypes.data, begin, self.address, self.n, self.k, transposed)
         call("pack_weight", None, *numbers)
 
+    def __del__(self):
+        # Jittor is lazy: operators that have this weight's address may not have run yet.
+        jt.sync_all()
+
     def __call__(self, x: jt.Var, bias: jt.Var | None = None) -> jt.Var:
         """(..., K) float32 -> (..., N) float32; ``bias`` (N,). Differentiable in x alone."""
         return _PackedProduct.apply(x, self, bias)
