@@ -129,8 +129,9 @@ def prepare(model, precision: str = "auto") -> str:
         except UserError:
             restore(model)
             raise
+        trainable = _trainable(model)
         for module in model.modules():
-            if type(module) in BLOCKS:
+            if type(module) in BLOCKS and _trains_lora_alone(module, trainable):
                 module.__class__ = BLOCKS[type(module)]
     return precision
 
@@ -185,6 +186,15 @@ def _pack(model) -> None:
         else:
             module._packed = product
             module.__class__ = PACKED[type(module)]
+
+
+def _trains_lora_alone(block, trainable: set[int]) -> bool:
+    """Whether a block's other numbers stay: its plan holds copies of norms and biases.
+
+    To be known beforehand: while eval() has stopped all gradients, a trained norm looks frozen.
+    """
+    trained = [name for name, p in block.named_parameters() if id(p) in trainable]
+    return all(name.rpartition(".")[2].startswith("lora_") for name in trained)
 
 
 def _trainable(model) -> set[int]:
