@@ -153,8 +153,9 @@ def _check(model, precision: str) -> None:
         raise UserError(f"precision {precision} is not to be had: {problem}")
     if precision == "bf16" and not packed_linear.available():
         raise UserError(
-            "precision bf16 needs a processor with AMX, or oneDNN, which was not found; "
-            "`jlora doctor` says how to get it, and precisions fp32 and plain run without"
+            "precision bf16 needs a processor with AMX, or oneDNN and a processor on which it "
+            "multiplies bf16; `jlora doctor` says what is there, and precisions fp32 and plain "
+            "run without"
         )
     for name, parameter in model.named_parameters():
         if parameter.dtype != "float32":
