@@ -7,22 +7,18 @@ import gc
 import numpy as np
 import plain_block
 import pytest
+from needs import needs_bf16
 from plain_block import exact, rounded
 from tiny_models import ids_of, randomise_adapter, wide_gpt2, wide_llama
 
 from jlora import engine
 from jlora.adapters import LoraConfig, get_peft_model
 from jlora.engine.blocks import BLOCKS
-from jlora.kernels import native, packed_linear
 from jlora.layers import assign
 from jlora.models import gpt2
 from jlora.models.attention import Stream
 from jlora.runtime import jt
 
-needs_bf16 = pytest.mark.skipif(
-    native.problem() is not None or not packed_linear.available(),
-    reason="this processor does not multiply bf16",
-)
 pytestmark = needs_bf16
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
