@@ -1,19 +1,22 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from needs import needs_bf16
 from tiny_models import ids_of, round_bf16, tiny_gpt2, tiny_llama
 
 from jlora import engine, machine, runtime
 from jlora.adapters import LoraConfig, get_peft_model
 from jlora.adapters.attach import ModulesToSave
+from jlora.engine import products
 from jlora.errors import UserError
-from jlora.kernels import native
+from jlora.kernels import native, packed_linear
 from jlora.kernels.native import FusedFunction
 from jlora.layers import assign
 from jlora.models.head import LanguageHead
@@ -21,9 +24,7 @@ from jlora.runtime import jt
 
 from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
 
-pytestmark = pytest.mark.skipif(
-    runtime.find_onednn() is None, reason="the engine needs oneDNN, which Jittor has not installed"
-)
+pytestmark = needs_bf16
 
 IDS, TARGETS = ids_of((3, 7)), ids_of((21,), seed=1)
 MASK = np.ones((3, 7), dtype=np.int32)
@@ -110,6 +111,17 @@ def test_engine_equals_the_plain_model(kind, precision, loss_tolerance, gradient
     assert not {type(m) for m in model.modules()} & set(engine.PLAIN)
 
 
+class Round(FusedFunction):
+    """x rounded to bf16 on the way forward, or its gradient on the way back, or both."""
+
+    def execute(self, x, forward, back):
+        return jt.array(round_bf16(x.numpy())) if forward else x * 1
+
+    def grad(self, dy):
+        back = self.inputs[2]
+        return jt.array(round_bf16(dy.numpy())) if back else dy, None, None
+
+
 class Rounded(FusedFunction):
     """x W^T and dy W with both factors rounded to bf16, in numpy."""
 
@@ -123,7 +135,7 @@ class Rounded(FusedFunction):
 class RoundedWeight:
     """Takes the place of `PackedWeight`."""
 
-    def __init__(self, weight, transposed, bf16):
+    def __init__(self, weight, transposed):
         weight = round_bf16(weight.numpy())
         self.weight = weight.T if transposed else weight
 
@@ -132,7 +144,8 @@ class RoundedWeight:
         return y if bias is None else y + bias
 
     def with_lora(self, x, bias, branch):
-        low = nn.matmul_transpose(x, branch.A) * branch.scale
+        # The branch reads what the product reads, x and dy rounded; its sums are float32.
+        low = nn.matmul_transpose(Round.apply(x, True, False), branch.A) * branch.scale
         parts, place, r = [], 0, branch.B.shape[1]
         width = self.weight.shape[0] // len(branch.enabled)
         for enabled in branch.enabled:
@@ -142,7 +155,7 @@ class RoundedWeight:
             B = branch.B[place * width : (place + 1) * width]
             parts.append(nn.matmul_transpose(low[..., place * r : (place + 1) * r], B))
             place += 1
-        return self(x, bias) + jt.concat(parts, dim=-1)
+        return self(x, bias) + Round.apply(jt.concat(parts, dim=-1), False, True)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -158,7 +171,8 @@ def test_bf16_engine_differs_by_the_rounding_alone(kind, monkeypatch):
         def execute(self, hidden, weight):
             return Rounded.apply(hidden, round_bf16(weight.numpy()))
 
-    monkeypatch.setattr(engine, "PackedWeight", RoundedWeight)
+    monkeypatch.setattr(products, "PackedWeight", RoundedWeight)
+    monkeypatch.setattr(engine, "BLOCKS", {})  # test_block.py has a twin for those
     monkeypatch.setitem(engine.PACKED, LanguageHead, RoundedHead)
     monkeypatch.setattr(engine, "FUSED", {})
     engine.prepare(model, "bf16")
@@ -349,11 +363,12 @@ def test_where_nothing_can_be_compiled_the_plain_layers_run(monkeypatch):
             engine.prepare(model, precision)
 
 
-def test_without_onednn_bf16_is_refused_and_fp32_runs(monkeypatch):
-    monkeypatch.setattr(runtime, "find_onednn", lambda: None)
+def test_where_nothing_multiplies_bf16_it_is_refused_and_fp32_runs(monkeypatch):
+    monkeypatch.setattr(packed_linear, "available", lambda: False)
     model = adapted()
-    with pytest.raises(UserError, match="bf16 needs oneDNN.*jlora doctor"):
+    with pytest.raises(UserError, match="bf16 needs a processor with AMX, or oneDNN.*jlora doctor"):
         engine.prepare(model, "bf16")
+    assert not packed(model)
     assert engine.prepare(model) == "fp32"
 
 
@@ -365,20 +380,24 @@ def test_half_precision_model_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("features", "expected"),
+    ("available", "amx", "features", "expected"),
     [
-        (["AVX2"], "fp32"),
-        (["AVX2", "AVX-512", "AVX512_BF16"], "bf16"),
-        (["AMX", "AMX_BF16"], "bf16"),
-        (["NEON", "BF16"], "bf16"),
-        ([], "fp32"),
+        (True, False, ["AVX2"], "fp32"),
+        (True, False, ["AVX2", "AVX-512", "AVX512_BF16"], "bf16"),
+        (True, True, ["AMX", "AMX_BF16"], "bf16"),
+        (True, False, ["NEON", "BF16"], "bf16"),
+        (True, False, [], "fp32"),
+        (False, False, ["AMX", "AMX_BF16"], "fp32"),  # the system forbids it, and no oneDNN
     ],
 )
-def test_automatic_precision(monkeypatch, features, expected):
+def test_automatic_precision(monkeypatch, available, amx, features, expected):
     monkeypatch.setattr(machine, "cpu_features", lambda: features)
+    monkeypatch.setattr(packed_linear, "available", lambda: available)
+    monkeypatch.setattr(packed_linear, "uses_amx", lambda: amx)
     precision, reason = engine.choose_precision()
     assert precision == expected
     assert "bf16" in reason
+    assert ("AMX" in reason) == (amx or not available)
 
 
 # --- other processors ---
@@ -389,6 +408,7 @@ sys.path[:0] = sys.argv[1:3]
 import test_engine as t
 model = t.adapted()
 plain = t.loss_and_gradients(model)
+assert not t.packed_linear.uses_amx()
 for precision, limit in (("fp32", 1e-4), ("bf16", 1e-1)):
     try:
         t.engine.prepare(model, precision)
@@ -408,10 +428,12 @@ for precision, limit in (("fp32", 1e-4), ("bf16", 1e-1)):
 @pytest.mark.parametrize("isa", ["SSE41", "AVX2", "AVX512_CORE", "AVX512_CORE_VNNI"])
 def test_other_instruction_sets(isa):
     """oneDNN held to an older processor computes the same, or bf16 is refused."""
+    if platform.machine() != "x86_64":
+        pytest.skip("other processors have no such limit to set")
     tests = Path(__file__).resolve().parent
     process = subprocess.run(
         [sys.executable, "-c", OTHER_PROCESSOR, str(tests), str(tests.parent)],
-        env={**os.environ, "DNNL_MAX_CPU_ISA": isa},
+        env={**os.environ, "JLORA_ARCH": "x86-64-v3", "DNNL_MAX_CPU_ISA": isa},
         capture_output=True,
         text=True,
         timeout=900,

@@ -3,11 +3,23 @@ from __future__ import annotations
 import numpy as np
 import plain_llama
 import pytest
+from needs import needs_bf16
 from plain_gpt2 import PlainGPT2
-from tiny_models import GPT2, LLAMA, ids_of, tiny_gpt2, tiny_llama, weights
+from tiny_models import (
+    GPT2,
+    LLAMA,
+    ids_of,
+    randomise_adapter,
+    tiny_gpt2,
+    tiny_llama,
+    weights,
+    wide_gpt2,
+    wide_llama,
+)
 
+from jlora import engine
 from jlora.adapters import LoraConfig, get_peft_model
-from jlora.models.attention import KeyRange
+from jlora.models.attention import KeyRange, Stream
 from jlora.models.gpt2 import GPT2Config
 from jlora.models.llama import LlamaConfig
 from jlora.runtime import jt
@@ -123,6 +135,80 @@ def test_decoding_with_a_cache_equals_the_whole_sequence(make, masks):
         assert cache.length == end
     stepwise = np.concatenate(pieces, axis=1)
     np.testing.assert_allclose(stepwise[mask == 1], whole[mask == 1], rtol=1e-4, atol=1e-4)
+
+
+# --- streams ---
+
+LENGTHS = [7, 1, 12, 3]
+ENDS = np.cumsum(LENGTHS)
+PRECISIONS = ["plain", "fp32", pytest.param("bf16", marks=needs_bf16)]
+
+
+@pytest.mark.parametrize("make", [*models(), wide_gpt2, wide_llama])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_sequences_of_a_stream_do_not_see_each_other(make, precision):
+    model, ids = make(), ids_of((1, 23))
+    for parameter in model.parameters():
+        parameter.stop_grad()
+    engine.prepare(model, precision)
+    stream = model(jt.array(ids), Stream(LENGTHS)).numpy()
+    assert stream.shape == (1, 23, 23)
+    for length, end in zip(LENGTHS, ENDS):
+        alone = run(model, ids[:, end - length : end])
+        own = stream[:, end - length : end]
+        if precision == "bf16":  # sums in another order may round to the next bf16 number
+            assert np.linalg.norm(own - alone) < 5e-3 * np.linalg.norm(alone)
+        else:
+            np.testing.assert_allclose(own, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", models())
+@pytest.mark.parametrize("precision", ["plain", "fp32"])
+def test_gradients_of_a_stream_are_those_of_its_sequences(make, precision):
+    names = ["c_attn"] if make is tiny_gpt2 else ["q_proj", "v_proj"]
+    model = randomise_adapter(get_peft_model(make(), LoraConfig(r=2, target_modules=names)))
+    model.train()
+    engine.prepare(model, precision)
+    ids, targets = ids_of((1, 23)), ids_of((23,), seed=1)
+    parameters = [parameter for _, parameter in model.trainable_parameters()]
+
+    def gradients(begin, end, keys=None):
+        hidden = model.hidden_states(jt.array(ids[:, begin:end]), keys)[0]
+        loss = model.target_losses(hidden, jt.array(targets[begin:end])).sum()
+        return [gradient.numpy() for gradient in jt.grad(loss, parameters)]
+
+    apart = [gradients(end - length, end) for length, end in zip(LENGTHS, ENDS)]
+    for found, *parts in zip(gradients(0, 23, Stream(LENGTHS)), *apart):
+        assert np.linalg.norm(found - sum(parts)) < 1e-4 * np.linalg.norm(found)
+
+
+def test_positions_of_a_stream_begin_again():
+    stream = Stream([3, 1, 2])
+    column = jt.array(np.arange(6, dtype=np.int32)[None])
+    assert stream.positions(column).numpy().tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert stream.starts.tolist() == [0, 3, 4, 6] and stream.longest == 3
+    seen = stream.mask(6, 6).numpy()[0] & np.tri(6, dtype=bool)
+    assert seen.sum(1).tolist() == [1, 2, 3, 1, 1, 2]
+
+
+@pytest.mark.parametrize("make", models())
+def test_stream_that_does_not_fit(make):
+    model = make()
+    for shape in ((1, 5), (1, 7), (2, 3)):
+        with pytest.raises(ValueError, match=r"stream of 6 tokens needs .* shape \(1, 6\)"):
+            model(jt.array(ids_of(shape)), Stream([4, 2]))
+    with pytest.raises(ValueError, match="and no cache"):
+        model(jt.array(ids_of((1, 6))), Stream([4, 2]), model.new_cache())
+
+
+def test_a_stream_may_be_longer_than_gpt2_s_positions_and_its_sequences_not():
+    model, ids = tiny_gpt2(n_positions=4), jt.array(ids_of((1, 9)))
+    assert model(ids, Stream([4, 4, 1])).shape == [1, 9, 23]
+    with pytest.raises(ValueError, match="5 tokens are more than the model's 4 positions"):
+        model(ids, Stream([5, 4]))
+
+
+# --- the cache ---
 
 
 @pytest.mark.parametrize("make", models())

@@ -24,18 +24,37 @@ LLAMA = {
 }
 
 
-def tiny_gpt2(seed: int = 0, **changes) -> GPT2LMHeadModel:
-    return randomise(GPT2LMHeadModel(GPT2Config.from_dict({**GPT2, **changes})), seed)
+# Sizes that the block operator takes: everything a multiple of 32.
+WIDE_GPT2 = {"n_embd": 64, "n_head": 2, "n_positions": 128}
+WIDE_LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
 
 
-def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
-    return randomise(LlamaForCausalLM(LlamaConfig.from_dict({**LLAMA, **changes})), seed)
+def tiny_gpt2(seed: int = 0, scale: float = 0.4, **changes) -> GPT2LMHeadModel:
+    return randomise(GPT2LMHeadModel(GPT2Config.from_dict({**GPT2, **changes})), seed, scale)
 
 
-def randomise(model, seed: int):
+def tiny_llama(seed: int = 0, scale: float = 0.4, **changes) -> LlamaForCausalLM:
+    return randomise(LlamaForCausalLM(LlamaConfig.from_dict({**LLAMA, **changes})), seed, scale)
+
+
+def wide_gpt2(**changes) -> GPT2LMHeadModel:
+    return tiny_gpt2(**{"scale": 0.15, **WIDE_GPT2, **changes})
+
+
+def wide_llama(**changes) -> LlamaForCausalLM:
+    return tiny_llama(**{"scale": 0.15, **WIDE_LLAMA, **changes})
+
+
+def randomise(model, seed: int, scale: float):
     generator = np.random.default_rng(seed)
     for _, parameter in sorted(model.named_parameters()):
-        values = 0.4 * generator.standard_normal(parameter.shape)
+        values = scale * generator.standard_normal(parameter.shape)
         if len(parameter.shape) == 1:
             values += 1  # norms, and biases that matter
         parameter.assign(jt.array(values.astype(np.float32)))
@@ -56,12 +75,12 @@ def round_bf16(x: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)
 
 
-def randomise_adapter(model, seed: int = 1):
+def randomise_adapter(model, seed: int = 1, scale: float = 0.3):
     """Random adapter tensors: B would be zero and hide every mistake. The model, in eval mode."""
     generator = np.random.default_rng(seed)
     tensors = model.adapter_tensors()
     model.set_adapter_tensors(
-        {n: 0.3 * generator.standard_normal(a.shape).astype("f") for n, a in tensors.items()}
+        {n: scale * generator.standard_normal(a.shape).astype("f") for n, a in tensors.items()}
     )
     model.eval()
     return model

@@ -145,8 +145,9 @@ def prepare(
         except UserError:
             restore(model)
             raise
+        trainable = _trainable(model)
         for module in model.modules():
-            if type(module) in BLOCKS:
+            if type(module) in BLOCKS and _trains_lora_alone(module, trainable):
                 module.__class__ = BLOCKS[type(module)]
                 module._checkpoint = checkpoint_activations
         jt.gc()
@@ -179,8 +180,9 @@ def _check(model, precision: str) -> None:
         raise UserError(f"precision {precision} is not to be had: {problem}")
     if precision == "bf16" and not packed_linear.available("bf16"):
         raise UserError(
-            "precision bf16 needs a processor with AMX, or oneDNN, which was not found; "
-            "`jlora doctor` says how to get it, and precisions fp32 and plain run without"
+            "precision bf16 needs a processor with AMX, or oneDNN and a processor on which it "
+            "multiplies bf16; `jlora doctor` says what is there, and precisions fp32 and plain "
+            "run without"
         )
     if precision in packed_linear.KINDS and not packed_linear.available(precision):
         raise UserError(
@@ -243,6 +245,15 @@ def _release_head(model, product: FrozenProduct, module) -> None:
         if type(owner) is nn.Embedding:
             owner._packed = product
             owner.__class__ = PackedEmbedding
+
+
+def _trains_lora_alone(block, trainable: set[int]) -> bool:
+    """Whether a block's other numbers stay: its plan holds copies of norms and biases.
+
+    To be known beforehand: while eval() has stopped all gradients, a trained norm looks frozen.
+    """
+    trained = [name for name, p in block.named_parameters() if id(p) in trainable]
+    return all(name.rpartition(".")[2].startswith("lora_") for name in trained)
 
 
 def _trainable(model) -> set[int]:

@@ -66,6 +66,10 @@ class PackedWeight:
         sizes = (self.n, self.k, KINDS[kind], transposed)
         call("pack_weight", None, values.ctypes.data, begin, self.address, *sizes)
 
+    def __del__(self):
+        # Jittor is lazy: operators that have this weight's address may not have run yet.
+        jt.sync_all()
+
     def __call__(self, x: jt.Var, bias: jt.Var | None = None) -> jt.Var:
         """(..., K) float32 -> (..., N) float32; ``bias`` (N,). Differentiable in x alone."""
         return _PackedProduct.apply(x, self, bias)
