@@ -380,24 +380,24 @@ def test_half_precision_model_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("available", "amx", "features", "expected"),
+    ("available", "tiles", "features", "expected"),
     [
-        (True, False, ["AVX2"], "fp32"),
-        (True, False, ["AVX2", "AVX-512", "AVX512_BF16"], "bf16"),
-        (True, True, ["AMX", "AMX_BF16"], "bf16"),
-        (True, False, ["NEON", "BF16"], "bf16"),
-        (True, False, [], "fp32"),
-        (False, False, ["AMX", "AMX_BF16"], "fp32"),  # the system forbids it, and no oneDNN
+        (True, None, ["AVX2"], "fp32"),
+        (True, "AVX-512", ["AVX2", "AVX-512", "AVX512_BF16"], "bf16"),
+        (True, "AMX", ["AMX", "AMX_BF16"], "bf16"),
+        (True, None, ["NEON", "BF16"], "bf16"),
+        (True, None, [], "fp32"),
+        (False, None, ["AMX", "AMX_BF16"], "fp32"),  # the system forbids it, and no oneDNN
     ],
 )
-def test_automatic_precision(monkeypatch, available, amx, features, expected):
+def test_automatic_precision(monkeypatch, available, tiles, features, expected):
     monkeypatch.setattr(machine, "cpu_features", lambda: features)
-    monkeypatch.setattr(packed_linear, "available", lambda: available)
-    monkeypatch.setattr(packed_linear, "uses_amx", lambda: amx)
+    monkeypatch.setattr(packed_linear, "available", lambda kind: available)
+    monkeypatch.setattr(packed_linear, "tiles", lambda: tiles)
     precision, reason = engine.choose_precision()
     assert precision == expected
     assert "bf16" in reason
-    assert ("AMX" in reason) == (amx or not available)
+    assert tiles is None or tiles in reason
 
 
 # --- other processors ---
@@ -408,7 +408,7 @@ sys.path[:0] = sys.argv[1:3]
 import test_engine as t
 model = t.adapted()
 plain = t.loss_and_gradients(model)
-assert not t.packed_linear.uses_amx()
+assert t.packed_linear.tiles() is None
 for precision, limit in (("fp32", 1e-4), ("bf16", 1e-1)):
     try:
         t.engine.prepare(model, precision)

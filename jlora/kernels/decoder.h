@@ -61,8 +61,8 @@ inline void embed(const Model& m, const Tokens& tokens, int64_t whole, float* x)
     #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < tokens.count; i++) {
         if (m.tokens) std::copy_n(m.tokens + tokens.ids[i] * m.C, m.C, x + i * m.C);
-#if defined(JLORA_AMX)
-        else for (int64_t k = 0; k < m.C; k++) x[i * m.C + k] = float_of(m.packed_tokens->at(tokens.ids[i], k));
+#if defined(JLORA_TILES)  // oneDNN's packed weights have no rows to read, and the floats are kept
+        else unpack_row(*m.packed_tokens, tokens.ids[i], x + i * m.C);
 #endif
         if (m.positions) add_scaled(x + i * m.C, 1.0f, m.positions + tokens.positions[i] * m.C, m.C);
     }

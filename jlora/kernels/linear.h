@@ -161,7 +161,7 @@ inline bool swiglu(const Linear* layers, const Input& x, const Input& active) {
         if (layers[i].A || layers[i].bias) return false;
     const Paired paired{*(const Weight*)layers[0].weight, *(const Weight*)layers[1].weight};
     if (paired.gate.scales || paired.up.scales) return false;  // int8
-    amx::product<false>((const char*)x.rounded.data, x.rounded.rows, layers[0].n / 16, x.rounded.steps(), paired,
+    tiles::product<false>((const char*)x.rounded.data, x.rounded.rows, layers[0].n / 16, x.rounded.steps(), paired,
         [&](int64_t m, int64_t n, F16 gate, F16 up) {
             const int64_t k = paired.tile(n / 32) * 16;
             const F16 y = gate * sigmoid16(gate) * up;

@@ -83,9 +83,6 @@ class PackedWeight:
         shape = (*ids.shape, self.k)
         return operator(shape, "float32", [ids], "rows_op", self.address).stop_grad()
 
-    def __del__(self):
-        jt.sync_all()  # Jittor is lazy: operators that have the address may not have run yet
-
     def unpack(self, transposed: bool) -> np.ndarray:
         """The weight as it was given, to the precision kept; float32."""
         result = np.empty((self.k, self.n) if transposed else (self.n, self.k), np.float32)
