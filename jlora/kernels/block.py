@@ -12,6 +12,7 @@ from jlora.kernels.native import FusedFunction, call, operator
 from jlora.kernels.packed_linear import Branch, PackedWeight
 from jlora.runtime import jt
 
+ROWS = 256
 i64, address, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
 
 
@@ -97,8 +98,12 @@ class BlockPlan:
         return joint
 
     def saved_bytes(self, rows: int) -> int:
-        """What the forward pass keeps for the backward pass."""
-        return call("saved_bytes", i64, self.address, rows)
+        """Room for what the forward pass keeps for the backward pass.
+
+        For a multiple of `ROWS`: Jittor's allocator uses freed memory again where sizes are
+        equal, and pages that nobody touches are not there.
+        """
+        return call("saved_bytes", i64, self.address, -(-rows // ROWS) * ROWS)
 
     def __del__(self):
         # Jittor is lazy: operators that have this plan's address may not have run yet.
