@@ -32,7 +32,7 @@ def main() -> None:
         help="a name that `jlora pull` knows; gpt2-small and gpt2-medium have random weights and "
         "no end token, so that every text has all its tokens",
     )  # fmt: skip
-    options.add_argument("--adapter", help="PEFT folder; without one every text has all its tokens")
+    options.add_argument("--adapter", help="PEFT folder")
     options.add_argument("--precisions", nargs="+", default=["bf16", "fp32"])
     options.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     options.add_argument("--batch-size", type=int, default=16)
@@ -58,7 +58,7 @@ def main() -> None:
         alternate(sides, chosen.rounds, warmup=1)
     best = seconds_each(sides[0])
     print(f"\n{chosen.model}, beam {chosen.beams}, at most {chosen.new_tokens} new tokens")
-    print(f"All {INPUTS} inputs are extrapolated from those timed; tokens are the last round's.")
+    print(f"{INPUTS} inputs are extrapolated from those timed; tokens: of the last best texts.")
     print(
         f"{'':26} {'timed':>6} {'s/input':>8} {'630 inputs':>11} {'tokens':>7} {'peak MB':>8} "
         f"{'ratio':>6}"
