@@ -35,7 +35,8 @@ def main() -> None:
     options.add_argument("--adapter", help="PEFT folder")
     options.add_argument("--precisions", nargs="+", default=["bf16", "fp32"])
     options.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
-    options.add_argument("--batch-size", type=int, default=16)
+    options.add_argument("--batch-size", type=int, default=32, help="of jlora: places for inputs")
+    options.add_argument("--inputs", type=int, default=128, help="of jlora in a round")
     options.add_argument("--peer-batch-size", type=int, default=8)
     options.add_argument("--lora-code", type=Path, default=lora_code.FOLDER,
                          help=f"a clone of {lora_code.ADDRESS}; made if missing")  # fmt: skip
@@ -64,7 +65,7 @@ def main() -> None:
         f"{'ratio':>6}"
     )
     for side in sides:
-        each, inputs = seconds_each(side), side.spec["batch_size"]
+        each, inputs = seconds_each(side), side.spec["inputs"]
         print(
             f"{side.name:26} {len(side.seconds) * inputs:6} {each:8.3f} {each * INPUTS / 60:7.1f} "
             f"min {side.extra['tokens'] / inputs:7.1f} {side.peak_mb:8.0f} {each / best:6.2f}"
@@ -75,23 +76,23 @@ def main() -> None:
 
 def seconds_each(side: Side) -> float:
     """Seconds an input."""
-    return side.median / side.spec["batch_size"]
+    return side.median / side.spec["inputs"]
 
 
 def make_sides(spec: dict, chosen: argparse.Namespace) -> list[Side]:
     """jlora's sides, then those of the peers that know the model."""
-    ours = {**spec, "batch_size": chosen.batch_size}
+    ours = {**spec, "batch_size": chosen.batch_size, "inputs": chosen.inputs}
     sides = [
         Side(f"jlora {p}", "jlora_decode", "jlora", {**ours, "precision": p})
         for p in chosen.precisions
     ]
-    theirs = {**spec, "batch_size": chosen.peer_batch_size}
+    theirs = {**spec, "batch_size": chosen.peer_batch_size, "inputs": chosen.peer_batch_size}
     for name in chosen.peers:
         if name != MICROSOFT:
             sides.append(Side(name, "torch_decode", "torch", {**theirs, **PEERS[name]}))
         elif spec["config"]:
             code = str(lora_code.clone(chosen.lora_code))
-            one = {**spec, "batch_size": 1, "code": code}  # as its README has it
+            one = {**spec, "batch_size": 1, "inputs": 1, "code": code}  # as its README has it
             sides.append(Side(name, "lora_decode", "torch", one, most_rounds=chosen.slow_inputs))
     return sides
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def make(spec: dict):
-    """One round decodes the next batch of prompts."""
+    """One round decodes the next prompts, more than it has places for: others enter as some end."""
     from jlora import PeftModel, engine, load
     from jlora.beam import BeamConfig, beam_search
     from jlora.layers import set_trainable
@@ -17,13 +17,13 @@ def make(spec: dict):
     set_trainable(model, ())
     if spec["adapter"]:
         model = PeftModel.from_pretrained(model, spec["adapter"])
-    engine.prepare(model, spec["precision"])
+    engine.prepare(model, spec["precision"], keep_weights=False)
     model.eval()
     prompts = json.loads(Path(spec["prompts"]).read_text())
-    size = spec["batch_size"]
+    size = spec["inputs"]
     config = BeamConfig(
         eos_token_ids=tuple(spec["ends"]), num_beams=spec["beams"], no_repeat_ngram_size=4,
-        length_penalty=0.8, max_new_tokens=spec["new_tokens"], batch_size=size,
+        length_penalty=0.8, max_new_tokens=spec["new_tokens"], batch_size=spec["batch_size"],
         rank_up_to=spec["rank_up_to"],
     )  # fmt: skip
     done = 0

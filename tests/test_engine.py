@@ -135,7 +135,7 @@ class Rounded(FusedFunction):
 class RoundedWeight:
     """Takes the place of `PackedWeight`."""
 
-    def __init__(self, weight, transposed):
+    def __init__(self, weight, transposed, kind):
         weight = round_bf16(weight.numpy())
         self.weight = weight.T if transposed else weight
 
@@ -364,7 +364,7 @@ def test_where_nothing_can_be_compiled_the_plain_layers_run(monkeypatch):
 
 
 def test_where_nothing_multiplies_bf16_it_is_refused_and_fp32_runs(monkeypatch):
-    monkeypatch.setattr(packed_linear, "available", lambda: False)
+    monkeypatch.setattr(packed_linear, "available", lambda kind: False)
     model = adapted()
     with pytest.raises(UserError, match="bf16 needs a processor with AMX, or oneDNN.*jlora doctor"):
         engine.prepare(model, "bf16")
