@@ -17,7 +17,7 @@ from test_kernels import assert_close, random, results, run_tests_on
 from tiny_models import round_bf16
 
 from jlora import machine
-from jlora.kernels.packed_linear import Branch, PackedWeight
+from jlora.kernels.packed_linear import Branch, PackedWeight, available, uses_amx
 from jlora.kernels.target_loss import target_loss
 from jlora.models.head import LanguageHead
 from jlora.runtime import jt
@@ -187,6 +187,7 @@ def test_target_outside_the_vocabulary_gives_nan_for_it_alone():
 
 OTHERS = ["icelake-server", "cooperlake", "x86-64-v3"]
 SAME_TESTS = [
+    "test_products.py::test_it_is_onednn_that_multiplies",
     "test_products.py::test_packed_product",
     "test_products.py::test_what_is_not_finite_stays_in_its_row",
     "test_products.py::test_low_rank_branch",
@@ -195,6 +196,11 @@ SAME_TESTS = [
     "test_block.py::test_dropout_drops_what_its_hash_says",
     "test_engine.py::test_bf16_engine_differs_by_the_rounding_alone",
 ]
+
+
+@pytest.mark.skipif("JLORA_ARCH" not in os.environ, reason="for the tests below")
+def test_it_is_onednn_that_multiplies():
+    assert available() and not uses_amx()
 
 
 @needs_bf16
