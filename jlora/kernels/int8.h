@@ -1,6 +1,7 @@
 // int8 weights: one scale for each output, activations rounded to int8 row by row on the way. Included by
 // product.h, whose `Weight` and `Rows` it uses.
 #pragma once
+#include <cmath>
 
 namespace jlora::int8 {
 typedef int8_t Byte16 __attribute__((vector_size(16)));
@@ -20,31 +21,69 @@ inline void pack(const float* from, const Weight& w, int64_t along_n, int64_t al
     }
 }
 
+// A few numbers of a row that are far larger than the others, as language models have them: in int8 they
+// would leave nothing of the rest, so they are multiplied apart, in float.
+struct Outliers {
+    static constexpr int most = 8;
+    static constexpr float limit = 12;  // times the mean size of the row's numbers
+    int count = 0;
+    int column[most];
+    float value[most];
+};
+inline F16 size(F16 v) { return v < 0.0f ? -v : v; }
+inline float largest(F16 v) {
+    float most = v[0];
+    for (int i = 1; i < 16; i++) most = std::max(most, v[i]);
+    return most;
+}
 // Rows of int8 numbers as tiles of 16 rows x 64 columns, and what each row is to be multiplied with.
-struct QuantisedRows { char* data; float* scales; };
+struct QuantisedRows { char* data; float* scales; Outliers* outliers; };
 // columns: factors of the columns, filled up to whole tiles; null: none.
 inline QuantisedRows quantise(const Rows& x, const float* columns) {
     static Buffer<char> memory;
     static Buffer<float> for_scales;
+    static Buffer<Outliers> for_outliers;
     const int64_t steps = up_to(x.width, 64) / 64;
-    const QuantisedRows out{memory.of(up_to(x.rows, 32) * steps * 64), for_scales.of(x.rows)};
+    const QuantisedRows out{memory.of(up_to(x.rows, 32) * steps * 64), for_scales.of(x.rows), for_outliers.of(x.rows)};
     #pragma omp parallel for schedule(static)
     for (int64_t m = 0; m < x.rows; m++) {
         const auto run = [&](int64_t k) {
             F16 v = k < up_to(x.width, 32) ? load16(x.at(m, k / 32 * 32) + k % 32) : F16{};
             return columns ? v * load16(columns + k) : v;
         };
+        F16 sums{};
+        for (int64_t k = 0; k < x.width; k += 16) sums += size(run(k));
+        const float sum = sum16(sums), limit = Outliers::limit * sum / x.width;
+        Outliers& apart = out.outliers[m];
+        apart.count = 0;
+        if (!std::isfinite(sum)) {  // int8 cannot say so, the scale can
+            out.scales[m] = NAN;
+            continue;
+        }
         F16 peaks{};
         for (int64_t k = 0; k < x.width; k += 16) {
-            const F16 v = run(k), size = v < 0.0f ? -v : v;
-            peaks = size > peaks ? size : peaks;
+            const F16 v = run(k), sizes = size(v);
+            if (largest(sizes) <= limit) {
+                peaks = sizes > peaks ? sizes : peaks;
+                continue;
+            }
+            for (int i = 0; i < 16; i++) {
+                if (sizes[i] <= limit || apart.count == Outliers::most) {
+                    peaks[i] = std::max(peaks[i], sizes[i]);
+                    continue;
+                }
+                apart.column[apart.count] = k + i;
+                apart.value[apart.count++] = v[i];
+            }
         }
-        float most = 0;
-        for (int i = 0; i < 16; i++) most = std::max(most, peaks[i]);
+        const float most = largest(peaks);
         out.scales[m] = most / 127;
         const float inverse = most > 0 ? 127 / most : 0.0f;
         for (int64_t k = 0; k < steps * 64; k += 16) {
-            const F16 v = run(k) * inverse, rounded = v + (v < 0.0f ? F16{} - 0.5f : F16{} + 0.5f);
+            F16 v = run(k) * inverse;
+            for (int j = 0; j < apart.count; j++)
+                if (apart.column[j] / 16 == k / 16) v[apart.column[j] % 16] = 0;
+            const F16 rounded = v + (v < 0.0f ? F16{} - 0.5f : F16{} + 0.5f);
             const Byte16 bytes = __builtin_convertvector(__builtin_convertvector(rounded, I16), Byte16);
             std::memcpy(out.data + (m / 16 * steps + k / 64) * tiles::tile_bytes + m % 16 * 64 + k % 64, &bytes, 16);
         }
@@ -63,13 +102,34 @@ inline const float* all_scales(const Weights& all) {
     return out;
 }
 
+// The numbers of 16 outputs that input k is multiplied with.
+inline F16 outputs(const Weight& w, int64_t n_tile, int64_t k) {
+    I16 quads;
+    std::memcpy(&quads, (const char*)w.tile(n_tile, k / 64) + k % 64 / 4 * 64, 64);
+    return __builtin_convertvector((quads << (24 - k % 4 * 8)) >> 24, F16);
+}
+// The numbers of 16 inputs from k on that output n is multiplied with.
+inline F16 inputs(const Weight& w, int64_t n, int64_t k) {
+    F16 v;
+    for (int i = 0; i < 16; i++) v[i] = at(w, n, k + i);
+    return v;
+}
+
 template <typename Panels, typename Sink>
 void product(const Rows& x, const Weights& all, int64_t count, const Panels& weights, Sink sink) {
     const QuantisedRows q = quantise(x, nullptr);
     const float* scales = all_scales(all);
     tiles::product<true>(q.data, x.rows, count, all.list[0]->steps(), weights, [&](int64_t m, int64_t n, F16 left, F16 right) {
-        sink(m, n, __builtin_convertvector((I16)left, F16) * q.scales[m] * load16(scales + n),
-            __builtin_convertvector((I16)right, F16) * q.scales[m] * load16(scales + n + 16));
+        left = __builtin_convertvector((I16)left, F16) * q.scales[m];
+        right = __builtin_convertvector((I16)right, F16) * q.scales[m];
+        int64_t panel = n / 32;
+        const Outliers& apart = q.outliers[m];
+        const Weight& w = find(all, panel);
+        for (int j = 0; j < apart.count; j++) {
+            left += apart.value[j] * outputs(w, 2 * panel, apart.column[j]);
+            right += apart.value[j] * outputs(w, 2 * panel + 1, apart.column[j]);
+        }
+        sink(m, n, left * load16(scales + n), right * load16(scales + n + 16));
     });
 }
 
@@ -162,7 +222,16 @@ void product_back(const Rows& dy, const Weights& all, Sink sink) {
     for (int64_t i = 0; i < all.count; i++) steps += up_to(all.list[i]->n, 64) / 64;
     tiles::product<true>(q.data, dy.rows, up_to(all.list[0]->k, 32) / 32, steps, BackwardPanels{all},
         [&](int64_t m, int64_t n, F16 left, F16 right) {
-            sink(m, n, __builtin_convertvector((I16)left, F16) * q.scales[m], __builtin_convertvector((I16)right, F16) * q.scales[m]);
+            left = __builtin_convertvector((I16)left, F16) * q.scales[m];
+            right = __builtin_convertvector((I16)right, F16) * q.scales[m];
+            const Outliers& apart = q.outliers[m];
+            for (int j = 0; j < apart.count; j++) {
+                int64_t i = 0, output = apart.column[j];
+                while (output >= all.list[i]->n) output -= all.list[i++]->n;
+                left += apart.value[j] * inputs(*all.list[i], output, n);
+                right += apart.value[j] * inputs(*all.list[i], output, n + 16);
+            }
+            sink(m, n, left, right);
         });
 }
 }  // namespace jlora::int8
