@@ -17,7 +17,7 @@ from test_kernels import assert_close, random, results, run_tests_on
 from tiny_models import round_bf16
 
 from jlora import machine
-from jlora.kernels.packed_linear import Branch, PackedWeight, available, uses_amx
+from jlora.kernels.packed_linear import Branch, PackedWeight, available, tiles
 from jlora.kernels.target_loss import target_loss
 from jlora.models.head import LanguageHead
 from jlora.runtime import jt
@@ -185,9 +185,10 @@ def test_target_outside_the_vocabulary_gives_nan_for_it_alone():
 
 # --- processors without AMX ---
 
-OTHERS = ["icelake-server", "cooperlake", "x86-64-v3"]
+# AVX-512 without bf16 instructions, with them, and AVX2, and what multiplies there.
+OTHERS = {"icelake-server": None, "cooperlake": "AVX-512", "x86-64-v3": None}
 SAME_TESTS = [
-    "test_products.py::test_it_is_onednn_that_multiplies",
+    "test_products.py::test_what_multiplies",
     "test_products.py::test_packed_product",
     "test_products.py::test_what_is_not_finite_stays_in_its_row",
     "test_products.py::test_low_rank_branch",
@@ -199,19 +200,19 @@ SAME_TESTS = [
 
 
 @pytest.mark.skipif("JLORA_ARCH" not in os.environ, reason="for the tests below")
-def test_it_is_onednn_that_multiplies():
-    assert available() and not uses_amx()
+def test_what_multiplies():
+    assert available("bf16") and tiles() == OTHERS[os.environ["JLORA_ARCH"]]
 
 
 @needs_bf16
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", OTHERS)
-def test_products_by_onednn(arch):
-    """AVX-512 without bf16 instructions, with them, and AVX2; oneDNN takes what it finds."""
+def test_products_on_other_processors(arch):
     lacking = {"AVX-512", "AVX512_BF16"} - set(machine.cpu_features())
     if platform.machine() != "x86_64" or lacking and arch != "x86-64-v3":
         pytest.skip(f"this processor does not run {arch}")
-    run_tests_on(arch, *SAME_TESTS)
+    more = ["test_int8.py"] if OTHERS[arch] else []
+    run_tests_on(arch, *SAME_TESTS, *more)
 
 
 CHILD = """
