@@ -143,6 +143,7 @@ def restore(model) -> None:
             module.__class__ = PLAIN[type(module)]
         for name in ("_packed", "_engine", "_plans"):
             module.__dict__.pop(name, None)
+    native.free_retired()
 
 
 def _check(model, precision: str) -> None:
