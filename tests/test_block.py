@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import numpy as np
 import plain_block
@@ -318,6 +319,21 @@ def test_a_model_deleted_before_its_loss_is_fetched(head_size, grad):
         rubbish = [np.full(size, 7, np.uint8) for size in range(2000, 60000, 500)]  # in its place
         assert loss.item() == expected
         del rubbish
+
+
+def test_memory_of_a_deleted_model_is_given_back():
+    model = adapted()
+    engine.prepare(model, "bf16")
+    memory = weakref.ref(blocks(model)[0].mlp.c_fc._engine.packed._memory)
+    loss = loss_of(model)
+    del model
+    gc.collect()
+    assert memory() is not None  # the loss has not been computed yet
+    loss.sync()
+    del loss
+    gc.collect()
+    engine.prepare(adapted(), "bf16")
+    assert memory() is None
 
 
 # --- where the block goes layer by layer ---
