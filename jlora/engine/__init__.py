@@ -170,6 +170,7 @@ def restore(model) -> None:
             module.weight = unpacked[held]
         for name in ("_packed", "_engine", "_plans", "_checkpoint"):
             module.__dict__.pop(name, None)
+    native.free_retired()
 
 
 def _check(model, precision: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jlora.kernels.native import FusedFunction, call, operator
+from jlora.kernels.native import FusedFunction, call, operator, retire
 from jlora.kernels.packed_linear import Branch, PackedWeight
 from jlora.runtime import jt
 
@@ -106,8 +106,8 @@ class BlockPlan:
         return call("saved_bytes", i64, self.address, -(-rows // ROWS) * ROWS)
 
     def __del__(self):
-        # Jittor is lazy: operators that have this plan's address may not have run yet.
-        jt.sync_all()
+        if hasattr(self, "address"):
+            retire(self._kept, self.spec)
 
 
 def _pointer(array: np.ndarray | None) -> int | None:

@@ -206,6 +206,27 @@ def has(function: str) -> bool:
     return hasattr(library(), function)
 
 
+_retired: list[object] = []
+
+
+def retire(*memory: object) -> None:
+    """Keep memory whose address operators have that may not have run: Jittor is lazy.
+
+    For ``__del__``, which cannot wait for them itself: it also runs while Jittor takes a graph
+    apart that held the last reference, and must not start operators then.
+    """
+    _retired.extend(memory)
+
+
+def free_retired() -> None:
+    """Run what is left to run and free what was retired until now."""
+    while _retired:  # what goes may be the last to hold something else
+        memory = _retired[:]
+        del _retired[: len(memory)]
+        jt.sync_all()
+        memory.clear()
+
+
 class FusedFunction(jt.Function):
     """A ``jt.Function`` whose ``grad`` finds its arguments in ``self.inputs``.
 

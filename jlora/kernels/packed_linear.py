@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from jlora.errors import UserError
-from jlora.kernels.native import FusedFunction, call, has, operator
+from jlora.kernels.native import (
+    FusedFunction,
+    call,
+    free_retired,
+    has,
+    operator,
+    retire,
+)
 from jlora.runtime import jt
 
 LINE = 64  # bytes; packed weights begin on a line of the cache
@@ -58,6 +65,7 @@ class PackedWeight:
         size = call("packed_bytes", ctypes.c_int64, self.n, self.k, KINDS[kind])
         if size == 0:
             raise UserError(f"this processor has no {kind} product; use precision fp32")
+        free_retired()
         self._memory = np.empty(size + LINE, np.uint8)
         begin = -(-self._memory.ctypes.data // LINE) * LINE
         self._weight = _Weight()
@@ -67,8 +75,8 @@ class PackedWeight:
         call("pack_weight", None, values.ctypes.data, begin, self.address, *sizes)
 
     def __del__(self):
-        # Jittor is lazy: operators that have this weight's address may not have run yet.
-        jt.sync_all()
+        if hasattr(self, "address"):
+            retire(self._memory, self._weight)
 
     def __call__(self, x: jt.Var, bias: jt.Var | None = None) -> jt.Var:
         """(..., K) float32 -> (..., N) float32; ``bias`` (N,). Differentiable in x alone."""
