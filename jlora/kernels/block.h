@@ -6,10 +6,14 @@
 #pragma once
 #include <algorithm>
 #include <vector>
-#include "attention.h"
 #include "elementwise.h"
 #include "lora.h"
 #include "product.h"
+#if defined(JLORA_AMX)
+#include "tile_attention.h"
+#else
+#include "stream_attention.h"
+#endif
 
 namespace jlora {
 // What Python hands over; block.py mirrors these.
@@ -46,8 +50,7 @@ struct BlockCall {
 // Kept from the forward to the backward pass, in one piece of memory.
 struct Saved {
     float *mid, *lse, *low_qkv, *low_out, *low_up, *low_down;
-    uint16_t* qkv;               // (rows, qkv_width), before rotary embedding
-    Rows attended, up, gate;     // up: before the activation
+    Rows qkv, attended, up, gate;  // qkv: before rotary embedding; up: before the activation
     int64_t bytes = 0;
 
     // memory null: only counts the bytes
@@ -68,8 +71,8 @@ struct Saved {
         };
         mid = floats(rows * s.width), lse = floats(rows * s.heads);
         low_qkv = low(s.qkv), low_out = low(s.out), low_up = low(s.up), low_down = low(s.down);
-        qkv = (uint16_t*)take(rows * s.qkv_width() * 2);
-        attended = rows_of(s.heads * s.head_size), up = rows_of(s.inner), gate = rows_of(s.gated ? s.inner : 0);
+        qkv = rows_of(s.qkv_width()), attended = rows_of(s.heads * s.head_size);
+        up = rows_of(s.inner), gate = rows_of(s.gated ? s.inner : 0);
         bytes += line;  // room to begin on a line
     }
 };
@@ -131,11 +134,10 @@ public:
         static Buffer<uint16_t> for_normed, for_active;
         const Rows normed = rows_in(for_normed, M, C), active = rows_in(for_active, M, s.inner);
         normalise(c.x, s.norm1, s.norm1_bias, normed);
-        const int64_t W = s.qkv_width();
         qkv.forward(normed, saved.low_qkv, [&](int64_t m, int64_t n, F16 left, F16 right) {
-            store32(saved.qkv + m * W + n, left, right);
+            store32(saved.qkv.at(m, n), left, right);
         });
-        attention(saved);
+        stream_attention(stream(saved));
         out.forward(saved.attended, saved.low_out, [&](int64_t m, int64_t n, F16 left, F16 right) {
             store_sum(c.x + m * C + n, left, right, saved.mid + m * C + n);
         });
@@ -153,11 +155,12 @@ public:
 
     // dx null: nobody asks for the gradient of the block's input.
     void backward(const Saved& saved, const float* dy, float* dx) {
-        static Buffer<uint16_t> for_dres, for_rows, for_dup, for_dqkv;
-        static Buffer<float> for_dmid, for_dnormed, for_dattended, for_dlow;
+        static Buffer<uint16_t> for_dres, for_rows, for_dup, for_dattended, for_dqkv;
+        static Buffer<float> for_dmid, for_dnormed, for_dlow;
         const int64_t W = s.qkv_width(), A = s.heads * s.head_size;
         const Rows dres = rows_in(for_dres, M, C), dup = rows_in(for_dup, M, s.inner * (s.gated ? 2 : 1));
-        float *dmid = for_dmid.of(M * C), *dnormed = for_dnormed.of(M * C), *dattended = for_dattended.of(M * A);
+        const Rows dattended = rows_in(for_dattended, M, A), dqkv = rows_in(for_dqkv, M, W);
+        float *dmid = for_dmid.of(M * C), *dnormed = for_dnormed.of(M * C);
         round_rows(dy, dres);
         if (down.low.rank()) {
             const Rows active = rows_in(for_rows, M, s.inner);
@@ -189,10 +192,9 @@ public:
         round_rows(dmid, dres);
         if (out.low.rank()) out.low.backward(saved.attended, dres, saved.low_out, for_dlow);
         out.backward(dres, [&](int64_t m, int64_t k, F16 left, F16 right) {
-            store16(dattended + m * A + k, left), store16(dattended + m * A + k + 16, right);
+            store32(dattended.at(m, k), left, right);
         });
-        const Rows dqkv = rows_in(for_dqkv, M, W);
-        attention_back(saved, dattended, dqkv);
+        stream_attention_back(stream(saved), dattended, dqkv);
         if (qkv.low.rank()) {
             const Rows normed = rows_in(for_rows, M, C);
             normalise(c.x, s.norm1, s.norm1_bias, normed);
@@ -212,6 +214,10 @@ private:
     size_t next_ = 0;  // before the joints, which count with it
     Joint qkv, out, up, down;
 
+    Stream stream(const Saved& saved) const {
+        return {M, c.sequences, c.starts, s.heads, s.key_heads, s.head_size, c.cos, c.sin, saved.qkv, saved.attended,
+            saved.lse};
+    }
     static void store_sum(const float* x, F16 left, F16 right, float* y) {
         store16(y, load16(x) + left), store16(y + 16, load16(x + 16) + right);
     }
@@ -268,83 +274,6 @@ private:
                 }
                 store32(active.at(m, k), left, right);
             }
-    }
-
-    // Rotates `heads` heads of every row by its position's angle; sign -1 turns back.
-    void turn(float* x, int64_t first, int64_t T, int64_t heads, float sign) const {
-        const int64_t D = s.head_size, half = D / 2;
-        if (!c.cos) return;
-        for (int64_t t = 0; t < T; t++) {
-            const float *cos = c.cos + (first + t) * half, *sin = c.sin + (first + t) * half;
-            for (int64_t h = 0; h < heads; h++) {
-                float* a = x + (t * heads + h) * D;
-                for (int64_t j = 0; j < half; j++) {
-                    const float l = a[j], r = a[j + half];
-                    a[j] = l * cos[j] - sign * r * sin[j];
-                    a[j + half] = r * cos[j] + sign * l * sin[j];
-                }
-            }
-        }
-    }
-    // One sequence's queries, keys and values of key head g, in a thread's memory.
-    struct Heads { std::vector<float> q, k, v, o, d, dq, dk, dv; };
-    Group load(Heads& heads, const Saved& saved, int64_t i, int64_t g) const {
-        const int64_t first = c.starts[i], T = c.starts[i + 1] - first, D = s.head_size, per = s.heads / s.key_heads;
-        const int64_t W = s.qkv_width();
-        const uint16_t* from = saved.qkv + first * W;
-        heads.q.resize(T * per * D), heads.k.resize(T * D), heads.v.resize(T * D), heads.o.resize(T * per * D);
-        for (int64_t t = 0; t < T; t++) {
-            to_float(from + t * W + g * per * D, heads.q.data() + t * per * D, per * D);
-            to_float(from + t * W + (s.heads + g) * D, heads.k.data() + t * D, D);
-            to_float(from + t * W + (s.heads + s.key_heads + g) * D, heads.v.data() + t * D, D);
-        }
-        turn(heads.q.data(), first, T, per, 1), turn(heads.k.data(), first, T, 1, 1);
-        return {T, T, 0, per, D, 1.0f / std::sqrt((float)D), heads.q.data(), heads.k.data(), heads.v.data(),
-            per * D, D, saved.lse + g * per * M + first, M};
-    }
-    // (T, width) -> columns from `column` on of rows from `first` on
-    static void store(const float* x, int64_t T, int64_t width, const Rows& to, int64_t first, int64_t column) {
-        for (int64_t t = 0; t < T; t++)
-            for (int64_t k = 0; k < width; k += 32)
-                store32(to.at(first + t, column + k), load16(x + t * width + k), load16(x + t * width + k + 16));
-    }
-    void attention(const Saved& saved) const {
-        #pragma omp parallel
-        {
-            AttentionRoom room;
-            Heads heads;
-            #pragma omp for collapse(2) schedule(dynamic)
-            for (int64_t i = 0; i < c.sequences; i++)
-                for (int64_t g = 0; g < s.key_heads; g++) {
-                    const Group group = load(heads, saved, i, g);
-                    attend(group, room, heads.o.data(), group.q_row);
-                    store(heads.o.data(), group.T, group.q_row, saved.attended, c.starts[i], g * group.q_row);
-                }
-        }
-    }
-    void attention_back(const Saved& saved, const float* dattended, const Rows& dqkv) const {
-        const int64_t A = s.heads * s.head_size, D = s.head_size;
-        #pragma omp parallel
-        {
-            AttentionRoom room;
-            Heads heads;
-            #pragma omp for collapse(2) schedule(dynamic)
-            for (int64_t i = 0; i < c.sequences; i++)
-                for (int64_t g = 0; g < s.key_heads; g++) {
-                    const Group group = load(heads, saved, i, g);
-                    const int64_t first = c.starts[i], T = group.T, row = group.q_row, column = g * row;
-                    heads.dq.resize(T * row), heads.dk.assign(T * D, 0.0f), heads.dv.assign(T * D, 0.0f);
-                    for (int64_t t = 0; t < T; t++)
-                        for (int64_t k = 0; k < row; k += 32)
-                            to_float(saved.attended.at(first + t, column + k), heads.o.data() + t * row + k, 32);
-                    attend_back(group, room, heads.o.data(), row, dattended + first * A + column, A,
-                        heads.dq.data(), heads.dk.data(), heads.dv.data());
-                    turn(heads.dq.data(), first, T, row / D, -1), turn(heads.dk.data(), first, T, 1, -1);
-                    store(heads.dq.data(), T, row, dqkv, first, column);
-                    store(heads.dk.data(), T, D, dqkv, first, (s.heads + g) * D);
-                    store(heads.dv.data(), T, D, dqkv, first, (s.heads + s.key_heads + g) * D);
-                }
-        }
     }
 };
 }  // namespace jlora

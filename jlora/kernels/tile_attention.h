@@ -1,0 +1,257 @@
+// A block's attention on AMX tiles, forward and backward; see stream_attention.h for what it computes.
+//
+// A thread takes a key head of a sequence, in blocks of 32 queries by 32 keys up to the diagonal. Rows
+// beyond a sequence's end are zeros. Scores, probabilities and sums are float32; what a product reads is
+// bf16. The backward pass works on the scores with a key's in a row: a query then is a lane, products
+// take the probabilities as they are, and only the gradient of the scores has to be turned for dq.
+#pragma once
+#include <algorithm>
+#include "stream.h"
+#include "tile_forms.h"
+
+namespace jlora {
+constexpr int64_t chunk = 4;  // blocks of queries, and of keys, that the backward pass takes at a time
+constexpr float log2_e = 1.44269504f;
+
+// A thread's memory.
+struct TileRoom {
+    Buffer<uint16_t> rows, k, v, paired, p, q, q_paired, d, d_paired, turned_p, turned_ds, ds, pairs;
+    Buffer<float> s, dp, out, dq, dk, dv, lse, total;
+};
+
+// One sequence of a stream.
+struct Sequence {
+    const Stream& s;
+    const int64_t first, T, blocks, steps;
+    Sequence(const Stream& s, int64_t i) : s(s), first(s.starts[i]), T(s.starts[i + 1] - first),
+        blocks((T + 31) / 32), steps(s.D / 32) {}
+    int64_t count(int64_t b) const { return std::min<int64_t>(32, T - b * 32); }
+
+    // Block b of the head at a column of qkv, with rotary embedding if it turns.
+    void load(int64_t b, int64_t column, bool turns, const Tiles& to) const {
+        const int64_t half = s.D / 2, n = count(b);
+        for (int64_t r = 0; r < 32; r++) {
+            uint16_t* out = to.at(r / 16, 0) + r % 16 * 32;
+            const int64_t m = first + b * 32 + r;
+            if (r >= n)
+                for (int64_t d = 0; d < s.D; d += 32) store32(out + d * 16, F16{}, F16{});
+            else if (!turns || !s.cos)
+                for (int64_t d = 0; d < s.D; d += 32) std::memcpy(out + d * 16, s.qkv.at(m, column + d), 64);
+            else
+                for (int64_t d = 0; d < half; d += 16) {
+                    const uint16_t* x = s.qkv.at(m, column);
+                    F16 left = load16(x + in_tiles(d)), right = load16(x + in_tiles(d + half));
+                    rotate(m, d, 1, left, right);
+                    store_half(out + in_tiles(d), left), store_half(out + in_tiles(d + half), right);
+                }
+        }
+    }
+    // Results times their row's factor, the embedding undone if they turn; changes the results.
+    void store(float* c, int64_t b, const float* factors, bool turns, const Rows& to, int64_t column) const {
+        const int64_t half = s.D / 2;
+        for (int64_t r = 0; r < count(b); r++) {
+            const int64_t m = first + b * 32 + r;
+            for (int64_t d = 0; turns && s.cos && d < half; d += 16) {
+                F16 left = load16(result(c, r, d)), right = load16(result(c, r, d + half));
+                rotate(m, d, -1, left, right);
+                store16(result(c, r, d), left), store16(result(c, r, d + half), right);
+            }
+            for (int64_t d = 0; d < s.D; d += 32)
+                store32(to.at(m, column + d), load16(result(c, r, d)) * factors[r],
+                    load16(result(c, r, d + 16)) * factors[r]);
+        }
+    }
+    // Block b of the gradient of a head's results, and of each row its product with the results.
+    void load_gradient(int64_t b, const Rows& dattended, int64_t column, const Tiles& to, float* total) const {
+        for (int64_t r = 0; r < 32; r++) {
+            uint16_t* out = to.at(r / 16, 0) + r % 16 * 32;
+            const int64_t m = first + b * 32 + r;
+            F16 sum{};
+            for (int64_t d = 0; d < s.D; d += 32) {
+                if (r >= count(b)) {
+                    store32(out + d * 16, F16{}, F16{});
+                    continue;
+                }
+                const uint16_t *x = dattended.at(m, column + d), *y = s.attended.at(m, column + d);
+                std::memcpy(out + d * 16, x, 64);
+                sum += load16(x) * load16(y) + load16(x + 16) * load16(y + 16);
+            }
+            total[r] = _mm512_reduce_add_ps((__m512)sum);
+        }
+    }
+
+private:
+    void rotate(int64_t m, int64_t d, float sign, F16& left, F16& right) const {
+        const int64_t half = s.D / 2;
+        const F16 cos = load16(s.cos + m * half + d), sin = sign * load16(s.sin + m * half + d), l = left;
+        left = l * cos - right * sin;
+        right = right * cos + l * sin;
+    }
+    static int64_t in_tiles(int64_t d) { return d / 32 * tile + d % 32; }  // from a row's start
+    static void store_half(uint16_t* to, F16 x) {
+        const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+        std::memcpy(to, &half, 32);
+    }
+};
+
+// Row r of query block b: scores -> probabilities times their sum. Returns the sum and the peak.
+struct Softmax { float sum, peak; };
+inline Softmax softmax_row(float* scores, int64_t b, int64_t r, float scale, const Tiles& p) {
+    constexpr float hidden = -1e30f;
+    float* last = result(scores, r, b * 32);
+    const F16 left = lane_numbers <= (int)r ? load16(last) : hidden;
+    const F16 right = lane_numbers <= (int)r - 16 ? load16(last + 256) : hidden;
+    store16(last, left), store16(last + 256, right);
+    F16 top = left > right ? left : right;
+    for (int64_t j = 0; j < b; j++) {
+        const F16 x = load16(result(scores, r, j * 32)), y = load16(result(scores, r, j * 32 + 16));
+        const F16 more = x > y ? x : y;
+        top = more > top ? more : top;
+    }
+    const float peak = _mm512_reduce_max_ps((__m512)top), factor = scale * log2_e;
+    F16 sum{};
+    for (int64_t j = 0; j <= b; j++) {
+        const F16 x = exp2_16((load16(result(scores, r, j * 32)) - peak) * factor);
+        const F16 y = exp2_16((load16(result(scores, r, j * 32 + 16)) - peak) * factor);
+        sum += x + y;
+        store32(p.at(r / 16, j) + r % 16 * 32, x, y);
+    }
+    return {_mm512_reduce_add_ps((__m512)sum), peak};
+}
+inline void attend_tiles(const Sequence& q, int64_t g, TileRoom& room) {
+    const Stream& s = q.s;
+    const Tiles rows(room.rows, 2, q.steps), k(room.k, 2 * q.blocks, q.steps), v(room.v, 2 * q.steps, q.blocks);
+    const Tiles p(room.p, 2, q.blocks);
+    float *scores = room.s.of(q.blocks * amx::block_floats), *out = room.out.of(q.steps * amx::block_floats);
+    for (int64_t b = 0; b < q.blocks; b++) {
+        q.load(b, s.key_column(g), true, rows);
+        turn_block(rows, k, b);
+        q.load(b, s.value_column(g), false, rows);
+        pair_block(rows, v, b);
+    }
+    for (int64_t h = g * s.per(); h < (g + 1) * s.per(); h++)
+        for (int64_t b = 0; b < q.blocks; b++) {
+            q.load(b, h * s.D, true, rows);
+            for (int64_t j = 0; j <= b; j++)
+                multiply(rows, 0, 0, k, j, 0, q.steps, true, scores + j * amx::block_floats);
+            float inverse[32];
+            for (int64_t r = 0; r < q.count(b); r++) {
+                const Softmax row = softmax_row(scores, b, r, s.scale(), p);
+                inverse[r] = 1.0f / row.sum;
+                s.lse[h * s.rows + q.first + b * 32 + r] = row.peak * s.scale() + std::log(row.sum);
+            }
+            for (int64_t d = 0; d < q.steps; d++)
+                multiply(p, 0, 0, v, d, 0, b + 1, true, out + d * amx::block_floats);
+            q.store(out, b, inverse, false, s.attended, h * s.D);
+        }
+}
+
+// Scores and the gradients of probabilities, [key][query], of one block -> probabilities and, but for
+// the scale, the gradients of scores. lse: in base 2.
+inline void probabilities_back(const float* s, const float* dp, const float* lse, const float* total, float factor,
+        int64_t queries, int64_t keys, bool diagonal, uint16_t* p, uint16_t* ds, int64_t lower) {
+    for (int64_t r = 0; r < 32; r++) {
+        const int64_t from = r / 16 * 512 + r % 16 * 16;
+        F16 own[2] = {}, slope[2] = {};
+        for (int64_t i = 0; i < 2; i++) {
+            if (r >= keys || i * 16 >= queries || (diagonal && r >= i * 16 + 16)) continue;
+            F16 x = exp2_16(load16(s + from + i * 256) * factor - load16(lse + i * 16));
+            if (diagonal) x = lane_numbers >= (int)(r - i * 16) ? x : 0.0f;
+            own[i] = x, slope[i] = x * (load16(dp + from + i * 256) - load16(total + i * 16));
+        }
+        const int64_t to = r / 16 * lower + r % 16 * 32;
+        store32(p + to, own[0], own[1]);
+        store32(ds + to, slope[0], slope[1]);
+    }
+}
+inline void attend_tiles_back(const Sequence& q, int64_t g, TileRoom& room, const Rows& dattended, const Rows& dqkv) {
+    const Stream& s = q.s;
+    const int64_t size = amx::block_floats, blocks = q.blocks, wide = std::min(chunk, blocks);
+    const Tiles rows(room.rows, 2, q.steps), k(room.k, 2 * blocks, q.steps), v(room.v, 2 * blocks, q.steps);
+    const Tiles k_paired(room.paired, 2 * q.steps, blocks), pairs(room.pairs, 2, 1);
+    // Of a chunk of queries; what is turned is [key][query].
+    const Tiles qs(room.q, 2 * wide, q.steps), q_paired(room.q_paired, 2 * q.steps, wide);
+    const Tiles d(room.d, 2 * wide, q.steps), d_paired(room.d_paired, 2 * q.steps, wide);
+    const Tiles turned_p(room.turned_p, 2 * wide, wide), turned_ds(room.turned_ds, 2 * wide, wide);
+    const Tiles ds(room.ds, 2 * wide, wide);
+    float *lse = room.lse.of(wide * 32), *total = room.total.of(wide * 32);
+    float *scores = room.s.of(size), *dp = room.dp.of(size), *dq = room.dq.of(wide * q.steps * size);
+    float *dk = room.dk.of(blocks * q.steps * size), *dv = room.dv.of(blocks * q.steps * size);
+    float scales[32], ones[32];
+    std::fill_n(scales, 32, s.scale()), std::fill_n(ones, 32, 1.0f);
+
+    for (int64_t b = 0; b < blocks; b++) {
+        q.load(b, s.key_column(g), true, rows);
+        std::copy_n(rows.data, 2 * q.steps * tile, k.at(2 * b, 0));
+        pair_block(rows, k_paired, b);
+        q.load(b, s.value_column(g), false, rows);
+        std::copy_n(rows.data, 2 * q.steps * tile, v.at(2 * b, 0));
+    }
+    for (int64_t h = g * s.per(); h < (g + 1) * s.per(); h++)
+        for (int64_t q0 = 0; q0 < blocks; q0 += wide) {
+            const int64_t queries = std::min(wide, blocks - q0);
+            for (int64_t i = 0; i < queries; i++) {
+                const int64_t b = q0 + i, n = q.count(b);
+                q.load(b, h * s.D, true, rows);
+                turn_block(rows, qs, i), pair_block(rows, q_paired, i);
+                q.load_gradient(b, dattended, h * s.D, rows, total + i * 32);
+                turn_block(rows, d, i), pair_block(rows, d_paired, i);
+                for (int64_t r = 0; r < 32; r++)
+                    lse[i * 32 + r] = r < n ? s.lse[h * s.rows + q.first + b * 32 + r] * log2_e : 0.0f;
+            }
+            for (int64_t k0 = 0; k0 <= q0; k0 += wide) {
+                const int64_t keys = std::min(wide, blocks - k0);
+                const bool last = k0 == q0;
+                for (int64_t i = 0; i < queries; i++)
+                    for (int64_t j = 0; j < (last ? i + 1 : keys); j++) {
+                        multiply(k, k0 + j, 0, qs, i, 0, q.steps, true, scores);
+                        multiply(v, k0 + j, 0, d, i, 0, q.steps, true, dp);
+                        probabilities_back(scores, dp, lse + i * 32, total + i * 32, s.scale() * log2_e,
+                            q.count(q0 + i), q.count(k0 + j), last && i == j, turned_p.at(2 * j, i),
+                            turned_ds.at(2 * j, i), wide * tile);
+                        pair_tiles(turned_ds.at(2 * j, i), turned_ds.at(2 * j + 1, i), pairs.at(0, 0), pairs.at(1, 0));
+                        turn_tile(pairs.at(0, 0), ds.at(2 * i, j));
+                        turn_tile(pairs.at(1, 0), ds.at(2 * i + 1, j));
+                    }
+                for (int64_t c = 0; c < q.steps; c++) {
+                    for (int64_t j = 0; j < keys; j++) {
+                        const int64_t from = last ? j : 0, at = ((k0 + j) * q.steps + c) * size;
+                        const bool begin = last && h == g * s.per();
+                        multiply(turned_p, j, from, d_paired, c, from, queries - from, begin, dv + at);
+                        multiply(turned_ds, j, from, q_paired, c, from, queries - from, begin, dk + at);
+                    }
+                    for (int64_t i = 0; i < queries; i++)
+                        multiply(ds, i, 0, k_paired, c, k0, last ? i + 1 : keys, k0 == 0,
+                            dq + (i * q.steps + c) * size);
+                }
+            }
+            for (int64_t i = 0; i < queries; i++)
+                q.store(dq + i * q.steps * size, q0 + i, scales, true, dqkv, h * s.D);
+        }
+    for (int64_t b = 0; b < blocks; b++) {
+        q.store(dk + b * q.steps * size, b, scales, true, dqkv, s.key_column(g));
+        q.store(dv + b * q.steps * size, b, ones, false, dqkv, s.value_column(g));
+    }
+}
+
+template <typename Work>
+void each_key_head(const Stream& s, Work work) {
+    #pragma omp parallel
+    {
+        const amx::TileScope scope;
+        thread_local TileRoom room;
+        #pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t i = 0; i < s.sequences; i++)
+            for (int64_t g = 0; g < s.key_heads; g++) work(Sequence(s, i), g, room);
+    }
+}
+inline void stream_attention(const Stream& s) {
+    each_key_head(s, [](const Sequence& q, int64_t g, TileRoom& room) { attend_tiles(q, g, room); });
+}
+// dattended: of the heads' results; dqkv: as a row of qkv
+inline void stream_attention_back(const Stream& s, const Rows& dattended, const Rows& dqkv) {
+    each_key_head(s, [&](const Sequence& q, int64_t g, TileRoom& room) {
+        attend_tiles_back(q, g, room, dattended, dqkv);
+    });
+}
+}  // namespace jlora

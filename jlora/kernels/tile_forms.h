@@ -1,0 +1,81 @@
+// What attention does with tiles: their forms, products of blocks of 32 rows, powers of two.
+//
+// Rows of a head (x: query or key, d: place in the head) become tiles in the forms that products read:
+//   rows    [x][d]             left factors, as in `Rows`
+//   turned  [d / 2][x][d % 2]  right factors, contracted over d
+//   paired  [x / 2][d][x % 2]  right factors, contracted over x
+#pragma once
+#include "product.h"
+
+namespace jlora {
+constexpr int64_t tile = 512;  // bf16 numbers
+
+// 2^x to about 1e-7 relative; 0 far below.
+inline F16 exp2_16(F16 x) {
+    const __m512 n = _mm512_roundscale_ps((__m512)x, 0);
+    const F16 r = x - (F16)n;
+    F16 p = r * 1.3276472e-3f + 9.67554148e-3f;
+    p = p * r + 5.55071327e-2f;
+    p = p * r + 2.40221197e-1f;
+    p = p * r + 6.93146967e-1f;
+    p = p * r + 1.0f;
+    return (F16)_mm512_scalef_ps((__m512)p, n);
+}
+const I16 lane_numbers{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// rows -> turned, or turned -> rows: a matrix of 16 x 16 pairs.
+inline void turn_tile(const uint16_t* from, uint16_t* to) {
+    __m512i low[8], high[8];
+    for (int i = 0; i < 8; i++) {
+        const __m512i a = _mm512_load_si512(from + 2 * i * 32), b = _mm512_load_si512(from + (2 * i + 1) * 32);
+        low[i] = _mm512_unpacklo_epi32(a, b);   // columns 0, 1, 4, 5, 8, ...
+        high[i] = _mm512_unpackhi_epi32(a, b);  // columns 2, 3, 6, 7, 10, ...
+    }
+    transpose8(low), transpose8(high);
+    for (int i = 0; i < 8; i++) {
+        uint16_t* column = to + (i / 2 * 4 + i % 2) * 32;
+        _mm512_store_si512(column, low[i]);
+        _mm512_store_si512(column + 64, high[i]);
+    }
+}
+// rows -> paired: 32 rows of 32 columns.
+inline void pair_tiles(const uint16_t* upper, const uint16_t* lower, uint16_t* left, uint16_t* right) {
+    alignas(64) static constexpr uint16_t places[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i first = _mm512_load_si512(places), last = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    for (int i = 0; i < 16; i++) {
+        const uint16_t* from = (i < 8 ? upper : lower) + i % 8 * 64;
+        const __m512i a = _mm512_load_si512(from), b = _mm512_load_si512(from + 32);
+        _mm512_store_si512(left + i * 32, _mm512_permutex2var_epi16(a, first, b));
+        _mm512_store_si512(right + i * 32, _mm512_permutex2var_epi16(a, last, b));
+    }
+}
+
+// Tiles of a factor: of 16 rows (or outputs) those that a product contracts, one after the other.
+struct Tiles {
+    uint16_t* data;
+    int64_t steps;
+    Tiles(Buffer<uint16_t>& memory, int64_t count, int64_t steps)
+        : data(memory.of(count * steps * tile)), steps(steps) {}
+    uint16_t* at(int64_t i, int64_t step) const { return data + (i * steps + step) * tile; }
+};
+// 32 x 32 results in four tiles at c: rows from 32 i on of a with outputs from 32 j on of b, `count` steps
+// from a_step and b_step on; added to c unless these are the first.
+inline void multiply(const Tiles& a, int64_t i, int64_t a_step, const Tiles& b, int64_t j, int64_t b_step,
+        int64_t count, bool first, float* c) {
+    amx::steps<false>((const char*)a.at(2 * i, a_step), (const char*)a.at(2 * i + 1, a_step),
+        (const char*)b.at(2 * j, b_step), (const char*)b.at(2 * j + 1, b_step), count, first, c, [](int64_t) {});
+}
+// Where 16 results of row r, from column d on, stand in such blocks side by side.
+inline float* result(float* c, int64_t r, int64_t d) {
+    return c + d / 32 * amx::block_floats + r / 16 * 512 + d % 32 / 16 * 256 + r % 16 * 16;
+}
+inline void turn_block(const Tiles& rows, const Tiles& to, int64_t b) {
+    for (int64_t half = 0; half < 2; half++)
+        for (int64_t d = 0; d < rows.steps; d++) turn_tile(rows.at(half, d), to.at(2 * b + half, d));
+}
+inline void pair_block(const Tiles& rows, const Tiles& to, int64_t b) {
+    for (int64_t d = 0; d < rows.steps; d++)
+        pair_tiles(rows.at(0, d), rows.at(1, d), to.at(2 * d, b), to.at(2 * d + 1, b));
+}
+}  // namespace jlora
