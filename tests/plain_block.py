@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 from tiny_models import round_bf16
 
+from jlora.kernels.packed_linear import tiles
+
 MASK32 = 0xFFFFFFFF
 
 
@@ -92,6 +94,8 @@ class Block:
             seed: of dropout; None drops nothing.
         """
         self.round, self.starts, self.rotation = rounding, starts, rotation
+        # oneDNN's builds have no tiles, and attend in float32.
+        self.inner = exact if tiles() is None else rounding
         gated = self.gated = rotation is not None
         attn, mlp = (block.self_attn if gated else block.attn), block.mlp
         norms = ("input_layernorm", "post_attention_layernorm") if gated else ("ln_1", "ln_2")
@@ -133,7 +137,7 @@ class Block:
         self.joints[3][0].x = self.kept
         dup = r(self._slope(self._back(3, r(dy))))
         dmid = dy + self._norm_back(1, self.mid, self._back(2, dup))
-        dqkv = r(self._attend_back(self._back(1, r(dmid))))
+        dqkv = r(self._attend_back(r(self._back(1, r(dmid)))))
         return dmid + self._norm_back(0, self.x, self._back(0, dqkv))
 
     def _apply(self, joint, x):
@@ -185,30 +189,35 @@ class Block:
         return np.concatenate([a * cos - sign * b * sin, b * cos + sign * a * sin], axis=-1)
 
     def _sequences(self):
-        """Rows, queries, keys, values (heads first, keys repeated) and probabilities of each."""
+        """Rows, queries, keys, values (heads first, keys repeated), exp(scores) and their sums."""
         H, G, D = self.heads, self.key_heads, self.D
         for first, end in zip(self.starts[:-1], self.starts[1:]):
             rows = slice(first, end)
             q, k, v = np.split(self.qkv[rows].reshape(-1, H + 2 * G, D), [H, H + G], axis=1)
-            q, k = self._turn(q, rows, 1), self._turn(k, rows, 1)
+            q, k = (self.inner(self._turn(x, rows, 1)) for x in (q, k))
             q, k, v = (x.transpose(1, 0, 2) for x in (q, k, v))
             k, v = np.repeat(k, H // G, axis=0), np.repeat(v, H // G, axis=0)
             scores = q @ k.transpose(0, 2, 1) / np.sqrt(D)
             scores = np.where(np.tri(end - first, dtype=bool), scores, -np.inf)
             p = np.exp(scores - scores.max(-1, keepdims=True))
-            yield rows, q, k, v, p / p.sum(-1, keepdims=True)
+            yield rows, q, k, v, p, p.sum(-1, keepdims=True)
 
     def _attend(self):
-        parts = [(p @ v).transpose(1, 0, 2) for _, _, _, v, p in self._sequences()]
+        parts = [
+            (self.inner(p) @ v / total).transpose(1, 0, 2)
+            for _, _, _, v, p, total in self._sequences()
+        ]
         return np.concatenate(parts).reshape(len(self.x), -1)
 
     def _attend_back(self, dattended):
         H, G, D, result = self.heads, self.key_heads, self.D, np.zeros_like(self.qkv)
-        for rows, q, k, v, p in self._sequences():
+        for rows, q, k, v, p, total in self._sequences():
+            p = p / total
             d, out = (
                 x[rows].reshape(-1, H, D).transpose(1, 0, 2) for x in (dattended, self.attended)
             )
-            ds = p * (d @ v.transpose(0, 2, 1) - (d * out).sum(-1, keepdims=True)) / np.sqrt(D)
+            ds = self.inner(p * (d @ v.transpose(0, 2, 1) - (d * out).sum(-1, keepdims=True)))
+            ds, p = ds / np.sqrt(D), self.inner(p)
             dq, dk, dv = ds @ k, ds.transpose(0, 2, 1) @ q, p.transpose(0, 2, 1) @ d
             dk, dv = (x.reshape(G, H // G, -1, D).sum(1) for x in (dk, dv))
             dq, dk, dv = (x.transpose(1, 0, 2) for x in (dq, dk, dv))

@@ -1,4 +1,4 @@
-"""The attention of the block operator (tile_attention.h, stream_attention.h) against the plain one."""
+"""The attention of the block operator (tile_attention.h) against the plain one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model_of(kind: str, head_size: int):
             parameter.assign(parameter * (2 / parameter.shape[-1] ** 0.5))
     model = get_peft_model(base, LoraConfig(r=4, target_modules=names, **several))
     generator = np.random.default_rng(3)
-    for name, parameter in model.trainable_parameters():
+    for _, parameter in model.trainable_parameters():
         values = 0.1 * generator.standard_normal(parameter.shape)
         assign(parameter, jt.array(values.astype("f")))
     return model

@@ -9,7 +9,7 @@
 #include "elementwise.h"
 #include "lora.h"
 #include "product.h"
-#if defined(JLORA_AMX)
+#if defined(JLORA_TILES)
 #include "tile_attention.h"
 #else
 #include "stream_attention.h"

@@ -122,7 +122,7 @@ inline void attend_tiles(const Sequence& q, int64_t g, TileRoom& room) {
     const Stream& s = q.s;
     const Tiles rows(room.rows, 2, q.steps), k(room.k, 2 * q.blocks, q.steps), v(room.v, 2 * q.steps, q.blocks);
     const Tiles p(room.p, 2, q.blocks);
-    float *scores = room.s.of(q.blocks * amx::block_floats), *out = room.out.of(q.steps * amx::block_floats);
+    float *scores = room.s.of(q.blocks * tiles::block_floats), *out = room.out.of(q.steps * tiles::block_floats);
     for (int64_t b = 0; b < q.blocks; b++) {
         q.load(b, s.key_column(g), true, rows);
         turn_block(rows, k, b);
@@ -133,7 +133,7 @@ inline void attend_tiles(const Sequence& q, int64_t g, TileRoom& room) {
         for (int64_t b = 0; b < q.blocks; b++) {
             q.load(b, h * s.D, true, rows);
             for (int64_t j = 0; j <= b; j++)
-                multiply(rows, 0, 0, k, j, 0, q.steps, true, scores + j * amx::block_floats);
+                multiply(rows, 0, 0, k, j, 0, q.steps, true, scores + j * tiles::block_floats);
             float inverse[32];
             for (int64_t r = 0; r < q.count(b); r++) {
                 const Softmax row = softmax_row(scores, b, r, s.scale(), p);
@@ -141,7 +141,7 @@ inline void attend_tiles(const Sequence& q, int64_t g, TileRoom& room) {
                 s.lse[h * s.rows + q.first + b * 32 + r] = row.peak * s.scale() + std::log(row.sum);
             }
             for (int64_t d = 0; d < q.steps; d++)
-                multiply(p, 0, 0, v, d, 0, b + 1, true, out + d * amx::block_floats);
+                multiply(p, 0, 0, v, d, 0, b + 1, true, out + d * tiles::block_floats);
             q.store(out, b, inverse, false, s.attended, h * s.D);
         }
 }
@@ -166,7 +166,7 @@ inline void probabilities_back(const float* s, const float* dp, const float* lse
 }
 inline void attend_tiles_back(const Sequence& q, int64_t g, TileRoom& room, const Rows& dattended, const Rows& dqkv) {
     const Stream& s = q.s;
-    const int64_t size = amx::block_floats, blocks = q.blocks, wide = std::min(chunk, blocks);
+    const int64_t size = tiles::block_floats, blocks = q.blocks, wide = std::min(chunk, blocks);
     const Tiles rows(room.rows, 2, q.steps), k(room.k, 2 * blocks, q.steps), v(room.v, 2 * blocks, q.steps);
     const Tiles k_paired(room.paired, 2 * q.steps, blocks), pairs(room.pairs, 2, 1);
     // Of a chunk of queries; what is turned is [key][query].
@@ -238,7 +238,7 @@ template <typename Work>
 void each_key_head(const Stream& s, Work work) {
     #pragma omp parallel
     {
-        const amx::TileScope scope;
+        const tiles::TileScope scope;
         thread_local TileRoom room;
         #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t i = 0; i < s.sequences; i++)

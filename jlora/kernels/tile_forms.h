@@ -63,12 +63,12 @@ struct Tiles {
 // from a_step and b_step on; added to c unless these are the first.
 inline void multiply(const Tiles& a, int64_t i, int64_t a_step, const Tiles& b, int64_t j, int64_t b_step,
         int64_t count, bool first, float* c) {
-    amx::steps<false>((const char*)a.at(2 * i, a_step), (const char*)a.at(2 * i + 1, a_step),
+    tiles::steps<false>((const char*)a.at(2 * i, a_step), (const char*)a.at(2 * i + 1, a_step),
         (const char*)b.at(2 * j, b_step), (const char*)b.at(2 * j + 1, b_step), count, first, c, [](int64_t) {});
 }
 // Where 16 results of row r, from column d on, stand in such blocks side by side.
 inline float* result(float* c, int64_t r, int64_t d) {
-    return c + d / 32 * amx::block_floats + r / 16 * 512 + d % 32 / 16 * 256 + r % 16 * 16;
+    return c + d / 32 * tiles::block_floats + r / 16 * 512 + d % 32 / 16 * 256 + r % 16 * 16;
 }
 inline void turn_block(const Tiles& rows, const Tiles& to, int64_t b) {
     for (int64_t half = 0; half < 2; half++)
