@@ -8,16 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import work
-from benchmarks.peak import measure
-from benchmarks.sides import ROOT, alternate
-from benchmarks.training import add_options, fetch_code, training_sides
-from jlora.machine import cpu_model, processors
+from benchmarks.sides import alternate
+from benchmarks.training import add_options, begin, training_sides
 
 
 def main() -> None:
@@ -32,13 +29,7 @@ def main() -> None:
     add_options(options, peers=["PEFT bf16", "PEFT bf16, memory kept"])
     options.set_defaults(precisions=["bf16"])
     options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks")
-    chosen = options.parse_args()
-    fetch_code(chosen.models, chosen)
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    print(f"{cpu_model()}, {processors()} processors, {date.today()}")
-    peak = measure()
-    print(f"largest matrix product measured: bf16 {peak / 1e9:,.0f} GFLOP/s", flush=True)
+    chosen, peak = begin(options)
     results = []
     for model in chosen.models:
         if chosen.tokens:

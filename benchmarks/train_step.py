@@ -6,16 +6,13 @@ import argparse
 import json
 import os
 import tempfile
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import operators, work
-from benchmarks.peak import measure
 from benchmarks.sides import ROOT, alternate
-from benchmarks.training import PEERS, add_options, fetch_code, training_sides
-from jlora.machine import cpu_model, processors
+from benchmarks.training import PEERS, add_options, begin, training_sides
 
 
 def main() -> None:
@@ -24,13 +21,7 @@ def main() -> None:
     options.add_argument("--batches", nargs="+", default=["8x64", "e2e-8", "e2e-16"])
     add_options(options, peers=list(PEERS))
     options.add_argument("--rounds", type=int, default=9)
-    options.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks")
-    chosen = options.parse_args()
-    fetch_code(chosen.models, chosen)
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    print(f"{cpu_model()}, {processors()} processors, {date.today()}")
-    peak = measure()
-    print(f"largest matrix product measured: bf16 {peak / 1e9:,.0f} GFLOP/s", flush=True)
+    chosen, peak = begin(options)
     results = []
     for model in chosen.models:
         line, compiled = operators.describe(model, chosen.precisions[0])

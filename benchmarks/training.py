@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 import psutil
 
 from benchmarks import lora_code, work
-from benchmarks.sides import Side
+from benchmarks.peak import measure
+from benchmarks.sides import ROOT, Side
+from jlora.machine import cpu_model, processors
 
 MICROSOFT = "microsoft/LoRA, "
 # torch returns its large temporaries to the system at every step and faults their pages in again,
@@ -37,6 +40,22 @@ def add_options(options: argparse.ArgumentParser, peers: list[str]) -> None:
     options.add_argument("--padded-rows", type=int,
                          help="rows of a padded batch, the time being scaled to all; default: "
                          "as many as fit in memory")  # fmt: skip
+
+
+def begin(options: argparse.ArgumentParser) -> tuple[argparse.Namespace, float]:
+    """Parse the options, fetch what takes part and print the machine.
+
+    Returns:
+        The options, and the FLOP/s of the largest matrix product measured.
+    """
+    options.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks")
+    chosen = options.parse_args()
+    fetch_code(chosen.models, chosen)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    print(f"{cpu_model()}, {processors()} processors, {date.today()}")
+    peak = measure()
+    print(f"largest matrix product measured: bf16 {peak / 1e9:,.0f} GFLOP/s", flush=True)
+    return chosen, peak
 
 
 def fetch_code(models: list[str], chosen: argparse.Namespace) -> None:

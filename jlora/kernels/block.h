@@ -8,6 +8,7 @@
 #include <vector>
 #include "elementwise.h"
 #include "lora.h"
+#include "norm.h"
 #include "product.h"
 #if defined(JLORA_TILES)
 #include "tile_attention.h"
@@ -31,7 +32,7 @@ struct BlockSpec {
     int64_t width, heads, key_heads, head_size, inner;
     int64_t gated;          // Llama's RMSNorm, rotary embedding and SwiGLU; else LayerNorm and GELU
     double eps;
-    const float *norm1, *norm1_bias, *norm2, *norm2_bias;
+    Norm norm1, norm2;
     JointSpec qkv, out, up, down;
     int64_t qkv_width() const { return (heads + 2 * key_heads) * head_size; }
 };
@@ -133,7 +134,7 @@ public:
     void forward(const Saved& saved, float* y) {
         static Buffer<uint16_t> for_normed, for_active;
         const Rows normed = rows_in(for_normed, M, C), active = rows_in(for_active, M, s.inner);
-        normalise(c.x, s.norm1, s.norm1_bias, normed);
+        normalise(c.x, s.norm1, normed);
         qkv.forward(normed, saved.low_qkv, [&](int64_t m, int64_t n, F16 left, F16 right) {
             store32(saved.qkv.at(m, n), left, right);
         });
@@ -141,7 +142,7 @@ public:
         out.forward(saved.attended, saved.low_out, [&](int64_t m, int64_t n, F16 left, F16 right) {
             store_sum(c.x + m * C + n, left, right, saved.mid + m * C + n);
         });
-        normalise(saved.mid, s.norm2, s.norm2_bias, normed);
+        normalise(saved.mid, s.norm2, normed);
         up.forward(normed, saved.low_up, [&](int64_t m, int64_t n, F16 left, F16 right) {
             const bool gate = s.gated && n < s.inner;
             store32(gate ? saved.gate.at(m, n) : saved.up.at(m, s.gated ? n - s.inner : n), left, right);
@@ -181,7 +182,7 @@ public:
         });
         if (up.low.rank()) {
             const Rows normed = rows_in(for_rows, M, C);
-            normalise(saved.mid, s.norm2, s.norm2_bias, normed);
+            normalise(saved.mid, s.norm2, normed);
             up.low.backward(normed, dup, saved.low_up, for_dlow);
         }
         up.backward(dup, [&](int64_t m, int64_t k, F16 left, F16 right) {
@@ -197,7 +198,7 @@ public:
         stream_attention_back(stream(saved), dattended, dqkv);
         if (qkv.low.rank()) {
             const Rows normed = rows_in(for_rows, M, C);
-            normalise(c.x, s.norm1, s.norm1_bias, normed);
+            normalise(c.x, s.norm1, normed);
             qkv.low.backward(normed, dqkv, saved.low_qkv, for_dlow);
         }
         if (!dx) return;
@@ -222,42 +223,32 @@ private:
         store16(y, load16(x) + left), store16(y + 16, load16(x + 16) + right);
     }
 
-    struct Moments { float mean, rstd; };
-    Moments moments(const float* row) const {
-        float sum = 0, square = 0;
-        if (!s.gated) for (int64_t j = 0; j < C; j++) sum += row[j];
-        const float mean = sum / C;
-        for (int64_t j = 0; j < C; j++) square += (row[j] - mean) * (row[j] - mean);
-        return {mean, 1.0f / std::sqrt(square / C + (float)s.eps)};
-    }
-    void normalise(const float* x, const float* weight, const float* bias, const Rows& y) const {
+    void normalise(const float* x, const Norm& norm, const Rows& y) const {
         #pragma omp parallel for schedule(static)
         for (int64_t m = 0; m < M; m++) {
-            const float* row = x + m * C;
-            const Moments of = moments(row);
+            const NormRow row(norm, (float)s.eps, x + m * C, C);
             for (int64_t k = 0; k < C; k += 32) {
-                F16 left = (load16(row + k) - of.mean) * of.rstd * load16(weight + k);
-                F16 right = (load16(row + k + 16) - of.mean) * of.rstd * load16(weight + k + 16);
-                if (bias) left += load16(bias + k), right += load16(bias + k + 16);
+                F16 left, right;
+                row(k, 32, left, right);
                 store32(y.at(m, k), left, right);
             }
         }
     }
     // dx = the norm's gradient + what flows past it
-    void normalise_back(const float* x, const float* weight, const float* dy, const float* past, float* dx) const {
+    void normalise_back(const float* x, const Norm& norm, const float* dy, const float* past, float* dx) const {
         #pragma omp parallel for schedule(static)
         for (int64_t m = 0; m < M; m++) {
             const float *row = x + m * C, *g = dy + m * C;
-            const Moments of = moments(row);
+            const NormRow of(norm, (float)s.eps, row, C);
             float sum = 0, along = 0;
             for (int64_t j = 0; j < C; j++) {
-                const float w = g[j] * weight[j];
+                const float w = g[j] * norm.weight[j];
                 sum += w;
                 along += w * (row[j] - of.mean);
             }
-            const float c0 = s.gated ? 0.0f : sum / C, c1 = along * of.rstd * of.rstd / C;
+            const float c0 = norm.bias ? sum / C : 0.0f, c1 = along * of.r * of.r / C;
             for (int64_t j = 0; j < C; j++)
-                dx[m * C + j] = past[m * C + j] + of.rstd * (g[j] * weight[j] - c0 - (row[j] - of.mean) * c1);
+                dx[m * C + j] = past[m * C + j] + of.r * (g[j] * norm.weight[j] - c0 - (row[j] - of.mean) * c1);
         }
     }
     void activate(const Saved& saved, const Rows& active) const {

@@ -4,10 +4,10 @@
 #pragma once
 #include "attention.h"
 #include "linear.h"
+#include "norm.h"
 #include "shared_attention.h"
 
 namespace jlora::decode {
-struct Norm { const float *weight, *bias; };  // no bias: RMSNorm, otherwise LayerNorm
 struct Block {
     Norm before_attention, before_mlp;
     Linear qkv[3], out, in[2], down;  // one Linear for query, key and value together, or three
@@ -24,26 +24,6 @@ struct Model {
 };
 constexpr int64_t row_block = 16;  // rows are made up to whole blocks: fewer kinds of products
 
-// A row's norm; make(k, n, v) of `Input::put_row`.
-struct NormRow {
-    const float* x;
-    const Norm& norm;
-    float mean = 0, r;
-    NormRow(const Norm& norm, float eps, const float* x, int64_t C) : x(x), norm(norm) {
-        float sum = 0, square = 0;
-        if (norm.bias) for (int64_t j = 0; j < C; j++) sum += x[j];
-        mean = sum / C;
-        for (int64_t j = 0; j < C; j++) square += (x[j] - mean) * (x[j] - mean);
-        r = 1.0f / std::sqrt(square / C + eps);
-    }
-    void operator()(int64_t k, int64_t n, F16& left, F16& right) const {
-        F16 w0, w1, b0{}, b1{};
-        load_some(x + k, left, right, n);
-        load_some(norm.weight + k, w0, w1, n);
-        if (norm.bias) load_some(norm.bias + k, b0, b1, n);
-        left = (left - mean) * r * w0 + b0, right = (right - mean) * r * w1 + b1;
-    }
-};
 inline void normalise(const Norm& norm, float eps, const float* x, int64_t C, const Input& to) {
     #pragma omp parallel for schedule(static)
     for (int64_t m = 0; m < to.rounded.rows; m++) to.put_row(m, NormRow(norm, eps, x + m * C, C));

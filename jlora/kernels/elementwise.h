@@ -117,8 +117,7 @@ struct Dropout {
     }
     // What x[i] to x[i + 15] are multiplied by: scale or zero.
     F16 factors(int64_t i) const {
-        constexpr U16 count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        U16 h = (count + (uint32_t)i) * 0x9E3779B1u ^ key;
+        U16 h = ((U16)lane_numbers + (uint32_t)i) * 0x9E3779B1u ^ key;
         h = (h ^ (h >> 16)) * 0x85EBCA6Bu;
         h = (h ^ (h >> 13)) * 0xC2B2AE35u;
         h ^= h >> 16;

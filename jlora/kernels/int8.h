@@ -1,7 +1,8 @@
-// int8 weights: one scale for each output, activations rounded to int8 row by row on the way. Included by
-// product.h, whose `Weight` and `Rows` it uses.
+// int8 weights: one scale for each output, activations rounded to int8 row by row on the way.
 #pragma once
+#include <algorithm>
 #include <cmath>
+#include "tile_weights.h"
 
 namespace jlora::int8 {
 typedef int8_t Byte16 __attribute__((vector_size(16)));
@@ -31,11 +32,6 @@ struct Outliers {
     float value[most];
 };
 inline F16 size(F16 v) { return v < 0.0f ? -v : v; }
-inline float largest(F16 v) {
-    float most = v[0];
-    for (int i = 1; i < 16; i++) most = std::max(most, v[i]);
-    return most;
-}
 // Rows of int8 numbers as tiles of 16 rows x 64 columns, and what each row is to be multiplied with.
 struct QuantisedRows { char* data; float* scales; Outliers* outliers; };
 // columns: factors of the columns, filled up to whole tiles; null: none.
@@ -63,7 +59,7 @@ inline QuantisedRows quantise(const Rows& x, const float* columns) {
         F16 peaks{};
         for (int64_t k = 0; k < x.width; k += 16) {
             const F16 v = run(k), sizes = size(v);
-            if (largest(sizes) <= limit) {
+            if (largest16(sizes) <= limit) {
                 peaks = sizes > peaks ? sizes : peaks;
                 continue;
             }
@@ -76,7 +72,7 @@ inline QuantisedRows quantise(const Rows& x, const float* columns) {
                 apart.value[apart.count++] = v[i];
             }
         }
-        const float most = largest(peaks);
+        const float most = largest16(peaks);
         out.scales[m] = most / 127;
         const float inverse = most > 0 ? 127 / most : 0.0f;
         for (int64_t k = 0; k < steps * 64; k += 16) {

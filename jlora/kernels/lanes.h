@@ -72,6 +72,12 @@ inline F16 gelu_slope16(F16 x) {
     const F16 s = sigmoid16(2.0f * 0.7978845608f * (x + 0.044715f * x * x * x));
     return s + x * 2.0f * s * (1.0f - s) * du;
 }
+constexpr I16 lane_numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+inline float largest16(F16 v) {
+    float most = v[0];
+    for (int i = 1; i < 16; i++) most = v[i] > most ? v[i] : most;
+    return most;
+}
 inline float sum16(F16 v) {
     float sum = 0;
     for (int i = 0; i < 16; i++) sum += v[i];

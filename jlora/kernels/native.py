@@ -79,9 +79,8 @@ def _command(onednn: OneDNN | None) -> list[str]:
     target = f"{option}={os.environ.get('JLORA_ARCH', 'native')}"  # another one is for tests
     command = [machine.compiler() or "g++", *FLAGS, target, str(FOLDER / SOURCE)]
     if platform.machine() in ("x86_64", "AMD64"):
-        command.insert(
-            1, "-mprefer-vector-width=512"
-        )  # where there is AVX-512; GCC's choice is 256
+        # Of AVX-512; GCC would take half of it.
+        command.insert(1, "-mprefer-vector-width=512")
     if _has_amx(command):
         command += ["-DJLORA_AMX"]
     elif onednn is not None:  # after the source that needs it

@@ -52,41 +52,36 @@ struct StreamHeads {
     }
 };
 
-inline void stream_attention(const Stream& s) {
+template <typename Work>
+void each_key_head(const Stream& s, Work work) {
     #pragma omp parallel
     {
         AttentionRoom room;
         StreamHeads heads;
         #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t i = 0; i < s.sequences; i++)
-            for (int64_t g = 0; g < s.key_heads; g++) {
-                const Group group = heads.load(s, i, g);
-                attend(group, room, heads.o.data(), group.q_row);
-                heads.store(heads.o, group.T, group.q_row, s.attended, s.starts[i], g * group.q_row);
-            }
+            for (int64_t g = 0; g < s.key_heads; g++) work(heads.load(s, i, g), heads, room, s.starts[i], g);
     }
+}
+inline void stream_attention(const Stream& s) {
+    each_key_head(s, [&](const Group& group, StreamHeads& heads, AttentionRoom& room, int64_t first, int64_t g) {
+        attend(group, room, heads.o.data(), group.q_row);
+        heads.store(heads.o, group.T, group.q_row, s.attended, first, g * group.q_row);
+    });
 }
 // dattended: of the heads' results; dqkv: as a row of qkv
 inline void stream_attention_back(const Stream& s, const Rows& dattended, const Rows& dqkv) {
-    #pragma omp parallel
-    {
-        AttentionRoom room;
-        StreamHeads heads;
-        #pragma omp for collapse(2) schedule(dynamic)
-        for (int64_t i = 0; i < s.sequences; i++)
-            for (int64_t g = 0; g < s.key_heads; g++) {
-                const Group group = heads.load(s, i, g);
-                const int64_t first = s.starts[i], T = group.T, row = group.q_row, column = g * row;
-                heads.dq.resize(T * row), heads.dk.assign(T * s.D, 0.0f), heads.dv.assign(T * s.D, 0.0f);
-                heads.fetch(s.attended, T, row, heads.o, first, column);
-                heads.fetch(dattended, T, row, heads.d, first, column);
-                attend_back(group, room, heads.o.data(), row, heads.d.data(), row, heads.dq.data(), heads.dk.data(),
-                    heads.dv.data());
-                heads.turn(s, heads.dq.data(), first, T, s.per(), -1), heads.turn(s, heads.dk.data(), first, T, 1, -1);
-                heads.store(heads.dq, T, row, dqkv, first, column);
-                heads.store(heads.dk, T, s.D, dqkv, first, s.key_column(g));
-                heads.store(heads.dv, T, s.D, dqkv, first, s.value_column(g));
-            }
-    }
+    each_key_head(s, [&](const Group& group, StreamHeads& heads, AttentionRoom& room, int64_t first, int64_t g) {
+        const int64_t T = group.T, row = group.q_row, column = g * row;
+        heads.dq.resize(T * row), heads.dk.assign(T * s.D, 0.0f), heads.dv.assign(T * s.D, 0.0f);
+        heads.fetch(s.attended, T, row, heads.o, first, column);
+        heads.fetch(dattended, T, row, heads.d, first, column);
+        attend_back(group, room, heads.o.data(), row, heads.d.data(), row, heads.dq.data(), heads.dk.data(),
+            heads.dv.data());
+        heads.turn(s, heads.dq.data(), first, T, s.per(), -1), heads.turn(s, heads.dk.data(), first, T, 1, -1);
+        heads.store(heads.dq, T, row, dqkv, first, column);
+        heads.store(heads.dk, T, s.D, dqkv, first, s.key_column(g));
+        heads.store(heads.dv, T, s.D, dqkv, first, s.value_column(g));
+    });
 }
 }  // namespace jlora

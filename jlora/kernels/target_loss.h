@@ -19,16 +19,13 @@ struct RowSums {
         if (wanted >= n && wanted < n + count) target = wanted - n < 16 ? left[wanted - n] : right[wanted - n - 16];
         plain += sum16(count == 32 ? left + right : first(left, count) + first(right, count - 16));
         if (count < 32) left = first(left, count, -FLT_MAX), right = first(right, count - 16, -FLT_MAX);
-        const F16 both = left > right ? left : right;
-        float most = both[0];
-        for (int i = 1; i < 16; i++) most = both[i] > most ? both[i] : most;
+        const float most = largest16(left > right ? left : right);
         if (most > peak) total *= fast_exp(peak - most), peak = most;
         total += sum16(exp16(left - peak) + exp16(right - peak));
     }
     // The first `count` numbers of v, and `other` for the rest.
     static F16 first(F16 v, int64_t count, float other = 0) {
-        constexpr I16 place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        return place < (int32_t)count ? v : F16{} + other;
+        return lane_numbers < (int32_t)count ? v : F16{} + other;
     }
     void join(const RowSums& other) {
         const float most = std::max(peak, other.peak);

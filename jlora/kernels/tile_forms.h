@@ -21,7 +21,6 @@ inline F16 exp2_16(F16 x) {
     p = p * r + 1.0f;
     return (F16)_mm512_scalef_ps((__m512)p, n);
 }
-const I16 lane_numbers{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // rows -> turned, or turned -> rows: a matrix of 16 x 16 pairs.
 inline void turn_tile(const uint16_t* from, uint16_t* to) {

@@ -1,0 +1,138 @@
+// What product.h says, by the tiles of tiles.h; one packing of a weight serves both directions.
+#pragma once
+#include "bf16.h"
+#include "int8.h"
+#include "tile_weights.h"
+
+namespace jlora {
+// w: (n, k) row by row, or (k, n) when transposed.
+inline void pack(const float* w, const Weight& out, bool transposed) {
+    const int64_t along_n = transposed ? 1 : out.k, along_k = transposed ? out.n : 1;
+    if (out.scales) return int8::pack(w, out, along_n, along_k);
+    #pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < up_to(out.n, 32) / 16; t++)
+        for (int64_t k = 0; k < up_to(out.k, 32); k++)
+            for (int64_t i = 0; i < 16; i++) {
+                const int64_t n = t * 16 + i;
+                const float x = n < out.n && k < out.k ? w[n * along_n + k * along_k] : 0.0f;
+                out.at(n, k) = bf16_of(x);
+            }
+}
+inline void unpack(const Weight& w, float* out, bool transposed) {
+    const int64_t along_n = transposed ? 1 : w.k, along_k = transposed ? w.n : 1;
+    #pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < w.n; n++)
+        for (int64_t k = 0; k < w.k; k++)
+            out[n * along_n + k * along_k] = w.scales ? int8::at(w, n, k) * w.scales[n] : float_of(w.at(n, k));
+}
+
+// Row n of a bf16 weight.
+inline void unpack_row(const Weight& w, int64_t n, float* row) {
+    for (int64_t k = 0; k < w.k; k++) row[k] = float_of(w.at(n, k));
+}
+
+// 8 x 8 numbers of 64 bits.
+inline void transpose8(__m512i* x) {
+    __m512i y[8];
+    for (int i = 0; i < 8; i += 2) {
+        y[i] = _mm512_unpacklo_epi64(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi64(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 2; i++)
+        for (int half = 0; half < 8; half += 4) {
+            const __m512i a = y[half + i], b = y[half + 2 + i];
+            x[half + i] = _mm512_shuffle_i64x2(a, b, 0x88);
+            x[half + 2 + i] = _mm512_shuffle_i64x2(a, b, 0xdd);
+        }
+    for (int i = 0; i < 4; i++) {
+        const __m512i a = x[i], b = x[i + 4];
+        y[i] = _mm512_shuffle_i64x2(a, b, 0x88);
+        y[i + 4] = _mm512_shuffle_i64x2(a, b, 0xdd);
+    }
+    for (int i = 0; i < 8; i++) x[i] = y[i];
+}
+
+// Two tiles of 32 outputs by 32 inputs become two for the way back: [n / 2][k][n % 2], inputs 0-15
+// to `left` and 16-31 to `right`.
+inline void turn_tiles(const uint16_t* upper, const uint16_t* lower, uint16_t* left, uint16_t* right) {
+    // [k / 2][n / 2] groups of 4 numbers (n, k), (n, k + 1), (n + 1, k), (n + 1, k + 1): the inner two
+    // change places, and then the matrix of groups is transposed.
+    const __m512i swap = _mm512_set4_epi32(0x0f0e0b0a, 0x0d0c0908, 0x07060302, 0x05040100);
+    const uint16_t* from[2] = {upper, lower};
+    uint16_t* to[2] = {left, right};
+    for (int t = 0; t < 2; t++)
+        for (int half = 0; half < 2; half++) {
+            __m512i x[8];
+            for (int i = 0; i < 8; i++)
+                x[i] = _mm512_shuffle_epi8(_mm512_load_si512(from[t] + (half * 8 + i) * 32), swap);
+            transpose8(x);
+            for (int i = 0; i < 8; i++) _mm512_store_si512(to[half] + (t * 8 + i) * 32, x[i]);
+        }
+}
+
+struct ForwardPanels {
+    const Weights& all;
+    void panel(int64_t p, int64_t s, int64_t, char*, const char*& b0, const char*& b1) const {
+        const Weight& w = find(all, p);
+        b0 = (const char*)w.tile(2 * p, s), b1 = b0 + w.stride;
+    }
+    void fetch(int64_t p, int64_t s, int64_t line) const {
+        const Weight& w = find(all, p);
+        const char* at = (const char*)w.tile(2 * p, s) + line * 64;
+        _mm_prefetch(at, _MM_HINT_T1);
+        _mm_prefetch(at + w.stride, _MM_HINT_T1);
+    }
+};
+// The way back contracts over the outputs of all of them.
+struct BackwardPanels {
+    const Weights& all;
+    void panel(int64_t p, int64_t s, int64_t n, char* room, const char*& b0, const char*& b1) const {
+        uint16_t *left = (uint16_t*)room, *right = left + n * 512;
+        for (int64_t i = 0; i < n; i++) {
+            int64_t step = s + i;
+            const Weight& w = find(all, step);
+            if (w.scales) {
+                int8::widen_tiles(w, step, p, left + i * 512, right + i * 512);
+                continue;
+            }
+            turn_tiles(w.tile(2 * step, p), w.tile(2 * step + 1, p), left + i * 512, right + i * 512);
+        }
+        b0 = (const char*)left, b1 = (const char*)right;
+    }
+    void fetch(int64_t p, int64_t s, int64_t line) const {
+        int64_t step = s + line / 16;
+        const Weight& w = find(all, step);
+        const char* at = w.scales ? int8::half_tile(w, 2 * step, p) + line % 8 * 64
+                                  : (const char*)w.tile(2 * step, p) + line % 16 * 64;
+        _mm_prefetch(at, _MM_HINT_T1);
+        _mm_prefetch(at + w.stride, _MM_HINT_T1);
+    }
+};
+
+// sink(m, n, left, right): outputs n to n + 31 of row m.
+template <typename Sink>
+void product(const Rows& x, const Weights& all, Sink sink) {
+    if (!x.rows) return;
+    if (all.list[0]->scales) return int8::product(x, all, panels(all), ForwardPanels{all}, sink);
+    tiles::product<false>((const char*)x.data, x.rows, panels(all), x.steps(), ForwardPanels{all}, sink);
+}
+template <typename Sink>
+void product_back(const Rows& dy, const Weights& all, Sink sink) {
+    if (!dy.rows) return;
+    const Weight& first = *all.list[0];
+    if (first.int8_back) return int8::product_back(dy, all, sink);
+    tiles::product<false>((const char*)dy.data, dy.rows, up_to(first.k, 32) / 32, panels(all), BackwardPanels{all}, sink);
+}
+// What a weight is kept in.
+enum Kind { bf16_kind, int8_kind, int8_both_kind };
+inline int64_t weight_bytes(int64_t n, int64_t k, int64_t kind) {
+    if (!tiles::permitted()) return 0;
+    if (kind == bf16_kind) return up_to(n, 32) * up_to(k, 32) * 2;
+    return up_to(n, 64) * (up_to(k, 64) + (int64_t)sizeof(float));
+}
+inline Weight weight_in(char* memory, int64_t n, int64_t k, int64_t kind) {
+    if (kind == bf16_kind) return {memory, n, k, up_to(k, 32) * 32, nullptr, 0};
+    const float* scales = (const float*)(memory + up_to(n, 64) * up_to(k, 64));
+    return {memory, n, k, up_to(k, 64) * 16, scales, kind == int8_both_kind};
+}
+}  // namespace jlora
