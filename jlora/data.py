@@ -30,10 +30,18 @@ from jlora.files import read_text
 
 @dataclass(frozen=True)
 class Example:
-    """One training pair as text."""
+    """One training pair as text.
+
+    Attributes:
+        part: the part of the dataset it belongs to where scores are told apart by parts ("seen").
+        keep: characters at the prompt's end that stay when the prompt is too long (a question
+            behind its passage); 0: the end of the prompt is what goes.
+    """
 
     prompt: str
     completion: str
+    part: str | None = None
+    keep: int = 0
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,12 @@ NAMES = ("e2e", "jsonl", "restaurants")
 
 @dataclass(frozen=True)
 class ReferenceGroup:
-    """One distinct input with all the texts that answer it."""
+    """One distinct input with all the texts that answer it; `part` and `keep` as in `Example`."""
 
     prompt: str
     references: list[str]
+    part: str | None = None
+    keep: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Task:
         metrics: names of the scores that this dataset is judged by.
         splits: for each split the file names that may hold it, best first.
         built_in: gives a split's examples without any file.
+        choices: the answers of a task that is a choice between a few ("true", "false"); empty for
+            texts.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Task:
     metrics: tuple[str, ...]
     splits: Mapping[str, tuple[str, ...]]
     built_in: Callable[[str], list[Example]] | None = None
+    choices: tuple[str, ...] = ()
 
     def load(self, data: str | Path | None, split: str) -> list[Example]:
         """The examples of a split, from ``data`` or the usual places; see `find_data`.
@@ -66,10 +71,12 @@ class Task:
 
 def group_by_prompt(examples: Sequence[Example]) -> list[ReferenceGroup]:
     """Group examples by prompt, in the order in which prompts are first seen."""
-    references: dict[str, list[str]] = {}
+    groups: dict[str, ReferenceGroup] = {}
     for example in examples:
-        references.setdefault(example.prompt, []).append(example.completion)
-    return [ReferenceGroup(prompt, texts) for prompt, texts in references.items()]
+        if example.prompt not in groups:
+            groups[example.prompt] = ReferenceGroup(example.prompt, [], example.part, example.keep)
+        groups[example.prompt].references.append(example.completion)
+    return list(groups.values())
 
 
 def find_data(
