@@ -109,13 +109,14 @@ def prepare(
 ) -> str:
     """Make a model fast for training and for generation.
 
-    Weights that are trainable stay float32; with AMX or AVX-512 their products read copies in bf16
-    that follow them (whatever the precision packs the frozen ones in), else they run plain. Call it again after an adapter was attached,
-    merged away or unloaded (the layers put in place then are plain), and after frozen weights were
-    given other numbers: packed weights are copies.
+    Weights that are trained stay float32. With AMX or AVX-512 their products read copies in bf16
+    that follow them, whatever precision the frozen ones are packed in; elsewhere they run plain.
+    Call it again after something else is to be trained, after an adapter was attached, merged away
+    or unloaded (the layers put in place then are plain), and after frozen weights were given other
+    numbers: packed weights are copies.
 
     Args:
-        model: a model or PeftModel, its base frozen and in float32.
+        model: a model or PeftModel, in float32; what is not trained has its gradient stopped.
         precision: "bf16" packs frozen linear weights in bf16 (sums, residual stream, adapter and
             optimiser stay float32); "int8" keeps them in int8, half the memory, and multiplies
             activations in int8 and gradients in bf16, "int8-both" both in int8; "fp32" fuses what

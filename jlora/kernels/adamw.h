@@ -9,9 +9,9 @@
 #pragma GCC optimize("no-associative-math", "no-reciprocal-math", "fp-contract=off")
 #endif
 namespace jlora {
-// What the numbers are multiplied with; see `AdamW.step`.
+// See `AdamW._update_compiled`.
 struct AdamWNumbers {
-    float beta1, rest1, beta2, rest2, root2, eps, rate, decay, clip;
+    float beta1, rest1, beta2, rest2, rate, root2, decay, eps, clip;
 };
 // m, v (n,) are updated, `to` gets the new values of `from`; loralib: its variant, else torch's.
 inline void adamw(const float* from, const float* gradient, const AdamWNumbers& c, bool loralib, float* to, float* m,
@@ -21,8 +21,7 @@ inline void adamw(const float* from, const float* gradient, const AdamWNumbers& 
         const float g = gradient[i] * c.clip;
         const float m1 = c.beta1 * m[i] + c.rest1 * g, v1 = c.beta2 * v[i] + c.rest2 * g * g;
         m[i] = m1, v[i] = v1;
-        const float root = loralib ? std::sqrt(v1) : std::sqrt(v1) / c.root2;
-        const float change = c.rate * (m1 / (root + c.eps));
+        const float change = c.rate * (m1 / (std::sqrt(v1) / c.root2 + c.eps));
         to[i] = loralib ? (from[i] - change) * c.decay : from[i] * c.decay - change;
     }
 }
