@@ -46,8 +46,7 @@ class NativeModel:
         self.model["layers"] = len(self.blocks)
         packed = model.head._packed if type(model.head) is PackedHead else None
         fits = packed is not None and packed.fits(model.output_embedding)
-        self.head = packed.packed.address if fits else None
-        self._held.append(packed)
+        self.head = self._packed_address(packed) if fits else None
         self.width = int(self.model["G"][0] * self.model["D"][0])
 
     @property
@@ -109,13 +108,12 @@ class NativeModel:
 
     def _read_tokens(self, module: nn.Module) -> None:
         if type(module) is PackedEmbedding:
-            self.model["packed_tokens"] = module._packed.packed.address
-            self._held.append(module._packed)
+            self.model["packed_tokens"] = self._packed_address(module._packed)
         else:
             self.model["tokens"] = self._embedding(module)
 
     def _embedding(self, module: nn.Module) -> int:
-        if type(module) is not nn.Embedding:
+        if type(module) not in (nn.Embedding, engine.TrainedEmbedding):
             raise _Unsupported
         return self._address(module.weight)
 
@@ -154,8 +152,7 @@ class NativeModel:
             result["kind"] = COLUMNS_FIRST if turned else ROWS_FIRST
             result["weight"] = self._address(weight)
         else:
-            result["kind"], result["weight"] = PACKED, product.packed.address
-            self._held.append(product)
+            result["kind"], result["weight"] = PACKED, self._packed_address(product)
         return result
 
     def _read_branch(self, layer, result: np.ndarray) -> None:
@@ -167,6 +164,11 @@ class NativeModel:
         result["r"], result["blocks"] = layer.lora_B.shape[1], len(enabled)
         result["flags"] = sum(1 << block for block, flag in enumerate(enabled) if flag)
         result["scale"] = layer.scaling
+
+    def _packed_address(self, product) -> int:
+        weight = product.packed.settled()
+        self._held.append(weight)
+        return weight.address
 
     def _address(self, var: jt.Var) -> int:
         if not isinstance(var, jt.Var) or var.dtype != "float32":

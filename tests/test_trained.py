@@ -12,6 +12,7 @@ from tiny_models import ids_of, round_bf16, tiny_llama, wide_gpt2, wide_llama
 
 import jlora.train
 from jlora import engine, machine, optim
+from jlora.beam import BeamConfig, beam_search
 from jlora.data import TokenExample
 from jlora.engine.products import TrainedProduct
 from jlora.errors import UserError
@@ -24,6 +25,7 @@ from jlora.loggers import read_metrics
 from jlora.models import gpt2, llama
 from jlora.models.attention import Stream
 from jlora.models.head import LanguageHead
+from jlora.native_model import native_model
 from jlora.optim import AdamW, OptimConfig
 from jlora.runtime import jt
 from jlora.train import TrainConfig, train
@@ -269,6 +271,33 @@ def test_checkpointed_activations_give_the_same_gradients():
         found.append(loss_and_gradients(model, names))
     for name, gradient in found[0][1].items():
         np.testing.assert_array_equal(found[-1][1][name], gradient)
+
+
+@needs_tiles
+@pytest.mark.parametrize("kind", ["gpt2", "tied"])
+def test_decoding_reads_the_weights_of_the_moment(kind):
+    """With everything trained as with everything frozen, before and after an update."""
+    model, prompts = MODELS[kind](), [[3, 1, 4, 1, 5], [2]]
+
+    def answers(names):
+        set_trainable(model, names)
+        engine.prepare(model, "bf16")
+        model.eval()
+        assert native_model(model) is not None
+        return beam_search(model, prompts, BeamConfig((22,), num_beams=3, max_new_tokens=6))
+
+    names, found = names_of(model, "all"), []
+    for factor in (1.0, 1.1):
+        for parameter in model.parameters():
+            assign(parameter, parameter * factor)
+        if factor > 1:  # the copies follow without another call of prepare
+            found.append(
+                beam_search(model, prompts, BeamConfig((22,), num_beams=3, max_new_tokens=6))
+            )
+        frozen = answers([])
+        found.append(answers(names))
+        assert found[-1] == frozen
+    assert found[1] == found[2] != found[0]
 
 
 class Whole:

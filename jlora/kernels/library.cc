@@ -180,6 +180,7 @@ JLORA_OPERATOR(multiply_op) {
 #ifdef JLORA_TILES
 // Trained weights: packed anew for each step, as an array. weight -> packed; number: n, k, transposed.
 extern "C" int64_t trained_bytes(int64_t n, int64_t k) { return weight_bytes(n, k, bf16_kind) + line; }
+extern "C" void describe_trained(void* packed, Weight* out, int64_t n, int64_t k) { *out = weight_of(packed, n, k); }
 JLORA_OPERATOR(pack_op) {
     pack(in[0].in(), weight_of(out[0].data, number[0], number[1]), number[2] != 0);
 }

@@ -86,6 +86,10 @@ class PackedWeight:
         """The same plus a low-rank branch; differentiable in x and the branch's A and B."""
         return _LoraProduct.apply(x, self, bias, branch, branch.A, branch.B)
 
+    def settled(self) -> PackedWeight:
+        """See `TrainedWeight.settled`."""
+        return self
+
     def rows(self, ids: jt.Var) -> jt.Var:
         """Rows of the weight: int32 (...) -> (..., K) float32. Not by oneDNN."""
         shape = (*ids.shape, self.k)
@@ -124,9 +128,22 @@ class TrainedWeight:
             self._copy, self._copied = copy.stop_grad(), self.weight.id
         return self._copy
 
+    def settled(self) -> SettledWeight:
+        """The weight as it is now, for what reads packed weights by their address."""
+        return SettledWeight(self)
+
     def __call__(self, x: jt.Var, bias: jt.Var | None = None) -> jt.Var:
         """(..., K) float32 -> (..., N) float32; differentiable in x, the weight and ``bias``."""
         return _TrainedProduct.apply(x, self.weight, bias, self)
+
+
+class SettledWeight:
+    """A `TrainedWeight` at one moment; ``address`` is good as long as this is held."""
+
+    def __init__(self, trained: TrainedWeight):
+        self._copy, self._weight = trained.packed(), _Weight()
+        self.address = ctypes.addressof(self._weight)
+        call("describe_trained", None, self._copy.raw_ptr, self.address, trained.n, trained.k)
 
 
 @dataclass(frozen=True)
