@@ -108,7 +108,22 @@ def parser() -> argparse.ArgumentParser:
 
     run = verb("run", run_run, "Train, decode, score and report as a recipe says.")
     run.add_argument("recipe", nargs="?", help="a YAML file, or the name of one that comes along")
+    run.add_argument(
+        "--smoke", action="store_true", help="a few steps and inputs only: does all of it work?"
+    )
     add_run_options(run)
+
+    sweep = verb("sweep", run_sweep, "Run a recipe under many settings and compare the scores.")
+    sweep.add_argument("recipe", help="a YAML file, or the name of one that comes along")
+    sweep.add_argument(
+        "--grid", action="append", default=[], metavar="KEY=VALUE,VALUE",
+        help="a setting's values, such as lora.r=1,2,4,8,64; of several grids all combinations",
+    )  # fmt: skip
+    sweep.add_argument("--cases", metavar="FILE", help="a YAML file of `name: {setting: value}`")
+    sweep.add_argument("--out", help="folder of the runs (default: runs/ and the recipe's name)")
+    sweep.add_argument("--data", help="as of jlora run")
+    sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    sweep.add_argument("--smoke", action="store_true", help="as of jlora run")
 
     finetune = verb("finetune", run_finetune, "Train an adapter on prompt/completion data.")
     finetune.add_argument("--recipe", help="start from this recipe's settings")
@@ -310,7 +325,33 @@ def run_run(arguments: argparse.Namespace) -> int:
     recipe, run = open_recipe(arguments, arguments.recipe)
     from jlora import workflow
 
+    if arguments.smoke and not arguments.resume:
+        from jlora.smoke import smoke
+
+        recipe = smoke(recipe)
     return 130 if workflow.run_recipe(recipe, run, arguments.resume) is None else 0
+
+
+def run_sweep(arguments: argparse.Namespace) -> int:
+    from jlora import sweep
+    from jlora.config import find_sweep
+    from jlora.report.html import write_comparison
+
+    if bool(arguments.grid) == bool(arguments.cases):
+        raise UserError("give --grid KEY=VALUE,VALUE or --cases FILE, such as --grid lora.r=1,2,4")
+    if arguments.cases:
+        cases = sweep.file_cases(find_sweep(arguments.cases))
+    else:
+        cases = sweep.grid_cases(arguments.grid)
+    options = ["--smoke"] if arguments.smoke else []
+    if arguments.data:
+        options += ["--data", arguments.data]
+    for setting in arguments.set:
+        options += ["--set", setting]
+    out = Path(arguments.out or f"runs/sweep-{Path(arguments.recipe).stem}")
+    runs = sweep.sweep(arguments.recipe, cases, options, out)
+    print(write_comparison(list(runs.values()), out / "report.html"))
+    return 0
 
 
 def run_finetune(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jlora.adapters import MergeReport, PeftModel, merged_weights
+from jlora.adapters import MergeReport, TunedModel, merged_weights
 from jlora.errors import UserError
 from jlora.files import atomic_path, write_text
 from jlora.formats.gguf_file import main_kind
@@ -63,7 +63,7 @@ def write_merged(model: Any, folder: str | Path, dtype: str = "float32") -> Writ
     generation_config.json if the base has it, and the tokenizer. ``model`` stays as it is.
 
     Args:
-        model: a PeftModel, or a plain model as `jlora.load` gives it.
+        model: a tuned model, or a plain one as `jlora.load` gives it.
         folder: new or empty.
         dtype: of the weights in the file: "float32", "float16" or "bfloat16" (to the nearest).
 
@@ -76,7 +76,7 @@ def write_merged(model: Any, folder: str | Path, dtype: str = "float32") -> Writ
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(KINDS)}")
     check_absent(folder)
     weights = merged_weights(model)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = model.get_base_model() if isinstance(model, TunedModel) else model
     tensors, kind, loss = weights.tensors, KINDS[dtype], None
     with atomic_path(folder, directory=True) as temporary:
         file = temporary / "model.safetensors"
