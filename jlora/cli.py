@@ -103,8 +103,29 @@ def parser() -> argparse.ArgumentParser:
     doctor = verb("doctor", run_doctor, "Check this machine; exit code 0 when all needed is there.")
     doctor.add_argument("--json", action="store_true", help="machine-readable output")
 
-    pull = verb("pull", run_pull, "Fetch a pretrained model into jlora's cache.")
-    pull.add_argument("name", help="smollm2-135m, or a Hugging Face name such as gpt2-medium")
+    pull = verb("pull", run_pull, "Fetch a pretrained model or a dataset into jlora's cache.")
+    pull.add_argument(
+        "name", help="smollm2-135m, a Hugging Face name such as gpt2-medium, or a dataset: e2e, "
+        "webnlg, dart, boolq",
+    )  # fmt: skip
+
+    text = "Split a dataset's file, or convert BoolQ's."
+    data = verbs.add_parser("data", help=text, description=text)
+    steps = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    split = steps.add_parser("split", help="seeded parts; no input stands in two of them")
+    split.add_argument("file", help="JSON Lines, context||target text, or WebNLG's or DART's JSON")
+    split.add_argument("folder", help="to write, new or empty")
+    split.add_argument(
+        "--sizes", required=True, type=whole_numbers, metavar="TRAIN,VALID,TEST",
+        help="distinct inputs of each part; two numbers: train and test",
+    )  # fmt: skip
+    split.add_argument("--seed", type=int, default=0)
+    split.set_defaults(function=run_split)
+    layout = steps.add_parser("convert", help="BoolQ's original layout and SuperGLUE's")
+    layout.add_argument("file", help="JSON Lines in either layout")
+    layout.add_argument("out", help="file to write")
+    layout.add_argument("--to", required=True, choices=("superglue", "original"))
+    layout.set_defaults(function=run_convert_data)
 
     run = verb("run", run_run, "Train, decode, score and report as a recipe says.")
     run.add_argument("recipe", nargs="?", help="a YAML file, or the name of one that comes along")
@@ -129,8 +150,8 @@ def parser() -> argparse.ArgumentParser:
     finetune.add_argument("--recipe", help="start from this recipe's settings")
     finetune.add_argument("--model", help="name or path of the base model")
     finetune.add_argument(
-        "--task", help="how the files are read: e2e (its text or CSV; the default), jsonl or "
-        "restaurants (built in)",
+        "--task", help="how the files are read: e2e (its text or CSV; the default), webnlg, dart, "
+        "boolq, jsonl or restaurants (built in)",
     )  # fmt: skip
     finetune.add_argument("--rank", type=int, help="r of LoRA")
     finetune.add_argument("--alpha", type=float, help="lora_alpha")
@@ -230,6 +251,14 @@ def flags(text: str) -> list[bool]:
     if not set(text.split(",")) <= {"0", "1"}:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 1,0,1")
     return [flag == "1" for flag in text.split(",")]
+
+
+def whole_numbers(text: str) -> list[int]:
+    """``2400,400,470`` -> [2400, 400, 470]"""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 2400,400,470") from None
 
 
 def adapter_file(arguments: argparse.Namespace):
@@ -416,7 +445,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
 
 def run_merge(arguments: argparse.Namespace) -> int:
-    from jlora.merge import check_absent, write_merged
+    from jlora.files import check_absent
+    from jlora.merge import write_merged
     from jlora.opening import open_model
 
     check_absent(arguments.out)  # before a minute of loading
@@ -427,7 +457,7 @@ def run_merge(arguments: argparse.Namespace) -> int:
 
 def run_export(arguments: argparse.Namespace) -> int:
     from jlora.export import export_gguf
-    from jlora.merge import check_absent
+    from jlora.files import check_absent
     from jlora.opening import open_model
 
     check_absent(arguments.gguf)
@@ -438,7 +468,7 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 def run_convert(arguments: argparse.Namespace) -> int:
     from jlora.adapters.loralib import is_loralib, loralib_note
-    from jlora.merge import check_absent
+    from jlora.files import check_absent
     from jlora.opening import open_model
 
     to_file = is_loralib(arguments.out)
@@ -487,9 +517,25 @@ def run_rerank(arguments: argparse.Namespace) -> int:
 
 
 def run_pull(arguments: argparse.Namespace) -> int:
-    from jlora.pull import pull
+    from jlora.pull_data import pull_any
 
-    print(pull(arguments.name))
+    print(pull_any(arguments.name))
+    return 0
+
+
+def run_split(arguments: argparse.Namespace) -> int:
+    from jlora.tasks.split import split_file
+
+    for part in split_file(arguments.file, arguments.folder, arguments.sizes, arguments.seed):
+        print(f"{part.path}: {part.inputs:,} inputs, {part.rows:,} rows")
+    return 0
+
+
+def run_convert_data(arguments: argparse.Namespace) -> int:
+    from jlora.tasks.boolq import convert_file
+
+    count = convert_file(arguments.file, arguments.out, arguments.to)
+    print(f"{arguments.out}: {count:,} rows")
     return 0
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from jlora.adapters import TunedModel, merged_weights
 from jlora.errors import UserError
+from jlora.files import check_absent
 from jlora.formats.gguf_file import QUANTIZATIONS
 from jlora.formats.gguf_write import write_gguf
 from jlora.formats.rounding import precision_loss
-from jlora.merge import WrittenModel, check_absent
+from jlora.merge import WrittenModel
 
 
 def export_gguf(

@@ -10,7 +10,7 @@ from typing import Any
 
 from jlora.adapters import MergeReport, TunedModel, merged_weights
 from jlora.errors import UserError
-from jlora.files import atomic_path, write_text
+from jlora.files import atomic_path, check_absent, write_text
 from jlora.formats.gguf_file import main_kind
 from jlora.formats.rounding import PrecisionLoss, narrow, norm, precision_loss, widen
 from jlora.formats.safetensors_file import write_bfloat16, write_safetensors
@@ -45,15 +45,6 @@ class WrittenModel:
     def __str__(self) -> str:
         lines = [self.report, self.loss, *self.notes, f"written: {self.path}"]
         return "\n".join(str(line) for line in lines if line is not None)
-
-
-def check_absent(path: str | Path) -> None:
-    """Raises: UserError: a file or a folder with something in it stands at ``path``."""
-    path = Path(path)
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if path.exists():
-        raise UserError(f"{path} is there already; remove it, or choose another place")
 
 
 def write_merged(model: Any, folder: str | Path, dtype: str = "float32") -> WrittenModel:
