@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from needs import needs_bf16
 from tiny_models import ids_of, randomise_adapter, tiny_gpt2, tiny_llama, weights, wide_llama
 
 import jlora
@@ -17,7 +18,6 @@ from jlora.merge import write_merged
 from jlora.opening import load_tuned
 from jlora.optim import AdamW, OptimConfig
 from jlora.runtime import jt
-from needs import needs_bf16
 
 METHODS = ("full", "bitfit", "top-layers")
 
