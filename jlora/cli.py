@@ -216,10 +216,14 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--model", help="base model (default: the one of the adapter's run)")
     add_adapter_options(convert)
 
-    evaluate = verb("evaluate", run_evaluate, "BLEU, NIST, METEOR, ROUGE-L, CIDEr as E2E's script.")
-    evaluate.add_argument("task", choices=("e2e",))
-    evaluate.add_argument("--refs", required=True, help="references, groups split by empty lines")
+    evaluate = verb("evaluate", run_evaluate, "Score texts by the metrics of a task.")
+    evaluate.add_argument("task", help="e2e, webnlg, dart, boolq, ...")
+    evaluate.add_argument(
+        "--refs", required=True, help="references, groups split by empty lines; of a choice as "
+        "BoolQ: the right answers, one a line",
+    )  # fmt: skip
     evaluate.add_argument("--hyps", required=True, help="hypotheses, one a line")
+    evaluate.add_argument("--metrics", metavar="A,B", help="instead of the task's own")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
     rerank = verb("rerank", run_rerank, "Choose again for another length penalty; no decoding.")
@@ -485,14 +489,29 @@ def run_convert(arguments: argparse.Namespace) -> int:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
-    from jlora.metrics import evaluate_e2e, read_hypotheses, read_references
+    from jlora.metrics import evaluate, read_answers, read_hypotheses, read_references
+    from jlora.tasks import get_task
 
-    scores = evaluate_e2e(read_hypotheses(arguments.hyps), read_references(arguments.refs))
+    task = get_task(arguments.task)
+    if task.choices:
+        from jlora.metrics.accuracy import accuracy, parse_choice
+
+        if arguments.metrics:
+            raise UserError(f"{task.name} is scored by accuracy alone; leave --metrics out")
+        texts = read_hypotheses(arguments.hyps)
+        answers = [parse_choice(text, task.choices) for text in texts]
+        scores = accuracy(answers, read_answers(arguments.refs, task.choices), task.choices)
+    else:
+        given = (arguments.metrics or "").split(",")
+        names = [name.strip() for name in given if name.strip()] or task.metrics
+        scores = evaluate(names, read_hypotheses(arguments.hyps), read_references(arguments.refs))
     if arguments.json:
         print(json.dumps(scores))
     else:
+        width = max(8, *map(len, scores))
         for name, value in scores.items():
-            print(f"{name:8} {value:.4f}")
+            shown = f"{value:.4f}" if isinstance(value, float) else value
+            print(f"{name:{width}} {shown}")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jlora.errors import UserError
@@ -28,15 +28,24 @@ class Metric:
         return f"{value * self.scale:{'+' if sign else ''}.{self.decimals}f}"
 
 
-# Scales and digits of tables 3, 4, 13 and 14 of the LoRA paper (arXiv 2106.09685).
+# Scales and digits of tables 3, 4, 13 and 14 of the LoRA paper (arXiv 2106.09685). It calls
+# multi-BLEU and GenerationEval's METEOR plainly BLEU and MET; chrF++ is as WebNLG 2020 prints it.
 METRICS = (
     Metric("BLEU", "BLEU", 100, 1),
     Metric("NIST", "NIST", 1, 2),
     Metric("METEOR", "METEOR", 100, 1),
     Metric("ROUGE_L", "ROUGE-L", 100, 1),
     Metric("CIDEr", "CIDEr", 1, 2),
+    Metric("multi-BLEU", "BLEU", 100, 1),
+    Metric("METEOR-WebNLG", "METEOR", 1, 2),
     Metric("TER", "TER", 1, 2, lower_is_better=True),
+    Metric("chrF++", "chrF++", 1, 3),
+    Metric("sacreBLEU", "sacreBLEU", 100, 1),
     Metric("accuracy", "Accuracy", 100, 1),
+    Metric("accuracy_low", "95 % from", 100, 1),
+    Metric("accuracy_high", "to", 100, 1),
+    Metric("majority", "Majority", 100, 1),
+    Metric("unparseable", "Unparseable", 1, 0, lower_is_better=True),
 )
 
 
@@ -53,17 +62,25 @@ class Sample:
 def metrics_of(*scores: Mapping[str, Any] | None) -> list[Metric]:
     """The metrics that occur in any of ``scores``: known ones in the paper's order, then others.
 
-    Values that are no numbers (and counts, which are whole numbers) are no scores.
+    A known metric of one part of the data (``TER/unseen``) follows that of all ("TER", "TER
+    unseen"). Values that are no numbers (and counts, which are whole numbers) are no scores.
     """
-    present: dict[str, None] = {}
+    order = {metric.key: index for index, metric in enumerate(METRICS)}
+    present: dict[str, Metric] = {}
     for one in scores:
         for key, value in (one or {}).items():
-            known = any(metric.key == key for metric in METRICS)
-            if isinstance(value, float) or (known and type(value) is int):
-                present.setdefault(key)
-    known_metrics = [metric for metric in METRICS if metric.key in present]
-    known_keys = {metric.key for metric in METRICS}
-    return known_metrics + [Metric(key, key) for key in present if key not in known_keys]
+            name, _, part = key.partition("/")
+            if isinstance(value, float) or (name in order and type(value) is int):
+                metric = METRICS[order[name]] if name in order else Metric(key, key)
+                if part and name in order:
+                    metric = replace(metric, key=key, label=f"{metric.label} {part}")
+                present.setdefault(key, metric)
+
+    def place(metric: Metric) -> tuple[int, bool]:
+        name, _, part = metric.key.partition("/")
+        return order.get(name, len(order)), name in order and bool(part)
+
+    return sorted(present.values(), key=place)
 
 
 def score_table(
