@@ -19,7 +19,7 @@ from jlora.errors import UserError
 from jlora.files import check_writable, read_text, recover_directory, write_text
 from jlora.layers import set_trainable
 from jlora.loggers import ProgressLogger, WandbLogger, read_metrics
-from jlora.metrics import evaluate_parts, find_java, needs_java
+from jlora.metrics import check_metrics, evaluate_parts
 from jlora.metrics.accuracy import accuracy, parse_choice
 from jlora.models.hub import load, require_tokenizer
 from jlora.opening import load_tuned, say
@@ -308,8 +308,8 @@ def run_recipe(recipe: Recipe, run: Path, resume: bool = False) -> dict | None:
     """
     recipe = open_run(run, recipe, resume)
     # Before hours of training: is all there that its end needs?
-    if needs_java(metric_names(recipe)):
-        find_java()
+    if not get_task(recipe.data.task).choices:
+        check_metrics(metric_names(recipe))
     groups = test_groups(recipe)
     hashes = data_hashes(recipe)
     scores = read_scores(run)
