@@ -165,14 +165,14 @@ def find_runs(folder: str | Path, depth: int = 3) -> list[Path]:
 
 
 def group_by_seed(runs: Sequence[RunSummary]) -> list[list[RunSummary]]:
-    """Put runs together that differ by ``train.seed`` alone, in order of the first of each.
+    """Put finished runs together that differ by ``train.seed`` alone; order of the first of each.
 
     A seed that comes twice is the same run again and stays alone, as does a run without settings.
     """
     groups: dict[Any, list[RunSummary]] = {}
     for run in runs:
         key: Any = str(run.folder)
-        if run.config and run.seed is not None and not run.problems:
+        if run.seed is not None and run.state == "finished":
             train = {name: value for name, value in run.config["train"].items() if name != "seed"}
             key = json.dumps({**run.config, "train": train}, sort_keys=True, default=str)
             if any(other.seed == run.seed for other in groups.get(key, [])):

@@ -69,7 +69,9 @@ def shown_samples(
         before = {} if run.model in models else _predictions(run.folder / BEFORE_NAME, {})
         if before:
             models.add(run.model)
-            columns.append(("Before" if len(runs) == 1 else f"{run.model}, untouched", True, before))
+            columns.append(
+                ("Before" if len(runs) == 1 else f"{run.model}, untouched", True, before)
+            )
         alone = "After" if before else "Output"
         columns.append((alone if len(runs) == 1 else run.name, False, after))
     if not columns:
@@ -97,7 +99,7 @@ def marked(text: str, reference: str) -> Markup:
     for kind, start, end, their_start, their_end in matcher.get_opcodes():
         if kind in ("replace", "insert"):  # words of the reference that are missing here
             missing = reference[theirs[their_start].start() : theirs[their_end - 1].end()]
-            gap = " " if place and not text[place - 1].isspace() else ""
+            gap = " " if place else ""
             parts.append(Markup("{}<del>{}</del>").format(gap, missing))
             if not place and kind == "insert":
                 parts.append(escape(" "))
@@ -149,7 +151,9 @@ def _shown(
     outputs = [
         Output(
             label,
-            marked(texts[prompt], reference) if reference and texts[prompt] else escape(texts[prompt]),
+            marked(texts[prompt], reference)
+            if reference and texts[prompt]
+            else escape(texts[prompt]),
             is_before,
         )
         for label, is_before, texts in columns

@@ -77,7 +77,9 @@ def markdown(boards: Sequence[Board]) -> str:
     for board in boards:
         if len(boards) > 1:
             blocks.append(f"## {board.task or 'no task'}")
-        blocks.append(markdown_table([["", *board.columns], *([r.name, *r.cells] for r in board.rows)]))
+        blocks.append(
+            markdown_table([["", *board.columns], *([r.name, *r.cells] for r in board.rows)])
+        )
         notes = [f"- {row.name}: {row.note}" for row in board.rows if row.note]
         if notes:
             blocks.append("Published rows are of other models and test sets than the runs:")
@@ -109,7 +111,9 @@ def confusion(scores: Mapping[str, float]) -> list[list[str]] | None:
     columns = answers + sorted({given for _, given in counts} - set(answers))
     rows = [["", *(f"answered {given}" for given in columns)]]
     for right in answers:
-        rows.append([f"is {right}", *(f"{counts.get((right, given), 0):,.0f}" for given in columns)])
+        rows.append(
+            [f"is {right}", *(f"{counts.get((right, given), 0):,.0f}" for given in columns)]
+        )
     return rows
 
 

@@ -220,14 +220,16 @@ def _field(label: str, text: str, width: int) -> list[str]:
     return [f"{label if number == 0 else '':<{indent}}{line}" for number, line in enumerate(lines)]
 
 
-def plain_table(cells: Sequence[Sequence[str]]) -> str:
-    """Rows as lines in aligned columns, the first to the left; ``cells[0]`` is the head."""
+def plain_table(cells: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows as lines in aligned columns, ``left`` of them to the left; ``cells[0]`` is the head."""
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = []
     for row in cells:
-        name = row[0].ljust(widths[0])
-        values = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
-        lines.append("  ".join([name, *values]).rstrip())
+        parts = [
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths))
+        ]
+        lines.append("  ".join(parts).rstrip())
     lines.insert(1, "-" * max(len(line) for line in lines))
     return "\n".join(lines)
 
