@@ -231,8 +231,22 @@ def parser() -> argparse.ArgumentParser:
     rerank.add_argument("--length-penalty", type=float, required=True)
     rerank.add_argument("--out", required=True, help="predictions.jsonl to write (and .txt)")
 
-    report = verb("report", run_report, "Write RUN/report.html.")
-    report.add_argument("run", help="run folder")
+    report = verb("report", run_report, "Write one HTML page about a run, or comparing several.")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    report.add_argument(
+        "--out", metavar="FILE.html",
+        help="default: RUN/report.html; of several runs, runs/report.html",
+    )  # fmt: skip
+
+    runs = verb("runs", run_runs, "List run folders with their scores.")
+    runs.add_argument(
+        "folder", nargs="?", default="runs", help="where to look, three levels deep (default: runs)"
+    )
+    runs.add_argument("--group", action="store_true", help="seeds as one row: mean ± s.d.")
+    runs.add_argument(
+        "--sort", choices=("name", "age", "loss"), default="name", help="default: %(default)s"
+    )
+    runs.add_argument("--json", action="store_true", help="print JSON")
     return top
 
 
@@ -368,7 +382,7 @@ def run_run(arguments: argparse.Namespace) -> int:
 def run_sweep(arguments: argparse.Namespace) -> int:
     from jlora import sweep
     from jlora.config import find_sweep
-    from jlora.report.html import write_comparison
+    from jlora.report.html import write_report
 
     if bool(arguments.grid) == bool(arguments.cases):
         raise UserError("give --grid KEY=VALUE,VALUE or --cases FILE, such as --grid lora.r=1,2,4")
@@ -383,7 +397,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
         options += ["--set", setting]
     out = Path(arguments.out or f"runs/sweep-{Path(arguments.recipe).stem}")
     runs = sweep.sweep(arguments.recipe, cases, options, out)
-    print(write_comparison(list(runs.values()), out / "report.html"))
+    print(write_report(list(runs.values()), out=out / "report.html"))
     return 0
 
 
@@ -561,7 +575,21 @@ def run_convert_data(arguments: argparse.Namespace) -> int:
 def run_report(arguments: argparse.Namespace) -> int:
     from jlora.report.html import write_report
 
-    print(write_report(arguments.run))
+    print(write_report(arguments.runs, out=arguments.out))
+    return 0
+
+
+def run_runs(arguments: argparse.Namespace) -> int:
+    from jlora.report.listing import describe_runs, list_runs, sort_runs
+    from jlora.report.runs import find_runs, read_run
+
+    found = sort_runs([read_run(path) for path in find_runs(arguments.folder)], arguments.sort)
+    if arguments.json:
+        print(json.dumps(describe_runs(found, arguments.group), indent=1))
+    elif found:
+        print(list_runs(found, arguments.group))
+    else:
+        print(f"no runs in {arguments.folder}")
     return 0
 
 

@@ -255,7 +255,7 @@ def training_seconds(metrics: Sequence[Mapping[str, Any]]) -> float | None:
     total, previous = 0.0, None
     for record in metrics:
         seconds = record.get("seconds")
-        if isinstance(seconds, (int, float)):
+        if isinstance(seconds, (int, float)) and math.isfinite(seconds):
             if previous is not None and seconds < previous:
                 total += previous
             previous = seconds
@@ -295,11 +295,13 @@ def _problem(record: object) -> str | None:
     if not isinstance(record, dict):
         return "is not a JSON object"
     step = record.get("step")
-    if isinstance(step, bool) or not isinstance(step, int):
+    if isinstance(step, bool) or not isinstance(step, int) or abs(step) > 2**53:
         return "has no whole number `step`"
     for key in ("loss", "valid_loss", "lr", "tokens_per_s", "seconds"):
         value = record.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        if value is None or isinstance(value, float):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or abs(value) > 2**53:
             return f"has no number in `{key}`"
     return None
 
