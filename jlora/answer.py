@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from jlora import engine
-from jlora.beam import beam_search, search
+from jlora.beam import search
 from jlora.config import DataConfig, DecodeConfig
 from jlora.data import TokenExample, encode_prompts
 from jlora.errors import UserError
@@ -105,7 +105,6 @@ def answer(
     config: DecodeConfig | GenerateConfig,
     separator_id: int | None = None,
     end_ids: Sequence[int] | None = None,
-    raw: bool = False,
     precision: str = "auto",
     path: Path | None = None,
 ) -> list[Prediction]:
@@ -116,9 +115,8 @@ def answer(
         adapter: None: the model alone.
         config: beam search, or greedy decoding and sampling (whose end tokens are set here).
         separator_id: token after each prompt; None: as in the adapter's run, else the tokenizer's
-            end token.
+            end token; `jlora.data.NO_SEPARATOR`: the model goes on with the prompt's own text.
         end_ids: tokens that end a text; None: likewise.
-        raw: no separator: the model goes on with the prompt's own text.
         precision: see `jlora.engine.prepare`.
         path: predictions.jsonl to write; None: none.
 
@@ -134,25 +132,14 @@ def answer(
     end_ids = end_ids or [tokenizer.eos_token_id if trained.end_id is None else trained.end_id]
     if end_ids == [None]:
         raise UserError("the tokenizer names no end token; give --end-id")
-    if isinstance(config, DecodeConfig) and not raw:
-        config = replace(config, eos_token_ids=list(end_ids))
-        encoded = encode_inputs(model, prompts, config.max_new_tokens, separator_id)
-        return decode(model, prompts, encoded, config, end_ids[0], path)
-    if raw:
-        encoded = tokenizer.encode_batch(list(prompts))
-    else:
-        encoded = encode_inputs(model, prompts, config.max_new_tokens, separator_id)
+    encoded = encode_inputs(model, prompts, config.max_new_tokens, separator_id)
     if isinstance(config, DecodeConfig):
         config = replace(config, eos_token_ids=list(end_ids))
-        found = beam_search(model, encoded, config.beam_config(end_ids[0]))
-        penalty = config.length_penalty
-    else:
-        config = replace(config, eos_token_ids=tuple(end_ids))
-        found = [[one] for one in generate(model, encoded, config)]
-        penalty = 0.0
+        return decode(model, prompts, encoded, config, end_ids[0], path)
+    config = replace(config, eos_token_ids=tuple(end_ids))
     predictions = [
-        make_prediction(prompt, hypotheses, tokenizer.decode, penalty)
-        for prompt, hypotheses in zip(prompts, found)
+        make_prediction(prompt, [text], tokenizer.decode, 0.0)
+        for prompt, text in zip(prompts, generate(model, encoded, config))
     ]
     if path:
         save_predictions(path, predictions)

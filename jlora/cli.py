@@ -421,8 +421,9 @@ def run_finetune(arguments: argparse.Namespace) -> int:
 
 
 def run_generate(arguments: argparse.Namespace) -> int:
-    from jlora import workflow
+    from jlora.answer import answer
     from jlora.config import DecodeConfig
+    from jlora.data import NO_SEPARATOR
     from jlora.generate import GenerateConfig
     from jlora.tasks import get_task
 
@@ -445,14 +446,13 @@ def run_generate(arguments: argparse.Namespace) -> int:
     if arguments.data:
         task = get_task(arguments.task)
         prompts = [group.prompt for group in task.groups(task.read(arguments.data))]
-    predictions = workflow.answer(
+    predictions = answer(
         prompts,
         arguments.model,
         adapter_file(arguments),
         config,
-        arguments.separator_id,
+        NO_SEPARATOR if arguments.raw else arguments.separator_id,
         arguments.end_id,
-        arguments.raw,
         arguments.precision,
         Path(arguments.out) if arguments.out else None,
     )

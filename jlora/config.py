@@ -35,7 +35,7 @@ class DataConfig:
     train: str | None = None  # a file instead of the folder's training split
     valid: str | None = None
     test: str | None = None
-    separator_id: int | None = None  # token after the prompt; None: the tokenizer's end token
+    separator_id: int | None = None  # token after the prompt; None: the end token; -1: no token
     end_id: int | None = None  # token after the completion; None: the tokenizer's end token
     max_prompt: int | None = None  # most tokens of a prompt, in training and decoding; None: all
     train_limit: int | None = None  # only the first so many examples

@@ -28,6 +28,8 @@ import numpy as np
 from jlora.errors import UserError
 from jlora.files import read_text
 
+NO_SEPARATOR = -1  # as a separator_id: the completion follows the prompt at once
+
 
 @dataclass(frozen=True)
 class Example:
@@ -117,7 +119,8 @@ def encode_examples(
             model's context. A longer one loses tokens from its prompt: from its end, or, where
             `Example.keep` says so, from the end of what stands before the kept characters. The
             separator and the whole completion stay. `TokenExample.cut` says how many were dropped.
-        separator_id: token between prompt and completion; default the tokenizer's end token.
+        separator_id: token between prompt and completion; default the tokenizer's end token;
+            `NO_SEPARATOR` for none.
         end_id: token after the completion; default the tokenizer's end token.
         max_prompt: most tokens of a prompt, the separator not counted; cut in the same way.
 
@@ -125,7 +128,7 @@ def encode_examples(
         UserError: a completion, or what must stay of a prompt, is too long alone; ``max_prompt`` is
             below 1; there is no end token.
     """
-    separator_id = _special_id(separator_id, tokenizer, "separator_id")
+    separator = _separator(separator_id, tokenizer)
     end_id = _special_id(end_id, tokenizer, "end_id")
     _check_max_prompt(max_prompt)
     # Prompts repeat (E2E's 42,061 training rows have 4,862); completions hardly do.
@@ -148,10 +151,15 @@ def encode_examples(
                     f"{max_length}; raise max_length or drop the example"
                 )
         kept = _cut_prompt(prompt, example.prompt, example.keep, room, tokenizer, number)
+        if not kept and not separator:
+            raise UserError(
+                f"example {number} ({_shorten(example.completion)!r}) has no prompt and no "
+                "separator to begin from; set data.separator_id to a token"
+            )
         encoded.append(
             TokenExample(
-                ids=[*kept, separator_id, *completion, end_id],
-                prompt_length=len(kept) + 1,
+                ids=[*kept, *separator, *completion, end_id],
+                prompt_length=len(kept) + len(separator),
                 cut=len(prompt) - len(kept),
             )
         )
@@ -178,7 +186,7 @@ def encode_prompts(
         UserError: a prompt is longer and nothing says what must stay of it: what a prompt without
             its end yields is an answer to another question. Or what must stay is too long alone.
     """
-    separator_id = _special_id(separator_id, tokenizer, "separator_id")
+    separator = _separator(separator_id, tokenizer)
     _check_max_prompt(max_prompt)
     encoded = []
     for number, (prompt, ids, keep) in enumerate(
@@ -197,7 +205,7 @@ def encode_prompts(
                 f"prompt {number} ({_shorten(prompt)!r}) has {len(ids) + 1} tokens with the "
                 f"separator, and {room + 1} fit before the new tokens; shorten it, or {way_out}"
             )
-        encoded.append([*_cut_prompt(ids, prompt, keep, room, tokenizer, number), separator_id])
+        encoded.append([*_cut_prompt(ids, prompt, keep, room, tokenizer, number), *separator])
     return encoded
 
 
@@ -240,6 +248,12 @@ def check_vocabulary(token_examples: Sequence[TokenExample], vocab_size: int) ->
                 f"example {number} has token id {bad}, and the model's vocabulary has {vocab_size} "
                 "words; the tokenizer (or separator_id/end_id) is another model's"
             )
+
+
+def _separator(separator_id: int | None, tokenizer) -> list[int]:
+    if separator_id == NO_SEPARATOR:
+        return []
+    return [_special_id(separator_id, tokenizer, "separator_id")]
 
 
 def _special_id(given: int | None, tokenizer, name: str) -> int:

@@ -175,7 +175,7 @@ def test_a_file_goes_before_a_name(tmp_path, monkeypatch):
         ({"model": "m", "trian": {}}, "here: unknown setting trian; did you mean train?"),
         ({"model": "m", "train": {"optim": {"weight_decy": 1}}},
          "here: unknown setting train.optim.weight_decy; did you mean train.optim.weight_decay?"),
-        ({"model": "m", 3: 4}, "here: unknown setting 3; known are model, data"),
+        ({"model": "m", 3: 4}, "here: unknown setting 3; known are model, method"),
         ({"model": "m", "lora": [1]}, "here: lora is a group of settings; write lora.NAME=VALUE"),
         ({"model": None}, "here: no model given"),
         ({"model": " "}, "here: model is empty"),

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jlora.data import (
+    NO_SEPARATOR,
     BatchOrder,
     Example,
     TokenExample,
@@ -65,6 +66,15 @@ def test_separator_and_end_can_be_set():
     assert example.ids == [*codes("ab"), 7, *codes(" x"), 8]
     # 0 is an id like any other, not "unset".
     assert encode_example(Example("a", "x"), TOKENIZER, separator_id=0, end_id=0).ids[-1] == 0
+
+
+def test_no_separator():
+    example = encode_example(Example("ab", "x"), TOKENIZER, separator_id=NO_SEPARATOR)
+    assert example.ids == [*codes("ab x"), END] and example.prompt_length == 2
+    assert collate([example], pad_id=0).mask.tolist() == [[0.0, 1.0, 1.0, 1.0]]
+    assert encode_prompts(["ab"], TOKENIZER, separator_id=NO_SEPARATOR) == [codes("ab")]
+    with pytest.raises(UserError, match="no prompt and no separator"):
+        encode_example(Example("", "x"), TOKENIZER, separator_id=NO_SEPARATOR)
 
 
 def reference_row(context, completion, max_length):
