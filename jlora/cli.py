@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jlora.errors import UserError
+from jlora.loggers import LOGGERS
 
 PRECISIONS = "auto, bf16, int8, int8-both (gradients too), fp32 or plain"
 
@@ -305,7 +306,11 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE",
         help="change any setting of the recipe, such as train.steps=100; may be repeated",
     )  # fmt: skip
-    command.add_argument("--log", action="append", choices=("wandb",), help="log there as well")
+    command.add_argument(
+        "--log", action="append", choices=tuple(LOGGERS),
+        help="log there as well, offline unless WANDB_MODE or SWANLAB_MODE say otherwise; may be "
+        "repeated",
+    )  # fmt: skip
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:

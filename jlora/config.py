@@ -18,10 +18,9 @@ from jlora.beam import BeamConfig
 from jlora.engine import PRECISIONS
 from jlora.errors import UserError
 from jlora.files import read_text
+from jlora.loggers import LOGGERS
 from jlora.tasks import get_task
 from jlora.train import TrainConfig
-
-LOGGERS = ("wandb",)
 
 
 @dataclass
@@ -86,7 +85,7 @@ class Recipe:
     precision: str = "auto"
     checkpoint_activations: bool = False  # less memory in training, a third more time
     score_before: bool = False  # also score the untouched model on the test inputs
-    log: list[str] = field(default_factory=list)  # more loggers: wandb
+    log: list[str] = field(default_factory=list)  # more loggers: wandb, tensorboard, swanlab
 
 
 def find_recipe(name: str) -> Path:

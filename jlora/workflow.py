@@ -18,7 +18,7 @@ from jlora.data import Example, TokenExample, check_vocabulary, encode_examples
 from jlora.errors import UserError
 from jlora.files import check_writable, read_text, recover_directory, write_text
 from jlora.layers import set_trainable
-from jlora.loggers import ProgressLogger, WandbLogger, read_metrics
+from jlora.loggers import ProgressLogger, check_loggers, make_logger, read_metrics
 from jlora.metrics import check_metrics, evaluate_parts
 from jlora.metrics.accuracy import accuracy, parse_choice
 from jlora.models.hub import load, require_tokenizer
@@ -37,8 +37,10 @@ def open_run(run: Path, recipe: Recipe, resume: bool) -> Recipe:
     A new run writes nothing before `begin_run`, so what goes wrong earlier leaves nothing behind.
 
     Raises:
-        UserError: a new run would overwrite an old one, or there is nothing to resume.
+        UserError: a new run would overwrite an old one, there is nothing to resume, or a logger
+            is not installed.
     """
+    check_loggers(recipe.log)
     config = run / "config.yaml"
     if resume:
         if not config.is_file():
@@ -204,12 +206,9 @@ def finetune(
     say(f"{trainable:,} trainable parameters of {total:,} ({100 * trainable / total:.3f} %)")
 
     def loggers(steps: int, start: int) -> list:
-        extra = []
-        if "wandb" in recipe.log:
-            extra.append(
-                WandbLogger(name=run.name, config={"recipe": dump_recipe(recipe)}, folder=run)
-            )
-        return [ProgressLogger(steps, start), *extra]
+        settings = {"recipe": dump_recipe(recipe)}
+        services = [make_logger(name, run.name, settings, run, start) for name in recipe.log]
+        return [ProgressLogger(steps, start), *services]
 
     result = train(model, *sets, recipe.train, run, loggers, resume)
     environment.record(run)

@@ -23,6 +23,7 @@ from jlora.config import (
     make_recipe,
 )
 from jlora.errors import UserError
+from jlora.loggers import LOGGERS
 from jlora.optim import OptimConfig
 from jlora.train import TrainConfig
 
@@ -89,7 +90,7 @@ recipes = st.builds(
     ),
     precision=st.sampled_from(["auto", "plain", "fp32", "bf16"]),
     score_before=st.booleans(),
-    log=st.lists(st.just("wandb"), max_size=1),
+    log=st.lists(st.sampled_from(sorted(LOGGERS)), unique=True),
 )
 
 
