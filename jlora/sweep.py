@@ -120,4 +120,4 @@ def _shown(value: Any) -> str:
     """A value as a part of a folder's name."""
     if isinstance(value, list):
         return "+".join(map(_shown, value))
-    return "".join(c if c.isalnum() or c in "-.+" else "-" for c in str(value))
+    return "".join(c if c.isalnum() or c in "-_.+" else "-" for c in str(value))
