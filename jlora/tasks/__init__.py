@@ -9,7 +9,7 @@ import difflib
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jlora.data import Example
@@ -45,7 +45,6 @@ class Task:
             texts.
         templates: named format strings that make a prompt out of a row's fields; the first is the
             default. Empty: the prompt is what it is.
-        most_references: how many references of an input count, the first ones; None: all.
     """
 
     name: str
@@ -55,7 +54,6 @@ class Task:
     built_in: Callable[[str], list[Example]] | None = None
     choices: tuple[str, ...] = ()
     templates: Mapping[str, str] = field(default_factory=dict)
-    most_references: int | None = None
 
     def read(self, path: str | Path, template: str | None = None) -> list[Example]:
         """The examples of one file.
@@ -105,10 +103,7 @@ class Task:
 
     def groups(self, examples: Sequence[Example]) -> list[ReferenceGroup]:
         """Group examples by prompt, in the order in which prompts are first seen."""
-        groups = group_by_prompt(examples)
-        if self.most_references is None:
-            return groups
-        return [replace(g, references=g.references[: self.most_references]) for g in groups]
+        return group_by_prompt(examples)
 
     def find_data(self, folder: str | Path | None, split: str) -> Path:
         """Path of a split's file; see `find_data`."""

@@ -70,5 +70,4 @@ TASK = Task(
         "valid": ("valid.json", "dev.json", "dart-v1.1.1-full-dev.json", "valid.jsonl"),
         "test": ("test.json", "dart-v1.1.1-full-test.json", "test.jsonl"),
     },
-    most_references=6,  # microsoft/LoRA's --ref_num
 )
