@@ -272,3 +272,35 @@ def test_meteor_is_started_once_for_all_parts(monkeypatch):
 def test_parts_that_do_not_fit(parts, message):
     with pytest.raises(UserError, match=message):
         evaluate_parts(["TER"], HYPOTHESES, REFERENCES, parts)
+
+
+# --- real texts
+
+
+@pytest.mark.slow
+def test_webnlg_agrees_with_generation_eval(shared_data):
+    """The last text of each input of WebNLG's development part against its other texts.
+
+    Expected: GenerationEval's numbers, made as the fixture's.
+    """
+    path = shared_data / "webnlg" / "dev.json"
+    if not path.is_file():
+        pytest.skip("no webnlg/dev.json in the development data")
+    groups: dict[str, list[str]] = {}
+    for wrapped in json.loads(path.read_text(encoding="utf-8"))["entries"]:
+        (entry,) = wrapped.values()
+        good = [text["lex"] for text in entry["lexicalisations"] if text["comment"] == "good"]
+        groups.setdefault(json.dumps(entry["modifiedtripleset"]), []).extend(good)
+    texts = [group for group in groups.values() if len(group) > 1]
+    assert len(texts) == 814
+    scores = evaluate(
+        [*WITHOUT_JAVA, "METEOR-WebNLG"],
+        [group[-1] for group in texts],
+        [group[:-1] for group in texts],
+    )
+    assert scores == {
+        "multi-BLEU": pytest.approx(0.483847236736, abs=1e-11),
+        "TER": pytest.approx(0.44298532419626524, rel=1e-12),
+        "chrF++": pytest.approx(0.6966784682140494, rel=1e-12),
+        "METEOR-WebNLG": pytest.approx(0.4174591804194142, rel=1e-12),
+    }
