@@ -11,6 +11,7 @@ import pickle
 import shutil
 import subprocess
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from test_formats import LLAMA, keyed, write_gguf
 
 from jlora.cli import main
 from jlora.formats.safetensors_file import read_safetensors, write_safetensors
+from jlora.tasks import e2e
 
 GOOD = b"name : Blue Spice | area : riverside||Blue Spice is by the river .\n" * 4
 
@@ -525,6 +527,26 @@ def test_no_references(refused, texts, tmp_path):
 def test_empty_hypotheses(refused, texts):
     texts[1].write_text("")
     has(refused(*evaluate(*texts)), "hyps.txt", "empty")
+
+
+def test_metrics_that_are_none(refused, texts):
+    message = refused(*evaluate(*texts), "--metrics", "TER, multiblue")
+    has(message, "no metric 'multiblue'; did you mean multi-BLEU")
+
+
+def test_scoring_a_task_that_is_none(refused, texts):
+    message = refused("evaluate", "e2", "--refs", texts[0], "--hyps", texts[1])
+    has(message, "no task 'e2'", "did you mean e2e")
+
+
+def test_answers_of_a_choice(refused, texts, monkeypatch):
+    choice = replace(e2e.TASK, name="yes-no", metrics=("accuracy",), choices=("yes", "no"))
+    monkeypatch.setattr("jlora.tasks.get_task", {"yes-no": choice}.get)
+    command = ["evaluate", "yes-no", "--refs", texts[0], "--hyps", texts[1]]
+    has(refused(*command), "refs.txt:1: 'a b' is no answer; write yes or no")
+    texts[0].write_text("yes\n")
+    has(refused(*command), "2 predicted answers but 1 right ones")
+    has(refused(*command, "--metrics", "TER"), "accuracy alone", "leave --metrics out")
 
 
 def test_no_java(refused, texts, monkeypatch):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from jlora.cli import main, open_recipe, overrides, parser
 from jlora.formats.safetensors_file import read_safetensors
+from jlora.tasks import e2e
 
 ADAPTER = "adapter_model.safetensors"
 VERBS = (
@@ -55,6 +57,49 @@ def test_version(capsys):
         main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out.startswith("jlora ")
+
+
+@pytest.fixture
+def scored(tmp_path, capsys):
+    """Runs `jlora evaluate` on the given lines; returns what it prints."""
+
+    def run(task, refs, hyps, *more):
+        (tmp_path / "refs.txt").write_text(refs)
+        (tmp_path / "hyps.txt").write_text(hyps)
+        files = ["--refs", str(tmp_path / "refs.txt"), "--hyps", str(tmp_path / "hyps.txt")]
+        assert main(["evaluate", task, *files, *more]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_evaluate_computes_the_named_metrics(scored):
+    texts = ("A b, c\nx y\n\nd e f\n", "a b c\nd e g\n")
+    out = scored("e2e", *texts, "--metrics", "TER, multi-BLEU")
+    # "a b c" lacks one of four words, of "d e g" one of three is another; no 4-gram is there.
+    assert out == "TER        0.2917\nmulti-BLEU 0.0000\n"
+    assert json.loads(scored("e2e", *texts, "--metrics", "TER", "--json")) == {
+        "TER": pytest.approx((1 / 4 + 1 / 3) / 2)
+    }
+
+
+def test_evaluate_takes_the_metrics_of_the_task(scored, monkeypatch):
+    monkeypatch.setattr("jlora.tasks.get_task", lambda name: replace(e2e.TASK, metrics=("TER",)))
+    assert scored("e2e", "a b\n", "a c\n") == "TER      0.5000\n"
+
+
+def test_evaluate_a_choice(scored, monkeypatch):
+    task = replace(e2e.TASK, metrics=("accuracy",), choices=("true", "false"))
+    monkeypatch.setattr("jlora.tasks.get_task", lambda name: task)
+    answers = ("true\nfalse\ntrue\ntrue\n", "True.\nfalse\nI see\nfalse, of course\n")
+    scores = json.loads(scored("boolq", *answers, "--json"))
+    assert scores["accuracy"] == 0.5
+    assert scores["majority"] == 0.75
+    assert scores["confusion/true->unparseable"] == scores["unparseable"] == 1
+    shown = dict(line.split() for line in scored("boolq", *answers).splitlines())
+    assert list(shown) == list(scores)
+    assert shown["majority"] == "0.7500"
+    assert shown["confusion/true->false"] == "1"
 
 
 @pytest.mark.parametrize(

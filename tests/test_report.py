@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from jlora.errors import UserError
+from jlora.metrics.accuracy import accuracy
 from jlora.report import environment, plots, tables
 from jlora.report.html import duration, score_rows, write_report
 
@@ -227,6 +228,28 @@ def test_score_table_prints_as_the_paper_does():
     assert lines[4].split() == ["difference", "+55.2", "+7.16", "+29.5", "+48.2", "+1.50"]
     assert lines[5].split() == ["paper", "70.4", "8.85", "46.8", "71.8", "2.53"]
     assert len({len(line) for line in lines}) == 1  # the columns stand in line
+
+
+def test_scores_of_parts_follow_that_of_all():
+    # The paper's row of GPT-2 M with LoRA on WebNLG: BLEU of unseen, seen and all 46.7 62.1 55.3.
+    scores = {
+        "TER": 0.39, "multi-BLEU": 0.553, "METEOR-WebNLG": 0.41, "chrF++": 0.6871,
+        "multi-BLEU/unseen": 0.467, "TER/unseen": 0.46, "multi-BLEU/seen": 0.621, "own/part": 0.5,
+    }  # fmt: skip
+    head, values = tables.score_table(None, scores, markdown=True).splitlines()[::2]
+    assert head == (
+        "|  | BLEU | BLEU unseen | BLEU seen | METEOR | TER | TER unseen | chrF++ | own/part |"
+    )
+    assert values == "| after | 55.3 | 46.7 | 62.1 | 0.41 | 0.39 | 0.46 | 0.687 | 0.5000 |"
+    rows = score_rows({"TER/seen": 0.5}, {"TER/seen": 0.4})
+    assert [(row["label"], row["trend"]) for row in rows] == [("TER seen", "better")]
+
+
+def test_scores_of_a_choice():
+    scores = accuracy(["a", "b", None], ["a", "a", "b"], ["a", "b"])
+    lines = tables.score_table(None, scores, markdown=True).splitlines()
+    assert lines[0] == "|  | Accuracy | 95 % from | to | Majority | Unparseable |"
+    assert lines[2] == "| after | 33.3 | 6.1 | 79.2 | 66.7 | 1 |"
 
 
 def test_score_table_in_markdown_and_with_gaps():
