@@ -94,7 +94,8 @@ def loss_curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: s
             "color": COLORS[index % len(COLORS)],
             "linestyle": ("-", "--", ":")[index // len(COLORS) % 3],
         }
-        train, valid = smooth(series(metrics, "loss")), series(metrics, "valid_loss")
+        loss, valid = series(metrics, "loss"), series(metrics, "valid_loss")
+        train = smooth(loss, max(10, len(loss) // 20))
         if train:
             (handles[name],) = axes[0].plot(*zip(*train), linewidth=1.5, **style)
         if valid:
