@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jlora.errors import UserError
+from jlora.loggers import LOGGERS
 
 PRECISIONS = "auto, bf16, int8, int8-both (gradients too), fp32 or plain"
 
@@ -103,19 +104,55 @@ def parser() -> argparse.ArgumentParser:
     doctor = verb("doctor", run_doctor, "Check this machine; exit code 0 when all needed is there.")
     doctor.add_argument("--json", action="store_true", help="machine-readable output")
 
-    pull = verb("pull", run_pull, "Fetch a pretrained model into jlora's cache.")
-    pull.add_argument("name", help="smollm2-135m, or a Hugging Face name such as gpt2-medium")
+    pull = verb("pull", run_pull, "Fetch a pretrained model or a dataset into jlora's cache.")
+    pull.add_argument(
+        "name", help="smollm2-135m, a Hugging Face name such as gpt2-medium, or a dataset: e2e, "
+        "webnlg, dart, boolq",
+    )  # fmt: skip
+
+    text = "Split a dataset's file, or convert BoolQ's."
+    data = verbs.add_parser("data", help=text, description=text)
+    steps = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    split = steps.add_parser("split", help="seeded parts; no input stands in two of them")
+    split.add_argument("file", help="JSON Lines, context||target text, or WebNLG's or DART's JSON")
+    split.add_argument("folder", help="to write, new or empty")
+    split.add_argument(
+        "--sizes", required=True, type=whole_numbers, metavar="TRAIN,VALID,TEST",
+        help="distinct inputs of each part; two numbers: train and test",
+    )  # fmt: skip
+    split.add_argument("--seed", type=int, default=0)
+    split.set_defaults(function=run_split)
+    layout = steps.add_parser("convert", help="BoolQ's original layout and SuperGLUE's")
+    layout.add_argument("file", help="JSON Lines in either layout")
+    layout.add_argument("out", help="file to write")
+    layout.add_argument("--to", required=True, choices=("superglue", "original"))
+    layout.set_defaults(function=run_convert_data)
 
     run = verb("run", run_run, "Train, decode, score and report as a recipe says.")
     run.add_argument("recipe", nargs="?", help="a YAML file, or the name of one that comes along")
+    run.add_argument(
+        "--smoke", action="store_true", help="a few steps and inputs only: does all of it work?"
+    )
     add_run_options(run)
+
+    sweep = verb("sweep", run_sweep, "Run a recipe under many settings and compare the scores.")
+    sweep.add_argument("recipe", help="a YAML file, or the name of one that comes along")
+    sweep.add_argument(
+        "--grid", action="append", default=[], metavar="KEY=VALUE,VALUE",
+        help="a setting's values, such as lora.r=1,2,4,8,64; of several grids all combinations",
+    )  # fmt: skip
+    sweep.add_argument("--cases", metavar="FILE", help="a YAML file of `name: {setting: value}`")
+    sweep.add_argument("--out", help="folder of the runs (default: runs/ and the recipe's name)")
+    sweep.add_argument("--data", help="as of jlora run")
+    sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    sweep.add_argument("--smoke", action="store_true", help="as of jlora run")
 
     finetune = verb("finetune", run_finetune, "Train an adapter on prompt/completion data.")
     finetune.add_argument("--recipe", help="start from this recipe's settings")
     finetune.add_argument("--model", help="name or path of the base model")
     finetune.add_argument(
-        "--task", help="how the files are read: e2e (its text or CSV; the default), jsonl or "
-        "restaurants (built in)",
+        "--task", help="how the files are read: e2e (its text or CSV; the default), webnlg, dart, "
+        "boolq, jsonl or restaurants (built in)",
     )  # fmt: skip
     finetune.add_argument("--rank", type=int, help="r of LoRA")
     finetune.add_argument("--alpha", type=float, help="lora_alpha")
@@ -180,10 +217,14 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--model", help="base model (default: the one of the adapter's run)")
     add_adapter_options(convert)
 
-    evaluate = verb("evaluate", run_evaluate, "BLEU, NIST, METEOR, ROUGE-L, CIDEr as E2E's script.")
-    evaluate.add_argument("task", choices=("e2e",))
-    evaluate.add_argument("--refs", required=True, help="references, groups split by empty lines")
+    evaluate = verb("evaluate", run_evaluate, "Score texts by the metrics of a task.")
+    evaluate.add_argument("task", help="e2e, webnlg, dart, boolq, ...")
+    evaluate.add_argument(
+        "--refs", required=True, help="references, groups split by empty lines; of a choice as "
+        "BoolQ: the right answers, one a line",
+    )  # fmt: skip
     evaluate.add_argument("--hyps", required=True, help="hypotheses, one a line")
+    evaluate.add_argument("--metrics", metavar="A,B", help="instead of the task's own")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
     rerank = verb("rerank", run_rerank, "Choose again for another length penalty; no decoding.")
@@ -231,6 +272,14 @@ def flags(text: str) -> list[bool]:
     return [flag == "1" for flag in text.split(",")]
 
 
+def whole_numbers(text: str) -> list[int]:
+    """``2400,400,470`` -> [2400, 400, 470]"""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 2400,400,470") from None
+
+
 def adapter_file(arguments: argparse.Namespace):
     """The adapter that a command line names, or None."""
     from jlora.opening import AdapterFile
@@ -257,7 +306,11 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE",
         help="change any setting of the recipe, such as train.steps=100; may be repeated",
     )  # fmt: skip
-    command.add_argument("--log", action="append", choices=("wandb",), help="log there as well")
+    command.add_argument(
+        "--log", action="append", choices=tuple(LOGGERS),
+        help="log there as well, offline unless WANDB_MODE or SWANLAB_MODE say otherwise; may be "
+        "repeated",
+    )  # fmt: skip
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
@@ -324,7 +377,33 @@ def run_run(arguments: argparse.Namespace) -> int:
     recipe, run = open_recipe(arguments, arguments.recipe)
     from jlora import workflow
 
+    if arguments.smoke and not arguments.resume:
+        from jlora.smoke import smoke
+
+        recipe = smoke(recipe)
     return 130 if workflow.run_recipe(recipe, run, arguments.resume) is None else 0
+
+
+def run_sweep(arguments: argparse.Namespace) -> int:
+    from jlora import sweep
+    from jlora.config import find_sweep
+    from jlora.report.html import write_report
+
+    if bool(arguments.grid) == bool(arguments.cases):
+        raise UserError("give --grid KEY=VALUE,VALUE or --cases FILE, such as --grid lora.r=1,2,4")
+    if arguments.cases:
+        cases = sweep.file_cases(find_sweep(arguments.cases))
+    else:
+        cases = sweep.grid_cases(arguments.grid)
+    options = ["--smoke"] if arguments.smoke else []
+    if arguments.data:
+        options += ["--data", arguments.data]
+    for setting in arguments.set:
+        options += ["--set", setting]
+    out = Path(arguments.out or f"runs/sweep-{Path(arguments.recipe).stem}")
+    runs = sweep.sweep(arguments.recipe, cases, options, out)
+    print(write_report(list(runs.values()), out=out / "report.html"))
+    return 0
 
 
 def run_finetune(arguments: argparse.Namespace) -> int:
@@ -347,8 +426,9 @@ def run_finetune(arguments: argparse.Namespace) -> int:
 
 
 def run_generate(arguments: argparse.Namespace) -> int:
-    from jlora import workflow
+    from jlora.answer import answer
     from jlora.config import DecodeConfig
+    from jlora.data import NO_SEPARATOR
     from jlora.generate import GenerateConfig
     from jlora.tasks import get_task
 
@@ -371,14 +451,13 @@ def run_generate(arguments: argparse.Namespace) -> int:
     if arguments.data:
         task = get_task(arguments.task)
         prompts = [group.prompt for group in task.groups(task.read(arguments.data))]
-    predictions = workflow.answer(
+    predictions = answer(
         prompts,
         arguments.model,
         adapter_file(arguments),
         config,
-        arguments.separator_id,
+        NO_SEPARATOR if arguments.raw else arguments.separator_id,
         arguments.end_id,
-        arguments.raw,
         arguments.precision,
         Path(arguments.out) if arguments.out else None,
     )
@@ -389,7 +468,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
 
 def run_merge(arguments: argparse.Namespace) -> int:
-    from jlora.merge import check_absent, write_merged
+    from jlora.files import check_absent
+    from jlora.merge import write_merged
     from jlora.opening import open_model
 
     check_absent(arguments.out)  # before a minute of loading
@@ -400,7 +480,7 @@ def run_merge(arguments: argparse.Namespace) -> int:
 
 def run_export(arguments: argparse.Namespace) -> int:
     from jlora.export import export_gguf
-    from jlora.merge import check_absent
+    from jlora.files import check_absent
     from jlora.opening import open_model
 
     check_absent(arguments.gguf)
@@ -411,7 +491,7 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 def run_convert(arguments: argparse.Namespace) -> int:
     from jlora.adapters.loralib import is_loralib, loralib_note
-    from jlora.merge import check_absent
+    from jlora.files import check_absent
     from jlora.opening import open_model
 
     to_file = is_loralib(arguments.out)
@@ -428,14 +508,29 @@ def run_convert(arguments: argparse.Namespace) -> int:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
-    from jlora.metrics import evaluate_e2e, read_hypotheses, read_references
+    from jlora.metrics import evaluate, read_answers, read_hypotheses, read_references
+    from jlora.tasks import get_task
 
-    scores = evaluate_e2e(read_hypotheses(arguments.hyps), read_references(arguments.refs))
+    task = get_task(arguments.task)
+    if task.choices:
+        from jlora.metrics.accuracy import accuracy, parse_choice
+
+        if arguments.metrics:
+            raise UserError(f"{task.name} is scored by accuracy alone; leave --metrics out")
+        texts = read_hypotheses(arguments.hyps)
+        answers = [parse_choice(text, task.choices) for text in texts]
+        scores = accuracy(answers, read_answers(arguments.refs, task.choices), task.choices)
+    else:
+        given = (arguments.metrics or "").split(",")
+        names = [name.strip() for name in given if name.strip()] or task.metrics
+        scores = evaluate(names, read_hypotheses(arguments.hyps), read_references(arguments.refs))
     if arguments.json:
         print(json.dumps(scores))
     else:
+        width = max(8, *map(len, scores))
         for name, value in scores.items():
-            print(f"{name:8} {value:.4f}")
+            shown = f"{value:.4f}" if isinstance(value, float) else value
+            print(f"{name:{width}} {shown}")
     return 0
 
 
@@ -460,9 +555,25 @@ def run_rerank(arguments: argparse.Namespace) -> int:
 
 
 def run_pull(arguments: argparse.Namespace) -> int:
-    from jlora.pull import pull
+    from jlora.pull_data import pull_any
 
-    print(pull(arguments.name))
+    print(pull_any(arguments.name))
+    return 0
+
+
+def run_split(arguments: argparse.Namespace) -> int:
+    from jlora.tasks.split import split_file
+
+    for part in split_file(arguments.file, arguments.folder, arguments.sizes, arguments.seed):
+        print(f"{part.path}: {part.inputs:,} inputs, {part.rows:,} rows")
+    return 0
+
+
+def run_convert_data(arguments: argparse.Namespace) -> int:
+    from jlora.tasks.boolq import convert_file
+
+    count = convert_file(arguments.file, arguments.out, arguments.to)
+    print(f"{arguments.out}: {count:,} rows")
     return 0
 
 

@@ -128,3 +128,16 @@ def check_writable(folder: str | Path) -> None:
             pass
     except OSError as error:
         raise os_error("write to", folder, error) from error
+
+
+def check_absent(path: str | Path) -> None:
+    """See that a result would overwrite nothing.
+
+    Raises:
+        UserError: a file or a folder with something in it stands at ``path``.
+    """
+    path = Path(path)
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists():
+        raise UserError(f"{path} is there already; remove it, or choose another place")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jlora.adapters import PeftModel
+from jlora.adapters import TunedModel
 from jlora.data import Batch, BatchOrder, TokenExample, collate, stream
 from jlora.errors import UserError
 from jlora.loggers import Loggers, MetricsLogger
@@ -73,15 +73,23 @@ class TrainResult:
 def batch_loss(model, batch: Batch, label_smoothing: float = 0.0) -> jt.Var:
     """Mean loss over the targets that count, a scalar Var.
 
-    The head is applied at those positions alone. The small constant in the denominator is
-    microsoft/LoRA's.
+    The small constant in the denominator is microsoft/LoRA's.
+    """
+    losses = target_losses(model, batch, label_smoothing)
+    return losses.sum() / (losses.shape[0] + 1e-4)
+
+
+def target_losses(model, batch: Batch, label_smoothing: float = 0.0) -> jt.Var:
+    """Losses of the targets that count, (N,), in the order of the batch's rows.
+
+    The head is applied at those positions alone.
     """
     where = np.flatnonzero(batch.mask)
     targets = jt.array(batch.targets.reshape(-1)[where])
     boundaries = Stream(batch.lengths) if batch.is_stream else None
     hidden = model.hidden_states(jt.array(batch.input_ids), boundaries)  # (B, T, C)
     picked = hidden.reshape(-1, hidden.shape[-1])[jt.array(where.astype(np.int32))]  # (N, C)
-    return model.target_losses(picked, targets, label_smoothing).sum() / (len(where) + 1e-4)
+    return model.target_losses(picked, targets, label_smoothing)
 
 
 def make_batch(model, examples: Sequence[TokenExample]) -> Batch:
@@ -104,7 +112,7 @@ def validation_loss(model, examples: Sequence[TokenExample], batch_size: int) ->
 
 
 def train(
-    model: PeftModel,
+    model: TunedModel,
     examples: Sequence[TokenExample],
     valid_examples: Sequence[TokenExample],
     config: TrainConfig,
@@ -112,7 +120,7 @@ def train(
     make_loggers: Callable[[int, int], list] = lambda total, start: [],
     resume: bool = False,
 ) -> TrainResult:
-    """Train the adapter of ``model``.
+    """Train the adapter of ``model``, or whatever else of it is to be trained.
 
     The run folder gets ``metrics.jsonl``, ``checkpoint/``, ``adapter/`` (the last one) and, when
     there are validation examples, ``best/``. The first Ctrl-C ends the step, saves and returns;
@@ -244,7 +252,7 @@ def train(
     return TrainResult(progress, total, interrupted=progress.step < total)
 
 
-def check_adapter_moves(model: PeftModel) -> None:
+def check_adapter_moves(model: TunedModel) -> None:
     """After a few updates every lora_B that is still zero has got no gradient.
 
     Raises:

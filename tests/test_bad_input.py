@@ -286,7 +286,7 @@ def test_target_modules_that_fit_nothing(refused, tiny_model):
         ("--set lora.target_modules=3", ["lora.target_modules is 3", "list", "string"]),
         ("--set decode.num_beams=0", ["num_beams is 0, but must be from 1"]),
         ("--set decode.adapter=first", ["decode.adapter 'first' is not one of best, last"]),
-        ("--set log=[tensorbord]", ["log 'tensorbord' is not one of wandb"]),
+        ("--set log=[tensorbord]", ["log 'tensorbord' is not one of wandb, tensorboard, swanlab"]),
         ("--set data.train_limit=0", ["data.train_limit must be at least 1, or null for all"]),
     ],
 )

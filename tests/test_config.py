@@ -23,6 +23,7 @@ from jlora.config import (
     make_recipe,
 )
 from jlora.errors import UserError
+from jlora.loggers import LOGGERS
 from jlora.optim import OptimConfig
 from jlora.train import TrainConfig
 
@@ -89,7 +90,7 @@ recipes = st.builds(
     ),
     precision=st.sampled_from(["auto", "plain", "fp32", "bf16"]),
     score_before=st.booleans(),
-    log=st.lists(st.just("wandb"), max_size=1),
+    log=st.lists(st.sampled_from(sorted(LOGGERS)), unique=True),
 )
 
 
@@ -175,7 +176,7 @@ def test_a_file_goes_before_a_name(tmp_path, monkeypatch):
         ({"model": "m", "trian": {}}, "here: unknown setting trian; did you mean train?"),
         ({"model": "m", "train": {"optim": {"weight_decy": 1}}},
          "here: unknown setting train.optim.weight_decy; did you mean train.optim.weight_decay?"),
-        ({"model": "m", 3: 4}, "here: unknown setting 3; known are model, data"),
+        ({"model": "m", 3: 4}, "here: unknown setting 3; known are model, method"),
         ({"model": "m", "lora": [1]}, "here: lora is a group of settings; write lora.NAME=VALUE"),
         ({"model": None}, "here: no model given"),
         ({"model": " "}, "here: model is empty"),

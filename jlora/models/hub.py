@@ -16,7 +16,7 @@ from jlora.files import read_text
 from jlora.formats.gguf_file import read_gguf
 from jlora.formats.safetensors_file import one_line, read_safetensors, read_sharded
 from jlora.formats.torch_file import read_torch, read_torch_sharded
-from jlora.pull import NAME, WHEELS, pull, pulled
+from jlora.pull import GPT2_TOKENIZER, NAME, WHEELS, pull, pulled, say
 from jlora.tokenizer import Tokenizer, find_files
 
 #: Buffers that older checkpoints saved beside the weights; the models compute them themselves.
@@ -91,21 +91,34 @@ def require_tokenizer(model: Any) -> Tokenizer:
 
 def find(name: str) -> Path:
     """The file or folder that a name or path means, fetched when it is a known name."""
+    found = find_local(name)
+    if found is not None:
+        return found
     path = Path(name).expanduser()
-    if path.exists():
-        return path
-    folder = pulled(name)
-    if folder is not None:
-        return folder
     # Anything that cannot be a name on a hub is a path with a slip in it.
     is_path = path.suffix in SUFFIXES or path.is_absolute() or name.startswith((".", "~"))
     if is_path or not NAME.fullmatch(name):
         raise UserError(f"{name}: no such file or folder; check the path, or `jlora pull` a name")
-    if name not in WHEELS:
-        folder = hugging_face_cache(name)
-        if folder is not None:
-            return folder
     return pull(name)
+
+
+def find_local(name: str) -> Path | None:
+    """The file or folder that a name or path means, if it is on this machine.
+
+    A name is also found as the file ``NAME-pytorch_model.bin``, as microsoft/LoRA's download script
+    calls it, here or in its folder ``pretrained_checkpoints``.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    folder = pulled(name)
+    if folder is not None or not NAME.fullmatch(name) or name in WHEELS:
+        return folder
+    for place in (Path("."), Path("pretrained_checkpoints")):
+        file = place / f"{name}-pytorch_model.bin"
+        if file.is_file():
+            return file
+    return hugging_face_cache(name)
 
 
 def hugging_face_cache(name: str) -> Path | None:
@@ -162,7 +175,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if config_path.is_file():
         return Checkpoint(weights, read_config(config_path), "config.json", tensors, tokenizer)
     config = gpt2_config_from_shapes(weights, hugging_face_names(tensors, "gpt2"))
+    if tokenizer is None and config["eos_token_id"] is not None:
+        tokenizer = gpt2_tokenizer()
     return Checkpoint(weights, config, "size found from its shapes", tensors, tokenizer)
+
+
+def gpt2_tokenizer() -> Tokenizer | None:
+    """GPT-2's tokenizer, fetched where it is not there; None without a network."""
+    try:
+        return Tokenizer.from_folder(pull(GPT2_TOKENIZER))
+    except UserError as error:
+        say(f"GPT-2's tokenizer is missing: {error}")
+        return None
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:

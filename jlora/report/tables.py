@@ -42,7 +42,8 @@ class Metric:
         return self.text(mean) + (f" ± {self.text(deviation)}" if deviation is not None else "")
 
 
-# Scales and digits of tables 3, 4, 13 and 14 of the LoRA paper (arXiv 2106.09685).
+# Scales and digits of tables 3, 4, 13 and 14 of the LoRA paper (arXiv 2106.09685). It calls
+# multi-BLEU and GenerationEval's METEOR plainly BLEU and MET; chrF++ is as WebNLG 2020 prints it.
 METRICS = (
     Metric("BLEU", "BLEU", 100, 1),
     Metric("multi-BLEU", "multi-BLEU", 100, 1),
@@ -51,8 +52,9 @@ METRICS = (
     Metric("METEOR", "METEOR", 100, 1),
     Metric("ROUGE_L", "ROUGE-L", 100, 1),
     Metric("CIDEr", "CIDEr", 1, 2),
-    Metric("chrF++", "chrF++", 100, 1),
+    Metric("METEOR-WebNLG", "METEOR", 1, 2),
     Metric("TER", "TER", 1, 2, lower_is_better=True),
+    Metric("chrF++", "chrF++", 1, 3),
     Metric("accuracy", "Accuracy", 100, 1),
     Metric("generated_accuracy", "Accuracy, generated", 100, 1),
     Metric("majority", "Majority answer", 100, 1),
