@@ -171,7 +171,7 @@ def _facts_of(run: RunSummary) -> list[dict[str, str]]:
         facts.append(_fact("Best validation loss", VALID_LOSS.text(run.best_valid_loss), note))
     train = series(run.records, "loss")
     if train:
-        last = [value for _, value in train[-50:]]
+        last = [value for _, value in train[-min(50, max(1, len(train) // 4)) :]]
         note = f"mean of the last {len(last)} records" if len(last) > 1 else ""
         facts.append(_fact("Final training loss", f"{sum(last) / len(last):.3f}", note))
     note = f"in {duration(run.seconds)}" if run.seconds is not None else ""
@@ -207,8 +207,8 @@ def _answers(run: RunSummary) -> dict[str, Any] | None:
     table = confusion(run.after)
     if table is None:
         return None
-    unread = run.after.get("unparseable")
-    note = "" if unread is None else f"Answers that are none of these: {unread:,.0f}"
+    unread = run.after.get("generated_unparseable")
+    note = "" if unread is None else f"Generated texts that say none of these: {unread:,.0f}"
     return {"rows": table, "note": note}
 
 

@@ -128,6 +128,8 @@ def table_picture(tables: Sequence[Sequence[Sequence[str]]], path: str | Path) -
     width = max(map(sum, widths)) + 0.3
     height = 0.28 * sum(len(table) + 1 for table in tables) + 0.1
     figure, axes = _figure(width, height)
+    figure.set_layout_engine(None)  # all places are known, and arranging them takes long
+    axes.set_position((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
     y = 0.25
