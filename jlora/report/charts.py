@@ -10,7 +10,7 @@ from markupsafe import Markup
 from jlora.report.plots import COLORS, Line, Points, series, smooth, svg_chart
 from jlora.report.runs import RunSummary
 
-STEEP = 0.05  # of the steps: the fall at the start, which would flatten all that comes after
+STEEP = 0.1  # of the longest run's steps: the fall at the start would flatten all that follows
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,8 @@ def overlaid_charts(runs: Sequence[RunSummary]) -> list[Chart]:
         curves = [series(run.records, key) for run in runs]
         note = ""
         if key == "loss":
-            curves = [_settled(smooth(points)) for points in curves]
-            note = f"Moving means; the first {STEEP:.0%} of the steps are left out. "
-            note = (note + _smoothing_note(runs)).strip()
+            curves = _settled([smooth(points, max(10, len(points) // 20)) for points in curves])
+            note = f"Moving means, without the steep start. {_smoothing_note(runs)}".strip()
         lines = [
             Line(points, line_style(index), markers=key == "valid_loss" and len(points) <= 40)
             for index, points in enumerate(curves)
@@ -88,9 +87,14 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _settled(points: Points) -> Points:
-    end = points[-1][0] if points else 0
-    return [point for point in points if point[0] >= STEEP * end]
+def _settled(curves: Sequence[Points]) -> list[Points]:
+    """The curves without the start; of a short run at least the second half stays."""
+    ends = [points[-1][0] if points else 0 for points in curves]
+    cut = STEEP * max(ends, default=0)
+    return [
+        [point for point in points if point[0] >= min(cut, end / 2)]
+        for points, end in zip(curves, ends)
+    ]
 
 
 def _smoothing_note(runs: Sequence[RunSummary]) -> str:

@@ -13,7 +13,7 @@ from jlora.loggers import METRICS_NAME
 from jlora.report import environment
 from jlora.report.charts import charts_of, line_style, overlaid_charts
 from jlora.report.plots import loss_curve, loss_curves, series, table_picture
-from jlora.report.runs import REPORT_NAME, RunSummary, read_run
+from jlora.report.runs import REPORT_NAME, RunSummary, group_by_seed, read_run
 from jlora.report.samples import References, shown_samples
 from jlora.report.scoreboard import Board, confusion, markdown, score_boards
 from jlora.report.tables import VALID_LOSS, metrics_of
@@ -114,7 +114,8 @@ def _page(
     tasks = list(dict.fromkeys(run.task for run in runs))
     samples = []
     for task in tasks:
-        mine = [run for run in runs if run.task == task]
+        # Seeds of one recipe write much the same: the first of them speaks for all.
+        mine = [group[0] for group in group_by_seed(runs) if group[0].task == task]
         samples.append((task, shown_samples(mine, references, SAMPLES if one else SAMPLES_OF_MANY)))
     models = dict.fromkeys(run.model for run in runs)
     words = [*models, *tasks, *([one.method] if one else [])]
@@ -161,14 +162,16 @@ def _facts_of(run: RunSummary) -> list[dict[str, str]]:
     """The few numbers at the top of the page."""
     facts = []
     for metric in metrics_of(run.after)[:1]:
-        note = f"{metric.text(run.before.get(metric.key))} before" if run.before else ""
-        facts.append(_fact(metric.label, metric.cell(run.after), note))
+        value, _, interval = metric.cell(run.after).partition(" ")
+        before = f"{metric.text(run.before.get(metric.key))} before" if run.before else ""
+        note = ", ".join(word for word in (interval, before) if word)
+        facts.append(_fact(metric.label, value, note))
     if run.best_valid_loss is not None:
         note = f"at step {run.best_step:,}" if run.best_step else "before training"
         facts.append(_fact("Best validation loss", VALID_LOSS.text(run.best_valid_loss), note))
     train = series(run.records, "loss")
     if train:
-        last = [value for _, value in train[-50:]]
+        last = [value for _, value in train[-min(50, max(1, len(train) // 4)) :]]
         note = f"mean of the last {len(last)} records" if len(last) > 1 else ""
         facts.append(_fact("Final training loss", f"{sum(last) / len(last):.3f}", note))
     note = f"in {duration(run.seconds)}" if run.seconds is not None else ""
@@ -180,15 +183,16 @@ def _facts_of(run: RunSummary) -> list[dict[str, str]]:
 
 def _facts_of_many(runs: Sequence[RunSummary]) -> list[dict[str, str]]:
     facts = [_fact("Runs", f"{len(runs)}")]
+    several = len({run.task for run in runs}) > 1
     for task in dict.fromkeys(run.task for run in runs):
         scored = [run for run in runs if run.task == task and run.after]
         metrics = metrics_of(*(run.after for run in scored))[:1]
         for metric in metrics:
             best = max(scored, key=lambda run: run.after.get(metric.key, float("-inf")))
-            label = f"Best {metric.label}" + (f", {task}" if task else "")
-            facts.append(_fact(label, metric.cell(best.after), best.name))
+            label = f"Best {metric.label}" + (f", {task}" if several else "")
+            facts.append(_fact(label, metric.text(best.after.get(metric.key)), best.name))
     losses = [run for run in runs if run.best_valid_loss is not None]
-    if losses and len({run.task for run in runs}) == 1:
+    if losses and not several:
         best = min(losses, key=lambda run: run.best_valid_loss or 0.0)
         facts.append(
             _fact("Best validation loss", VALID_LOSS.text(best.best_valid_loss), best.name)
@@ -203,8 +207,8 @@ def _answers(run: RunSummary) -> dict[str, Any] | None:
     table = confusion(run.after)
     if table is None:
         return None
-    unread = run.after.get("unparseable")
-    note = "" if unread is None else f"Answers that are none of these: {unread:,.0f}"
+    unread = run.after.get("generated_unparseable")
+    note = "" if unread is None else f"Generated texts that say none of these: {unread:,.0f}"
     return {"rows": table, "note": note}
 
 

@@ -13,6 +13,7 @@ from jlora.report.tables import (
     mean_and_deviation,
     metrics_of,
     plain_table,
+    visible,
 )
 
 HEAD = ["run", "state", "task", "model", "method", "steps", "valid. loss", "scores", "age"]
@@ -82,7 +83,11 @@ def _row(members: Sequence[RunSummary], now: float) -> list[str]:
     steps = "–" if not run.steps and run.total_steps is None else f"{run.steps:,}"
     if run.total_steps is not None:
         steps += f"/{run.total_steps:,}"
-    name = str(run.folder) if len(members) == 1 else f"{group_name(members)} ({len(members)} seeds)"
+    name = (
+        visible(str(run.folder))
+        if len(members) == 1
+        else f"{group_name(members)} ({len(members)} seeds)"
+    )
     return [
         name,
         run.state,

@@ -94,7 +94,8 @@ def loss_curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: s
             "color": COLORS[index % len(COLORS)],
             "linestyle": ("-", "--", ":")[index // len(COLORS) % 3],
         }
-        train, valid = smooth(series(metrics, "loss")), series(metrics, "valid_loss")
+        loss, valid = series(metrics, "loss"), series(metrics, "valid_loss")
+        train = smooth(loss, max(10, len(loss) // 20))
         if train:
             (handles[name],) = axes[0].plot(*zip(*train), linewidth=1.5, **style)
         if valid:
@@ -127,6 +128,8 @@ def table_picture(tables: Sequence[Sequence[Sequence[str]]], path: str | Path) -
     width = max(map(sum, widths)) + 0.3
     height = 0.28 * sum(len(table) + 1 for table in tables) + 0.1
     figure, axes = _figure(width, height)
+    figure.set_layout_engine(None)  # all places are known, and arranging them takes long
+    axes.set_position((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
     y = 0.25

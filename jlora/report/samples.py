@@ -18,7 +18,8 @@ from jlora.report.tables import pick, slots
 BEFORE_NAME = "predictions_before.jsonl"
 LONGEST_PROMPT = 700  # characters shown
 LONGEST_DIFF = 400  # words compared
-ALIKE = 0.35  # below this share of common words a marked text would be all marks
+ALIKE = 0.35  # below this share of common words a marked text would be all marks,
+SHORT = 3  # unless neither is longer than so many words, as answers are
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
@@ -93,7 +94,8 @@ def marked(text: str, reference: str) -> Markup:
     ours, theirs = list(_WORD.finditer(text)), list(_WORD.finditer(reference))
     words = [[match.group().casefold() for match in side] for side in (ours, theirs)]
     matcher = difflib.SequenceMatcher(None, *words, autojunk=False)
-    if max(map(len, words)) > LONGEST_DIFF or matcher.ratio() < ALIKE:
+    longest = max(map(len, words))
+    if longest > LONGEST_DIFF or (longest > SHORT and matcher.ratio() < ALIKE):
         return escape(text)
     parts, place = [], 0
     for kind, start, end, their_start, their_end in matcher.get_opcodes():

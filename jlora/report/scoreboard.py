@@ -97,7 +97,8 @@ def trend(metric: Metric, change: float | None) -> str:
 def confusion(scores: Mapping[str, float]) -> list[list[str]] | None:
     """Counts of a choice between answers as rows of cells, the first the head; None without any.
 
-    A score ``confusion/true->false`` counts inputs whose answer is true and that got false.
+    A score ``confusion/true->false`` counts inputs whose answer is true and that got false. What
+    is none of the answers (``unparseable``) has a column where there was any.
     """
     counts = {}
     for key, value in scores.items():
@@ -108,7 +109,8 @@ def confusion(scores: Mapping[str, float]) -> list[list[str]] | None:
     if not counts:
         return None
     answers = sorted({right for right, _ in counts})
-    columns = answers + sorted({given for _, given in counts} - set(answers))
+    others = {given for (_, given), count in counts.items() if count} - set(answers)
+    columns = answers + sorted(others)
     rows = [["", *(f"answered {given}" for given in columns)]]
     for right in answers:
         rows.append(

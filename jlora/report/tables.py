@@ -62,7 +62,7 @@ METRICS = (
 VALID_LOSS = Metric("valid_loss", "Valid. loss", 1, 3, lower_is_better=True)
 
 # Scores that say something about another one, or counts; the report shows them in their own place.
-_NO_SCORE = re.compile(r"(.+_(low|high)|confusion/.*|unparseable)")
+_NO_SCORE = re.compile(r"(.+_(low|high)|confusion/.*|.*unparseable)")
 
 
 @dataclass(frozen=True)
