@@ -211,7 +211,7 @@ def finetune(
         return [ProgressLogger(steps, start), *services]
 
     result = train(model, *sets, recipe.train, run, loggers, resume)
-    environment.record(run)
+    environment.record(run, total_steps=result.total_steps)
     loss_curve(read_metrics(run / "metrics.jsonl"), run / "loss.png")
     if result.interrupted:
         say(
@@ -320,12 +320,13 @@ def run_recipe(recipe: Recipe, run: Path, resume: bool = False) -> dict | None:
         found = encode_splits(recipe, model)
         if not (run / "config.yaml").exists():
             begin_run(run, recipe)
+        environment.record(run, hashes)
         return found
 
     def score(model, key: str, path: Path) -> None:
         scores[key] = answer_and_score(recipe, model, groups, path)
         write_text(run / "scores.json", json.dumps(scores, indent=1) + "\n")
-        environment.record(run, hashes)
+        environment.record(run)
 
     if recipe.score_before and "before" not in scores:
         model = untouched(recipe)
