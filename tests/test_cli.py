@@ -15,7 +15,7 @@ from jlora.formats.safetensors_file import read_safetensors
 ADAPTER = "adapter_model.safetensors"
 VERBS = (
     "demo", "doctor", "pull", "run", "finetune", "generate", "merge", "export", "convert",
-    "evaluate", "rerank", "report",
+    "analyze", "evaluate", "rerank", "report",
 )  # fmt: skip
 
 

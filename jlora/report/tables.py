@@ -100,7 +100,7 @@ def score_table(
             change = difference_of(metric, before, after)
             difference.append(metric.text(change, sign=True))
         cells.insert(3, difference)
-    return _markdown(cells) if markdown else _plain(cells)
+    return _markdown(cells) if markdown else aligned(cells)
 
 
 def difference_of(
@@ -184,7 +184,8 @@ def _field(label: str, text: str, width: int) -> list[str]:
     return [f"{label if number == 0 else '':<{indent}}{line}" for number, line in enumerate(lines)]
 
 
-def _plain(cells: list[list[str]]) -> str:
+def aligned(cells: list[list[str]]) -> str:
+    """Rows of cells, the first its heads, as columns of plain text."""
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = []
     for row in cells:
