@@ -217,6 +217,22 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--model", help="base model (default: the one of the adapter's run)")
     add_adapter_options(convert)
 
+    analyze = verb("analyze", run_analyze, "What an adapter learned: the LoRA paper's figures.")
+    analyze.add_argument("adapter", help=ADAPTER_HELP)
+    analyze.add_argument("--other", metavar="ADAPTER", help="another one, to compare subspaces")
+    analyze.add_argument(
+        "--model", help="base model, for the amplification of its directions (default: the one of "
+        "the adapter's run)",
+    )  # fmt: skip
+    analyze.add_argument(
+        "--of", choices=("A", "B", "dW"), default="A",
+        help="whose directions are compared: A's right-singular vectors (the paper; the default), "
+        "B's left ones, or those of the whole change",
+    )  # fmt: skip
+    analyze.add_argument("--layers", metavar="REGEX", help="only layers in whose name it is found")
+    analyze.add_argument("--out", metavar="FOLDER", help="write analysis.json and figures there")
+    add_adapter_options(analyze)
+
     evaluate = verb("evaluate", run_evaluate, "Score texts by the metrics of a task.")
     evaluate.add_argument("task", help="e2e, webnlg, dart, boolq, ...")
     evaluate.add_argument(
@@ -504,6 +520,31 @@ def run_convert(arguments: argparse.Namespace) -> int:
     else:
         model.save_pretrained(arguments.out)
     print(f"written: {arguments.out}")
+    return 0
+
+
+def run_analyze(arguments: argparse.Namespace) -> int:
+    from jlora.adapters.loralib import is_loralib
+    from jlora.analysis.study import analyze, write_study
+    from jlora.analysis.tables import tables
+    from jlora.files import check_writable
+    from jlora.opening import AdapterFile
+
+    if arguments.out:
+        check_writable(arguments.out)  # before a minute of loading
+    paths = [Path(path) for path in (arguments.adapter, arguments.other) if path is not None]
+    no_file = not any(is_loralib(path) for path in paths)
+    files = []
+    for path in paths:
+        # The options of .pt files are for those of the two that are such files.
+        of_file = (arguments.lora_alpha, arguments.enable_lora)
+        settings = of_file if no_file or is_loralib(path) else (None, None)
+        files.append(AdapterFile(path, *settings, arguments.force))
+    study = analyze(files, arguments.model, arguments.of, arguments.layers)
+    print(tables(study))
+    if arguments.out:
+        written = write_study(study, Path(arguments.out))
+        print("written:", *written)
     return 0
 
 

@@ -17,7 +17,7 @@ from jlora.tasks import e2e
 ADAPTER = "adapter_model.safetensors"
 VERBS = (
     "demo", "doctor", "pull", "run", "finetune", "generate", "merge", "export", "convert",
-    "evaluate", "rerank", "report", "runs",
+    "analyze", "evaluate", "rerank", "report", "runs", "sweep", "data",
 )  # fmt: skip
 
 
