@@ -107,6 +107,7 @@ def answer(
     end_ids: Sequence[int] | None = None,
     precision: str = "auto",
     path: Path | None = None,
+    keeps: Sequence[int] | None = None,
 ) -> list[Prediction]:
     """Answer prompts with a model and, if given, its adapter.
 
@@ -119,6 +120,7 @@ def answer(
         end_ids: tokens that end a text; None: likewise.
         precision: see `jlora.engine.prepare`.
         path: predictions.jsonl to write; None: none.
+        keeps: `jlora.data.Example.keep` of each prompt; such prompts are cut as in training.
 
     Raises:
         UserError: no model, no such adapter, or prompts that do not fit.
@@ -132,7 +134,8 @@ def answer(
     end_ids = end_ids or [tokenizer.eos_token_id if trained.end_id is None else trained.end_id]
     if end_ids == [None]:
         raise UserError("the tokenizer names no end token; give --end-id")
-    encoded = encode_inputs(model, prompts, config.max_new_tokens, separator_id)
+    longest = trained.max_prompt if keeps else None
+    encoded = encode_inputs(model, prompts, config.max_new_tokens, separator_id, longest, keeps)
     if isinstance(config, DecodeConfig):
         config = replace(config, eos_token_ids=list(end_ids))
         return decode(model, prompts, encoded, config, end_ids[0], path)

@@ -446,6 +446,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     from jlora.config import DecodeConfig
     from jlora.data import NO_SEPARATOR
     from jlora.generate import GenerateConfig
+    from jlora.opening import run_of
     from jlora.tasks import get_task
 
     shared = {"max_new_tokens": arguments.max_new_tokens, "batch_size": arguments.batch_size}
@@ -463,19 +464,22 @@ def run_generate(arguments: argparse.Namespace) -> int:
             eos_token_ids=(), temperature=temperature, **shared,
             **(sampling if arguments.method == "sample" else {}),
         )  # fmt: skip
-    prompts = arguments.prompt
+    prompts, keeps, adapter = arguments.prompt, None, adapter_file(arguments)
     if arguments.data:
-        task = get_task(arguments.task)
-        prompts = [group.prompt for group in task.groups(task.read(arguments.data))]
+        task, recipe = get_task(arguments.task), adapter and run_of(adapter.path)[1]
+        same = recipe is not None and recipe.data.task == task.name
+        groups = task.groups(task.read(arguments.data, recipe.data.template if same else None))
+        prompts, keeps = [group.prompt for group in groups], [group.keep for group in groups]
     predictions = answer(
         prompts,
         arguments.model,
-        adapter_file(arguments),
+        adapter,
         config,
         NO_SEPARATOR if arguments.raw else arguments.separator_id,
         arguments.end_id,
         arguments.precision,
         Path(arguments.out) if arguments.out else None,
+        keeps,
     )
     if not arguments.out:
         for prediction in predictions:

@@ -230,7 +230,14 @@ def make_recipe(values: dict[str, Any], source: str) -> Recipe:
 
 
 def _check_values(recipe: Recipe) -> None:
-    get_task(recipe.data.task)
+    task = get_task(recipe.data.task)
+    task.find_template(recipe.data.template)
+    if recipe.data.metrics is not None:
+        if task.choices:
+            raise UserError(f"task {task.name} is scored by accuracy alone; leave data.metrics out")
+        from jlora.metrics import check_names
+
+        check_names(recipe.data.metrics)
     recipe.train.check()
     recipe.decode.beam_config(end_id=0)
     _check_choice("decode.adapter", recipe.decode.adapter, ("best", "last"))

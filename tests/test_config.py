@@ -191,6 +191,16 @@ def test_a_file_goes_before_a_name(tmp_path, monkeypatch):
         ({"model": "m", "train": {"optim": {"schedule": "cos"}}}, "'cos' is not one of linear"),
         ({"model": "m", "decode": {"rank_up_to": 0.5}}, "rank_up_to is 0.5, but must be >= 0.8"),
         ({"model": "m", "data": {"valid_stride": 0}}, "data.valid_stride must be at least 1"),
+        ({"model": "m", "data": {"max_prompt": 0}}, "data.max_prompt must be at least 1"),
+        ({"model": "m", "data": {"template": "jlora"}}, "task e2e has no prompt templates"),
+        ({"model": "m", "data": {"metrics": ["BLUE"]}}, "no metric 'BLUE'; did you mean BLEU"),
+        ({"model": "m", "data": {"task": "boolq", "template": "x"}}, "no prompt template 'x'"),
+        (
+            {"model": "m", "data": {"task": "boolq", "metrics": ["BLEU"]}},
+            "task boolq is scored by accuracy alone",
+        ),
+        ({"model": "m", "method": "ful"}, "method 'ful' is not one of lora, full"),
+        ({"model": "m", "top_layers": 0}, "top_layers must be at least 1"),
         ({"model": "m", "log": "wandb"}, "log is 'wandb': should be a valid list"),
     ],
 )  # fmt: skip

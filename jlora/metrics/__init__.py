@@ -124,6 +124,12 @@ def check_metrics(names: Sequence[str]) -> str | None:
     Raises:
         UserError: no name is given, one is no metric (shows the nearest), or Java does not work.
     """
+    check_names(names)
+    return find_java() if _NEED_JAVA.intersection(names) else None
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises: UserError: no name is given, or one is no metric (shows the nearest)."""
     if isinstance(names, str) or not names:
         raise UserError(f"no list of metrics: {names!r}; there are {', '.join(METRICS)}")
     for name in names:
@@ -134,7 +140,6 @@ def check_metrics(names: Sequence[str]) -> str | None:
             raise UserError(
                 f"no metric {name!r}; {hint if near else 'there are ' + ', '.join(METRICS)}"
             )
-    return find_java() if _NEED_JAVA.intersection(names) else None
 
 
 def evaluate(
