@@ -297,6 +297,13 @@ def test_settings(refused, tiny_model, options, words):
     has(refused(*argv), *words)
 
 
+def test_a_logger_that_is_not_installed(refused, monkeypatch):
+    monkeypatch.setattr("jlora.loggers.services._is_installed", lambda package: False)
+    # The model is not even looked for.
+    has(refused(*finetune(Path("nowhere"), "--log", "swanlab")), "pip install 'jlora[swanlab]'")
+    has(refused("run", "e2e-smollm2-135m", "--log", "wandb"), "pip install 'jlora[wandb]'")
+
+
 def test_no_model_named(refused):
     has(refused("finetune", "--task", "restaurants"), "no --model given", "smollm2-135m")
 

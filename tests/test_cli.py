@@ -157,6 +157,35 @@ def test_run_folder(tiny_run):
     assert not [path for path in tiny_run.rglob("*") if ".tmp" in path.name]
 
 
+def test_a_run_is_logged_where_the_recipe_says(tmp_path, tiny_model, monkeypatch):
+    class Service(types.ModuleType):
+        started, logged, finished = [], [], []
+
+        def init(self, **settings):
+            self.started.append(settings)
+            return self
+
+        def log(self, values, step):
+            self.logged.append((step, sorted(values)))
+
+        def finish(self):
+            self.finished.append(True)
+
+    monkeypatch.setitem(sys.modules, "wandb", Service("wandb"))
+    run = tmp_path / "my-run"
+    assert main(
+        f"finetune --model {tiny_model} --task restaurants --batch-size 4 --steps 2 "
+        "--precision plain --set data.train_limit=40 --set data.valid_stride=50 "
+        f"--set train.log_every=1 --log wandb --out {run}".split()
+    ) == 0  # fmt: skip
+    (started,) = Service.started
+    assert (started["name"], started["dir"]) == ("my-run", str(run))
+    assert "batch_size: 4" in started["config"]["recipe"]
+    trained = ["loss", "lr", "seconds", "tokens_per_s"]
+    assert Service.logged == [(1, trained), (2, trained), (2, ["valid_loss"])]
+    assert Service.finished == [True]
+
+
 def rows_of(count):
     row = {"prompt": "name : A | food : B", "completion": "A serves B ."}
     return (json.dumps(row) + "\n") * count

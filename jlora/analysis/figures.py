@@ -107,6 +107,7 @@ def amplification(study: Study, path: Path) -> Path:
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("layer")
         axes.grid(alpha=0.25)
+        axes.set_yscale("log")
         axes.legend(frameon=False, fontsize=8)
     panels[0].set_ylabel("||dW|| / ||U^T W V^T||")
     return _save(figure, path)

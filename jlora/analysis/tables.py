@@ -57,16 +57,16 @@ def most_of(values: np.ndarray, share: float = 0.9) -> int:
 
 
 def similarity_table(study: Study) -> str:
-    """phi at the corners, beside random directions'."""
+    """phi at the corners, beside that of random directions."""
     names = study.names
-    rows = [["phi(i, j)", "layers", "a", "b", "(1, 1)", "(1, b)", "(a, b)", "random (1, b)"]]
+    rows = [["phi(i, j)", "layers", "a", "b", "(1, 1)", "(1, b)", "(a, b)", "random (a, b)"]]
     for kind, random in study.random.items():
         grids = list(study.similarity_of(kind).values())
         a, b = random.shape
         rows.append([
             kind, str(len(grids)), str(a), str(b),
             *(f"{_mean([phi[at] for phi in grids]):.3f}" for at in ((0, 0), (0, -1), (-1, -1))),
-            f"{random[0, -1]:.3f}",
+            f"{random[-1, -1]:.3f}",
         ])  # fmt: skip
     note = f"directions of {study.matrix}; i of {names[0]}, j of {names[1]}; means over the layers."
     return f"{plain_table(rows)}\n{note}"
@@ -85,11 +85,12 @@ def amplification_table(study: Study) -> str | None:
         rows.append([
             name, kind, _ranks(layers),
             *(f"{_mean([getattr(each, column) for each in measured]):.3g}" for column in columns),
-            *(f"{value:.2f}" for value in (_mean(factors), min(factors), max(factors))),
+            *(f"{value:.2f}" for value in (np.median(factors), min(factors), max(factors))),
         ])  # fmt: skip
     if len(rows) == 1:
         return None
-    note = "factor: ||dW|| / ||U^T W V^T||, mean, least and greatest; the rest are means."
+    # No mean of the factors: one layer whose directions W hardly has would rule it.
+    note = "factor: ||dW|| / ||U^T W V^T||, median, least and greatest; the rest are means."
     return f"{plain_table(rows)}\n{note}"
 
 
