@@ -1,15 +1,14 @@
-"""The ``jlora`` command: one subcommand a verb. Heavy imports are done where they are needed."""
+"""The ``jlora`` command line: one subcommand a verb; what they do is in `jlora.commands`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from jlora import commands
 from jlora.errors import UserError
 from jlora.loggers import LOGGERS
 
@@ -97,14 +96,20 @@ def parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         return command
 
-    demo = verb("demo", run_demo, "Tune a small model on E2E in minutes: scores before and after.")
+    demo = verb(
+        "demo", commands.run_demo, "Tune a small model on E2E in minutes: scores before and after."
+    )
     demo.add_argument("--out", default="runs/demo", help="run folder (default: %(default)s)")
     demo.add_argument("--data", help="folder with the E2E files")
 
-    doctor = verb("doctor", run_doctor, "Check this machine; exit code 0 when all needed is there.")
+    doctor = verb(
+        "doctor", commands.run_doctor, "Check this machine; exit code 0 when all needed is there."
+    )
     doctor.add_argument("--json", action="store_true", help="machine-readable output")
 
-    pull = verb("pull", run_pull, "Fetch a pretrained model or a dataset into jlora's cache.")
+    pull = verb(
+        "pull", commands.run_pull, "Fetch a pretrained model or a dataset into jlora's cache."
+    )
     pull.add_argument(
         "name", help="smollm2-135m, a Hugging Face name such as gpt2-medium, or a dataset: e2e, "
         "webnlg, dart, boolq",
@@ -121,21 +126,23 @@ def parser() -> argparse.ArgumentParser:
         help="distinct inputs of each part; two numbers: train and test",
     )  # fmt: skip
     split.add_argument("--seed", type=int, default=0)
-    split.set_defaults(function=run_split)
+    split.set_defaults(function=commands.run_split)
     layout = steps.add_parser("convert", help="BoolQ's original layout and SuperGLUE's")
     layout.add_argument("file", help="JSON Lines in either layout")
     layout.add_argument("out", help="file to write")
     layout.add_argument("--to", required=True, choices=("superglue", "original"))
-    layout.set_defaults(function=run_convert_data)
+    layout.set_defaults(function=commands.run_convert_data)
 
-    run = verb("run", run_run, "Train, decode, score and report as a recipe says.")
+    run = verb("run", commands.run_run, "Train, decode, score and report as a recipe says.")
     run.add_argument("recipe", nargs="?", help="a YAML file, or the name of one that comes along")
     run.add_argument(
         "--smoke", action="store_true", help="a few steps and inputs only: does all of it work?"
     )
     add_run_options(run)
 
-    sweep = verb("sweep", run_sweep, "Run a recipe under many settings and compare the scores.")
+    sweep = verb(
+        "sweep", commands.run_sweep, "Run a recipe under many settings and compare the scores."
+    )
     sweep.add_argument("recipe", help="a YAML file, or the name of one that comes along")
     sweep.add_argument(
         "--grid", action="append", default=[], metavar="KEY=VALUE,VALUE",
@@ -147,7 +154,9 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     sweep.add_argument("--smoke", action="store_true", help="as of jlora run")
 
-    finetune = verb("finetune", run_finetune, "Train an adapter on prompt/completion data.")
+    finetune = verb(
+        "finetune", commands.run_finetune, "Train an adapter on prompt/completion data."
+    )
     finetune.add_argument("--recipe", help="start from this recipe's settings")
     finetune.add_argument("--model", help="name or path of the base model")
     finetune.add_argument(
@@ -165,7 +174,9 @@ def parser() -> argparse.ArgumentParser:
     finetune.add_argument("--seed", type=int)
     add_run_options(finetune)
 
-    generate = verb("generate", run_generate, "Answer prompts with a model and its adapter.")
+    generate = verb(
+        "generate", commands.run_generate, "Answer prompts with a model and its adapter."
+    )
     generate.add_argument("--model", help="base model (default: the one of the adapter's run)")
     generate.add_argument("--adapter", help=ADAPTER_HELP)
     add_adapter_options(generate)
@@ -191,14 +202,16 @@ def parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--precision", default="auto", help=PRECISIONS)
 
-    merge = verb("merge", run_merge, "Write base and adapter as one model that transformers loads.")
+    merge = verb(
+        "merge", commands.run_merge, "Write base and adapter as one model that transformers loads."
+    )
     merge.add_argument("base", help="name or path of the base model")
     merge.add_argument("adapter", help=ADAPTER_HELP)
     merge.add_argument("out", help="folder to write, new or empty")
     merge.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     add_adapter_options(merge)
 
-    export = verb("export", run_export, "Write a model, merged or plain, as a GGUF file.")
+    export = verb("export", commands.run_export, "Write a model, merged or plain, as a GGUF file.")
     export.add_argument("model", help="name or path of the base model")
     export.add_argument("--gguf", required=True, metavar="OUT.gguf", help="file to write")
     export.add_argument("--adapter", help=f"merge this first: {ADAPTER_HELP}")
@@ -211,13 +224,17 @@ def parser() -> argparse.ArgumentParser:
     )
     add_adapter_options(export)
 
-    convert = verb("convert", run_convert, "Write an adapter as loralib's .pt file, or back.")
+    convert = verb(
+        "convert", commands.run_convert, "Write an adapter as loralib's .pt file, or back."
+    )
     convert.add_argument("adapter", help=ADAPTER_HELP)
     convert.add_argument("out", help="a .pt file for a folder, a folder for a .pt file")
     convert.add_argument("--model", help="base model (default: the one of the adapter's run)")
     add_adapter_options(convert)
 
-    analyze = verb("analyze", run_analyze, "What an adapter learned: the LoRA paper's figures.")
+    analyze = verb(
+        "analyze", commands.run_analyze, "What an adapter learned: the LoRA paper's figures."
+    )
     analyze.add_argument("adapter", help=ADAPTER_HELP)
     analyze.add_argument("--other", metavar="ADAPTER", help="another one, to compare subspaces")
     analyze.add_argument(
@@ -233,7 +250,7 @@ def parser() -> argparse.ArgumentParser:
     analyze.add_argument("--out", metavar="FOLDER", help="write analysis.json and figures there")
     add_adapter_options(analyze)
 
-    evaluate = verb("evaluate", run_evaluate, "Score texts by the metrics of a task.")
+    evaluate = verb("evaluate", commands.run_evaluate, "Score texts by the metrics of a task.")
     evaluate.add_argument("task", help="e2e, webnlg, dart, boolq, ...")
     evaluate.add_argument(
         "--refs", required=True, help="references, groups split by empty lines; of a choice as "
@@ -243,19 +260,23 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--metrics", metavar="A,B", help="instead of the task's own")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
-    rerank = verb("rerank", run_rerank, "Choose again for another length penalty; no decoding.")
+    rerank = verb(
+        "rerank", commands.run_rerank, "Choose again for another length penalty; no decoding."
+    )
     rerank.add_argument("predictions", help="predictions.jsonl")
     rerank.add_argument("--length-penalty", type=float, required=True)
     rerank.add_argument("--out", required=True, help="predictions.jsonl to write (and .txt)")
 
-    report = verb("report", run_report, "Write one HTML page about a run, or comparing several.")
+    report = verb(
+        "report", commands.run_report, "Write one HTML page about a run, or comparing several."
+    )
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     report.add_argument(
         "--out", metavar="FILE.html",
         help="default: RUN/report.html; of several runs, runs/report.html",
     )  # fmt: skip
 
-    runs = verb("runs", run_runs, "List run folders with their scores.")
+    runs = verb("runs", commands.run_runs, "List run folders with their scores.")
     runs.add_argument(
         "folder", nargs="?", default="runs", help="where to look, three levels deep (default: runs)"
     )
@@ -296,16 +317,6 @@ def whole_numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 2400,400,470") from None
 
 
-def adapter_file(arguments: argparse.Namespace):
-    """The adapter that a command line names, or None."""
-    from jlora.opening import AdapterFile
-
-    if arguments.adapter is None:
-        return None
-    path = Path(arguments.adapter)
-    return AdapterFile(path, arguments.lora_alpha, arguments.enable_lora, arguments.force)
-
-
 def add_run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", help="run folder (default: runs/ and the recipe's name)")
     command.add_argument(
@@ -327,332 +338,6 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
         help="log there as well, offline unless WANDB_MODE or SWANLAB_MODE say otherwise; may be "
         "repeated",
     )  # fmt: skip
-
-
-def overrides(arguments: argparse.Namespace) -> list[str]:
-    """The recipe settings that the named options stand for."""
-    names = {
-        "model": "model", "task": "data.task", "rank": "lora.r",
-        "alpha": "lora.lora_alpha", "lr": "train.optim.lr", "batch_size": "train.batch_size",
-        "steps": "train.steps", "epochs": "train.epochs", "seed": "train.seed",
-        "precision": "precision",
-        "checkpoint_activations": "checkpoint_activations",
-    }  # fmt: skip
-    found = []
-    for option, key in names.items():
-        value = getattr(arguments, option, None)
-        if value is not None:
-            found.append(f"{key}={json.dumps(value)}")
-    if arguments.data is not None:
-        folder = Path(arguments.data)
-        if folder.is_file():  # of training; the other splits are looked for beside it
-            found.append(f"data.train={json.dumps(str(folder))}")
-            folder = folder.parent
-        found.append(f"data.folder={json.dumps(str(folder))}")
-    if getattr(arguments, "epochs", None) is not None:
-        found.append("train.steps=null")
-    if getattr(arguments, "target_modules", None):
-        names = [name.strip() for name in arguments.target_modules.split(",") if name.strip()]
-        found.append(f"lora.target_modules={json.dumps(names)}")
-    if arguments.log:
-        found.append(f"log={json.dumps(arguments.log)}")
-    return found + arguments.set
-
-
-def open_recipe(arguments: argparse.Namespace, name: str | None):
-    """The recipe and the run folder that a command line means."""
-    from jlora.config import apply_override, find_recipe, load_recipe, make_recipe
-
-    if arguments.resume:
-        if overrides(arguments):
-            raise UserError(
-                "--resume takes every setting from the run folder; leave the others out"
-            )
-        out = arguments.out or (f"runs/{Path(name).stem}" if name else None)
-        if out is None:
-            raise UserError("--resume needs the run folder: --out RUN")
-        config = Path(out) / "config.yaml"
-        if not config.is_file():
-            raise UserError(f"{out}: no run to resume there; start it without --resume")
-        return load_recipe(config), Path(out)
-    if name:
-        recipe = load_recipe(find_recipe(name), overrides(arguments))
-    else:
-        values: dict = {}
-        for override in overrides(arguments):
-            apply_override(values, override)
-        if "model" not in values:
-            raise UserError("no --model given, such as --model smollm2-135m")
-        recipe = make_recipe(values, "command line")
-    return recipe, Path(arguments.out or f"runs/{Path(name).stem if name else 'finetune'}")
-
-
-def run_run(arguments: argparse.Namespace) -> int:
-    if not arguments.recipe and not arguments.resume:
-        raise UserError("no recipe given; try `jlora run e2e-smollm2-135m`")
-    recipe, run = open_recipe(arguments, arguments.recipe)
-    from jlora import workflow
-
-    if arguments.smoke and not arguments.resume:
-        from jlora.smoke import smoke
-
-        recipe = smoke(recipe)
-    return 130 if workflow.run_recipe(recipe, run, arguments.resume) is None else 0
-
-
-def run_sweep(arguments: argparse.Namespace) -> int:
-    from jlora import sweep
-    from jlora.config import find_sweep
-    from jlora.report.html import write_report
-
-    if bool(arguments.grid) == bool(arguments.cases):
-        raise UserError("give --grid KEY=VALUE,VALUE or --cases FILE, such as --grid lora.r=1,2,4")
-    if arguments.cases:
-        cases = sweep.file_cases(find_sweep(arguments.cases))
-    else:
-        cases = sweep.grid_cases(arguments.grid)
-    options = ["--smoke"] if arguments.smoke else []
-    if arguments.data:
-        options += ["--data", arguments.data]
-    for setting in arguments.set:
-        options += ["--set", setting]
-    out = Path(arguments.out or f"runs/sweep-{Path(arguments.recipe).stem}")
-    runs = sweep.sweep(arguments.recipe, cases, options, out)
-    print(write_report(list(runs.values()), out=out / "report.html"))
-    return 0
-
-
-def run_finetune(arguments: argparse.Namespace) -> int:
-    recipe, run = open_recipe(arguments, arguments.recipe)
-    from jlora import workflow
-
-    recipe = workflow.open_run(run, recipe, arguments.resume)
-    model = workflow.build(recipe)
-    sets = workflow.encode_splits(recipe, model)
-    if not arguments.resume:
-        workflow.begin_run(run, recipe)
-    started = arguments.resume and (run / "checkpoint").is_dir()
-    if not workflow.finetune(recipe, run, model, sets, started, command="finetune"):
-        return 130
-    workflow.write_report(run)
-    best = run / "best" if (run / "best").is_dir() else run / "adapter"
-    print(f"adapter: {best}")
-    print(f"try it: jlora generate --adapter {run} --prompt ...")
-    return 0
-
-
-def run_generate(arguments: argparse.Namespace) -> int:
-    from jlora.answer import answer
-    from jlora.config import DecodeConfig
-    from jlora.data import NO_SEPARATOR
-    from jlora.generate import GenerateConfig
-    from jlora.opening import run_of
-    from jlora.tasks import get_task
-
-    shared = {"max_new_tokens": arguments.max_new_tokens, "batch_size": arguments.batch_size}
-    if arguments.method == "beam":
-        config = DecodeConfig(
-            num_beams=arguments.beams,
-            length_penalty=arguments.length_penalty,
-            no_repeat_ngram_size=arguments.no_repeat_ngram_size,
-            **shared,
-        )
-    else:
-        sampling = {"top_k": arguments.top_k, "top_p": arguments.top_p, "seed": arguments.seed}
-        temperature = arguments.temperature if arguments.method == "sample" else 0.0
-        config = GenerateConfig(
-            eos_token_ids=(), temperature=temperature, **shared,
-            **(sampling if arguments.method == "sample" else {}),
-        )  # fmt: skip
-    prompts, keeps, adapter = arguments.prompt, None, adapter_file(arguments)
-    if arguments.data:
-        task, recipe = get_task(arguments.task), adapter and run_of(adapter.path)[1]
-        same = recipe is not None and recipe.data.task == task.name
-        groups = task.groups(task.read(arguments.data, recipe.data.template if same else None))
-        prompts, keeps = [group.prompt for group in groups], [group.keep for group in groups]
-    predictions = answer(
-        prompts,
-        arguments.model,
-        adapter,
-        config,
-        NO_SEPARATOR if arguments.raw else arguments.separator_id,
-        arguments.end_id,
-        arguments.precision,
-        Path(arguments.out) if arguments.out else None,
-        keeps,
-    )
-    if not arguments.out:
-        for prediction in predictions:
-            print(prediction.prediction)
-    return 0
-
-
-def run_merge(arguments: argparse.Namespace) -> int:
-    from jlora.files import check_absent
-    from jlora.merge import write_merged
-    from jlora.opening import open_model
-
-    check_absent(arguments.out)  # before a minute of loading
-    model, _ = open_model(arguments.base, adapter_file(arguments))
-    print(write_merged(model, arguments.out, arguments.dtype))
-    return 0
-
-
-def run_export(arguments: argparse.Namespace) -> int:
-    from jlora.export import export_gguf
-    from jlora.files import check_absent
-    from jlora.opening import open_model
-
-    check_absent(arguments.gguf)
-    model, _ = open_model(arguments.model, adapter_file(arguments))
-    print(export_gguf(model, arguments.gguf, arguments.type, not arguments.no_tokenizer))
-    return 0
-
-
-def run_convert(arguments: argparse.Namespace) -> int:
-    from jlora.adapters.loralib import is_loralib, loralib_note
-    from jlora.files import check_absent
-    from jlora.opening import open_model
-
-    to_file = is_loralib(arguments.out)
-    if to_file == is_loralib(arguments.adapter):
-        raise UserError("give a folder and a .pt file, or a .pt file and a folder")
-    check_absent(arguments.out)
-    model, _ = open_model(arguments.model, adapter_file(arguments))
-    if to_file:
-        print(loralib_note(model.save_loralib(arguments.out), model.lora_layers()))
-    else:
-        model.save_pretrained(arguments.out)
-    print(f"written: {arguments.out}")
-    return 0
-
-
-def run_analyze(arguments: argparse.Namespace) -> int:
-    from jlora.adapters.loralib import is_loralib
-    from jlora.analysis.study import analyze, write_study
-    from jlora.analysis.tables import tables
-    from jlora.files import check_writable
-    from jlora.opening import AdapterFile
-
-    if arguments.out:
-        check_writable(arguments.out)  # before a minute of loading
-    paths = [Path(path) for path in (arguments.adapter, arguments.other) if path is not None]
-    no_file = not any(is_loralib(path) for path in paths)
-    files = []
-    for path in paths:
-        # The options of .pt files are for those of the two that are such files.
-        of_file = (arguments.lora_alpha, arguments.enable_lora)
-        settings = of_file if no_file or is_loralib(path) else (None, None)
-        files.append(AdapterFile(path, *settings, arguments.force))
-    study = analyze(files, arguments.model, arguments.of, arguments.layers)
-    print(tables(study))
-    if arguments.out:
-        written = write_study(study, Path(arguments.out))
-        print("written:", *written)
-    return 0
-
-
-def run_evaluate(arguments: argparse.Namespace) -> int:
-    from jlora.metrics import evaluate, read_answers, read_hypotheses, read_references
-    from jlora.tasks import get_task
-
-    task = get_task(arguments.task)
-    if task.choices:
-        from jlora.metrics.accuracy import accuracy, parse_choice
-
-        if arguments.metrics:
-            raise UserError(f"{task.name} is scored by accuracy alone; leave --metrics out")
-        texts = read_hypotheses(arguments.hyps)
-        answers = [parse_choice(text, task.choices) for text in texts]
-        scores = accuracy(answers, read_answers(arguments.refs, task.choices), task.choices)
-    else:
-        given = (arguments.metrics or "").split(",")
-        names = [name.strip() for name in given if name.strip()] or task.metrics
-        scores = evaluate(names, read_hypotheses(arguments.hyps), read_references(arguments.refs))
-    if arguments.json:
-        print(json.dumps(scores))
-    else:
-        width = max(8, *map(len, scores))
-        for name, value in scores.items():
-            shown = f"{value:.4f}" if isinstance(value, float) else value
-            print(f"{name:{width}} {shown}")
-    return 0
-
-
-def run_rerank(arguments: argparse.Namespace) -> int:
-    from jlora.predictions import read_predictions, rerank, write_lines, write_predictions
-
-    config = Path(arguments.predictions).parent / "config.yaml"
-    if config.is_file():
-        from jlora.config import load_recipe
-
-        limit = load_recipe(config).decode.rank_up_to
-        if limit is not None and arguments.length_penalty > limit:
-            raise UserError(
-                f"this run's search stopped early where no length penalty up to {limit} needed "
-                f"more (decode.rank_up_to), so {arguments.length_penalty} cannot be judged; "
-                "decode again with a larger rank_up_to, or null"
-            )
-    predictions = rerank(read_predictions(arguments.predictions), arguments.length_penalty)
-    write_predictions(arguments.out, predictions)
-    write_lines(Path(arguments.out).with_suffix(".txt"), predictions)
-    return 0
-
-
-def run_pull(arguments: argparse.Namespace) -> int:
-    from jlora.pull_data import pull_any
-
-    print(pull_any(arguments.name))
-    return 0
-
-
-def run_split(arguments: argparse.Namespace) -> int:
-    from jlora.tasks.split import split_file
-
-    for part in split_file(arguments.file, arguments.folder, arguments.sizes, arguments.seed):
-        print(f"{part.path}: {part.inputs:,} inputs, {part.rows:,} rows")
-    return 0
-
-
-def run_convert_data(arguments: argparse.Namespace) -> int:
-    from jlora.tasks.boolq import convert_file
-
-    count = convert_file(arguments.file, arguments.out, arguments.to)
-    print(f"{arguments.out}: {count:,} rows")
-    return 0
-
-
-def run_report(arguments: argparse.Namespace) -> int:
-    from jlora.report.html import write_report
-
-    print(write_report(arguments.runs, out=arguments.out))
-    return 0
-
-
-def run_runs(arguments: argparse.Namespace) -> int:
-    from jlora.report.listing import describe_runs, list_runs, sort_runs
-    from jlora.report.runs import find_runs, read_run
-
-    found = sort_runs([read_run(path) for path in find_runs(arguments.folder)], arguments.sort)
-    if arguments.json:
-        print(json.dumps(describe_runs(found, arguments.group), indent=1))
-    elif found:
-        print(list_runs(found, arguments.group))
-    else:
-        print(f"no runs in {arguments.folder}")
-    return 0
-
-
-def run_doctor(arguments: argparse.Namespace) -> int:
-    from jlora import doctor
-
-    return doctor.main(as_json=arguments.json)
-
-
-def run_demo(arguments: argparse.Namespace) -> int:
-    from jlora import demo
-
-    return demo.main(arguments.out, arguments.data)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jlora.cli import main, open_recipe, overrides, parser
+from jlora.cli import main, parser
+from jlora.commands import open_recipe, overrides
 from jlora.formats.safetensors_file import read_safetensors
 from jlora.tasks import e2e
 
