@@ -32,8 +32,7 @@ def make(spec: dict):
         batch = batches[done % len(batches)]
         done += 1
         loss = batch_loss(model, batch, spec["label_smoothing"])
-        gradient = optimizer.flatten(jt.grad(loss, parameters))
-        optimizer.step(gradient, 2e-4)
+        optimizer.step(optimizer.arrays(jt.grad(loss, parameters)), 2e-4)
         return {"loss": loss.item()}
 
     return work

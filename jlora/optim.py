@@ -1,4 +1,4 @@
-"""AdamW and the learning-rate schedule, over the trainable parameters as one flat vector.
+"""AdamW and the learning-rate schedule, over a list of trainable parameters.
 
 Jittor's own optimisers count steps in ``backward()``, which is wrong under gradient accumulation,
 so the step stands here: gradients in, parameters updated.
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jlora.errors import UserError
+from jlora.kernels import native
 from jlora.layers import assign
 from jlora.runtime import jt
 
@@ -82,11 +83,21 @@ def learning_rate(
     return config.lr * max(0.0, 1.0 - share)
 
 
-class AdamW:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), in NumPy.
+def _sum_of_squares(x: np.ndarray) -> float:
+    """Of (n,) float32, in float64 and in pieces, which need no memory to speak of."""
+    pieces = (x[start : start + (1 << 16)] for start in range(0, len(x), 1 << 16))
+    return sum(float(np.sum(np.square(piece, dtype=np.float64))) for piece in pieces)
 
-    Adapters are small, and NumPy keeps the update out of Jittor's graph: a parameter computed from
-    a gradient there holds on to the whole step that the gradient came from.
+
+LARGE = 1 << 24  # parameters; copies of fewer cost nothing beside a training step
+
+
+class AdamW:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), outside Jittor's graph.
+
+    A parameter that is computed from a gradient in the graph holds on to the whole step that the
+    gradient came from. So the update is NumPy's, which serves adapters; a compiled operator with
+    the same roundings makes it in one pass where the parameters are many.
 
     Two variants. "torch": weights decay before the update, eps is added to sqrt(v) after bias
     correction. "loralib": eps is added to sqrt(v) before, and the decay comes after the update.
@@ -94,6 +105,7 @@ class AdamW:
     Attributes:
         m, v: (P,) float32, running means of the gradient and its square, P all parameters.
         updates: updates made so far.
+        large: whether copies of the parameters are to be avoided.
     """
 
     def __init__(self, parameters: Sequence[jt.Var], config: OptimConfig):
@@ -103,45 +115,94 @@ class AdamW:
         self.m = np.zeros(sum(int(np.prod(p.shape)) for p in self.parameters), np.float32)
         self.v = np.zeros_like(self.m)
         self.updates = 0
+        self.large = len(self.m) >= LARGE
+        compiled = self.large and not jt.flags.use_cuda and native.problem() is None
+        self._update = self._update_compiled if compiled else self._update_numpy
 
-    def flatten(self, tensors: Sequence[jt.Var]) -> np.ndarray:
-        """Tensors shaped as the parameters -> one (P,) float32 array."""
-        jt.sync(list(tensors))  # one pass over the graph, not one a tensor
-        return np.concatenate([tensor.numpy().reshape(-1) for tensor in tensors])
+    def arrays(self, tensors: Sequence[jt.Var]) -> list[np.ndarray]:
+        """Tensors as float32 arrays that share their memory, computed in one pass over the graph.
 
-    def step(self, gradient: np.ndarray, lr: float) -> None:
+        They are cut off from the graph, which else would keep the parameters' last values.
+        """
+        for tensor in tensors:
+            tensor.stop_grad()
+        jt.sync(list(tensors))
+        return [tensor.data for tensor in tensors]
+
+    def step(self, gradients: Sequence[np.ndarray], lr: float) -> None:
         """Update all parameters.
 
         Args:
-            gradient: (P,) float32, see `flatten`.
+            gradients: float32, shaped as the parameters and in their order; see `arrays`.
             lr: this update's learning rate.
         """
         c = self.config
         self.updates += 1
+        clip = 1.0
         if c.max_grad_norm:
-            norm = float(np.sqrt(np.sum(np.square(gradient, dtype=np.float64))))
-            gradient = gradient * np.float32(min(1.0, c.max_grad_norm / (norm + 1e-6)))
-        # Python floats do not widen float32 arrays.
-        self.m = c.beta1 * self.m + (1 - c.beta1) * gradient
-        self.v = c.beta2 * self.v + (1 - c.beta2) * gradient * gradient
+            norm = math.sqrt(sum(_sum_of_squares(gradient.reshape(-1)) for gradient in gradients))
+            clip = min(1.0, c.max_grad_norm / (norm + 1e-6))
+        for parameter, gradient, m, v in zip(self.parameters, gradients, *self._means()):
+            self._update(parameter, gradient.reshape(-1), m, v, lr, clip)
+
+    def _means(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """m and v of each parameter, flat."""
+        ends = np.cumsum([int(np.prod(p.shape)) for p in self.parameters])[:-1]
+        return np.split(self.m, ends), np.split(self.v, ends)
+
+    def _rates(self, lr: float) -> tuple[float, float, float]:
+        """What multiplies the change, what divides sqrt(v), and the decay."""
+        c = self.config
         correct1 = 1 - c.beta1**self.updates
-        correct2 = 1 - c.beta2**self.updates
-        values = self.flatten(self.parameters)
+        root2 = math.sqrt(1 - c.beta2**self.updates)
         decay = 1 - lr * c.weight_decay
         if c.variant == "torch":
-            change = self.m / (np.sqrt(self.v) / math.sqrt(correct2) + c.eps)
-            values = values * decay - (lr / correct1) * change
-        else:
-            change = self.m / (np.sqrt(self.v) + c.eps)
-            values = (values - (lr * math.sqrt(correct2) / correct1) * change) * decay
-        start = 0
-        for parameter in self.parameters:
-            size = int(np.prod(parameter.shape))
-            assign(parameter, jt.array(values[start : start + size].reshape(parameter.shape)))
-            start += size
+            return lr / correct1, root2, decay
+        return lr * root2 / correct1, 1.0, decay
+
+    def _update_numpy(self, parameter, gradient, m, v, lr: float, clip: float) -> None:
+        """The definition. Python floats do not widen float32 arrays."""
+        c = self.config
+        rate, root2, decay = self._rates(lr)
+        gradient = gradient * np.float32(clip)
+        m[:] = c.beta1 * m + (1 - c.beta1) * gradient
+        v[:] = c.beta2 * v + (1 - c.beta2) * gradient * gradient
+        change = rate * (m / (np.sqrt(v) / root2 + c.eps))
+        values = parameter.numpy().reshape(-1)
+        values = values * decay - change if c.variant == "torch" else (values - change) * decay
+        assign(parameter, jt.array(values.reshape(parameter.shape)))
+
+    def _update_compiled(self, parameter, gradient, m, v, lr: float, clip: float) -> None:
+        c = self.config
+        numbers = (c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, *self._rates(lr), c.eps, clip)
+        # Into new memory: Jittor's clones, and layers under another name, share a parameter's own.
+        values = jt.empty(parameter.shape, "float32")
+        inputs = [parameter.data, gradient, np.array(numbers, np.float32)]
+        native.run("adamw_op", inputs, [values.data, m, v], c.variant == "loralib")
+        assign(parameter, values)
+
+    def undo(self, lr: float) -> bool:
+        """Take back the parameters' last update, to rounding; m and v stay what they are.
+
+        Args:
+            lr: the update's learning rate.
+
+        Returns:
+            Whether all parameters are finite numbers again.
+        """
+        rate, root2, decay = self._rates(lr)
+        finite = True
+        for parameter, m, v in zip(self.parameters, *self._means()):
+            change = rate * (m / (np.sqrt(v) / root2 + self.config.eps))
+            values = parameter.numpy().reshape(-1)
+            torch = self.config.variant == "torch"
+            values = (values + change) / decay if torch else values / decay + change
+            assign(parameter, jt.array(values.astype("f").reshape(parameter.shape)))
+            finite = finite and bool(np.isfinite(values).all())
+        return finite
 
     def state(self) -> dict[str, np.ndarray]:
-        """What a resumed run needs: m, v and the number of updates."""
+        """What a resumed run needs, not copied: m, v and the number of updates."""
         return {
             "m": self.m,
             "v": self.v,
@@ -159,5 +220,5 @@ class AdamW:
                 f"the checkpoint's optimiser holds {state['m'].size} parameters and this adapter "
                 f"has {self.m.size}; resume with the settings the run was started with"
             )
-        self.m, self.v = state["m"], state["v"]
+        self.m[:], self.v[:] = state["m"], state["v"]
         self.updates = int(state["updates"][0])

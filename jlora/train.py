@@ -193,6 +193,7 @@ def train(
         kept = "no adapter was good yet"
         if good is not None:
             model.set_adapter_tensors(good)
+        if good is not None or (optimizer.large and lr is not None and optimizer.undo(lr)):
             model.save_pretrained(run / "adapter")
             kept = f"the last good adapter is in {run / 'adapter'}"
         return UserError(
@@ -200,7 +201,9 @@ def train(
             "or clip the gradient (train.optim.max_grad_norm=1), and start a new run"
         )
 
-    good = None  # the adapter of the newest step with a finite loss
+    # The adapter of the newest step with a finite loss, unless it is large: then the update that
+    # followed is taken back. lr: that update's.
+    good = lr = None
     stop = StopRequest()
     with loggers, stop:
         while progress.step < total and not stop.requested:
@@ -209,20 +212,27 @@ def train(
             # Dropout's random numbers are a function of the seed and the step, nothing else.
             set_seed(config.seed * 1_000_003 + step)
             model.train()
-            loss, gradient, tokens = 0.0, None, 0
+            loss, gradients, tokens = 0.0, None, 0
             for micro in range(step * accumulate, (step + 1) * accumulate):
                 batch = make_batch(model, [examples[row] for row in order.batch(micro)])
                 batch_mean = batch_loss(model, batch, config.label_smoothing) / accumulate
-                flat = optimizer.flatten(jt.grad(batch_mean, parameters))
-                gradient = flat if gradient is None else gradient + flat
+                new = optimizer.arrays(jt.grad(batch_mean, parameters))
+                if gradients is None:
+                    gradients = new
+                else:
+                    for sum_so_far, array in zip(gradients, new):
+                        sum_so_far += array
                 loss += batch_mean.item()
+                del batch_mean, new  # with them goes the graph, and what it holds
                 tokens += int(batch.lengths.sum())
             if not math.isfinite(loss):
                 raise stop_at_nan(loss, step + 1)
             # A finite loss shows that these are good; what the update makes of them, the next.
-            good = model.adapter_tensors()
+            if not optimizer.large:
+                good = model.adapter_tensors()
             lr = learning_rate(config.optim, step, batches if by_batch else total, accumulate)
-            optimizer.step(gradient, lr)
+            optimizer.step(gradients, lr)
+            del gradients
 
             progress.step += 1
             elapsed = time.monotonic() - started

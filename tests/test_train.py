@@ -115,7 +115,7 @@ def test_adamw_against_scalar_arithmetic(variant):
     optimizer = AdamW([parameter], config)
     values, m, v = [1.0, -2.0], [0.0, 0.0], [0.0, 0.0]
     for t, gradient in enumerate([[0.5, 0.1], [-0.2, 0.4], [0.3, 0.3]], start=1):
-        optimizer.step(np.array(gradient, np.float32), lr=0.1)
+        optimizer.step([np.array([gradient], np.float32)], lr=0.1)
         for i, g in enumerate(gradient):
             m[i] = 0.8 * m[i] + 0.2 * g
             v[i] = 0.9 * v[i] + 0.1 * g * g
@@ -133,7 +133,7 @@ def test_adamw_against_scalar_arithmetic(variant):
 def test_clipping_scales_the_whole_gradient():
     parameter = jt.array(np.zeros(2, np.float32))
     clipped = AdamW([parameter], OptimConfig(lr=1.0, max_grad_norm=1.0))
-    clipped.step(np.array([3.0, 4.0], np.float32), lr=1.0)
+    clipped.step([np.array([3.0, 4.0], np.float32)], lr=1.0)
     np.testing.assert_allclose(clipped.m, [0.06, 0.08], rtol=1e-5)  # (1 - beta1) * g / 5
 
 

@@ -7,10 +7,18 @@ plain layers in ``jlora.models`` remain the definition of what is computed.
 
 from __future__ import annotations
 
+import itertools
+
 from jlora import layers, machine
 from jlora.beam_cache import BeamCache
 from jlora.engine.blocks import BLOCKS
-from jlora.engine.products import PACKED, FrozenProduct, PackedEmbedding, PackedOnly
+from jlora.engine.products import (
+    PACKED,
+    FrozenProduct,
+    PackedEmbedding,
+    PackedOnly,
+    TrainedProduct,
+)
 from jlora.errors import UserError
 from jlora.kernels import attention, elementwise, native, packed_linear
 from jlora.models import attention as models_attention
@@ -35,15 +43,11 @@ class FusedAttention(models_attention.CausalAttention):
 
 class FusedRMSNorm(llama.RMSNorm):
     def execute(self, x):
-        if not self.weight.is_stop_grad():
-            return super().execute(x)
         return elementwise.rms_norm(x, self.weight, self.eps)
 
 
 class FusedLayerNorm(gpt2.LayerNorm):
     def execute(self, x):
-        if not (self.weight.is_stop_grad() and self.bias.is_stop_grad()):
-            return super().execute(x)
         return elementwise.layer_norm(x, self.weight, self.bias, self.eps)
 
 
@@ -62,18 +66,22 @@ class FusedRotary(llama.Rotary):
         return elementwise.rotary(x, cos, sin)
 
 
+class TrainedEmbedding(nn.Embedding):
+    def execute(self, x):
+        return elementwise.embedding(self.weight, x.int32())
+
+
 FUSED = {
     models_attention.CausalAttention: FusedAttention,
     llama.SwiGLU: FusedSwiGLU,
     gpt2.GELU: FusedGELU,
     llama.Rotary: FusedRotary,
     nn.Dropout: elementwise.FusedDropout,
-    # Fused while their weights are frozen: the fused backward pass gives those no gradient.
     llama.RMSNorm: FusedRMSNorm,
     gpt2.LayerNorm: FusedLayerNorm,
 }
 PLAIN = {fused: plain for plain, fused in {**FUSED, **PACKED, **BLOCKS}.items()}
-PLAIN[PackedEmbedding] = nn.Embedding
+PLAIN[PackedEmbedding] = PLAIN[TrainedEmbedding] = nn.Embedding
 
 
 def choose_precision() -> tuple[str, str]:
@@ -99,14 +107,16 @@ def prepare(
     keep_weights: bool = True,
     checkpoint_activations: bool = False,
 ) -> str:
-    """Make a model fast for training its adapter and for generation.
+    """Make a model fast for training and for generation.
 
-    Weights that are trainable stay as they are. Call it again after an adapter was attached,
-    merged away or unloaded (the layers put in place then are plain), and after frozen weights were
-    given other numbers: packed weights are copies.
+    Weights that are trained stay float32. With AMX or AVX-512 their products read copies in bf16
+    that follow them, whatever precision the frozen ones are packed in; elsewhere they run plain.
+    Call it again after something else is to be trained, after an adapter was attached, merged away
+    or unloaded (the layers put in place then are plain), and after frozen weights were given other
+    numbers: packed weights are copies.
 
     Args:
-        model: a model or PeftModel, its base frozen and in float32.
+        model: a model or PeftModel, in float32; what is not trained has its gradient stopped.
         precision: "bf16" packs frozen linear weights in bf16 (sums, residual stream, adapter and
             optimiser stay float32); "int8" keeps them in int8, half the memory, and multiplies
             activations in int8 and gradients in bf16, "int8-both" both in int8; "fp32" fuses what
@@ -136,20 +146,19 @@ def prepare(
     restore(model)
     if precision == "plain":
         return precision
+    trainable = _trainable(model)
     for module in model.modules():
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
+        elif type(module) is nn.Embedding and id(module.weight) in trainable:
+            module.__class__ = TrainedEmbedding
     if precision in packed_linear.KINDS:
         try:
             _pack(model, precision, keep_weights)
         except UserError:
             restore(model)
             raise
-        trainable = _trainable(model)
-        for module in model.modules():
-            if type(module) in BLOCKS and _trains_lora_alone(module, trainable):
-                module.__class__ = BLOCKS[type(module)]
-                module._checkpoint = checkpoint_activations
+        _fuse_blocks(model, checkpoint_activations)
         jt.gc()
     return precision
 
@@ -168,7 +177,7 @@ def restore(model) -> None:
             if held not in unpacked:  # tied weights stay tied
                 unpacked[held] = held.unpacked()
             module.weight = unpacked[held]
-        for name in ("_packed", "_engine", "_plans", "_checkpoint"):
+        for name in ("_packed", "_engine", "_plans", "_checkpoint", "_given", "_bottom"):
             module.__dict__.pop(name, None)
     native.free_retired()
 
@@ -199,7 +208,7 @@ def _check(model, precision: str) -> None:
 
 
 def _pack(model, precision: str, keep_weights: bool) -> None:
-    trainable = _trainable(model)
+    trainable, follows = _trainable(model), packed_linear.tiles() is not None
     head = getattr(model, "output_embedding", None)
     for module in model.modules():
         is_lora = isinstance(module, (layers.Linear, layers.MergedLinear))
@@ -213,6 +222,9 @@ def _pack(model, precision: str, keep_weights: bool) -> None:
         else:
             continue
         if id(weight) in trainable:
+            if follows and not is_lora:
+                module._packed = TrainedProduct(weight, bias, transposed)
+                module.__class__ = PACKED[type(module)]
             continue
         # The head decides between words by small differences, and embeds them: int8 is too coarse.
         kind = "bf16" if weight is head else precision
@@ -246,6 +258,19 @@ def _release_head(model, product: FrozenProduct, module) -> None:
         if type(owner) is nn.Embedding:
             owner._packed = product
             owner.__class__ = PackedEmbedding
+
+
+def _fuse_blocks(model, checkpoint_activations: bool) -> None:
+    trainable = _trainable(model)
+    blocks = [module for module in model.modules() if type(module) in BLOCKS]
+    for block in blocks:
+        block.__class__ = BLOCKS[type(block)]
+        block._checkpoint = checkpoint_activations
+        block._given = not _trains_lora_alone(block, trainable)
+    if blocks and trainable:
+        own = {id(parameter) for parameter in blocks[0].parameters()}
+        before = itertools.takewhile(lambda p: id(p) not in own, model.parameters())
+        blocks[0]._bottom = not any(id(parameter) in trainable for parameter in before)
 
 
 def _trains_lora_alone(block, trainable: set[int]) -> bool:

@@ -1,18 +1,20 @@
-"""Transformer blocks that run as one operator while all they hold but LoRA is frozen."""
+"""Transformer blocks that run as one operator, whatever of them is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from jlora.engine.products import FrozenProduct, PackedConv1D, PackedLinear
+from jlora.engine.products import FrozenProduct, PackedConv1D, PackedLinear, TrainedProduct
 from jlora.kernels.block import BlockPlan, Layer, Shape, run_block
 from jlora.kernels.packed_linear import Branch
 from jlora.layers import Linear, MergedLinear
 from jlora.models import gpt2, llama
 from jlora.models.attention import Stream
+from jlora.models.gpt2 import LayerNorm
+from jlora.models.llama import RMSNorm
 from jlora.runtime import jt
 
 
@@ -21,12 +23,12 @@ class _Layer:
     """A linear layer as it is at this call."""
 
     module: object
-    product: FrozenProduct
+    product: FrozenProduct | TrainedProduct
     branch: Branch | None
 
     @classmethod
     def of(cls, module) -> _Layer | None:
-        """None where the layer does more than a frozen product and a low-rank branch."""
+        """None where the layer does more than a packed product and a low-rank branch."""
         branch = None
         if isinstance(module, (PackedLinear, PackedConv1D)):
             product = module._packed
@@ -42,7 +44,7 @@ class _Layer:
                     return None
         else:
             return None
-        return None if product.trains_bias else cls(module, product, branch)
+        return cls(module, product, branch)
 
     @property
     def key(self) -> tuple:
@@ -56,11 +58,13 @@ class _Layer:
 class _FusedBlock:
     """What the fused blocks share; a subclass names its family's layers and norms.
 
-    Decoding with a cache, padding on the left, and layers that are merged, trained or replaced go
-    the way of the plain block, layer by layer.
+    Decoding with a cache, padding on the left, and layers that are merged or replaced go the way of
+    the plain block, layer by layer.
     """
 
     _checkpoint = False  # compute the forward pass again in the backward pass, and keep nothing
+    _given = False  # its norms and biases may be trained: they go with each call, not into the plan
+    _bottom = False  # nothing below it is trained
 
     def _run(self, x, keys, cache, rotation, plain: Callable[[], jt.Var]) -> jt.Var:
         """The block's result by one operator, or ``plain()`` where that cannot be."""
@@ -68,8 +72,12 @@ class _FusedBlock:
             return plain()
         layers = [[_Layer.of(module) for module in joint] for joint in self._joints()]
         flat = [layer for joint in layers for layer in joint]
+        if None in flat or not all(isinstance(n, (LayerNorm, RMSNorm)) for n in self._norms()):
+            return plain()
         norms = [p for norm in self._norms() for p in (norm.weight, getattr(norm, "bias", None))]
-        if None in flat or not all(p is None or p.is_stop_grad() for p in norms):
+        biases = [[layer.product.bias for layer in joint] for joint in layers]
+        fixed = [p for p in (*norms, *(b for joint in biases for b in joint)) if p is not None]
+        if not self._given and not all(p.is_stop_grad() for p in fixed):
             return plain()
         plan = self._plan(layers, flat, norms)
         if plan is None:
@@ -78,9 +86,22 @@ class _FusedBlock:
         starts = np.arange(0, B * T + 1, T, dtype=np.int32) if keys is None else keys.starts
         branches = [layer.branch for layer in flat if layer.branch is not None]
         adapters = [array for branch in branches for array in (branch.A, branch.B)]
+        parameters = []
+        if self._given:
+            parameters = [p for p in norms if p is not None]
+            parameters += [
+                _joined(joint, linears)
+                for joint, linears in zip(biases, layers)
+                if any(bias is not None for bias in joint)
+            ]
         seed = int(np.random.randint(2**31)) if any(branch.p for branch in branches) else 0
-        keep = not (self._checkpoint or jt.flags.no_grad)
-        return run_block(plan, x, jt.array(starts), rotation, adapters, keep, seed)
+        if self._bottom:
+            x.stop_grad()
+        learns = [*adapters, *fixed, *(layer.product.weight for layer in flat)]
+        idle = x.is_stop_grad() and all(p.is_stop_grad() for p in learns)
+        keep = not (self._checkpoint or jt.flags.no_grad or idle)
+        y = run_block(plan, x, jt.array(starts), rotation, adapters, keep, seed, parameters)
+        return y.stop_grad() if idle else y
 
     def _plan(self, layers, flat, norms) -> BlockPlan | None:
         plans = self.__dict__.setdefault("_plans", {})
@@ -90,8 +111,17 @@ class _FusedBlock:
             fits = shape.fits(flat[0].product.packed.k, flat[-1].product.packed.k)
             arrays = [None if p is None else p.numpy() for p in norms]
             joints = [[layer.planned() for layer in joint] for joint in layers]
-            plans[key] = BlockPlan(shape, arrays, joints) if fits else None
+            plans[key] = BlockPlan(shape, arrays, joints, self._given) if fits else None
         return plans[key]
+
+
+def _joined(biases: Sequence[jt.Var | None], layers: Sequence[_Layer]) -> jt.Var:
+    """Biases of layers that read the same rows as one."""
+    parts = [
+        jt.zeros((layer.product.packed.n,)) if bias is None else bias
+        for bias, layer in zip(biases, layers)
+    ]
+    return parts[0] if len(parts) == 1 else jt.concat(parts)
 
 
 class FusedGPT2Block(_FusedBlock, gpt2.Block):

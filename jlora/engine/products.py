@@ -1,4 +1,4 @@
-"""Layers whose frozen weight is multiplied from a packed copy."""
+"""Layers whose weight is multiplied from a packed copy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from jlora import layers
 from jlora.kernels import elementwise, target_loss
-from jlora.kernels.packed_linear import Branch, PackedWeight
+from jlora.kernels.packed_linear import Branch, PackedWeight, TrainedWeight
 from jlora.layers.base import identity
 from jlora.models.head import LanguageHead
 from jlora.runtime import jt
@@ -94,6 +94,20 @@ class FrozenProduct:
         return weight is self.weight and weight.is_stop_grad()
 
 
+class TrainedProduct:
+    """``W x + b`` with a W that is trained: its packed copy follows it."""
+
+    def __init__(self, weight: jt.Var, bias: jt.Var | None, transposed: bool):
+        self.weight, self.bias = weight, bias
+        self.packed = TrainedWeight(weight, transposed)
+
+    def __call__(self, x: jt.Var) -> jt.Var:
+        return self.packed(x, self.bias)
+
+    def fits(self, weight: jt.Var) -> bool:
+        return weight is self.weight
+
+
 class PackedLinear(nn.Linear):
     def execute(self, x):
         product = self._packed
@@ -114,6 +128,8 @@ class PackedHead(LanguageHead):
     def losses(self, hidden, weight, targets, smoothing):
         if not self._packed.fits(weight):
             return super().losses(hidden, weight, targets, smoothing)
+        if isinstance(self._packed, TrainedProduct):
+            return target_loss.trained_target_loss(hidden, self._packed.packed, targets, smoothing)
         return target_loss.target_loss(hidden, self._packed.packed, targets, smoothing)
 
 

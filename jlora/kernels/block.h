@@ -2,7 +2,8 @@
 // product, attention, output product, norm, MLP, with low-rank branches on any of the products.
 //
 // Products read bf16, everything else and all sums are float32; the residual stream enters and leaves
-// as float32. Of a pass is kept what the way back cannot recompute cheaply (`Saved`).
+// as float32. Of a pass is kept what the way back cannot recompute cheaply (`Saved`). Any parameter may be
+// trained: then norms, biases and the weights packed anew come with the call (`BlockSpec::given`).
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -10,6 +11,7 @@
 #include "lora.h"
 #include "norm.h"
 #include "product.h"
+#include "weight_gradient.h"
 #if defined(JLORA_TILES)
 #include "tile_attention.h"
 #else
@@ -19,21 +21,24 @@
 namespace jlora {
 // What Python hands over; block.py mirrors these.
 struct LinearSpec {
-    const Weight* weight;
+    const Weight* weight;      // of a trained layer only n and k
     int64_t r, blocks, flags;  // of its low-rank branch; r 0: none
     double scale, p;
+    int64_t trained;           // 0: frozen, 1: stored as (n, k), 2: as (k, n)
 };
 struct JointSpec {  // linear layers that read the same rows
     int64_t count;
     LinearSpec linears[3];
     const float* bias;  // (all outputs,) or null
 };
+constexpr int64_t joints = 4;
 struct BlockSpec {
     int64_t width, heads, key_heads, head_size, inner;
     int64_t gated;          // Llama's RMSNorm, rotary embedding and SwiGLU; else LayerNorm and GELU
     double eps;
     Norm norm1, norm2;
     JointSpec qkv, out, up, down;
+    int64_t given;          // whether norms and biases come with each call, for they may be trained
     int64_t qkv_width() const { return (heads + 2 * key_heads) * head_size; }
 };
 
@@ -46,7 +51,15 @@ struct BlockCall {
     std::vector<const float*> adapters;  // A and B of each branch, in the order of the layers
     std::vector<float*> gradients;       // likewise, in the backward pass
     uint64_t seed;               // of dropout
+    Norm norm1, norm2;
+    const float* biases[joints];
+    std::vector<void*> packed;   // of each trained weight
+    // In the backward pass where it is wanted: of norm1's weight and bias and norm2's, and so on.
+    float *norm_gradients[4], *bias_gradients[joints];
+    std::vector<float*> weight_gradients;
 };
+// Places among what comes with a call; a joint moves them on.
+struct Places { size_t adapter, joint, weight; };
 
 // Kept from the forward to the backward pass, in one piece of memory.
 struct Saved {
@@ -82,12 +95,28 @@ struct Joint {
     Weights weights;
     const float* bias;
     LowRank low;
+    Weight own[3];               // of trained layers
+    float* weight_gradients[3];
+    float* bias_gradient;
+    const JointSpec& spec;
 
-    // next: place among the adapters of this joint's first branch; moves on.
-    Joint(const JointSpec& s, const BlockCall& call, size_t& next)
-        : weights{{}, s.count}, bias(s.bias), low(s.linears[0].weight->k, outputs(s), branches(s, call, next)) {
-        for (int64_t i = 0; i < s.count; i++) weights.list[i] = s.linears[i].weight;
+    // next: places of this joint's first branch, bias and trained weight.
+    Joint(const JointSpec& s, const BlockCall& call, Places& next)
+        : weights{{}, s.count}, bias(call.biases[next.joint]),
+          low(s.linears[0].weight->k, outputs(s), branches(s, call, next.adapter)),
+          bias_gradient(call.bias_gradients[next.joint]), spec(s) {
+        next.joint++;
+        for (int64_t i = 0; i < s.count; i++) {
+            weights.list[i] = s.linears[i].weight, weight_gradients[i] = nullptr;
+#if defined(JLORA_TILES)
+            if (!s.linears[i].trained) continue;
+            own[i] = weight_of(call.packed[next.weight], weights.list[i]->n, weights.list[i]->k), weights.list[i] = &own[i];
+            if (!call.weight_gradients.empty()) weight_gradients[i] = call.weight_gradients[next.weight];
+            next.weight++;
+#endif
+        }
     }
+    Joint(const Joint&) = delete;  // `weights` points into it
     static int64_t outputs(const JointSpec& s) {
         int64_t sum = 0;
         for (int64_t i = 0; i < s.count; i++) sum += s.linears[i].weight->n;
@@ -124,6 +153,18 @@ struct Joint {
             store(m, k, left, right);
         });
     }
+    // Whether gradients of its parameters depend on what it read.
+    bool reads() const { return low.rank() || weight_gradients[0] || weight_gradients[1] || weight_gradients[2]; }
+    // Gradients of its parameters; x: what it read, if it `reads`.
+    void gradients(const Rows& x, const Rows& dy, const float* low_kept, Buffer<float>& memory) {
+        if (bias_gradient) sum_columns(dy, bias_gradient);
+        if (low.rank()) low.backward(x, dy, low_kept, memory);
+#if defined(JLORA_TILES)
+        for (int64_t i = 0, first = 0; i < weights.count; first += weights.list[i++]->n)
+            if (weight_gradients[i])
+                weight_gradient(x, {dy, first, weights.list[i]->n}, spec.linears[i].trained == 2, weight_gradients[i]);
+#endif
+    }
 };
 
 class Block {
@@ -134,7 +175,7 @@ public:
     void forward(const Saved& saved, float* y) {
         static Buffer<uint16_t> for_normed, for_active;
         const Rows normed = rows_in(for_normed, M, C), active = rows_in(for_active, M, s.inner);
-        normalise(c.x, s.norm1, normed);
+        normalise(c.x, c.norm1, normed);
         qkv.forward(normed, saved.low_qkv, [&](int64_t m, int64_t n, F16 left, F16 right) {
             store32(saved.qkv.at(m, n), left, right);
         });
@@ -142,7 +183,7 @@ public:
         out.forward(saved.attended, saved.low_out, [&](int64_t m, int64_t n, F16 left, F16 right) {
             store_sum(c.x + m * C + n, left, right, saved.mid + m * C + n);
         });
-        normalise(saved.mid, s.norm2, normed);
+        normalise(saved.mid, c.norm2, normed);
         up.forward(normed, saved.low_up, [&](int64_t m, int64_t n, F16 left, F16 right) {
             const bool gate = s.gated && n < s.inner;
             store32(gate ? saved.gate.at(m, n) : saved.up.at(m, s.gated ? n - s.inner : n), left, right);
@@ -163,11 +204,9 @@ public:
         const Rows dattended = rows_in(for_dattended, M, A), dqkv = rows_in(for_dqkv, M, W);
         float *dmid = for_dmid.of(M * C), *dnormed = for_dnormed.of(M * C);
         round_rows(dy, dres);
-        if (down.low.rank()) {
-            const Rows active = rows_in(for_rows, M, s.inner);
-            activate(saved, active);
-            down.low.backward(active, dres, saved.low_down, for_dlow);
-        }
+        const Rows active = rows_in(for_rows, M, s.inner);
+        if (down.reads()) activate(saved, active);
+        down.gradients(active, dres, saved.low_down, for_dlow);
         down.backward(dres, [&](int64_t m, int64_t k, F16 left, F16 right) {
             const uint16_t* u = saved.up.at(m, k);
             if (!s.gated) {
@@ -180,39 +219,34 @@ public:
             store32(dup.at(m, k), left * load16(u) * (s0 + g0 * s0 * (1.0f - s0)),
                 right * load16(u + 16) * (s1 + g1 * s1 * (1.0f - s1)));
         });
-        if (up.low.rank()) {
-            const Rows normed = rows_in(for_rows, M, C);
-            normalise(saved.mid, s.norm2, normed);
-            up.low.backward(normed, dup, saved.low_up, for_dlow);
-        }
+        const Rows normed = rows_in(for_rows, M, C);
+        if (up.reads()) normalise(saved.mid, c.norm2, normed);
+        up.gradients(normed, dup, saved.low_up, for_dlow);
         up.backward(dup, [&](int64_t m, int64_t k, F16 left, F16 right) {
             store16(dnormed + m * C + k, left), store16(dnormed + m * C + k + 16, right);
         });
-        normalise_back(saved.mid, s.norm2, dnormed, dy, dmid);
+        normalise_back(saved.mid, c.norm2, dnormed, dy, dmid, c.norm_gradients + 2);
 
         round_rows(dmid, dres);
-        if (out.low.rank()) out.low.backward(saved.attended, dres, saved.low_out, for_dlow);
+        out.gradients(saved.attended, dres, saved.low_out, for_dlow);
         out.backward(dres, [&](int64_t m, int64_t k, F16 left, F16 right) {
             store32(dattended.at(m, k), left, right);
         });
         stream_attention_back(stream(saved), dattended, dqkv);
-        if (qkv.low.rank()) {
-            const Rows normed = rows_in(for_rows, M, C);
-            normalise(c.x, s.norm1, normed);
-            qkv.low.backward(normed, dqkv, saved.low_qkv, for_dlow);
-        }
-        if (!dx) return;
+        if (qkv.reads()) normalise(c.x, c.norm1, normed);
+        qkv.gradients(normed, dqkv, saved.low_qkv, for_dlow);
+        if (!dx && !c.norm_gradients[0] && !c.norm_gradients[1]) return;
         qkv.backward(dqkv, [&](int64_t m, int64_t k, F16 left, F16 right) {
             store16(dnormed + m * C + k, left), store16(dnormed + m * C + k + 16, right);
         });
-        normalise_back(c.x, s.norm1, dnormed, dmid, dx);
+        normalise_back(c.x, c.norm1, dnormed, dmid, dx, c.norm_gradients);
     }
 
 private:
     const BlockSpec& s;
     const BlockCall& c;
     const int64_t C, M;
-    size_t next_ = 0;  // before the joints, which count with it
+    Places next_{};  // before the joints, which count with it
     Joint qkv, out, up, down;
 
     Stream stream(const Saved& saved) const {
@@ -234,21 +268,30 @@ private:
             }
         }
     }
-    // dx = the norm's gradient + what flows past it
-    void normalise_back(const float* x, const Norm& norm, const float* dy, const float* past, float* dx) const {
-        #pragma omp parallel for schedule(static)
-        for (int64_t m = 0; m < M; m++) {
-            const float *row = x + m * C, *g = dy + m * C;
-            const NormRow of(norm, (float)s.eps, row, C);
-            float sum = 0, along = 0;
-            for (int64_t j = 0; j < C; j++) {
-                const float w = g[j] * norm.weight[j];
-                sum += w;
-                along += w * (row[j] - of.mean);
+    // dx = the norm's gradient + what flows past it; also of the norm's weight and bias. Null: not wanted.
+    void normalise_back(const float* x, const Norm& norm, const float* dy, const float* past, float* dx,
+            float* const* parameters) const {
+        const NormGradient gradient(parameters[0], parameters[1], C);
+        #pragma omp parallel
+        {
+            NormGradient::Part part(gradient);
+            #pragma omp for schedule(static)
+            for (int64_t m = 0; m < M; m++) {
+                const float *row = x + m * C, *g = dy + m * C;
+                const NormRow of(norm, (float)s.eps, row, C);
+                part.take(row, g, of.mean, of.r);
+                if (!dx) continue;
+                float sum = 0, along = 0;
+                for (int64_t j = 0; j < C; j++) {
+                    const float w = g[j] * norm.weight[j];
+                    sum += w;
+                    along += w * (row[j] - of.mean);
+                }
+                const float c0 = norm.bias ? sum / C : 0.0f, c1 = along * of.r * of.r / C;
+                for (int64_t j = 0; j < C; j++)
+                    dx[m * C + j] = past[m * C + j] + of.r * (g[j] * norm.weight[j] - c0 - (row[j] - of.mean) * c1);
             }
-            const float c0 = norm.bias ? sum / C : 0.0f, c1 = along * of.r * of.r / C;
-            for (int64_t j = 0; j < C; j++)
-                dx[m * C + j] = past[m * C + j] + of.r * (g[j] * norm.weight[j] - c0 - (row[j] - of.mean) * c1);
+            gradient.join(part);
         }
     }
     void activate(const Saved& saved, const Rows& active) const {

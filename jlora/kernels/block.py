@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jlora.kernels.native import FusedFunction, call, operator, retire
-from jlora.kernels.packed_linear import Branch, PackedWeight
+from jlora.kernels.packed_linear import Branch, PackedWeight, TrainedWeight
 from jlora.runtime import jt
 
 ROWS = 256
@@ -18,7 +18,7 @@ i64, address, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
 
 class _Linear(ctypes.Structure):
     _fields_ = [("weight", address), ("r", i64), ("blocks", i64), ("flags", i64),
-                ("scale", real), ("p", real)]  # fmt: skip
+                ("scale", real), ("p", real), ("trained", i64)]  # fmt: skip
 
 
 class _Joint(ctypes.Structure):
@@ -31,14 +31,15 @@ class _Spec(ctypes.Structure):
         ("eps", real),
         *((name, address) for name in ("norm1", "norm1_bias", "norm2", "norm2_bias")),
         *((name, _Joint) for name in ("qkv", "out", "up", "down")),
+        ("given", i64),
     ]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A frozen linear layer of a block: packed weight, bias (N,) or None, low-rank branch."""
+    """A linear layer of a block: packed weight, bias (N,) or None, low-rank branch."""
 
-    weight: PackedWeight
+    weight: PackedWeight | TrainedWeight
     bias: np.ndarray | None
     branch: Branch | None
 
@@ -62,13 +63,18 @@ class BlockPlan:
     """The fixed part of a block: what the operator reads besides the arrays of a call."""
 
     def __init__(
-        self, shape: Shape, norms: Sequence[np.ndarray | None], joints: Sequence[Sequence[Layer]]
+        self,
+        shape: Shape,
+        norms: Sequence[np.ndarray | None],
+        joints: Sequence[Sequence[Layer]],
+        given: bool = False,
     ):
         """Describe a block.
 
         Args:
             norms: weight and bias of the first norm and of the second, biases None where gated.
             joints: the layers that read the same rows: query-key-value, output, up, down.
+            given: whether norms and biases come with each call instead of being those here.
         """
         self._kept = [norms, joints]  # the operator has their addresses
         self.width = joints[0][0].weight.k
@@ -76,8 +82,9 @@ class BlockPlan:
         self.spec = _Spec(
             self.width, shape.heads, shape.key_heads, shape.head_size, joints[2][0].weight.n,
             shape.gated, shape.eps, *(_pointer(norm) for norm in norms),
-            *(self._joint(joint) for joint in joints),
+            *(self._joint(joint) for joint in joints), given,
         )  # fmt: skip
+        self.trained = [x.weight for j in joints for x in j if isinstance(x.weight, TrainedWeight)]
         self.address = ctypes.addressof(self.spec)
         self.gated = shape.gated
 
@@ -86,6 +93,8 @@ class BlockPlan:
         for i, layer in enumerate(layers):
             linear = joint.linears[i]
             linear.weight = layer.weight.address
+            if isinstance(layer.weight, TrainedWeight):
+                linear.trained = 2 if layer.weight.transposed else 1
             if layer.branch is not None:
                 r, blocks, flags, scale, p, _ = layer.branch.numbers
                 linear.r, linear.blocks, linear.flags = r, blocks, flags
@@ -115,27 +124,30 @@ def _pointer(array: np.ndarray | None) -> int | None:
 
 
 class _Block(FusedFunction):
-    def execute(self, x, plan, keep, seed, *arrays):
-        rows = x.numel() // plan.width
-        self.numbers = (plan.address, plan.branches, seed, keep)
-        size = plan.saved_bytes(rows) if keep else 1
+    def execute(self, x, plan, keep, seed, fixed, adapters, parameters, *differentiated):
+        self.numbers = (plan.address, plan.branches, seed, keep, len(plan.trained))
+        # Of trained weights the operator reads the packed copies, and so does the backward pass.
+        self.read = [*fixed, *adapters, *parameters, *(w.packed() for w in plan.trained)]
+        size = plan.saved_bytes(x.numel() // plan.width) if keep else 1
         y, self.saved = operator(
-            [x.shape, (size,)], ["float32", "uint8"], [x, *arrays], "block_forward_op",
+            [x.shape, (size,)], ["float32", "uint8"], [x, *self.read], "block_forward_op",
             *self.numbers,
         )  # fmt: skip
         return y
 
     def grad(self, dy):
-        x, plan, _, _, *arrays = self.inputs
-        wanted = not x.is_stop_grad()
-        adapters = arrays[len(arrays) - 2 * plan.branches :]
-        shapes = [x.shape if wanted else (1,), *(a.shape for a in adapters)]
+        x, *others = self.inputs
+        differentiated = others[6:]
+        branches = len(others[4])  # whose gradients the operator always makes
+        wanted = [not v.is_stop_grad() for v in (x, *differentiated)]
+        wanted[1 : 1 + branches] = [True] * branches
+        shapes = [v.shape if w else (1,) for v, w in zip((x, *differentiated), wanted)]
         gradients = operator(
-            shapes, ["float32"] * len(shapes), [x, *arrays, self.saved, dy], "block_backward_op",
-            *self.numbers, wanted,
+            shapes, ["float32"] * len(shapes), [x, *self.read, self.saved, dy],
+            "block_backward_op", *self.numbers,
         )  # fmt: skip
-        others = [None] * (3 + len(arrays) - len(adapters))
-        return gradients[0] if wanted else None, *others, *gradients[1:]
+        dx, *rest = (g if w else None for g, w in zip(gradients, wanted))
+        return dx, *[None] * 6, *rest
 
 
 def run_block(
@@ -146,8 +158,9 @@ def run_block(
     adapters: Sequence[jt.Var],
     keep: bool,
     seed: int,
+    parameters: Sequence[jt.Var] = (),
 ) -> jt.Var:
-    """Run a block; differentiable in x and the adapters.
+    """Run a block; differentiable in x, the adapters, the parameters and the trained weights.
 
     Args:
         x: (..., width) float32, the sequences one after the other.
@@ -156,5 +169,11 @@ def run_block(
         adapters: A and B of each branch, in the order of the layers.
         keep: False recomputes the forward pass in the backward pass instead of keeping it.
         seed: of dropout, below 2**31.
+        parameters: where the plan's are given: weight and bias of each norm, then for each joint
+            with a bias that of all its outputs.
     """
-    return _Block.apply(x, plan, keep, seed, starts, *rotation, *adapters)
+    fixed, weights = (starts, *rotation), [trained.weight for trained in plan.trained]
+    return _Block.apply(
+        x, plan, keep, seed, fixed, tuple(adapters), tuple(parameters),
+        *adapters, *parameters, *weights,
+    )  # fmt: skip

@@ -1,6 +1,7 @@
 // Norms, activations and rotary embedding over rows of floats.
 #pragma once
 #include "lanes.h"
+#include "norm.h"
 #include "vector_math.h"
 
 namespace jlora {
@@ -14,15 +15,24 @@ inline void rms_forward(const float* x, const float* w, float* y, float* rstd, i
         for (int64_t j = 0; j < n; j++) y[i * n + j] = a[j] * r * w[j];
     }
 }
-inline void rms_backward(const float* x, const float* w, const float* rstd, const float* dy, float* dx, int64_t rows, int64_t n) {
-    #pragma omp parallel for
-    for (int64_t i = 0; i < rows; i++) {
-        const float *a = x + i * n, *g = dy + i * n;
-        const float r = rstd[i];
-        float sum = 0;
-        for (int64_t j = 0; j < n; j++) sum += g[j] * w[j] * a[j];
-        const float c = sum * r * r / n;
-        for (int64_t j = 0; j < n; j++) dx[i * n + j] = r * (g[j] * w[j] - a[j] * c);
+// dw null: not wanted; likewise below.
+inline void rms_backward(const float* x, const float* w, const float* rstd, const float* dy, float* dx, float* dw,
+        int64_t rows, int64_t n) {
+    const NormGradient gradient(dw, nullptr, n);
+    #pragma omp parallel
+    {
+        NormGradient::Part part(gradient);
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; i++) {
+            const float *a = x + i * n, *g = dy + i * n;
+            const float r = rstd[i];
+            part.take(a, g, 0.0f, r);
+            float sum = 0;
+            for (int64_t j = 0; j < n; j++) sum += g[j] * w[j] * a[j];
+            const float c = sum * r * r / n;
+            for (int64_t j = 0; j < n; j++) dx[i * n + j] = r * (g[j] * w[j] - a[j] * c);
+        }
+        gradient.join(part);
     }
 }
 inline void layer_forward(const float* x, const float* w, const float* b, float* y, float* mean, float* rstd,
@@ -39,18 +49,25 @@ inline void layer_forward(const float* x, const float* w, const float* b, float*
     }
 }
 inline void layer_backward(const float* x, const float* w, const float* mean, const float* rstd, const float* dy,
-        float* dx, int64_t rows, int64_t n) {
-    #pragma omp parallel for
-    for (int64_t i = 0; i < rows; i++) {
-        const float *a = x + i * n, *g = dy + i * n;
-        const float m = mean[i], r = rstd[i];
-        float sum = 0, along = 0;
-        for (int64_t j = 0; j < n; j++) {
-            sum += g[j] * w[j];
-            along += g[j] * w[j] * (a[j] - m);
+        float* dx, float* dw, float* db, int64_t rows, int64_t n) {
+    const NormGradient gradient(dw, db, n);
+    #pragma omp parallel
+    {
+        NormGradient::Part part(gradient);
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; i++) {
+            const float *a = x + i * n, *g = dy + i * n;
+            const float m = mean[i], r = rstd[i];
+            part.take(a, g, m, r);
+            float sum = 0, along = 0;
+            for (int64_t j = 0; j < n; j++) {
+                sum += g[j] * w[j];
+                along += g[j] * w[j] * (a[j] - m);
+            }
+            const float c0 = sum / n, c1 = along * r * r / n;
+            for (int64_t j = 0; j < n; j++) dx[i * n + j] = r * (g[j] * w[j] - c0 - (a[j] - m) * c1);
         }
-        const float c0 = sum / n, c1 = along * r * r / n;
-        for (int64_t j = 0; j < n; j++) dx[i * n + j] = r * (g[j] * w[j] - c0 - (a[j] - m) * c1);
+        gradient.join(part);
     }
 }
 inline void swiglu_forward(const float* gate, const float* up, float* y, int64_t n) {

@@ -1,4 +1,4 @@
-"""Fused norms, activations and rotary embedding; weights are frozen and get no gradient."""
+"""Fused norms, activations and rotary embedding."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ class _RMSNorm(FusedFunction):
 
     def grad(self, dy):
         x, weight, _ = self.inputs
-        inputs = [x, weight, self.rstd, dy]
-        return operator(x.shape, "float32", inputs, "rms_backward_op", x.shape[-1]), None, None
+        return *_norm_gradients("rms_backward_op", [x, weight, self.rstd, dy], [weight]), None
 
 
 class _LayerNorm(FusedFunction):
@@ -32,10 +31,28 @@ class _LayerNorm(FusedFunction):
         return y
 
     def grad(self, dy):
-        x, weight, _, _ = self.inputs
+        x, weight, bias, _ = self.inputs
         inputs = [x, weight, self.mean, self.rstd, dy]
-        dx = operator(x.shape, "float32", inputs, "layer_backward_op", x.shape[-1])
-        return dx, None, None, None
+        return *_norm_gradients("layer_backward_op", inputs, [weight, bias]), None
+
+
+def _norm_gradients(function, inputs, parameters):
+    """Gradients of x, the first input, and of those parameters that are trained."""
+    x, trained = inputs[0], [not parameter.is_stop_grad() for parameter in parameters]
+    shapes = [x.shape, *(p.shape if t else (1,) for p, t in zip(parameters, trained))]
+    dtypes = ["float32"] * len(shapes)
+    dx, *gradients = operator(shapes, dtypes, inputs, function, x.shape[-1], *trained)
+    return dx, *(gradient if t else None for gradient, t in zip(gradients, trained))
+
+
+class _Embedding(FusedFunction):
+    def execute(self, weight, ids):
+        shape = (*ids.shape, weight.shape[1])
+        return operator(shape, "float32", [weight, ids], "embedding_op")
+
+    def grad(self, dy):
+        weight, ids = self.inputs
+        return operator(weight.shape, "float32", [dy, ids], "embedding_back_op"), None
 
 
 class _SwiGLU(FusedFunction):
@@ -93,6 +110,7 @@ class FusedDropout(nn.Dropout):
         return _Dropout.apply(x, self.p, int(np.random.randint(2**31)))
 
 
+embedding = _Embedding.apply
 rms_norm = _RMSNorm.apply
 layer_norm = _LayerNorm.apply
 swiglu = _SwiGLU.apply

@@ -1,5 +1,6 @@
 // The library of jlora's operators: each takes its arrays and numbers as native.h says.
 #include "native.h"
+#include "adamw.h"
 #include "attention.h"
 #include "decode_attention.h"
 #include "elementwise.h"
@@ -53,9 +54,11 @@ JLORA_OPERATOR(rms_forward_op) {
     const int64_t n = number[0];
     rms_forward(in[0].in(), in[1].in(), out[0].out(), out[1].out(), in[0].size / n, n, number[1]);
 }
+// number: n, for each gradient of a parameter whether it is wanted.
+static float* wanted(const Array& array, double flag) { return flag != 0 ? array.out() : nullptr; }
 JLORA_OPERATOR(rms_backward_op) {
     const int64_t n = number[0];
-    rms_backward(in[0].in(), in[1].in(), in[2].in(), in[3].in(), out[0].out(), in[0].size / n, n);
+    rms_backward(in[0].in(), in[1].in(), in[2].in(), in[3].in(), out[0].out(), wanted(out[1], number[1]), in[0].size / n, n);
 }
 JLORA_OPERATOR(layer_forward_op) {
     const int64_t n = number[0];
@@ -65,7 +68,35 @@ JLORA_OPERATOR(layer_forward_op) {
 JLORA_OPERATOR(layer_backward_op) {
     const int64_t n = number[0];
     layer_backward(in[0].in(), in[1].in(), in[2].in(), in[3].in(), in[4].in(), out[0].out(),
-        in[0].size / n, n);
+        wanted(out[1], number[1]), wanted(out[2], number[2]), in[0].size / n, n);
+}
+
+// Rows of a table (n, C) by ids, and back: gradient of the rows -> of the table; ids outside give NaN and
+// change nothing. Threads share the columns out, so that equal runs give equal bits.
+JLORA_OPERATOR(embedding_op) {
+    const int64_t n = in[0].shape[0], C = in[0].shape[1];
+    #pragma omp parallel for
+    for (int64_t i = 0; i < in[1].size; i++) {
+        const int64_t id = in[1].as<int>()[i];
+        if (id < 0 || id >= n) std::fill_n(out[0].out() + i * C, C, NAN);
+        else std::copy_n(in[0].in() + id * C, C, out[0].out() + i * C);
+    }
+}
+JLORA_OPERATOR(embedding_back_op) {
+    const int64_t n = out[0].shape[0], C = out[0].shape[1];
+    #pragma omp parallel for schedule(static)
+    for (int64_t j = 0; j < n; j++) std::fill_n(out[0].out() + j * C, C, 0.0f);
+    #pragma omp parallel for schedule(static)
+    for (int64_t k = 0; k < C; k += 32)
+        for (int64_t i = 0; i < in[1].size; i++) {
+            const int64_t id = in[1].as<int>()[i];
+            if (id >= 0 && id < n) add_scaled(out[0].out() + id * C + k, 1.0f, in[0].in() + i * C + k, std::min<int64_t>(32, C - k));
+        }
+}
+
+// values, gradient, numbers (AdamWNumbers) -> new values, m, v; number: whether it is loralib's variant.
+JLORA_OPERATOR(adamw_op) {
+    adamw(in[0].in(), in[1].in(), *in[2].as<AdamWNumbers>(), number[0] != 0, out[0].out(), out[1].out(), out[2].out(), in[0].size);
 }
 
 // Activations, element by element.
@@ -146,6 +177,47 @@ JLORA_OPERATOR(multiply_op) {
     const StoreRows sink{out[0].out(), to, bias};
     if (back) product_back(x, {{&w}, 1}, sink); else product(x, {{&w}, 1}, sink);
 }
+#ifdef JLORA_TILES
+// Trained weights: packed anew for each step, as an array. weight -> packed; number: n, k, transposed.
+extern "C" int64_t trained_bytes(int64_t n, int64_t k) { return weight_bytes(n, k, bf16_kind) + line; }
+JLORA_OPERATOR(pack_op) {
+    pack(in[0].in(), weight_of(out[0].data, number[0], number[1]), number[2] != 0);
+}
+// x (..., k), packed, bias (n,) if there is one -> y (..., n); number: n, k, whether there is a bias
+JLORA_OPERATOR(trained_forward_op) {
+    const Weight w = weight_of(in[1].data, number[0], number[1]);
+    static Buffer<uint16_t> memory;
+    const Rows x = rows_in(memory, in[0].size / w.k, w.k);
+    round_rows(in[0].in(), x);
+    product(x, {{&w}, 1}, StoreRows{out[0].out(), w.n, number[2] != 0 ? in[2].in() : nullptr});
+}
+// x, packed, dy -> dx, gradients of weight and bias; number: n, k, transposed, whether each is wanted
+JLORA_OPERATOR(trained_backward_op) {
+    const Weight w = weight_of(in[1].data, number[0], number[1]);
+    static Buffer<uint16_t> for_x, for_dy;
+    const int64_t rows = in[0].size / w.k;
+    const Rows x = rows_in(for_x, rows, w.k), dy = rows_in(for_dy, rows, w.n);
+    round_rows(in[2].in(), dy);
+    if (float* dx = wanted(out[0], number[3])) product_back(dy, {{&w}, 1}, StoreRows{dx, w.k, nullptr});
+    if (float* db = wanted(out[2], number[5])) sum_columns(dy, db);
+    if (float* dw = wanted(out[1], number[4])) {
+        round_rows(in[0].in(), x);
+        weight_gradient(x, dy, number[2] != 0, dw);
+    }
+}
+// hidden (N, C), targets (N,), packed head (V, C) -> losses, log_sums (N,); number: V, smoothing
+JLORA_OPERATOR(trained_loss_op) {
+    const int64_t* shape = in[0].shape;
+    target_loss(in[0].in(), weight_of(in[2].data, number[0], shape[1]), in[1].as<int>(), out[0].out(), out[1].out(),
+        nullptr, shape[0], number[1]);
+}
+// As above, then log_sums and dlosses -> dhidden, dhead
+JLORA_OPERATOR(trained_loss_back_op) {
+    const int64_t* shape = in[0].shape;
+    target_loss_back(in[0].in(), weight_of(in[2].data, number[0], shape[1]), in[1].as<int>(), in[3].in(), in[4].in(),
+        out[0].out(), out[1].out(), shape[0], number[1]);
+}
+#endif
 // A linear layer with its low-rank branch. number: address of the weight, r, blocks, flags, scale, p,
 // seed and whether there is a bias.
 struct LoraCall {
@@ -188,42 +260,70 @@ JLORA_OPERATOR(lora_backward_op) {
 // hidden (N, C), targets (N,) -> losses (N,), d hidden; number: address of the head, smoothing,
 // whether the gradient is wanted.
 JLORA_OPERATOR(target_loss_op) {
-    target_loss(in[0].in(), *(const Weight*)(uintptr_t)number[0], in[1].as<int>(), out[0].out(), out[1].out(),
-        in[0].shape[0], in[0].shape[1], number[1], number[2] != 0);
+    std::vector<float> log_sums(in[0].shape[0]);
+    target_loss(in[0].in(), *(const Weight*)(uintptr_t)number[0], in[1].as<int>(), out[0].out(), log_sums.data(),
+        number[2] != 0 ? out[1].out() : nullptr, in[0].shape[0], number[1]);
 }
 
-// Blocks. in: x, starts, cos and sin if there are, A and B of each branch.
-// number: address of the BlockSpec, branches, seed, whether `saved` is kept.
-static BlockCall block_call(const Array* in, const BlockSpec& s, const double* number, int64_t& next) {
-    BlockCall call{in[0].size / s.width, in[1].size - 1, in[0].in(), in[1].as<int>(), nullptr, nullptr, {}, {},
-        (uint64_t)number[2]};
-    next = 2;
-    if (s.gated) call.cos = in[next++].in(), call.sin = in[next++].in();
-    for (int64_t i = 0; i < 2 * (int64_t)number[1]; i++) call.adapters.push_back(in[next++].in());
-    return call;
-}
+// Blocks. in: x, starts, cos and sin if there are, A and B of each branch; where `given`, weights and
+// biases of the norms, biases of the joints that have some, trained weights packed.
+// number: address of the BlockSpec, branches, seed, whether `saved` is kept, trained weights.
+// A gradient that is not wanted is an array of one number.
+static float* wanted(const Array& array) { return wanted(array, array.size > 1); }
+struct BlockArrays {
+    const BlockSpec& s;
+    BlockCall call;
+    int64_t next = 2;  // input after all these
+    BlockArrays(const Array* in, const double* number)
+        : s(*(const BlockSpec*)(uintptr_t)number[0]), call{in[0].size / s.width, in[1].size - 1, in[0].in(), in[1].as<int>()} {
+        call.seed = (uint64_t)number[2];
+        if (s.gated) call.cos = in[next++].in(), call.sin = in[next++].in();
+        for (int64_t i = 0; i < 2 * (int64_t)number[1]; i++) call.adapters.push_back(in[next++].in());
+        call.norm1 = s.norm1, call.norm2 = s.norm2;
+        for (int64_t i = 0; i < joints; i++) call.biases[i] = joint(i).bias;
+        if (!s.given) return;
+        for (Norm* norm : {&call.norm1, &call.norm2}) {
+            norm->weight = in[next++].in();
+            if (norm->bias) norm->bias = in[next++].in();
+        }
+        for (int64_t i = 0; i < joints; i++) if (joint(i).bias) call.biases[i] = in[next++].in();
+        for (int64_t i = 0; i < (int64_t)number[4]; i++) call.packed.push_back(in[next++].data);
+    }
+    const JointSpec& joint(int64_t i) const { return (&s.qkv)[i]; }
+    // Gradients go to outputs in the order of the inputs, after that of x.
+    void gradients(const Array* out) {
+        int64_t o = 1;
+        for (size_t i = 0; i < call.adapters.size(); i++) call.gradients.push_back(out[o++].out());
+        if (!s.given) return;
+        for (int64_t i = 0; i < 4; i += 2) {
+            call.norm_gradients[i] = wanted(out[o++]);
+            if (s.norm1.bias) call.norm_gradients[i + 1] = wanted(out[o++]);
+        }
+        for (int64_t i = 0; i < joints; i++) if (joint(i).bias) call.bias_gradients[i] = wanted(out[o++]);
+        for (size_t i = 0; i < call.packed.size(); i++) call.weight_gradients.push_back(wanted(out[o++]));
+    }
+};
 extern "C" int64_t saved_bytes(const BlockSpec* s, int64_t rows) { return Saved(nullptr, *s, rows).bytes; }
 static Buffer<char> block_memory;
 // -> y, saved
 JLORA_OPERATOR(block_forward_op) {
-    const BlockSpec& s = *(const BlockSpec*)(uintptr_t)number[0];
-    int64_t next;
-    const BlockCall call = block_call(in, s, number, next);
-    char* memory = number[3] != 0 ? out[1].as<char>() : block_memory.of(saved_bytes(&s, call.rows));
-    Block(s, call).forward(Saved(memory, s, call.rows), out[0].out());
+    const BlockArrays all(in, number);
+    const int64_t rows = all.call.rows;
+    char* memory = number[3] != 0 ? out[1].as<char>() : block_memory.of(saved_bytes(&all.s, rows));
+    Block(all.s, all.call).forward(Saved(memory, all.s, rows), out[0].out());
 }
-// As above, then saved and dy -> dx, dA and dB of each branch; number[4]: whether dx is wanted.
+// As above, then saved and dy -> gradients of x, of A and B of each branch and of what was given
 JLORA_OPERATOR(block_backward_op) {
-    const BlockSpec& s = *(const BlockSpec*)(uintptr_t)number[0];
-    int64_t next;
-    BlockCall call = block_call(in, s, number, next);
-    for (int64_t i = 0; i < 2 * (int64_t)number[1]; i++) call.gradients.push_back(out[1 + i].out());
-    Block block(s, call);
+    BlockArrays all(in, number);
+    const BlockSpec& s = all.s;
+    const int64_t rows = all.call.rows;
+    all.gradients(out);
+    Block block(s, all.call);
     const bool kept = number[3] != 0;
-    const Saved saved(kept ? in[next].as<char>() : block_memory.of(saved_bytes(&s, call.rows)), s, call.rows);
+    const Saved saved(kept ? in[all.next].as<char>() : block_memory.of(saved_bytes(&s, rows)), s, rows);
     static Buffer<float> again;
-    if (!kept) block.forward(saved, again.of(call.rows * s.width));
-    block.backward(saved, in[next + 1].in(), number[4] != 0 ? out[0].out() : nullptr);
+    if (!kept) block.forward(saved, again.of(rows * s.width));
+    block.backward(saved, in[all.next + 1].in(), wanted(out[0]));
 }
 
 // Decoding; see decoder.h. model, blocks, ids, positions, lengths (P,), addresses of blocks of keys

@@ -1,6 +1,9 @@
 // A block's norms, row by row.
 #pragma once
+#include <omp.h>
+#include <algorithm>
 #include <cmath>
+#include <vector>
 #include "lanes.h"
 
 namespace jlora {
@@ -25,5 +28,38 @@ struct NormRow {
         if (norm.bias) load_some(norm.bias + k, b0, b1, n);
         left = (left - mean) * r * w0 + b0, right = (right - mean) * r * w1 + b1;
     }
+};
+
+// Gradients of a norm's weight and bias, (n,); null: not wanted. Every thread sums its own rows.
+class NormGradient {
+public:
+    NormGradient(float* dw, float* db, int64_t n) : dw_(dw), db_(db), n_(n) {
+        if (dw_) std::fill_n(dw_, n, 0.0f);
+        if (db_) std::fill_n(db_, n, 0.0f);
+    }
+    struct Part {
+        std::vector<float> dw, db;
+        explicit Part(const NormGradient& all) : dw(all.dw_ ? all.n_ : 0), db(all.db_ ? all.n_ : 0) {}
+        void take(const float* x, const float* dy, float mean, float r) {
+            float *w = dw.data(), *b = db.data();
+            for (size_t j = 0; j < dw.size(); j++) w[j] += dy[j] * (x[j] - mean) * r;
+            for (size_t j = 0; j < db.size(); j++) b[j] += dy[j];
+        }
+    };
+    // By all threads of a parallel region: in their order, so that equal runs give equal bits.
+    void join(const Part& part) const {
+        #pragma omp for ordered schedule(static, 1)
+        for (int t = 0; t < omp_get_num_threads(); t++) {
+            #pragma omp ordered
+            {
+                for (size_t j = 0; j < part.dw.size(); j++) dw_[j] += part.dw[j];
+                for (size_t j = 0; j < part.db.size(); j++) db_[j] += part.db[j];
+            }
+        }
+    }
+
+private:
+    float *dw_, *db_;
+    int64_t n_;
 };
 }  // namespace jlora

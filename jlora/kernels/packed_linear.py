@@ -1,4 +1,4 @@
-"""Frozen linear layers with weights packed once in bf16: y = x W^T + b, and dx = dy W."""
+"""Linear layers over packed weights, y = x W^T + b and dx = dy W; trained ones are packed anew."""
 
 from __future__ import annotations
 
@@ -98,6 +98,37 @@ class PackedWeight:
         return result
 
 
+class TrainedWeight:
+    """A weight (N, K) that is trained, and the bf16 copy of it that products read.
+
+    The copy is an array of Jittor's graph, made once for each value that the weight takes, so what
+    has not run yet keeps the one it was meant for. By tiles alone.
+    """
+
+    def __init__(self, weight: jt.Var, transposed: bool):
+        """``weight``: (N, K) as nn.Linear holds it, or (K, N) as Conv1D does (transposed)."""
+        shape = tuple(weight.shape)
+        self.weight, self.transposed = weight, transposed
+        self.n, self.k = shape[::-1] if transposed else shape
+        self.bytes = call("trained_bytes", ctypes.c_int64, self.n, self.k)
+        self._shape = _Weight(n=self.n, k=self.k)
+        self.address = ctypes.addressof(self._shape)  # what a plan reads of it
+        self._copy, self._copied = None, None
+
+    def packed(self) -> jt.Var:
+        """The copy of the weight as it is now, uint8."""
+        # Jittor gives a parameter another number whenever it gets another value.
+        if self._copied != self.weight.id:
+            numbers = (self.n, self.k, self.transposed)
+            copy = operator((self.bytes,), "uint8", [self.weight], "pack_op", *numbers)
+            self._copy, self._copied = copy.stop_grad(), self.weight.id
+        return self._copy
+
+    def __call__(self, x: jt.Var, bias: jt.Var | None = None) -> jt.Var:
+        """(..., K) float32 -> (..., N) float32; differentiable in x, the weight and ``bias``."""
+        return _TrainedProduct.apply(x, self.weight, bias, self)
+
+
 @dataclass(frozen=True)
 class Branch:
     """The low-rank branch of a layer: ``y += scale * (dropout(x) A^T) B^T`` by blocks.
@@ -155,3 +186,22 @@ class _LoraProduct(FusedFunction):
             "lora_backward_op", weight.address, *branch.numbers,
         )  # fmt: skip
         return dx, None, None, None, dA, dB
+
+
+class _TrainedProduct(FusedFunction):
+    def execute(self, x, weight, bias, trained):
+        self.packed = trained.packed()
+        inputs = [x, self.packed] + ([] if bias is None else [bias])
+        numbers = (trained.n, trained.k, bias is not None)
+        shape = (*x.shape[:-1], trained.n)
+        return operator(shape, "float32", inputs, "trained_forward_op", *numbers)
+
+    def grad(self, dy):
+        x, weight, bias, trained = self.inputs
+        wanted = [v is not None and not v.is_stop_grad() for v in (x, weight, bias)]
+        shapes = [v.shape if w else (1,) for v, w in zip((x, weight, bias), wanted)]
+        gradients = operator(
+            shapes, ["float32"] * 3, [x, self.packed, dy], "trained_backward_op",
+            trained.n, trained.k, trained.transposed, *wanted,
+        )  # fmt: skip
+        return *(g if w else None for g, w in zip(gradients, wanted)), None

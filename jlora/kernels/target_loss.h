@@ -1,5 +1,8 @@
 // Language-model head, softmax, label smoothing and the gradient together, so that no (targets x
 // vocabulary) matrix is kept. A target outside the vocabulary gives NaN, not a read of foreign memory.
+//
+// Logits are computed twice, once for the sums and once for the gradient: keeping them between the two
+// would take as long, and 200 KB a target.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -8,6 +11,7 @@
 #include "lanes.h"
 #include "product.h"
 #include "vector_math.h"
+#include "weight_gradient.h"
 
 namespace jlora {
 // What a row's loss needs of its logits: collected in any order, then joined.
@@ -49,54 +53,84 @@ constexpr int64_t target_rows = 128;
 inline const Weight& some_words(const Weight& head, int64_t) { return head; }
 #endif
 
-// hidden (N, C), head (V, C), targets (N,) -> losses (N,), dhidden (N, C) where `gradient`
-//
-// Logits are computed twice, once for the sums and once for the gradient: keeping them between the
-// two would take as long, and 200 KB a target.
-inline void target_loss(const float* hidden, const Weight& head, const int* targets, float* losses, float* dhidden,
-        int64_t N, int64_t C, float smoothing, bool gradient) {
-    static Buffer<uint16_t> for_hidden, for_low;
-    const int64_t V = head.n;
-    for (int64_t first = 0; first < N; first += target_rows) {
-        const int64_t rows = std::min(target_rows, N - first);
-        const Rows x = rows_in(for_hidden, rows, C);
-        round_rows(hidden + first * C, x);
-        const int* wanted = targets + first;
+// Rows of hidden states with their targets, at most target_rows of them, over a head (V, C).
+struct TargetRows {
+    Rows x;
+    const Weight& head;
+    const int* targets;
+    float smoothing;
+
+    TargetRows(Buffer<uint16_t>& memory, const float* hidden, int64_t rows, const Weight& head, const int* targets,
+            float smoothing)
+        : x(rows_in(memory, rows, head.k)), head(head), targets(targets), smoothing(smoothing) {
+        round_rows(hidden, x);
+    }
+    // -> losses and log_sums (rows,)
+    void losses(float* losses, float* log_sums) const {
+        const int64_t V = head.n, rows = x.rows;
         std::vector<RowSums> parts(omp_get_max_threads() * rows);
-        std::vector<float> log_sums(rows);
         product(x, {{&head}, 1}, [&](int64_t m, int64_t n, F16 left, F16 right) {
-            parts[omp_get_thread_num() * rows + m].take(left, right, n, std::min<int64_t>(32, V - n), wanted[m]);
+            parts[omp_get_thread_num() * rows + m].take(left, right, n, std::min<int64_t>(32, V - n), targets[m]);
         });
-        const float even = smoothing / V;
         for (int64_t m = 0; m < rows; m++) {
             for (int t = 1; t < omp_get_max_threads(); t++) parts[m].join(parts[t * rows + m]);
-            losses[first + m] = parts[m].loss(V, smoothing);
+            losses[m] = parts[m].loss(V, smoothing);
             log_sums[m] = (float)parts[m].log_sum();
         }
-        if (!gradient) continue;
-        float* out = dhidden + first * C;
+    }
+    // -> dhidden (rows, C), and dhead (V, C) unless it is null, to which it is added where `add`.
+    // factors (rows,): gradients of the losses; null: all 1.
+    void gradient(const float* log_sums, const float* factors, float* dhidden, float* dhead, bool add) const {
+        static Buffer<uint16_t> for_low;
+        const int64_t V = head.n, C = head.k;
+        const float even = smoothing / V;
         for (int64_t from = 0; from < V;) {
             const Weight some = some_words(head, from);
-            const Rows low = rows_in(for_low, rows, some.n);
+            const Rows low = rows_in(for_low, x.rows, some.n);
             product(x, {{&some}, 1}, [&](int64_t m, int64_t n, F16 left, F16 right) {
-                const int64_t count = std::min<int64_t>(32, some.n - n), place = wanted[m] - from - n;
-                const float log_sum = wanted[m] >= 0 && wanted[m] < V ? log_sums[m] : NAN;
+                const int64_t count = std::min<int64_t>(32, some.n - n), place = targets[m] - from - n;
+                const float log_sum = targets[m] >= 0 && targets[m] < V ? log_sums[m] : NAN;
                 left = exp16(left - log_sum) - even, right = exp16(right - log_sum) - even;
                 if (place >= 0 && place < 32) (place < 16 ? left : right)[place % 16] -= 1.0f - smoothing;
+                if (factors) left *= factors[m], right *= factors[m];
                 if (count == 32) return store32(low.at(m, n), left, right);
                 uint16_t end[32];
                 store32(end, RowSums::first(left, count), RowSums::first(right, count - 16));
                 std::copy_n(end, Rows::filled_up ? 32 : count, low.at(m, n));
             });
             product_back(low, {{&some}, 1}, [&](int64_t m, int64_t k, F16 left, F16 right) {
-                float* y = out + m * C + k;
+                float* y = dhidden + m * C + k;
                 const int64_t count = std::min<int64_t>(32, C - k);
                 F16 l{}, r{};
                 if (from) load_some(y, l, r, count);
                 store_some(y, left + l, right + r, count);
             });
+#if defined(JLORA_TILES)
+            if (dhead) product_over_rows(low, x, dhead + from * C, add);
+#endif
             from += some.n;
         }
+    }
+};
+
+// hidden (N, C), head (V, C), targets (N,) -> losses, log_sums (N,), dhidden (N, C) unless it is null
+inline void target_loss(const float* hidden, const Weight& head, const int* targets, float* losses, float* log_sums,
+        float* dhidden, int64_t N, float smoothing) {
+    static Buffer<uint16_t> memory;
+    for (int64_t first = 0; first < N; first += target_rows) {
+        const TargetRows rows(memory, hidden + first * head.k, std::min(target_rows, N - first), head, targets + first, smoothing);
+        rows.losses(losses + first, log_sums + first);
+        if (dhidden) rows.gradient(log_sums + first, nullptr, dhidden + first * head.k, nullptr, false);
+    }
+}
+// The gradients by themselves, of a head that is trained; dlosses (N,), dhead (V, C).
+inline void target_loss_back(const float* hidden, const Weight& head, const int* targets, const float* log_sums,
+        const float* dlosses, float* dhidden, float* dhead, int64_t N, float smoothing) {
+    static Buffer<uint16_t> memory;
+    if (!N) std::fill_n(dhead, head.n * head.k, 0.0f);
+    for (int64_t first = 0; first < N; first += target_rows) {
+        const TargetRows rows(memory, hidden + first * head.k, std::min(target_rows, N - first), head, targets + first, smoothing);
+        rows.gradient(log_sums + first, dlosses + first, dhidden + first * head.k, dhead, first > 0);
     }
 }
 }  // namespace jlora

@@ -1,9 +1,9 @@
-"""Fused `jlora.models.head.LanguageHead.losses` over a packed, frozen language-model head."""
+"""Fused `jlora.models.head.LanguageHead.losses` over a packed language-model head."""
 
 from __future__ import annotations
 
 from jlora.kernels.native import FusedFunction, operator
-from jlora.kernels.packed_linear import PackedWeight
+from jlora.kernels.packed_linear import PackedWeight, TrainedWeight
 from jlora.runtime import jt
 
 
@@ -25,6 +25,32 @@ class _TargetLoss(FusedFunction):
         return self.dhidden * dlosses.unsqueeze(1), None, None, None
 
 
+class _TrainedTargetLoss(FusedFunction):
+    def execute(self, hidden, weight, targets, trained, smoothing):
+        self.packed, self.numbers = trained.packed(), (trained.n, smoothing)
+        losses, self.log_sums = operator(
+            [targets.shape] * 2, ["float32"] * 2, [hidden, targets, self.packed],
+            "trained_loss_op", *self.numbers,
+        )  # fmt: skip
+        return losses
+
+    def grad(self, dlosses):
+        hidden, weight, targets, *_ = self.inputs
+        inputs = [hidden, targets, self.packed, self.log_sums, dlosses]
+        dhidden, dhead = operator(
+            [hidden.shape, weight.shape], ["float32"] * 2, inputs, "trained_loss_back_op",
+            *self.numbers,
+        )  # fmt: skip
+        return dhidden, dhead, None, None, None
+
+
 def target_loss(hidden: jt.Var, head: PackedWeight, targets: jt.Var, smoothing: float) -> jt.Var:
     """Losses (N,) of hidden states (N, C) for int32 targets (N,), as `LanguageHead.losses`."""
     return _TargetLoss.apply(hidden, head, targets, smoothing)
+
+
+def trained_target_loss(
+    hidden: jt.Var, head: TrainedWeight, targets: jt.Var, smoothing: float
+) -> jt.Var:
+    """The same over a head that is trained itself; differentiable in both."""
+    return _TrainedTargetLoss.apply(hidden, head.weight, targets, head, smoothing)

@@ -2,6 +2,7 @@
 #pragma once
 #include "bf16.h"
 #include "int8.h"
+#include "tile_turns.h"
 #include "tile_weights.h"
 
 namespace jlora {
@@ -9,14 +10,23 @@ namespace jlora {
 inline void pack(const float* w, const Weight& out, bool transposed) {
     const int64_t along_n = transposed ? 1 : out.k, along_k = transposed ? out.n : 1;
     if (out.scales) return int8::pack(w, out, along_n, along_k);
-    #pragma omp parallel for schedule(static)
-    for (int64_t t = 0; t < up_to(out.n, 32) / 16; t++)
-        for (int64_t k = 0; k < up_to(out.k, 32); k++)
-            for (int64_t i = 0; i < 16; i++) {
-                const int64_t n = t * 16 + i;
-                const float x = n < out.n && k < out.k ? w[n * along_n + k * along_k] : 0.0f;
-                out.at(n, k) = bf16_of(x);
+    const int64_t rows = transposed ? out.k : out.n, columns = transposed ? out.n : out.k;
+    #pragma omp parallel for collapse(2) schedule(static)
+    for (int64_t r = 0; r < up_to(rows, 32); r += 32)
+        for (int64_t c = 0; c < up_to(columns, 32); c += 32) {
+            alignas(64) uint16_t block[2][512];  // 32 rows of w, rounded
+            for (int64_t i = 0; i < 32; i++) {
+                F16 left{}, right{};
+                if (r + i < rows) load_some(w + (r + i) * columns + c, left, right, std::min<int64_t>(32, columns - c));
+                store32(block[i / 16] + i % 16 * 32, left, right);
             }
+            if (transposed) {
+                pair_tiles(block[0], block[1], out.tile(c / 16, r / 32), out.tile(c / 16 + 1, r / 32));
+            } else {
+                turn_tile(block[0], out.tile(r / 16, c / 32));
+                turn_tile(block[1], out.tile(r / 16 + 1, c / 32));
+            }
+        }
 }
 inline void unpack(const Weight& w, float* out, bool transposed) {
     const int64_t along_n = transposed ? 1 : w.k, along_k = transposed ? w.n : 1;
@@ -29,27 +39,6 @@ inline void unpack(const Weight& w, float* out, bool transposed) {
 // Row n of a bf16 weight.
 inline void unpack_row(const Weight& w, int64_t n, float* row) {
     for (int64_t k = 0; k < w.k; k++) row[k] = float_of(w.at(n, k));
-}
-
-// 8 x 8 numbers of 64 bits.
-inline void transpose8(__m512i* x) {
-    __m512i y[8];
-    for (int i = 0; i < 8; i += 2) {
-        y[i] = _mm512_unpacklo_epi64(x[i], x[i + 1]);
-        y[i + 1] = _mm512_unpackhi_epi64(x[i], x[i + 1]);
-    }
-    for (int i = 0; i < 2; i++)
-        for (int half = 0; half < 8; half += 4) {
-            const __m512i a = y[half + i], b = y[half + 2 + i];
-            x[half + i] = _mm512_shuffle_i64x2(a, b, 0x88);
-            x[half + 2 + i] = _mm512_shuffle_i64x2(a, b, 0xdd);
-        }
-    for (int i = 0; i < 4; i++) {
-        const __m512i a = x[i], b = x[i + 4];
-        y[i] = _mm512_shuffle_i64x2(a, b, 0x88);
-        y[i + 4] = _mm512_shuffle_i64x2(a, b, 0xdd);
-    }
-    for (int i = 0; i < 8; i++) x[i] = y[i];
 }
 
 // Two tiles of 32 outputs by 32 inputs become two for the way back: [n / 2][k][n % 2], inputs 0-15
