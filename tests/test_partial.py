@@ -67,7 +67,7 @@ def test_an_update_changes_what_is_trained_and_nothing_else(method):
     model.train()
     optimizer = AdamW(parameters, OptimConfig(lr=0.1, weight_decay=0.0))
     loss = (model(jt.array(ids_of((2, 7)))) ** 2).mean()
-    optimizer.step(optimizer.flatten(jt.grad(loss, parameters)), 0.1)
+    optimizer.step(optimizer.arrays(jt.grad(loss, parameters)), 0.1)
     after = weights(model.base_model)
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == set(names)
