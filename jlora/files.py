@@ -64,7 +64,8 @@ def atomic_path(
         raise os_error("write", path, error) from error
     finally:
         if temporary is not None:
-            remove(temporary)
+            with contextlib.suppress(OSError):  # what went wrong before is what counts
+                remove(temporary)
 
 
 def temporary_name(path: Path) -> Path:
