@@ -82,12 +82,14 @@ def run_run(arguments: argparse.Namespace) -> int:
         raise UserError("no recipe given; try `jlora run e2e-smollm2-135m`")
     recipe, run = open_recipe(arguments, arguments.recipe)
     from jlora import workflow
+    from jlora.lock import lock_run
 
     if arguments.smoke and not arguments.resume:
         from jlora.smoke import smoke
 
         recipe = smoke(recipe)
-    return 130 if workflow.run_recipe(recipe, run, arguments.resume) is None else 0
+    with lock_run(run):
+        return 130 if workflow.run_recipe(recipe, run, arguments.resume) is None else 0
 
 
 def run_sweep(arguments: argparse.Namespace) -> int:
@@ -115,16 +117,19 @@ def run_sweep(arguments: argparse.Namespace) -> int:
 def run_finetune(arguments: argparse.Namespace) -> int:
     recipe, run = open_recipe(arguments, arguments.recipe)
     from jlora import workflow
+    from jlora.lock import lock_run
+    from jlora.state import has_checkpoint
 
-    recipe = workflow.open_run(run, recipe, arguments.resume)
-    model = workflow.build(recipe)
-    sets = workflow.encode_splits(recipe, model)
-    if not arguments.resume:
-        workflow.begin_run(run, recipe)
-    started = arguments.resume and (run / "checkpoint").is_dir()
-    if not workflow.finetune(recipe, run, model, sets, started, command="finetune"):
-        return 130
-    workflow.write_report(run)
+    with lock_run(run):
+        recipe = workflow.open_run(run, recipe, arguments.resume)
+        model = workflow.build(recipe)
+        sets = workflow.encode_splits(recipe, model)
+        if not arguments.resume:
+            workflow.begin_run(run, recipe)
+        started = arguments.resume and has_checkpoint(run)
+        if not workflow.finetune(recipe, run, model, sets, started, command="finetune"):
+            return 130
+        workflow.write_report(run)
     best = run / "best" if (run / "best").is_dir() else run / "adapter"
     print(f"adapter: {best}")
     print(f"try it: jlora generate --adapter {run} --prompt ...")

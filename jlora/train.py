@@ -122,9 +122,9 @@ def train(
 ) -> TrainResult:
     """Train the adapter of ``model``, or whatever else of it is to be trained.
 
-    The run folder gets ``metrics.jsonl``, ``checkpoint/``, ``adapter/`` (the last one) and, when
-    there are validation examples, ``best/``. The first Ctrl-C ends the step, saves and returns;
-    the second stops at once.
+    The run folder gets ``metrics.jsonl``, ``checkpoint/`` and the one before,
+    ``checkpoint.previous/``, ``adapter/`` (the last one) and, when there are validation examples,
+    ``best/``. The first Ctrl-C ends the step, saves and returns; the second stops at once.
 
     Args:
         examples: what to learn from.
@@ -132,7 +132,7 @@ def train(
         run: folder of the run.
         make_loggers: gives more loggers for (total steps, first step); metrics.jsonl is always
             written.
-        resume: go on from ``run/checkpoint``.
+        resume: go on from the newest good checkpoint.
 
     Raises:
         UserError: a setting makes no sense, nothing is trainable, the loss is not a number, the
@@ -161,7 +161,7 @@ def train(
 
     progress = Progress(fingerprint=fingerprint(config, examples, named))
     if resume:
-        saved, tensors, optimizer_state = load_checkpoint(run / "checkpoint")
+        saved, tensors, optimizer_state = load_checkpoint(run)
         if saved.fingerprint != progress.fingerprint:
             raise UserError(
                 f"{run}: the checkpoint belongs to other settings, data or adapter shapes; resume "
@@ -170,6 +170,8 @@ def train(
         progress = saved
         model.set_adapter_tensors(tensors)
         optimizer.load_state(optimizer_state)
+        # The last run may have written a newer one, or none, before it died.
+        model.save_pretrained(run / "adapter")
 
     loggers = Loggers(
         [
@@ -180,7 +182,7 @@ def train(
 
     def save() -> None:
         model.save_pretrained(run / "adapter")
-        save_checkpoint(run / "checkpoint", progress, model.adapter_tensors(), optimizer.state())
+        save_checkpoint(run, progress, model.adapter_tensors(), optimizer.state())
 
     def validate() -> None:
         loss = validation_loss(model, valid_examples, config.valid_batch_size)

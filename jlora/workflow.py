@@ -27,6 +27,7 @@ from jlora.report import environment
 from jlora.report.html import write_report
 from jlora.report.plots import loss_curve
 from jlora.report.tables import score_table
+from jlora.state import has_checkpoint
 from jlora.tasks import ReferenceGroup, get_task
 from jlora.train import train
 
@@ -45,7 +46,7 @@ def open_run(run: Path, recipe: Recipe, resume: bool) -> Recipe:
     if resume:
         if not config.is_file():
             raise UserError(f"{run}: no run to resume there; start it without --resume")
-        for name in ("checkpoint", "adapter", "best"):
+        for name in ("adapter", "best"):
             recover_directory(run / name)
         return load_recipe(config)
     if config.exists():
@@ -337,7 +338,7 @@ def run_recipe(recipe: Recipe, run: Path, resume: bool = False) -> dict | None:
     if "after" not in scores:
         model = build(recipe)
         sets = sets or check(model)
-        started = resume and (run / "checkpoint").is_dir()
+        started = resume and has_checkpoint(run)
         if not finetune(recipe, run, model, sets, started):
             return None
         best = recipe.decode.adapter == "best" and (run / "best").is_dir()
