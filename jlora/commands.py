@@ -118,6 +118,7 @@ def run_finetune(arguments: argparse.Namespace) -> int:
     recipe, run = open_recipe(arguments, arguments.recipe)
     from jlora import workflow
     from jlora.lock import lock_run
+    from jlora.report import environment
     from jlora.state import has_checkpoint
 
     with lock_run(run):
@@ -126,6 +127,7 @@ def run_finetune(arguments: argparse.Namespace) -> int:
         sets = workflow.encode_splits(recipe, model)
         if not arguments.resume:
             workflow.begin_run(run, recipe)
+        environment.record(run, workflow.data_hashes(recipe, "train", "valid"))
         started = arguments.resume and has_checkpoint(run)
         if not workflow.finetune(recipe, run, model, sets, started, command="finetune"):
             return 130

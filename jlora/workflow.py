@@ -5,7 +5,6 @@ Every stage leaves its result in the run folder, and a resumed run skips what is
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from jlora.answer import choice_logprobs, decode, encode_inputs
 from jlora.config import Recipe, dump_recipe, load_recipe
 from jlora.data import Example, TokenExample, check_vocabulary, encode_examples
 from jlora.errors import UserError
-from jlora.files import check_writable, read_text, recover_directory, write_text
+from jlora.files import check_writable, read_text, recover_directory, sha256_of, write_text
 from jlora.layers import set_trainable
 from jlora.loggers import ProgressLogger, check_loggers, make_logger, read_metrics
 from jlora.metrics import check_metrics, evaluate_parts
@@ -83,12 +82,11 @@ def load_split(recipe: Recipe, split: str) -> list[Example]:
     return task.built_in(split) if path is None else task.read(path, recipe.data.template)
 
 
-def data_hashes(recipe: Recipe) -> dict[str, str]:
-    """The sha256 of each file that the run reads, by its path."""
-    files = [split_file(recipe, split) for split in ("train", "test")]
-    if has_validation(recipe):
-        files.append(split_file(recipe, "valid"))
-    return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f is not None}
+def data_hashes(recipe: Recipe, *splits: str) -> dict[str, str]:
+    """The sha256 of the file of each split, by its path."""
+    there = [split for split in splits if split != "valid" or has_validation(recipe)]
+    files = [split_file(recipe, split) for split in there]
+    return {str(file): sha256_of(file) for file in files if file is not None}
 
 
 def test_groups(recipe: Recipe) -> list[ReferenceGroup]:
@@ -311,7 +309,7 @@ def run_recipe(recipe: Recipe, run: Path, resume: bool = False) -> dict | None:
     if not get_task(recipe.data.task).choices:
         check_metrics(metric_names(recipe))
     groups = test_groups(recipe)
-    hashes = data_hashes(recipe)
+    hashes = data_hashes(recipe, "train", "valid", "test")
     scores = read_scores(run)
     sets = None
 
