@@ -201,6 +201,7 @@ def train(
         )
 
     good = None  # the adapter of the newest step with a finite loss
+    largest = 0  # numbers of the largest batch so far
     stop = StopRequest()
     with loggers, stop:
         while progress.step < total and not stop.requested:
@@ -212,10 +213,16 @@ def train(
             loss, gradient, tokens = 0.0, None, 0
             for micro in range(step * accumulate, (step + 1) * accumulate):
                 batch = make_batch(model, [examples[row] for row in order.batch(micro)])
+                if batch.input_ids.size > largest:
+                    # What Jittor keeps of smaller batches is no use to a larger one, and would
+                    # stand beside it. It comes to this a few times in a run.
+                    largest = batch.input_ids.size
+                    jt.gc()
                 batch_mean = batch_loss(model, batch, config.label_smoothing) / accumulate
                 flat = optimizer.flatten(jt.grad(batch_mean, parameters))
                 gradient = flat if gradient is None else gradient + flat
                 loss += batch_mean.item()
+                del batch_mean  # it holds the whole step
                 tokens += int(batch.lengths.sum())
             if not math.isfinite(loss):
                 raise stop_at_nan(loss, step + 1)

@@ -16,7 +16,7 @@ from jlora.kernels import attention, elementwise, native, packed_linear
 from jlora.models import attention as models_attention
 from jlora.models import gpt2, llama
 from jlora.models.head import LanguageHead
-from jlora.runtime import jt
+from jlora.runtime import jt, release_memory
 
 from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
 
@@ -150,8 +150,14 @@ def prepare(
             if type(module) in BLOCKS and _trains_lora_alone(module, trainable):
                 module.__class__ = BLOCKS[type(module)]
                 module._checkpoint = checkpoint_activations
-        jt.gc()
+    release()
     return precision
+
+
+def release() -> None:
+    """Give back to the system what models that are gone have left in this process."""
+    native.free_retired()
+    release_memory()
 
 
 def restore(model) -> None:

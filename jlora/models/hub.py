@@ -68,6 +68,7 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> Any:
             f"only {rows}; they belong to different models, put the right tokenizer there"
         )
     tensors = hugging_face_names(checkpoint.tensors, model.config.model_type)
+    checkpoint.tensors.clear()  # `load_weights` frees them one by one
     load_weights(model, tensors, f"{checkpoint.source} ({checkpoint.config_source})")
     model.tokenizer = tokenizer
     model.name_or_path = str(name_or_path)
