@@ -140,6 +140,14 @@ def parser() -> argparse.ArgumentParser:
     )
     add_run_options(run)
 
+    estimate = verb(
+        "estimate", commands.run_estimate, "Estimate a recipe's memory; exit code 1: too much."
+    )
+    estimate.add_argument("recipe", help="a YAML file, or the name of one that comes along")
+    estimate.add_argument("--data", help="as of jlora run")
+    estimate.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    estimate.add_argument("--json", action="store_true", help="machine-readable output, in bytes")
+
     sweep = verb(
         "sweep", commands.run_sweep, "Run a recipe under many settings and compare the scores."
     )
@@ -332,6 +340,10 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",
         help="change any setting of the recipe, such as train.steps=100; may be repeated",
+    )  # fmt: skip
+    command.add_argument(
+        "--no-memory-check", action="store_true",
+        help="start even if the run seems not to fit into memory (see jlora estimate)",
     )  # fmt: skip
     command.add_argument(
         "--log", action="append", choices=tuple(LOGGERS),

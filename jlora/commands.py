@@ -44,7 +44,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     if getattr(arguments, "target_modules", None):
         names = [name.strip() for name in arguments.target_modules.split(",") if name.strip()]
         found.append(f"lora.target_modules={json.dumps(names)}")
-    if arguments.log:
+    if getattr(arguments, "log", None):
         found.append(f"log={json.dumps(arguments.log)}")
     return found + arguments.set
 
@@ -77,6 +77,26 @@ def open_recipe(arguments: argparse.Namespace, name: str | None):
     return recipe, Path(arguments.out or f"runs/{Path(name).stem if name else 'finetune'}")
 
 
+def check_memory(arguments: argparse.Namespace, recipe, run: Path) -> None:
+    """See that a run fits this machine, unless told not to; a GPU has memory of its own."""
+    from jlora import workflow
+    from jlora.memory import check_fits
+    from jlora.runtime import jt
+
+    if not arguments.no_memory_check and not jt.flags.use_cuda:
+        check_fits(workflow.open_run(run, recipe, arguments.resume))
+
+
+def run_estimate(arguments: argparse.Namespace) -> int:
+    from jlora.config import find_recipe, load_recipe
+    from jlora.memory import report
+
+    recipe = load_recipe(find_recipe(arguments.recipe), overrides(arguments))
+    text, found = report(recipe)
+    print(json.dumps(found, indent=1) if arguments.json else text)
+    return 0 if found["fits"] else 1
+
+
 def run_run(arguments: argparse.Namespace) -> int:
     if not arguments.recipe and not arguments.resume:
         raise UserError("no recipe given; try `jlora run e2e-smollm2-135m`")
@@ -88,6 +108,8 @@ def run_run(arguments: argparse.Namespace) -> int:
         from jlora.smoke import smoke
 
         recipe = smoke(recipe)
+    else:
+        check_memory(arguments, recipe, run)
     with lock_run(run):
         return 130 if workflow.run_recipe(recipe, run, arguments.resume) is None else 0
 
@@ -123,6 +145,7 @@ def run_finetune(arguments: argparse.Namespace) -> int:
 
     with lock_run(run):
         recipe = workflow.open_run(run, recipe, arguments.resume)
+        check_memory(arguments, recipe, run)
         model = workflow.build(recipe)
         sets = workflow.encode_splits(recipe, model)
         if not arguments.resume:

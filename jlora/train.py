@@ -206,6 +206,7 @@ def train(
     # The adapter of the newest step with a finite loss, unless it is large: then the update that
     # followed is taken back. lr: that update's.
     good = lr = None
+    largest = 0  # numbers of the largest batch so far
     stop = StopRequest()
     with loggers, stop:
         while progress.step < total and not stop.requested:
@@ -217,6 +218,11 @@ def train(
             loss, gradients, tokens = 0.0, None, 0
             for micro in range(step * accumulate, (step + 1) * accumulate):
                 batch = make_batch(model, [examples[row] for row in order.batch(micro)])
+                if batch.input_ids.size > largest:
+                    # What Jittor keeps of smaller batches is no use to a larger one, and would
+                    # stand beside it. It comes to this a few times in a run.
+                    largest = batch.input_ids.size
+                    jt.gc()
                 batch_mean = batch_loss(model, batch, config.label_smoothing) / accumulate
                 new = optimizer.arrays(jt.grad(batch_mean, parameters))
                 if gradients is None:

@@ -125,6 +125,7 @@ def untouched(recipe: Recipe):
 
 def _load_base(recipe: Recipe):
     say(f"loading {recipe.model}")
+    engine.release()
     base = load(recipe.model)
     require_tokenizer(base)
     return base

@@ -59,6 +59,23 @@ def get_peft_model(model: nn.Module, config: LoraConfig) -> PeftModel:
     return PeftModel(model, config)
 
 
+def add_adapter(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, set[str]]:
+    """Put LoRA layers into ``model`` (in place); weights are neither read nor frozen.
+
+    Returns:
+        The settings with what depends on the model filled in, and the names of the parameters to
+        be trained.
+
+    Raises:
+        UserError: as `get_peft_model`.
+    """
+    config = _completed(config, model)
+    attach(model, config)
+    names = {name for name, _ in model.named_parameters()}
+    adapter = {n for n in names if "lora_" in n or ".modules_to_save." in f".{n}"}
+    return config, adapter | bias_names(model, config.bias)
+
+
 class PeftModel(TunedModel):
     """A base model whose target layers are LoRA layers; called like the base model.
 
@@ -72,16 +89,11 @@ class PeftModel(TunedModel):
             raise UserError(
                 "the model has LoRA layers already; merge_and_unload() or unload() them first"
             )
-        config = _completed(config, model)
         self._base_record = storage.describe_base(model)
-        attach(model, config)
-        self.peft_config = config
+        self.peft_config, names = add_adapter(model, config)
         self._unloaded = False
-        names = {name for name, _ in model.named_parameters()}
-        biases = bias_names(model, config.bias)
-        adapter = {n for n in names if "lora_" in n or ".modules_to_save." in f".{n}"}
-        super().__init__(model, adapter | biases)
-        self._bias_names = biases
+        super().__init__(model, names)
+        self._bias_names = bias_names(model, self.peft_config.bias)
         # What unload() and disable_adapter() put back.
         self._other_biases = self._copy_biases()
 

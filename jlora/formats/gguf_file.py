@@ -20,7 +20,7 @@ import numpy as np
 
 from jlora.errors import UserError
 from jlora.files import os_error
-from jlora.formats.safetensors_file import one_line
+from jlora.formats.safetensors_file import one_line, placeholder
 
 QUANTIZATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
@@ -67,15 +67,18 @@ class GGUFFile:
     metadata: dict[str, Any] = field(repr=False)
 
 
-def read_gguf(path: str | Path) -> GGUFFile:
+def read_gguf(path: str | Path, shapes_only: bool = False) -> GGUFFile:
     """Read a GGUF file of the llama, qwen2 or gpt2 architecture.
+
+    Args:
+        shapes_only: read no weights; the arrays are `placeholder`.
 
     Raises:
         UserError: no GGUF file, truncated, an unknown architecture or tensor, or a quantization
             other than F32, F16, BF16, Q8_0, Q4_0, Q4_1.
     """
     path = Path(path)
-    metadata, raw = read_raw(path)
+    metadata, raw = read_raw(path, shapes_only)
     architecture = metadata.get("general.architecture")
     if architecture not in ("llama", "qwen2", "gpt2"):
         raise UserError(
@@ -88,11 +91,12 @@ def read_gguf(path: str | Path) -> GGUFFile:
             config = gpt2_config(metadata, tensors)
             for name in tensors:
                 if is_conv1d(name):
-                    tensors[name] = np.ascontiguousarray(tensors[name].T)
+                    turned = tensors[name].T
+                    tensors[name] = turned if shapes_only else np.ascontiguousarray(turned)
         else:
             tensors = rename(path, raw, LLAMA_NAMES, LLAMA_BLOCKS)
             config = llama_config(path, architecture, metadata, tensors, factors)
-            if architecture == "llama":
+            if architecture == "llama" and not shapes_only:
                 heads = config["num_attention_heads"], config["num_key_value_heads"]
                 for name in tensors:
                     if ".q_proj." in name:
@@ -110,7 +114,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
     return GGUFFile(path, config, tensors, metadata)
 
 
-def read_raw(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read_raw(path: Path, shapes_only: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Metadata and dequantized float32 tensors under the file's own names."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
@@ -134,10 +138,14 @@ def read_raw(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
                 f"{path}: tensor {tensor.name} is quantized as {kind.name}; only "
                 f"{', '.join(QUANTIZATIONS)} are read: take a file of one of these kinds"
             )
+        # GGUF lists the fastest dimension first.
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        if shapes_only and tensor.name != "rope_freqs.weight":  # its numbers go to the config
+            tensors[tensor.name] = placeholder(shape)
+            continue
         try:
             array = dequantize(tensor.data, kind).astype(np.float32)
-            # GGUF lists the fastest dimension first. The copy lets go of the mapped file.
-            shape = tuple(int(n) for n in reversed(tensor.shape))
+            # The copy lets go of the mapped file.
             tensors[tensor.name] = np.array(array.reshape(shape))
         except Exception as error:
             raise damaged(path, error) from error

@@ -23,7 +23,12 @@ import numpy as np
 
 from jlora.errors import UserError
 from jlora.files import os_error
-from jlora.formats.safetensors_file import bfloat16_to_float32, one_line, read_sharded
+from jlora.formats.safetensors_file import (
+    bfloat16_to_float32,
+    one_line,
+    placeholder,
+    read_sharded,
+)
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
@@ -166,10 +171,13 @@ class TensorUnpickler(pickle.Unpickler):
         return self.find_storage(storage_type.name, str(key), int(count))
 
 
-def read_torch(path: str | Path) -> dict[str, np.ndarray]:
+def read_torch(path: str | Path, shapes_only: bool = False) -> dict[str, np.ndarray]:
     """Read the state dict of a .bin or .pt file; bfloat16 becomes float32.
 
     ``{"model_state_dict": {...}}`` and ``{"state_dict": {...}}`` are looked into.
+
+    Args:
+        shapes_only: read no data; the arrays are `placeholder`.
 
     Raises:
         UserError: missing, truncated or damaged file; one that asks for anything but tensors
@@ -181,9 +189,9 @@ def read_torch(path: str | Path) -> dict[str, np.ndarray]:
             head = handle.read(512)
             handle.seek(0)
             if head[:4] == b"PK\x03\x04":
-                tree = read_zip(handle, path)
+                tree = read_zip(handle, path, shapes_only)
             elif head[:1] == b"\x80":
-                tree = read_legacy(handle, path)
+                tree = read_legacy(handle, path, shapes_only)
             else:
                 tar = head[257:262] == b"ustar"
                 what = "torch 0.1's tar layout" if tar else "something else" if head else "empty"
@@ -191,7 +199,7 @@ def read_torch(path: str | Path) -> dict[str, np.ndarray]:
                     f"{path}: not a file of torch.save ({what}); give a .bin, .pt or safetensors "
                     "file"
                 )
-        return to_arrays(tree, path)
+        return to_arrays(tree, path, shapes_only)
     except OSError as error:
         raise os_error("read", path, error) from error
     except UserError:
@@ -204,7 +212,7 @@ def read_torch(path: str | Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def read_zip(handle: BinaryIO, path: Path) -> Any:
+def read_zip(handle: BinaryIO, path: Path, shapes_only: bool) -> Any:
     """The zip layout: NAME/data.pkl and one file NAME/data/KEY for each storage."""
     with zipfile.ZipFile(handle) as archive:
         pickles = [n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl"]
@@ -228,7 +236,8 @@ def read_zip(handle: BinaryIO, path: Path) -> Any:
                     raise ValueError(
                         f"storage {key} has {member.file_size} bytes for {count} values"
                     )
-                values = np.frombuffer(archive.read(member), dtype)
+                data = None if shapes_only else archive.read(member)
+                values = None if data is None else np.frombuffer(data, dtype)
                 storages[key] = Storage(kind, count, values)
             if storages[key].kind != kind:
                 raise ValueError(f"storage {key} is used with two dtypes")
@@ -237,7 +246,7 @@ def read_zip(handle: BinaryIO, path: Path) -> Any:
         return TensorUnpickler(io.BytesIO(archive.read(pickles[0])), path, find_storage).load()
 
 
-def read_legacy(handle: BinaryIO, path: Path) -> Any:
+def read_legacy(handle: BinaryIO, path: Path, shapes_only: bool) -> Any:
     """The older layout: magic number, protocol, system, tree, storage keys, then the data."""
     storages: dict[str, Storage] = {}
 
@@ -259,6 +268,8 @@ def read_legacy(handle: BinaryIO, path: Path) -> Any:
     system = load()
     order = "<" if system.get("little_endian", sys.byteorder == "little") else ">"
     tree = load()
+    if shapes_only:
+        return tree
     keys = load()
     for key in keys:
         storage = storages.get(str(key))
@@ -275,7 +286,7 @@ def read_legacy(handle: BinaryIO, path: Path) -> Any:
     return tree
 
 
-def to_arrays(tree: Any, path: Path) -> dict[str, np.ndarray]:
+def to_arrays(tree: Any, path: Path, shapes_only: bool = False) -> dict[str, np.ndarray]:
     """The state dict inside a loaded tree, as native-endian arrays."""
     found = type(tree).__name__
     tensors = {}
@@ -289,6 +300,9 @@ def to_arrays(tree: Any, path: Path) -> dict[str, np.ndarray]:
             f"{path}: no weights inside (found: {found}); a state dict is expected, at the top or "
             f"under {' or '.join(NESTED_KEYS)}"
         )
+    if shapes_only:
+        wide = {**STORAGES, "BFloat16Storage": "f4"}
+        return {n: placeholder(t.shape, wide[t.storage.kind]) for n, t in tensors.items()}
     arrays = {}
     for name, tensor in tensors.items():
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import re
 from dataclasses import dataclass
@@ -14,8 +15,14 @@ import numpy as np
 from jlora.errors import UserError
 from jlora.files import read_text
 from jlora.formats.gguf_file import read_gguf
-from jlora.formats.safetensors_file import one_line, read_safetensors, read_sharded
-from jlora.formats.torch_file import read_torch, read_torch_sharded
+from jlora.formats.safetensors_file import (
+    one_line,
+    read_safetensors,
+    read_shapes,
+    read_sharded,
+)
+from jlora.formats.torch_file import read_torch
+from jlora.models.random_gpt2 import CONTEXT, SIZES, VOCABULARY
 from jlora.pull import GPT2_TOKENIZER, NAME, WHEELS, pull, pulled, say
 from jlora.tokenizer import Tokenizer, find_files
 
@@ -68,6 +75,7 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> Any:
             f"only {rows}; they belong to different models, put the right tokenizer there"
         )
     tensors = hugging_face_names(checkpoint.tensors, model.config.model_type)
+    checkpoint.tensors.clear()  # `load_weights` frees them one by one
     load_weights(model, tensors, f"{checkpoint.source} ({checkpoint.config_source})")
     model.tokenizer = tokenizer
     model.name_or_path = str(name_or_path)
@@ -75,6 +83,51 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> Any:
     model.source, model.source_config = checkpoint.source.absolute(), checkpoint.config
     model.eval()
     return model
+
+
+@dataclass
+class Outline:
+    """What is known of a model before its weights are read.
+
+    Attributes:
+        model: the model; its parameters have shapes and names, and must not be computed with.
+        source: file or folder of the weights; None: a GPT-2 that is not on this machine.
+        arrays: bytes of the checkpoint's arrays once they are read.
+        reading: bytes held at the height of reading them.
+    """
+
+    model: Any
+    source: Path | None
+    arrays: int
+    reading: int
+
+
+def outline(name_or_path: str | Path) -> Outline:
+    """`load` without reading weights.
+
+    Raises:
+        UserError: the model is not on this machine and no GPT-2, or as `load`.
+    """
+    name = str(name_or_path)
+    size = SIZES.get(name.rpartition("/")[2])
+    source = find_local(name)
+    if source is None and size is not None:
+        checkpoint = Checkpoint(
+            Path(f"{name}-pytorch_model.bin"), gpt2_config(*size), "its name", {}, gpt2_tokenizer()
+        )
+    else:
+        checkpoint = read_checkpoint(source or find(name), shapes_only=True)
+    model = build_model(checkpoint.config, checkpoint.config_source)
+    model.tokenizer, model.name_or_path = checkpoint.tokenizer, name
+    tensors = checkpoint.tensors or dict(model.named_parameters())
+    sizes = [
+        4 * int(np.prod(a.shape)) if not hasattr(a, "nbytes") else a.nbytes
+        for a in tensors.values()
+    ]
+    arrays = sum(sizes)
+    # Of PyTorch's files the storages are held until all arrays are copied out of them.
+    twice = checkpoint.source.suffix in (".bin", ".pt", ".pth")
+    return Outline(model, source, arrays, 2 * arrays if twice else arrays + max(sizes))
 
 
 def require_tokenizer(model: Any) -> Tokenizer:
@@ -152,8 +205,8 @@ def weight_file(folder: Path) -> Path | None:
     return None
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read configuration, weights and tokenizer from a folder or a file."""
+def read_checkpoint(path: Path, shapes_only: bool = False) -> Checkpoint:
+    """Read configuration, weights (or only their shapes) and tokenizer from a folder or a file."""
     folder = path if path.is_dir() else path.parent
     weights = weight_file(folder) if path.is_dir() else path
     if weights is None:
@@ -165,11 +218,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{folder}: no model weights found; {hint}")
     tokenizer = Tokenizer.from_folder(folder) if find_files(folder) else None
     if weights.suffix == ".gguf":
-        model = read_gguf(weights)
+        model = read_gguf(weights, shapes_only)
         if tokenizer is None:
             tokenizer = Tokenizer.from_gguf(model.metadata, weights)
         return Checkpoint(weights, model.config, "its metadata", model.tensors, tokenizer)
-    tensors = read_weights(weights)
+    tensors = read_weights(weights, shapes_only)
     check_no_adapter(weights, tensors)
     config_path = folder / "config.json"
     if config_path.is_file():
@@ -189,16 +242,18 @@ def gpt2_tokenizer() -> Tokenizer | None:
         return None
 
 
-def read_weights(path: Path) -> dict[str, np.ndarray]:
-    """Tensors of a weight file or of the files that an index names."""
+def read_weights(path: Path, shapes_only: bool = False) -> dict[str, np.ndarray]:
+    """Tensors of a weight file or of the files that an index names, or `placeholder` for them."""
+    from_safetensors = read_shapes if shapes_only else read_safetensors
+    from_torch = functools.partial(read_torch, shapes_only=shapes_only)
     if path.name.endswith(".safetensors.index.json"):
-        return read_sharded(path)
+        return read_sharded(path, from_safetensors)
     if path.name.endswith(".bin.index.json"):
-        return read_torch_sharded(path)
+        return read_sharded(path, from_torch)
     if path.suffix == ".safetensors":
-        return read_safetensors(path)
+        return from_safetensors(path)
     if path.suffix in (".bin", ".pt", ".pth"):
-        return read_torch(path)
+        return from_torch(path)
     raise UserError(
         f"{path}: not a kind of file that weights are read from; give {', '.join(SUFFIXES)} or a "
         "Hugging Face folder"
@@ -250,17 +305,26 @@ def gpt2_config_from_shapes(path: Path, tensors: dict[str, np.ndarray]) -> dict[
             f"{path}: embedding size {wte.shape[1]} is no multiple of GPT-2's head size 64; put "
             f"the model's config.json beside it in {path.parent}"
         )
-    end = 50256 if wte.shape[0] == 50257 else None  # another vocabulary has another end
+    return {
+        **gpt2_config(wte.shape[1], max(numbers) + 1, wte.shape[0], wpe.shape[0]),
+        "n_inner": inner.shape[1],
+    }
+
+
+def gpt2_config(
+    width: int, layers: int, vocabulary: int = VOCABULARY, context: int = CONTEXT
+) -> dict[str, Any]:
+    """config.json of a GPT-2."""
+    end = 50256 if vocabulary == 50257 else None  # another vocabulary has another end
     return {
         "model_type": "gpt2",
         "bos_token_id": end,
         "eos_token_id": end,
-        "vocab_size": wte.shape[0],
-        "n_positions": wpe.shape[0],
-        "n_embd": wte.shape[1],
-        "n_layer": max(numbers) + 1,
-        "n_head": wte.shape[1] // 64,
-        "n_inner": inner.shape[1],
+        "vocab_size": vocabulary,
+        "n_positions": context,
+        "n_embd": width,
+        "n_layer": layers,
+        "n_head": width // 64,
         "tie_word_embeddings": True,
     }
 
