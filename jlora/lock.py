@@ -49,8 +49,8 @@ def lock_run(run: str | Path) -> Iterator[None]:
         remove_leftovers(run)
         yield
     finally:
-        # Removed before it is unlocked, so that nobody locks a file that is about to go. In a folder
-        # that can no longer be written it stays, and says nothing once it is unlocked.
+        # Removed before it is unlocked, so that nobody locks a file that is about to go. In a
+        # folder that can no longer be written it stays, and says nothing once it is unlocked.
         with contextlib.suppress(OSError):
             (run / NAME).unlink()
         handle.close()
