@@ -33,10 +33,6 @@ from pathlib import Path
 
 import numpy as np
 
-# A child that forks from a process with OpenMP's threads would wait for them for ever.
-os.environ["OMP_NUM_THREADS"] = "1"
-sys.path.insert(0, str(Path(__file__).parent))
-
 STEPS = 12
 DONE, REFUSED, BROKEN = 0, 2, 3  # exit codes of a child; a killed one has -9
 
@@ -46,8 +42,6 @@ DONE, REFUSED, BROKEN = 0, 2, 3  # exit codes of a child; a killed one has -9
 
 def train_once(run: Path, on_step: Callable[[int], None] = lambda step: None) -> None:
     """Train the tiny model in ``run``, or go on with what is there, as `jlora run` does."""
-    from tiny_models import tiny_gpt2
-
     from jlora.adapters import LoraConfig, get_peft_model
     from jlora.data import TokenExample
     from jlora.files import recover_directory
@@ -56,6 +50,7 @@ def train_once(run: Path, on_step: Callable[[int], None] = lambda step: None) ->
     from jlora.runtime import set_seed
     from jlora.state import has_checkpoint
     from jlora.train import TrainConfig, train
+    from tests.tiny_models import tiny_gpt2
 
     class Watch:
         def log(self, record) -> None:
@@ -584,6 +579,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only-kills", action="store_true", help="leave the other faults out")
     options = parser.parse_args(arguments)
+    # A process that is forked from one with OpenMP's threads would wait for them for ever.
+    os.environ["OMP_NUM_THREADS"] = "1"
     import jlora.train  # noqa: F401  (imports Jittor, once for all children)
 
     np.seterr(all="ignore")
@@ -592,7 +589,7 @@ def main(arguments: list[str] | None = None) -> int:
         Path(folder).chmod(0o755)
         trials = Trials(Path(folder), options.seed)
         print(
-            f"an uninterrupted run: {STEPS} steps, {trials.seconds:.1f} s, "
+            f"an uninterrupted run: {STEPS} steps, {trials.seconds:.2f} s of computing, "
             f"{len(trials.calls)} calls that change files",
             flush=True,
         )

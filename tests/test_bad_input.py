@@ -7,6 +7,7 @@ half-written.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from test_formats import LLAMA, keyed, write_gguf
 
 from jlora.cli import main
 from jlora.formats.safetensors_file import read_safetensors, write_safetensors
+from jlora.lock import lock_run
 from jlora.tasks import e2e
 
 GOOD = b"name : Blue Spice | area : riverside||Blue Spice is by the river .\n" * 4
@@ -356,7 +358,17 @@ def test_resume_with_other_settings(refused, tmp_path, tiny_run):
 def test_resume_from_a_damaged_checkpoint(refused, tmp_path, tiny_run):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     (run / "checkpoint" / "progress.json").write_text("{")
-    has(refused("finetune", "--resume", "--out", run), "progress.json", "not a checkpoint")
+    message = refused("finetune", "--resume", "--out", run)
+    has(message, "no good checkpoint", "run/checkpoint is damaged (progress.json", "copy")
+
+
+def test_a_run_that_another_process_holds(refused, tmp_path, tiny_run, tiny_model):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    with lock_run(run):
+        for command in ("finetune", "run"):
+            message = refused(command, "--resume", "--out", run)
+            has(message, f"{run} is in use by process {os.getpid()} of ", ", started 2")
+        has(refused(*task(tiny_model), "--out", run), "is in use by process")
 
 
 def test_resume_after_the_data_changed(refused, tmp_path, tiny_run):
