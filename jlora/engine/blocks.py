@@ -95,10 +95,9 @@ class _FusedBlock:
                 if any(bias is not None for bias in joint)
             ]
         seed = int(np.random.randint(2**31)) if any(branch.p for branch in branches) else 0
-        if self._bottom:
-            x.stop_grad()
         learns = [*adapters, *fixed, *(layer.product.weight for layer in flat)]
-        idle = x.is_stop_grad() and all(p.is_stop_grad() for p in learns)
+        # Neither in nor below this block is anything trained: no way back leads through it.
+        idle = (self._bottom or x.is_stop_grad()) and all(p.is_stop_grad() for p in learns)
         keep = not (self._checkpoint or jt.flags.no_grad or idle)
         y = run_block(plan, x, jt.array(starts), rotation, adapters, keep, seed, parameters)
         return y.stop_grad() if idle else y
