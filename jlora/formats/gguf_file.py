@@ -114,9 +114,7 @@ def read_gguf(path: str | Path, shapes_only: bool = False) -> GGUFFile:
     return GGUFFile(path, config, tensors, metadata)
 
 
-def read_raw(
-    path: Path, shapes_only: bool = False
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read_raw(path: Path, shapes_only: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Metadata and dequantized float32 tensors under the file's own names."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
