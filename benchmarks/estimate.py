@@ -28,8 +28,8 @@ def main(runs: list[str]) -> int:
         worst = max(worst, abs(off))
         stage = max(found.stages, key=lambda name: found.total(name, java=False))
         rows.append(
-            f"| {Path(run).name} | {stage} | {found.batch_tokens:,} | {found.process_peak / MIB:,.0f} "
-            f"| {measured / MIB:,.0f} | {off:+.0%} |"
+            f"| {Path(run).name} | {stage} | {found.batch.tokens:,} "
+            f"| {found.process_peak / MIB:,.0f} | {measured / MIB:,.0f} | {off:+.0%} |"
         )
     print("| run | largest stage | tokens a batch | estimated, MiB | measured, MiB | off |")
     print("|---|---|---|---|---|---|")

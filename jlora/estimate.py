@@ -3,9 +3,9 @@
 A run is four stages: the checkpoint is loaded and packed, the model is trained, loaded again, and
 decodes; then the answers are scored. Freed memory goes back to the system in between
 (`jlora.engine.release`), so a run's peak is that of its largest stage. What is stored is counted
-exactly: weights as the engine packs them, adapter, the optimiser's means, what a fused block keeps for
-its backward pass. What is allocated on the way is counted by the largest arrays, times a factor that
-was measured: each is a constant here, with what it stands for.
+exactly: weights as the engine packs them, adapter, the optimiser's means, what a fused block keeps
+for its backward pass. What is allocated on the way is counted by the largest arrays, times a factor
+that was measured: each is a constant here, with what it stands for.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ ALLOCATOR = 1.25
 #: Arrays as large as all that is trained, besides the two means: gradients and their flat copy, the
 #: last good values, and what an update computes on its way.
 UPDATE_COPIES = 7
-#: Arrays (targets, vocabulary) of a head that is not fused, forward and backward.
+#: Arrays (targets, vocabulary) of a head that is not fused: forward and backward; forward alone.
 LOGITS = 5
-#: METEOR's Java, which is limited to a heap of 1 GiB.
-JAVA = 700 * MIB
+VALID_LOGITS = 3
+#: METEOR's Java with its tables of paraphrases, beside jlora's own process.
+JAVA = 640 * MIB
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,27 @@ class Texts:
     """What a run's data are to its memory: numbers of tokens.
 
     Attributes:
-        inputs: input tokens of each training example; one number stands for all where the data
-            are not at hand.
-        targets: mean number of targets of an example.
-        prompts: tokens of each test input, in any order.
+        inputs: input tokens of each training example.
+        targets: targets of each.
+        valid_targets: targets of the validation batch that has most.
+        prompts: tokens of each test input.
         stored: tokens held in memory, validation data included.
     """
 
     inputs: Sequence[int]
-    targets: float
+    targets: Sequence[int]
+    valid_targets: int
     prompts: Sequence[int]
     stored: int
+
+
+@dataclass(frozen=True)
+class LargestBatch:
+    """Most tokens of a batch, padding included; most of one example; most targets of a batch."""
+
+    tokens: int
+    longest: int
+    targets: int
 
 
 @dataclass(frozen=True)
@@ -71,12 +82,12 @@ class Estimate:
     Attributes:
         stages: stage -> part -> bytes held at its height.
         precision: what ``auto`` comes to here.
-        batch_tokens: tokens of the largest batch, padding included.
+        batch: the largest of training.
     """
 
     stages: dict[str, dict[str, int]]
     precision: str
-    batch_tokens: int
+    batch: LargestBatch
 
     def total(self, stage: str, java: bool = True) -> int:
         """Bytes of a stage; without ``java``, those of jlora's own process."""
@@ -120,14 +131,13 @@ def estimate(recipe: Recipe, outline: Outline, texts: Texts, java: bool = False)
     kept = {"process": PROCESS, "data": texts.stored * BYTES_A_TOKEN}
     checkpoint = {"checkpoint": loading_bytes(outline)}
     held = {**kept, "weights": weights, "adapter": adapter}
-    targets = round(texts.targets * recipe.train.batch_size)
     stages = {
         "load": {"process": PROCESS, **checkpoint},
         "train": {
             **held,
             "optimiser": (2 + UPDATE_COPIES) * own,
             "activations": activation_bytes(recipe, model, precision, trained, batch),
-            "loss": loss_bytes(model, precision, trained, targets),
+            **loss_bytes(model, precision, trained, batch.targets, texts.valid_targets),
         },
         # The tuned weights are read beside it, and are the weights themselves if all are trained.
         "load again": {**kept, **checkpoint, "adapter": own},
@@ -135,7 +145,7 @@ def estimate(recipe: Recipe, outline: Outline, texts: Texts, java: bool = False)
     }
     if java:
         stages["score"] = {**stages["decode"], "Java": JAVA}
-    return Estimate(stages, precision, batch[0])
+    return Estimate(stages, precision, batch)
 
 
 def size(parameter) -> int:
@@ -200,23 +210,23 @@ def is_linear(module) -> bool:
     return isinstance(module, (nn.Linear, layers.Conv1D, layers.Linear, layers.MergedLinear))
 
 
-def largest_batch(recipe: Recipe, texts: Texts, padded: bool) -> tuple[int, int]:
-    """Tokens of the largest batch of training, and of its longest example."""
+def largest_batch(recipe: Recipe, texts: Texts, padded: bool) -> LargestBatch:
+    """The largest batch of the first epoch, or of the steps of a shorter run."""
     train = recipe.train
-    lengths = np.asarray(texts.inputs)
-    if len(lengths) == 1:
-        return int(lengths[0]) * train.batch_size, int(lengths[0])
+    lengths, targets = np.asarray(texts.inputs), np.asarray(texts.targets)
     batches = epoch_batches(
         lengths, train.batch_size, train.seed, 0, train.group_by_length, train.shuffle
     )
     if train.steps is not None:
         batches = batches[: train.steps * train.grad_accumulation]
-    most = (0, 0)
-    for rows in batches:
-        longest = int(lengths[rows].max())
-        tokens = longest * len(rows) if padded else int(lengths[rows].sum())
-        most = max(most, (tokens, longest))
-    return most
+    longest = [int(lengths[rows].max()) for rows in batches]
+    tokens = [
+        most * len(rows) if padded else int(lengths[rows].sum())
+        for most, rows in zip(longest, batches)
+    ]
+    return LargestBatch(
+        max(tokens), max(longest), max(int(targets[rows].sum()) for rows in batches)
+    )
 
 
 @dataclass(frozen=True)
@@ -283,10 +293,10 @@ class BlockShape:
 
 
 def activation_bytes(
-    recipe: Recipe, model, precision: str, trained: set[str], batch: tuple[int, int]
+    recipe: Recipe, model, precision: str, trained: set[str], batch: LargestBatch
 ) -> int:
     """What is kept of the blocks between the two passes of a step, and scratch of the second."""
-    shape, (rows, longest) = BlockShape.of(model.config), batch
+    shape, rows = BlockShape.of(model.config), batch.tokens
     lora_alone = all("lora_" in name for name in trained)
     through = rows * shape.width * FLOAT  # the residual stream at one place
     if precision in packed_linear.KINDS and lora_alone and shape.is_fused:
@@ -297,21 +307,28 @@ def activation_bytes(
         return int(ALLOCATOR * kept) + shape.backward_bytes(rows) + 4 * through
     numbers = rows * shape.plain_floats(precision == "plain")
     if precision == "plain":  # scores, their softmax and its gradient, head by head
-        numbers += 4 * shape.heads * rows * longest
+        numbers += 4 * shape.heads * rows * batch.longest
     low = [n for n in trained if "lora_A" in n]
     numbers += rows * shape.width * 3 * len(low) // shape.layers  # dropout, branch, sum
     return int(ALLOCATOR * numbers * FLOAT * shape.layers) + 8 * through
 
 
-def loss_bytes(model, precision: str, trained: set[str], targets: int) -> int:
-    """The head and the loss of a batch's targets."""
+def loss_bytes(
+    model, precision: str, trained: set[str], targets: int, valid_targets: int
+) -> dict[str, int]:
+    """The head and the loss of a batch's targets, and of a validation's."""
     words, width = model.output_embedding.shape
     named = {id(p): name for name, p in model.named_parameters()}
     frozen = named[id(model.output_embedding)] not in trained
     states = 4 * targets * width * FLOAT
     if precision in packed_linear.KINDS and frozen:
-        return states + 2 * 512 * 4096  # target_loss.h goes by 512 targets and 4,096 words
-    return states + LOGITS * targets * words * FLOAT
+        return {"loss": states + 2 * 512 * 4096}  # by 512 targets and 4,096 words; target_loss.h
+    row = words * FLOAT
+    # Of a validation, which is larger than the batches, beside what the allocator keeps of those.
+    return {
+        "loss": states + LOGITS * targets * row,
+        "validation": VALID_LOGITS * valid_targets * row,
+    }
 
 
 def decode_bytes(recipe: Recipe, model, precision: str, texts: Texts) -> dict[str, int]:

@@ -8,12 +8,13 @@ from typing import Any
 
 from jlora import machine, workflow
 from jlora.config import Recipe
+from jlora.data import TokenExample
 from jlora.errors import UserError
 from jlora.estimate import MIB, Estimate, Texts, estimate
 from jlora.models.hub import outline, require_tokenizer
 from jlora.tasks import get_task
 
-JAVA_METRICS = {"METEOR", "METEOR-WebNLG", "ROUGE_L", "CIDEr"}
+JAVA_METRICS = {"METEOR", "METEOR-WebNLG"}
 GIB = 1 << 30
 #: A change of settings that lowers a stage's memory: ``KEY=VALUE`` for --set, as many as it takes.
 Change = tuple[str, ...]
@@ -29,20 +30,32 @@ def measure_texts(recipe: Recipe) -> Texts:
     require_tokenizer(model)
     prompts = workflow.encode_groups(recipe, model, workflow.test_groups(recipe))
     train, valid = workflow.encode_splits(recipe, model)
-    stored = sum(len(example.ids) for example in [*train, *valid])
-    targets = sum(len(example.ids) - example.prompt_length for example in train)
+    by_length = sorted(valid, key=lambda example: example.input_length)
+    size = recipe.train.valid_batch_size
+    batches = [by_length[start : start + size] for start in range(0, len(valid), size)]
     return Texts(
         [example.input_length for example in train],
-        targets / len(train),
+        [targets_of(example) for example in train],
+        max((sum(map(targets_of, batch)) for batch in batches), default=0),
         [len(prompt) for prompt in prompts],
-        stored,
+        sum(len(example.ids) for example in [*train, *valid]),
     )
+
+
+def targets_of(example: TokenExample) -> int:
+    return len(example.ids) - example.prompt_length
 
 
 def assumed_texts(recipe: Recipe) -> Texts:
     """What `measure_texts` might give, where the data are not at hand: the longest allowed."""
-    longest = recipe.train.max_length
-    return Texts([longest], longest / 2, [longest] * recipe.decode.batch_size, 0)
+    longest, train = recipe.train.max_length, recipe.train
+    return Texts(
+        [longest] * train.batch_size,
+        [longest // 2] * train.batch_size,
+        longest // 2 * train.valid_batch_size,
+        [longest] * recipe.decode.batch_size,
+        0,
+    )
 
 
 def estimate_recipe(recipe: Recipe, texts: Texts) -> Estimate:
@@ -89,13 +102,11 @@ def advise(recipe: Recipe, texts: Texts, limit: int) -> list[tuple[dict[str, str
     """
     found, steps, settings = estimate_recipe(recipe, texts), [], {}
     while found.peak > limit:
-        for change, changed in changes(recipe, found):
-            smaller = estimate_recipe(changed, texts)
-            if smaller.peak < 0.99 * found.peak:
-                break
-        else:
+        tried = ((*each, estimate_recipe(each[1], texts)) for each in changes(recipe, found))
+        better = next((each for each in tried if each[2].peak < 0.99 * found.peak), None)
+        if better is None:
             break
-        recipe, found = changed, smaller
+        change, recipe, found = better
         settings = {**settings, **dict(setting.split("=") for setting in change)}
         steps.append((settings, found))
     return steps
@@ -173,7 +184,7 @@ def report(recipe: Recipe) -> tuple[str, dict[str, Any]]:
             f"Data not at hand ({assumed}): all examples taken as {recipe.train.max_length} tokens."
         )
     lines.append(
-        f"precision {found.precision}; largest batch {found.batch_tokens:,} tokens. Peak "
+        f"precision {found.precision}; largest batch {found.batch.tokens:,} tokens. Peak "
         f"{gigabytes(found.peak)}, to {found.peak_stage}; this machine has {gigabytes(limit)}."
     )
     fits = found.peak <= limit
@@ -187,7 +198,7 @@ def report(recipe: Recipe) -> tuple[str, dict[str, Any]]:
         "peak_stage": found.peak_stage,
         "memory_bytes": limit,
         "precision": found.precision,
-        "batch_tokens": found.batch_tokens,
+        "batch_tokens": found.batch.tokens,
         "data": assumed or "measured",
         "stages": found.stages,
         "advice": [{"set": settings, "peak_bytes": e.peak} for settings, e in steps],

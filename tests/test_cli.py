@@ -19,7 +19,7 @@ from jlora.tasks import e2e
 ADAPTER = "adapter_model.safetensors"
 VERBS = (
     "demo", "doctor", "pull", "run", "finetune", "generate", "merge", "export", "convert",
-    "analyze", "evaluate", "rerank", "report", "runs", "sweep", "data",
+    "analyze", "evaluate", "rerank", "report", "runs", "sweep", "data", "estimate",
 )  # fmt: skip
 
 

@@ -90,7 +90,8 @@ class Outline:
     """What is known of a model before its weights are read.
 
     Attributes:
-        model: the model; its parameters have shapes and names, and must not be computed with.
+        model: the model; its parameters have shapes and names alone. Jittor would make them all if
+            anything were computed while it lives: ask it what there is to ask, and let it go.
         source: file or folder of the weights; None: a GPT-2 that is not on this machine.
         arrays: bytes of the checkpoint's arrays once they are read.
         reading: bytes held at the height of reading them.
@@ -119,11 +120,10 @@ def outline(name_or_path: str | Path) -> Outline:
         checkpoint = read_checkpoint(source or find(name), shapes_only=True)
     model = build_model(checkpoint.config, checkpoint.config_source)
     model.tokenizer, model.name_or_path = checkpoint.tokenizer, name
-    tensors = checkpoint.tensors or dict(model.named_parameters())
-    sizes = [
-        4 * int(np.prod(a.shape)) if not hasattr(a, "nbytes") else a.nbytes
-        for a in tensors.values()
-    ]
+    if checkpoint.tensors:
+        sizes = [array.nbytes for array in checkpoint.tensors.values()]
+    else:
+        sizes = [4 * int(np.prod(p.shape)) for p in model.parameters()]
     arrays = sum(sizes)
     # Of PyTorch's files the storages are held until all arrays are copied out of them.
     twice = checkpoint.source.suffix in (".bin", ".pt", ".pth")
