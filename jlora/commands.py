@@ -77,14 +77,14 @@ def open_recipe(arguments: argparse.Namespace, name: str | None):
     return recipe, Path(arguments.out or f"runs/{Path(name).stem if name else 'finetune'}")
 
 
-def check_memory(arguments: argparse.Namespace, recipe, run: Path) -> None:
+def check_memory(arguments: argparse.Namespace, recipe, run: Path, decodes: bool) -> None:
     """See that a run fits this machine, unless told not to; a GPU has memory of its own."""
     from jlora import workflow
     from jlora.memory import check_fits
     from jlora.runtime import jt
 
     if not arguments.no_memory_check and not jt.flags.use_cuda:
-        check_fits(workflow.open_run(run, recipe, arguments.resume))
+        check_fits(workflow.open_run(run, recipe, arguments.resume), decodes)
 
 
 def run_estimate(arguments: argparse.Namespace) -> int:
@@ -109,7 +109,7 @@ def run_run(arguments: argparse.Namespace) -> int:
 
         recipe = smoke(recipe)
     else:
-        check_memory(arguments, recipe, run)
+        check_memory(arguments, recipe, run, decodes=True)
     with lock_run(run):
         return 130 if workflow.run_recipe(recipe, run, arguments.resume) is None else 0
 
@@ -145,7 +145,7 @@ def run_finetune(arguments: argparse.Namespace) -> int:
 
     with lock_run(run):
         recipe = workflow.open_run(run, recipe, arguments.resume)
-        check_memory(arguments, recipe, run)
+        check_memory(arguments, recipe, run, decodes=False)
         model = workflow.build(recipe)
         sets = workflow.encode_splits(recipe, model)
         if not arguments.resume:

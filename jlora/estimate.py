@@ -55,7 +55,7 @@ class Texts:
         inputs: input tokens of each training example.
         targets: targets of each.
         valid_targets: targets of the validation batch that has most.
-        prompts: tokens of each test input.
+        prompts: tokens of each test input; none where nothing is answered.
         stored: tokens held in memory, validation data included.
     """
 
@@ -139,11 +139,12 @@ def estimate(recipe: Recipe, outline: Outline, texts: Texts, java: bool = False)
             "activations": activation_bytes(recipe, model, precision, trained, batch),
             **loss_bytes(model, precision, trained, batch.targets, texts.valid_targets),
         },
-        # The tuned weights are read beside it, and are the weights themselves if all are trained.
-        "load again": {**kept, **checkpoint, "adapter": own},
-        "decode": {**held, **decode_bytes(recipe, model, precision, texts)},
     }
-    if java:
+    if texts.prompts:
+        # The tuned weights are read beside it, and are the weights themselves if all are trained.
+        stages["load again"] = {**kept, **checkpoint, "adapter": own}
+        stages["decode"] = {**held, **decode_bytes(recipe, model, precision, texts)}
+    if java and texts.prompts:
         stages["score"] = {**stages["decode"], "Java": JAVA}
     return Estimate(stages, precision, batch)
 

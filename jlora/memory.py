@@ -20,15 +20,16 @@ GIB = 1 << 30
 Change = tuple[str, ...]
 
 
-def measure_texts(recipe: Recipe) -> Texts:
-    """Tokens of the recipe's data.
+def measure_texts(recipe: Recipe, decodes: bool = True) -> Texts:
+    """Tokens of the recipe's data; without ``decodes`` there are no test inputs.
 
     Raises:
         UserError: data or model are not there, or do not fit each other.
     """
     model = outline(recipe.model).model
     require_tokenizer(model)
-    prompts = workflow.encode_groups(recipe, model, workflow.test_groups(recipe))
+    groups = workflow.test_groups(recipe) if decodes else []
+    prompts = workflow.encode_groups(recipe, model, groups)
     train, valid = workflow.encode_splits(recipe, model)
     by_length = sorted(valid, key=lambda example: example.input_length)
     size = recipe.train.valid_batch_size
@@ -129,14 +130,17 @@ def way_out(found: Estimate, steps: list[tuple[dict[str, str], Estimate]], limit
     )
 
 
-def check_fits(recipe: Recipe) -> None:
+def check_fits(recipe: Recipe, decodes: bool = True) -> None:
     """See that a run fits this machine, before its weights are read.
+
+    Args:
+        decodes: whether test inputs are answered after the training.
 
     Raises:
         UserError: it does not, with the settings that would make it fit; or as `measure_texts`.
     """
     limit = machine.memory_limit()
-    texts = measure_texts(recipe)
+    texts = measure_texts(recipe, decodes)
     found = estimate_recipe(recipe, texts)
     if found.peak <= limit:
         return
