@@ -362,12 +362,11 @@ def test_an_attention_mask_goes_layer_by_layer_with_the_same_numbers():
     "settings",
     [
         {"changes": {"n_head": 4}},
-        {"bias": "all"},
         {"modules_to_save": ["ln_1", "ln_2"]},
         {"kind": "llama", "modules_to_save": ["norm", "o_proj"], "names": ["q_proj"]},
         {"kind": "llama", "changes": {"intermediate_size": 80}},
     ],
-    ids=["head-size-16", "biases", "norms", "llama-modules", "odd-width"],
+    ids=["head-size-16", "norms", "llama-modules", "odd-width"],
 )
 def test_what_the_operator_cannot_do_goes_layer_by_layer(settings):
     model = adapted(**settings)
@@ -375,6 +374,16 @@ def test_what_the_operator_cannot_do_goes_layer_by_layer(settings):
     engine.prepare(model, "bf16")
     loss, gradient = loss_and_gradient(model)
     assert plans(model) == [0, 0]
+    assert abs(loss - plain_loss) < 3e-3 * plain_loss
+    assert difference(gradient, plain) < 2e-2
+
+
+def test_trained_biases_beside_low_rank_branches():
+    model = adapted(bias="all")
+    plain_loss, plain = loss_and_gradient(model)
+    engine.prepare(model, "bf16")
+    loss, gradient = loss_and_gradient(model)
+    assert plans(model) == [1, 1]
     assert abs(loss - plain_loss) < 3e-3 * plain_loss
     assert difference(gradient, plain) < 2e-2
 
