@@ -323,7 +323,8 @@ def loss_bytes(
     frozen = named[id(model.output_embedding)] not in trained
     states = 4 * targets * width * FLOAT
     if precision in packed_linear.KINDS and frozen:
-        return {"loss": states + 2 * 512 * 4096}  # by 512 targets and 4,096 words; target_loss.h
+        scratch = 2 * min(targets, 512) * min(words, 4096)  # what target_loss.h does at a time
+        return {"loss": states + scratch}
     row = words * FLOAT
     # Of a validation, which is larger than the batches, beside what the allocator keeps of those.
     return {

@@ -328,10 +328,10 @@ def test_the_check_can_be_left_out(recipe_file, tmp_path, monkeypatch):
 
 
 def test_data_that_are_not_at_hand_are_taken_as_the_longest(recipe_file, tmp_path, capsys):
-    assert main(["estimate", recipe_file, "--set", f"data.train={tmp_path}/absent.jsonl", "--json",
+    assert main(["estimate", recipe_file, "--set", f"data.folder={tmp_path}", "--json",
                  "--set", "data.task=jsonl"]) == 0  # fmt: skip
     said = json.loads(capsys.readouterr().out)
-    assert "absent.jsonl" in said["data"]
+    assert said["data"].startswith("no test data for task jsonl")
     assert said["batch_tokens"] == 16 * 512
 
 
