@@ -122,7 +122,16 @@ def find_sweep(name: str) -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with two snares removed: 1e-3 is a number, and a key may not stand twice."""
+    """YAML with snares removed: 1e-3 is a number, a key may not stand twice, no aliases.
+
+    A few lines of lists of aliases of lists are larger than any memory once they are written out.
+    """
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "an alias; write the value again", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         seen = set()

@@ -52,7 +52,12 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
                     continue
                 first, last = entry["data_offsets"]
                 handle.seek(start + first)
-                tensors[name] = to_array(path, name, entry, handle.read(last - first))
+                try:
+                    tensors[name] = to_array(path, name, entry, handle.read(last - first))
+                except ValueError as error:  # nothing in it, but other dimensions beyond NumPy's
+                    raise UserError(
+                        f"{path}: tensor {name} of shape {entry['shape']} cannot be: {error}"
+                    ) from error
     except OSError as error:
         raise os_error("read", path, error) from error
     return tensors

@@ -67,6 +67,7 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> Any:
     if dtype != "float32":
         raise UserError(f"dtype {dtype!r} is not supported; weights are kept as float32")
     checkpoint = read_checkpoint(find(str(name_or_path)))
+    check_layers(checkpoint)
     model = build_model(checkpoint.config, checkpoint.config_source)
     tokenizer, rows = checkpoint.tokenizer, model.config.vocab_size
     if tokenizer is not None and tokenizer.vocab_size > rows:
@@ -287,6 +288,17 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "model_type" not in config:
         raise UserError(f"{path}: not a model's config.json (no model_type)")
     return config
+
+
+def check_layers(checkpoint: Checkpoint) -> None:
+    """See that a model has not more layers than tensors, before memory is filled with them."""
+    for key in ("n_layer", "num_hidden_layers"):
+        layers = checkpoint.config.get(key)
+        if isinstance(layers, (int, float)) and layers > len(checkpoint.tensors):
+            raise UserError(
+                f"{checkpoint.config_source}: {key} is {layers}, and {checkpoint.source} has only "
+                f"{len(checkpoint.tensors)} tensors; take both from one model"
+            )
 
 
 def gpt2_config_from_shapes(path: Path, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
