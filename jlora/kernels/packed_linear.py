@@ -79,7 +79,7 @@ class PackedWeight:
         sizes = (self.n, self.k, KINDS[kind], transposed)
         call("pack_weight", None, values.ctypes.data, begin, self.address, *sizes)
 
-    def __del__(self):
+    def __del__(self, retire=retire):  # bound here: at Python's exit the module is emptied first
         if hasattr(self, "address"):
             retire(self._memory, self._weight)
 
