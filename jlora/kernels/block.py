@@ -106,7 +106,7 @@ class BlockPlan:
         return call("saved_bytes", i64, self.address, -(-rows // ROWS) * ROWS)
 
     def __del__(self):
-        if hasattr(self, "address"):
+        if hasattr(self, "address") and retire is not None:  # it is while Python ends
             retire(self._kept, self.spec)
 
 

@@ -80,7 +80,7 @@ class PackedWeight:
         call("pack_weight", None, values.ctypes.data, begin, self.address, *sizes)
 
     def __del__(self):
-        if hasattr(self, "address"):
+        if hasattr(self, "address") and retire is not None:  # it is while Python ends
             retire(self._memory, self._weight)
 
     def __call__(self, x: jt.Var, bias: jt.Var | None = None) -> jt.Var:
