@@ -166,10 +166,8 @@ def trainable(recipe: Recipe, model) -> set[str]:
 def loading_bytes(outline: Outline) -> int:
     """A checkpoint at the height of its way from the file to Vars in float32."""
     parameters = [FLOAT * size(p) for n, p in outline.model.named_parameters() if "lora_" not in n]
-    # The embedding is copied once more, to be recognised by an adapter.
-    return max(outline.reading, int(LOADING * max(outline.arrays, sum(parameters)))) + max(
-        parameters
-    )
+    largest = max(parameters)  # is copied once more, to be recognised by an adapter
+    return max(outline.reading, int(LOADING * max(outline.arrays, sum(parameters))) + largest)
 
 
 def weight_bytes(model, precision: str, trained: set[str]) -> int:
