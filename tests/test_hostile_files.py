@@ -61,7 +61,7 @@ def test_every_change_gives_bytes():
 def limited(*calls: str, megabytes: int = 200) -> None:
     """Each call must be refused in a process with that much more memory than its imports took."""
     program = f"""
-import resource
+import shutil
 from pathlib import Path
 from jlora.errors import UserError
 from jlora.formats.gguf_file import read_gguf
@@ -123,13 +123,13 @@ def test_a_text_longer_than_any_memory(tmp_path):
     limited(f"read_torch({str(path)!r})")
 
 
-def test_a_zip_that_unpacks_to_a_gigabyte(tmp_path):
+def test_a_zip_that_unpacks_to_far_more_than_its_size(tmp_path):
     path = tmp_path / "x.bin"
     with (
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
         archive.open("archive/data.pkl", "w") as member,
     ):
-        for _ in range(1024):
+        for _ in range(256):
             member.write(bytes(2**20))
     assert path.stat().st_size < 2**21
     limited(f"read_torch({str(path)!r})")
