@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def test_every_change_gives_bytes():
 def limited(*calls: str, megabytes: int = 200) -> None:
     """Each call must be refused in a process with that much more memory than its imports took."""
     program = f"""
-import shutil
+import resource
 from pathlib import Path
 from jlora.errors import UserError
 from jlora.formats.gguf_file import read_gguf
