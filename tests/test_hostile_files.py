@@ -222,6 +222,17 @@ def test_a_config_with_a_billion_layers(tmp_path, tiny_model):
         load(model)
 
 
+@pytest.mark.parametrize(
+    "setting", [{"r": 2**27}, {"rank_pattern": {"c_attn": 2**31}}, {"r": 2**64}]
+)
+def test_an_adapter_of_an_enormous_rank(tmp_path, setting):
+    reader = fuzz.adapter_reader(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **setting}))
+    with pytest.raises(UserError, match="no tensor of the adapter has a size above 24"):
+        reader.read(tmp_path)
+
+
 # Code --------------------------------------------------------------------------------------------
 
 
