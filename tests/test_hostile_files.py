@@ -124,13 +124,13 @@ def test_a_text_longer_than_any_memory(tmp_path):
     limited(f"read_torch({str(path)!r})")
 
 
-def test_a_zip_that_unpacks_to_a_gigabyte(tmp_path):
+def test_a_zip_that_unpacks_to_far_more_than_its_size(tmp_path):
     path = tmp_path / "x.bin"
     with (
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
         archive.open("archive/data.pkl", "w") as member,
     ):
-        for _ in range(1024):
+        for _ in range(256):
             member.write(bytes(2**20))
     assert path.stat().st_size < 2**21
     limited(f"read_torch({str(path)!r})")
@@ -220,6 +220,17 @@ def test_a_config_with_a_billion_layers(tmp_path, tiny_model):
     (model / "config.json").write_text(json.dumps({**config, "n_layer": 10**9}))
     with pytest.raises(UserError, match="n_layer is 1000000000, and .* has only 28 tensors"):
         load(model)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"r": 2**27}, {"rank_pattern": {"c_attn": 2**31}}, {"r": 2**64}]
+)
+def test_an_adapter_of_an_enormous_rank(tmp_path, setting):
+    reader = fuzz.adapter_reader(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **setting}))
+    with pytest.raises(UserError, match="no tensor of the adapter has a size above 24"):
+        reader.read(tmp_path)
 
 
 # Code --------------------------------------------------------------------------------------------

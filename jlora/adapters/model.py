@@ -300,6 +300,7 @@ class PeftModel(TunedModel):
         tensors = {storage.from_peft_key(key): array for key, array in files.tensors.items()}
         config, tensors = storage.without_head(config, tensors, model, str(files.path))
         config, tensors = storage.native_config(model, config, tensors, files.notes)
+        storage.check_ranks(config, tensors, model, str(files.path))
         return cls._restored(model, config, tensors, str(files.path), is_trainable)
 
     def save_loralib(self, path: str | Path, nested: bool = True) -> float:

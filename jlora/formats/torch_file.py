@@ -272,7 +272,8 @@ def read_zip(handle: BinaryIO, path: Path, shapes_only: bool) -> Any:
         root = pickles[0][: -len("data.pkl")]
         # torch packs nothing. Packed, or several on the same bytes, they could be any size.
         size = handle.seek(0, os.SEEK_END)
-        if sum(member.file_size for member in archive.infolist()) > size:
+        members = archive.infolist()
+        if sum(max(m.file_size, m.compress_size) for m in members) > size:
             raise ValueError("it unpacks to more than its size")
         order = "<"
         if f"{root}byteorder" in archive.namelist():
