@@ -150,7 +150,7 @@ def run_finetune(arguments: argparse.Namespace) -> int:
         sets = workflow.encode_splits(recipe, model)
         if not arguments.resume:
             workflow.begin_run(run, recipe)
-        environment.record(run, workflow.data_hashes(recipe, "train", "valid"))
+            environment.record(run, workflow.data_hashes(recipe, "train", "valid"))
         started = arguments.resume and has_checkpoint(run)
         if not workflow.finetune(recipe, run, model, sets, started, command="finetune"):
             return 130

@@ -41,8 +41,12 @@ def lock_run(run: str | Path) -> Iterator[None]:
     run = Path(run)
     made = [folder for folder in (run, *run.parents) if not folder.exists()]
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        handle = _take(run / NAME)
+        handle = None
+        while handle is None:
+            run.mkdir(parents=True, exist_ok=True)
+            # The one before may have taken an empty folder away again meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                handle = _take(run / NAME)
     except OSError as error:
         raise os_error("write to", run, error) from error
     try:

@@ -137,10 +137,13 @@ def check_fits(recipe: Recipe, decodes: bool = True) -> None:
         decodes: whether test inputs are answered after the training.
 
     Raises:
-        UserError: it does not, with the settings that would make it fit; or as `measure_texts`.
+        UserError: it does not, with the settings that would make it fit.
     """
     limit = machine.memory_limit()
-    texts = measure_texts(recipe, decodes)
+    try:
+        texts = measure_texts(recipe, decodes)
+    except UserError:  # of data or model: the run says so in its own order
+        return
     found = estimate_recipe(recipe, texts)
     if found.peak <= limit:
         return

@@ -320,7 +320,7 @@ def run_recipe(recipe: Recipe, run: Path, resume: bool = False) -> dict | None:
         found = encode_splits(recipe, model)
         if not (run / "config.yaml").exists():
             begin_run(run, recipe)
-        environment.record(run, hashes)
+            environment.record(run, hashes)
         return found
 
     def score(model, key: str, path: Path) -> None:
