@@ -2,7 +2,9 @@
 # headers, make, g++ (on Debian and Ubuntu: apt-get install python3-dev python3-venv make g++).
 
 PYTHON ?= python3
-VENV := .venv
+# `make test JITTOR=1.3.8.5`: another Jittor, in an environment of its own.
+JITTOR ?=
+VENV := .venv$(JITTOR:%=-jittor-%)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The reference implementations stand apart: Jittor imports torch where it finds it.
@@ -60,7 +62,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
 	  echo "make: this Python has no venv; run: apt-get install python3-venv" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' $(JITTOR:%=jittor==%)
 	@touch $@
 
 $(PARITY_STAMP): parity/requirements.txt
@@ -69,5 +71,5 @@ $(PARITY_STAMP): parity/requirements.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(PARITY) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-jittor-* $(PARITY) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find jlora tests -name __pycache__ -type d -prune -exec rm -rf {} +

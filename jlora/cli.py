@@ -1,16 +1,16 @@
-"""The ``jlora`` command: one subcommand a verb. Heavy imports are done where they are needed."""
+"""The ``jlora`` command line: one subcommand a verb; what they do is in `jlora.commands`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from jlora import commands
 from jlora.errors import UserError
+from jlora.loggers import LOGGERS
 
 PRECISIONS = "auto, bf16, int8, int8-both (gradients too), fp32 or plain"
 
@@ -96,26 +96,80 @@ def parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         return command
 
-    demo = verb("demo", run_demo, "Tune a small model on E2E in minutes: scores before and after.")
+    demo = verb(
+        "demo", commands.run_demo, "Tune a small model on E2E in minutes: scores before and after."
+    )
     demo.add_argument("--out", default="runs/demo", help="run folder (default: %(default)s)")
     demo.add_argument("--data", help="folder with the E2E files")
 
-    doctor = verb("doctor", run_doctor, "Check this machine; exit code 0 when all needed is there.")
+    doctor = verb(
+        "doctor", commands.run_doctor, "Check this machine; exit code 0 when all needed is there."
+    )
     doctor.add_argument("--json", action="store_true", help="machine-readable output")
 
-    pull = verb("pull", run_pull, "Fetch a pretrained model into jlora's cache.")
-    pull.add_argument("name", help="smollm2-135m, or a Hugging Face name such as gpt2-medium")
+    pull = verb(
+        "pull", commands.run_pull, "Fetch a pretrained model or a dataset into jlora's cache."
+    )
+    pull.add_argument(
+        "name", help="smollm2-135m, a Hugging Face name such as gpt2-medium, or a dataset: e2e, "
+        "webnlg, dart, boolq",
+    )  # fmt: skip
 
-    run = verb("run", run_run, "Train, decode, score and report as a recipe says.")
+    text = "Split a dataset's file, or convert BoolQ's."
+    data = verbs.add_parser("data", help=text, description=text)
+    steps = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    split = steps.add_parser("split", help="seeded parts; no input stands in two of them")
+    split.add_argument("file", help="JSON Lines, context||target text, or WebNLG's or DART's JSON")
+    split.add_argument("folder", help="to write, new or empty")
+    split.add_argument(
+        "--sizes", required=True, type=whole_numbers, metavar="TRAIN,VALID,TEST",
+        help="distinct inputs of each part; two numbers: train and test",
+    )  # fmt: skip
+    split.add_argument("--seed", type=int, default=0)
+    split.set_defaults(function=commands.run_split)
+    layout = steps.add_parser("convert", help="BoolQ's original layout and SuperGLUE's")
+    layout.add_argument("file", help="JSON Lines in either layout")
+    layout.add_argument("out", help="file to write")
+    layout.add_argument("--to", required=True, choices=("superglue", "original"))
+    layout.set_defaults(function=commands.run_convert_data)
+
+    run = verb("run", commands.run_run, "Train, decode, score and report as a recipe says.")
     run.add_argument("recipe", nargs="?", help="a YAML file, or the name of one that comes along")
+    run.add_argument(
+        "--smoke", action="store_true", help="a few steps and inputs only: does all of it work?"
+    )
     add_run_options(run)
 
-    finetune = verb("finetune", run_finetune, "Train an adapter on prompt/completion data.")
+    estimate = verb(
+        "estimate", commands.run_estimate, "Estimate a recipe's memory; exit code 1: too much."
+    )
+    estimate.add_argument("recipe", help="a YAML file, or the name of one that comes along")
+    estimate.add_argument("--data", help="as of jlora run")
+    estimate.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    estimate.add_argument("--json", action="store_true", help="machine-readable output, in bytes")
+
+    sweep = verb(
+        "sweep", commands.run_sweep, "Run a recipe under many settings and compare the scores."
+    )
+    sweep.add_argument("recipe", help="a YAML file, or the name of one that comes along")
+    sweep.add_argument(
+        "--grid", action="append", default=[], metavar="KEY=VALUE,VALUE",
+        help="a setting's values, such as lora.r=1,2,4,8,64; of several grids all combinations",
+    )  # fmt: skip
+    sweep.add_argument("--cases", metavar="FILE", help="a YAML file of `name: {setting: value}`")
+    sweep.add_argument("--out", help="folder of the runs (default: runs/ and the recipe's name)")
+    sweep.add_argument("--data", help="as of jlora run")
+    sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    sweep.add_argument("--smoke", action="store_true", help="as of jlora run")
+
+    finetune = verb(
+        "finetune", commands.run_finetune, "Train an adapter on prompt/completion data."
+    )
     finetune.add_argument("--recipe", help="start from this recipe's settings")
     finetune.add_argument("--model", help="name or path of the base model")
     finetune.add_argument(
-        "--task", help="how the files are read: e2e (its text or CSV; the default), jsonl or "
-        "restaurants (built in)",
+        "--task", help="how the files are read: e2e (its text or CSV; the default), webnlg, dart, "
+        "boolq, jsonl or restaurants (built in)",
     )  # fmt: skip
     finetune.add_argument("--rank", type=int, help="r of LoRA")
     finetune.add_argument("--alpha", type=float, help="lora_alpha")
@@ -128,7 +182,9 @@ def parser() -> argparse.ArgumentParser:
     finetune.add_argument("--seed", type=int)
     add_run_options(finetune)
 
-    generate = verb("generate", run_generate, "Answer prompts with a model and its adapter.")
+    generate = verb(
+        "generate", commands.run_generate, "Answer prompts with a model and its adapter."
+    )
     generate.add_argument("--model", help="base model (default: the one of the adapter's run)")
     generate.add_argument("--adapter", help=ADAPTER_HELP)
     add_adapter_options(generate)
@@ -154,14 +210,16 @@ def parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--precision", default="auto", help=PRECISIONS)
 
-    merge = verb("merge", run_merge, "Write base and adapter as one model that transformers loads.")
+    merge = verb(
+        "merge", commands.run_merge, "Write base and adapter as one model that transformers loads."
+    )
     merge.add_argument("base", help="name or path of the base model")
     merge.add_argument("adapter", help=ADAPTER_HELP)
     merge.add_argument("out", help="folder to write, new or empty")
     merge.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     add_adapter_options(merge)
 
-    export = verb("export", run_export, "Write a model, merged or plain, as a GGUF file.")
+    export = verb("export", commands.run_export, "Write a model, merged or plain, as a GGUF file.")
     export.add_argument("model", help="name or path of the base model")
     export.add_argument("--gguf", required=True, metavar="OUT.gguf", help="file to write")
     export.add_argument("--adapter", help=f"merge this first: {ADAPTER_HELP}")
@@ -174,25 +232,67 @@ def parser() -> argparse.ArgumentParser:
     )
     add_adapter_options(export)
 
-    convert = verb("convert", run_convert, "Write an adapter as loralib's .pt file, or back.")
+    convert = verb(
+        "convert", commands.run_convert, "Write an adapter as loralib's .pt file, or back."
+    )
     convert.add_argument("adapter", help=ADAPTER_HELP)
     convert.add_argument("out", help="a .pt file for a folder, a folder for a .pt file")
     convert.add_argument("--model", help="base model (default: the one of the adapter's run)")
     add_adapter_options(convert)
 
-    evaluate = verb("evaluate", run_evaluate, "BLEU, NIST, METEOR, ROUGE-L, CIDEr as E2E's script.")
-    evaluate.add_argument("task", choices=("e2e",))
-    evaluate.add_argument("--refs", required=True, help="references, groups split by empty lines")
+    analyze = verb(
+        "analyze", commands.run_analyze, "What an adapter learned: the LoRA paper's figures."
+    )
+    analyze.add_argument("adapter", help=ADAPTER_HELP)
+    analyze.add_argument("--other", metavar="ADAPTER", help="another one, to compare subspaces")
+    analyze.add_argument(
+        "--model", help="base model, for the amplification of its directions (default: the one of "
+        "the adapter's run)",
+    )  # fmt: skip
+    analyze.add_argument(
+        "--of", choices=("A", "B", "dW"), default="A",
+        help="whose directions are compared: A's right-singular vectors (the paper; the default), "
+        "B's left ones, or those of the whole change",
+    )  # fmt: skip
+    analyze.add_argument("--layers", metavar="REGEX", help="only layers in whose name it is found")
+    analyze.add_argument("--out", metavar="FOLDER", help="write analysis.json and figures there")
+    add_adapter_options(analyze)
+
+    evaluate = verb("evaluate", commands.run_evaluate, "Score texts by the metrics of a task.")
+    evaluate.add_argument("task", help="e2e, webnlg, dart, boolq, ...")
+    evaluate.add_argument(
+        "--refs", required=True, help="references, groups split by empty lines; of a choice as "
+        "BoolQ: the right answers, one a line",
+    )  # fmt: skip
     evaluate.add_argument("--hyps", required=True, help="hypotheses, one a line")
+    evaluate.add_argument("--metrics", metavar="A,B", help="instead of the task's own")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
-    rerank = verb("rerank", run_rerank, "Choose again for another length penalty; no decoding.")
+    rerank = verb(
+        "rerank", commands.run_rerank, "Choose again for another length penalty; no decoding."
+    )
     rerank.add_argument("predictions", help="predictions.jsonl")
     rerank.add_argument("--length-penalty", type=float, required=True)
     rerank.add_argument("--out", required=True, help="predictions.jsonl to write (and .txt)")
 
-    report = verb("report", run_report, "Write RUN/report.html.")
-    report.add_argument("run", help="run folder")
+    report = verb(
+        "report", commands.run_report, "Write one HTML page about a run, or comparing several."
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    report.add_argument(
+        "--out", metavar="FILE.html",
+        help="default: RUN/report.html; of several runs, runs/report.html",
+    )  # fmt: skip
+
+    runs = verb("runs", commands.run_runs, "List run folders with their scores.")
+    runs.add_argument(
+        "folder", nargs="?", default="runs", help="where to look, three levels deep (default: runs)"
+    )
+    runs.add_argument("--group", action="store_true", help="seeds as one row: mean ± s.d.")
+    runs.add_argument(
+        "--sort", choices=("name", "age", "loss"), default="name", help="default: %(default)s"
+    )
+    runs.add_argument("--json", action="store_true", help="print JSON")
     return top
 
 
@@ -217,14 +317,12 @@ def flags(text: str) -> list[bool]:
     return [flag == "1" for flag in text.split(",")]
 
 
-def adapter_file(arguments: argparse.Namespace):
-    """The adapter that a command line names, or None."""
-    from jlora.opening import AdapterFile
-
-    if arguments.adapter is None:
-        return None
-    path = Path(arguments.adapter)
-    return AdapterFile(path, arguments.lora_alpha, arguments.enable_lora, arguments.force)
+def whole_numbers(text: str) -> list[int]:
+    """``2400,400,470`` -> [2400, 400, 470]"""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 2400,400,470") from None
 
 
 def add_run_options(command: argparse.ArgumentParser) -> None:
@@ -243,232 +341,15 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE",
         help="change any setting of the recipe, such as train.steps=100; may be repeated",
     )  # fmt: skip
-    command.add_argument("--log", action="append", choices=("wandb",), help="log there as well")
-
-
-def overrides(arguments: argparse.Namespace) -> list[str]:
-    """The recipe settings that the named options stand for."""
-    names = {
-        "model": "model", "task": "data.task", "rank": "lora.r",
-        "alpha": "lora.lora_alpha", "lr": "train.optim.lr", "batch_size": "train.batch_size",
-        "steps": "train.steps", "epochs": "train.epochs", "seed": "train.seed",
-        "precision": "precision",
-        "checkpoint_activations": "checkpoint_activations",
-    }  # fmt: skip
-    found = []
-    for option, key in names.items():
-        value = getattr(arguments, option, None)
-        if value is not None:
-            found.append(f"{key}={json.dumps(value)}")
-    if arguments.data is not None:
-        folder = Path(arguments.data)
-        if folder.is_file():  # of training; the other splits are looked for beside it
-            found.append(f"data.train={json.dumps(str(folder))}")
-            folder = folder.parent
-        found.append(f"data.folder={json.dumps(str(folder))}")
-    if getattr(arguments, "epochs", None) is not None:
-        found.append("train.steps=null")
-    if getattr(arguments, "target_modules", None):
-        names = [name.strip() for name in arguments.target_modules.split(",") if name.strip()]
-        found.append(f"lora.target_modules={json.dumps(names)}")
-    if arguments.log:
-        found.append(f"log={json.dumps(arguments.log)}")
-    return found + arguments.set
-
-
-def open_recipe(arguments: argparse.Namespace, name: str | None):
-    """The recipe and the run folder that a command line means."""
-    from jlora.config import apply_override, find_recipe, load_recipe, make_recipe
-
-    if arguments.resume:
-        if overrides(arguments):
-            raise UserError(
-                "--resume takes every setting from the run folder; leave the others out"
-            )
-        out = arguments.out or (f"runs/{Path(name).stem}" if name else None)
-        if out is None:
-            raise UserError("--resume needs the run folder: --out RUN")
-        config = Path(out) / "config.yaml"
-        if not config.is_file():
-            raise UserError(f"{out}: no run to resume there; start it without --resume")
-        return load_recipe(config), Path(out)
-    if name:
-        recipe = load_recipe(find_recipe(name), overrides(arguments))
-    else:
-        values: dict = {}
-        for override in overrides(arguments):
-            apply_override(values, override)
-        if "model" not in values:
-            raise UserError("no --model given, such as --model smollm2-135m")
-        recipe = make_recipe(values, "command line")
-    return recipe, Path(arguments.out or f"runs/{Path(name).stem if name else 'finetune'}")
-
-
-def run_run(arguments: argparse.Namespace) -> int:
-    if not arguments.recipe and not arguments.resume:
-        raise UserError("no recipe given; try `jlora run e2e-smollm2-135m`")
-    recipe, run = open_recipe(arguments, arguments.recipe)
-    from jlora import workflow
-
-    return 130 if workflow.run_recipe(recipe, run, arguments.resume) is None else 0
-
-
-def run_finetune(arguments: argparse.Namespace) -> int:
-    recipe, run = open_recipe(arguments, arguments.recipe)
-    from jlora import workflow
-
-    recipe = workflow.open_run(run, recipe, arguments.resume)
-    model = workflow.build(recipe)
-    sets = workflow.encode_splits(recipe, model)
-    if not arguments.resume:
-        workflow.begin_run(run, recipe)
-    started = arguments.resume and (run / "checkpoint").is_dir()
-    if not workflow.finetune(recipe, run, model, sets, started, command="finetune"):
-        return 130
-    workflow.write_report(run)
-    best = run / "best" if (run / "best").is_dir() else run / "adapter"
-    print(f"adapter: {best}")
-    print(f"try it: jlora generate --adapter {run} --prompt ...")
-    return 0
-
-
-def run_generate(arguments: argparse.Namespace) -> int:
-    from jlora import workflow
-    from jlora.config import DecodeConfig
-    from jlora.generate import GenerateConfig
-    from jlora.tasks import get_task
-
-    shared = {"max_new_tokens": arguments.max_new_tokens, "batch_size": arguments.batch_size}
-    if arguments.method == "beam":
-        config = DecodeConfig(
-            num_beams=arguments.beams,
-            length_penalty=arguments.length_penalty,
-            no_repeat_ngram_size=arguments.no_repeat_ngram_size,
-            **shared,
-        )
-    else:
-        sampling = {"top_k": arguments.top_k, "top_p": arguments.top_p, "seed": arguments.seed}
-        temperature = arguments.temperature if arguments.method == "sample" else 0.0
-        config = GenerateConfig(
-            eos_token_ids=(), temperature=temperature, **shared,
-            **(sampling if arguments.method == "sample" else {}),
-        )  # fmt: skip
-    prompts = arguments.prompt
-    if arguments.data:
-        task = get_task(arguments.task)
-        prompts = [group.prompt for group in task.groups(task.read(arguments.data))]
-    predictions = workflow.answer(
-        prompts,
-        arguments.model,
-        adapter_file(arguments),
-        config,
-        arguments.separator_id,
-        arguments.end_id,
-        arguments.raw,
-        arguments.precision,
-        Path(arguments.out) if arguments.out else None,
-    )
-    if not arguments.out:
-        for prediction in predictions:
-            print(prediction.prediction)
-    return 0
-
-
-def run_merge(arguments: argparse.Namespace) -> int:
-    from jlora.merge import check_absent, write_merged
-    from jlora.opening import open_model
-
-    check_absent(arguments.out)  # before a minute of loading
-    model, _ = open_model(arguments.base, adapter_file(arguments))
-    print(write_merged(model, arguments.out, arguments.dtype))
-    return 0
-
-
-def run_export(arguments: argparse.Namespace) -> int:
-    from jlora.export import export_gguf
-    from jlora.merge import check_absent
-    from jlora.opening import open_model
-
-    check_absent(arguments.gguf)
-    model, _ = open_model(arguments.model, adapter_file(arguments))
-    print(export_gguf(model, arguments.gguf, arguments.type, not arguments.no_tokenizer))
-    return 0
-
-
-def run_convert(arguments: argparse.Namespace) -> int:
-    from jlora.adapters.loralib import is_loralib, loralib_note
-    from jlora.merge import check_absent
-    from jlora.opening import open_model
-
-    to_file = is_loralib(arguments.out)
-    if to_file == is_loralib(arguments.adapter):
-        raise UserError("give a folder and a .pt file, or a .pt file and a folder")
-    check_absent(arguments.out)
-    model, _ = open_model(arguments.model, adapter_file(arguments))
-    if to_file:
-        print(loralib_note(model.save_loralib(arguments.out), model.lora_layers()))
-    else:
-        model.save_pretrained(arguments.out)
-    print(f"written: {arguments.out}")
-    return 0
-
-
-def run_evaluate(arguments: argparse.Namespace) -> int:
-    from jlora.metrics import evaluate_e2e, read_hypotheses, read_references
-
-    scores = evaluate_e2e(read_hypotheses(arguments.hyps), read_references(arguments.refs))
-    if arguments.json:
-        print(json.dumps(scores))
-    else:
-        for name, value in scores.items():
-            print(f"{name:8} {value:.4f}")
-    return 0
-
-
-def run_rerank(arguments: argparse.Namespace) -> int:
-    from jlora.predictions import read_predictions, rerank, write_lines, write_predictions
-
-    config = Path(arguments.predictions).parent / "config.yaml"
-    if config.is_file():
-        from jlora.config import load_recipe
-
-        limit = load_recipe(config).decode.rank_up_to
-        if limit is not None and arguments.length_penalty > limit:
-            raise UserError(
-                f"this run's search stopped early where no length penalty up to {limit} needed "
-                f"more (decode.rank_up_to), so {arguments.length_penalty} cannot be judged; "
-                "decode again with a larger rank_up_to, or null"
-            )
-    predictions = rerank(read_predictions(arguments.predictions), arguments.length_penalty)
-    write_predictions(arguments.out, predictions)
-    write_lines(Path(arguments.out).with_suffix(".txt"), predictions)
-    return 0
-
-
-def run_pull(arguments: argparse.Namespace) -> int:
-    from jlora.pull import pull
-
-    print(pull(arguments.name))
-    return 0
-
-
-def run_report(arguments: argparse.Namespace) -> int:
-    from jlora.report.html import write_report
-
-    print(write_report(arguments.run))
-    return 0
-
-
-def run_doctor(arguments: argparse.Namespace) -> int:
-    from jlora import doctor
-
-    return doctor.main(as_json=arguments.json)
-
-
-def run_demo(arguments: argparse.Namespace) -> int:
-    from jlora import demo
-
-    return demo.main(arguments.out, arguments.data)
+    command.add_argument(
+        "--no-memory-check", action="store_true",
+        help="start even if the run seems not to fit into memory (see jlora estimate)",
+    )  # fmt: skip
+    command.add_argument(
+        "--log", action="append", choices=tuple(LOGGERS),
+        help="log there as well, offline unless WANDB_MODE or SWANLAB_MODE say otherwise; may be "
+        "repeated",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -13,15 +13,14 @@ from typing import Any
 
 import yaml
 
-from jlora.adapters import LoraConfig
+from jlora.adapters import METHODS, LoraConfig
 from jlora.beam import BeamConfig
 from jlora.engine import PRECISIONS
 from jlora.errors import UserError
 from jlora.files import read_text
+from jlora.loggers import LOGGERS
 from jlora.tasks import get_task
 from jlora.train import TrainConfig
-
-LOGGERS = ("wandb",)
 
 
 @dataclass
@@ -29,12 +28,15 @@ class DataConfig:
     """Which dataset, and how its texts become tokens."""
 
     task: str = "e2e"
+    metrics: list[str] | None = None  # scores to compute; None: the task's own
+    template: str | None = None  # prompt template of BoolQ, by name or as text; None: its first
     folder: str | None = None  # a folder with the splits; None: the usual places
     train: str | None = None  # a file instead of the folder's training split
     valid: str | None = None
     test: str | None = None
-    separator_id: int | None = None  # token after the prompt; None: the tokenizer's end token
+    separator_id: int | None = None  # token after the prompt; None: the end token; -1: no token
     end_id: int | None = None  # token after the completion; None: the tokenizer's end token
+    max_prompt: int | None = None  # most tokens of a prompt, in training and decoding; None: all
     train_limit: int | None = None  # only the first so many examples
     valid_stride: int = 1  # every n-th validation example, from the first
     test_limit: int | None = None  # only so many test inputs, evenly spaced
@@ -72,6 +74,9 @@ class Recipe:
     """A whole run."""
 
     model: str
+    # lora, or what the paper compares with: full (everything), bitfit (biases), top-layers
+    method: str = "lora"
+    top_layers: int = 2  # blocks that top-layers trains
     data: DataConfig = field(default_factory=DataConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -80,7 +85,7 @@ class Recipe:
     precision: str = "auto"
     checkpoint_activations: bool = False  # less memory in training, a third more time
     score_before: bool = False  # also score the untouched model on the test inputs
-    log: list[str] = field(default_factory=list)  # more loggers: wandb
+    log: list[str] = field(default_factory=list)  # more loggers: wandb, tensorboard, swanlab
 
 
 def find_recipe(name: str) -> Path:
@@ -101,8 +106,32 @@ def find_recipe(name: str) -> Path:
     raise UserError(f"no recipe {name}: no such file; jlora comes with {', '.join(near)}")
 
 
+def find_sweep(name: str) -> Path:
+    """The file of a sweep's cases: a path, or the name of one that comes with jlora.
+
+    Raises:
+        UserError: there is none.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    folder = Path(str(importlib.resources.files("jlora") / "recipes" / "sweeps"))
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        raise UserError(f"no cases {name}: no such file; jlora comes with {', '.join(names)}")
+    return folder / f"{name}.yaml"
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML with two snares removed: 1e-3 is a number, and a key may not stand twice."""
+    """YAML with snares removed: 1e-3 is a number, a key may not stand twice, no aliases.
+
+    A few lines of lists of aliases of lists are larger than any memory once they are written out.
+    """
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "an alias; write the value again", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -129,7 +158,12 @@ for _kind in (_Loader, _Dumper):
     )
 
 
-def _parse_yaml(text: str, source: str, lines: bool = True) -> Any:
+def parse_yaml(text: str, source: str, lines: bool = True) -> Any:
+    """A YAML text by `_Loader`; ``lines``: whether errors name a line of ``source``.
+
+    Raises:
+        UserError: it is not YAML.
+    """
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
@@ -147,7 +181,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: not YAML, an unknown setting (with the nearest name), or a value of a wrong kind.
     """
-    values = _parse_yaml(read_text(path), str(path))
+    values = parse_yaml(read_text(path), str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a YAML mapping, such as `model: smollm2-135m`")
     for override in overrides:
@@ -165,7 +199,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     *parents, last = key.strip().split(".")
     if not equals or not all([*parents, last]):
         raise UserError(f"--set {override}: write KEY=VALUE, such as train.steps=100")
-    value = _parse_yaml(text, f"--set {override}", lines=False)
+    value = parse_yaml(text, f"--set {override}", lines=False)
     for parent in parents:
         if values.get(parent) is None:
             values[parent] = {}
@@ -205,18 +239,28 @@ def make_recipe(values: dict[str, Any], source: str) -> Recipe:
 
 
 def _check_values(recipe: Recipe) -> None:
-    get_task(recipe.data.task)
+    task = get_task(recipe.data.task)
+    task.find_template(recipe.data.template)
+    if recipe.data.metrics is not None:
+        if task.choices:
+            raise UserError(f"task {task.name} is scored by accuracy alone; leave data.metrics out")
+        from jlora.metrics import check_names
+
+        check_names(recipe.data.metrics)
     recipe.train.check()
     recipe.decode.beam_config(end_id=0)
     _check_choice("decode.adapter", recipe.decode.adapter, ("best", "last"))
     _check_choice("precision", recipe.precision, ("auto", *PRECISIONS))
+    _check_choice("method", recipe.method, ("lora", *METHODS))
+    if recipe.top_layers < 1:
+        raise UserError(f"top_layers must be at least 1, not {recipe.top_layers}")
     for name in recipe.log:
         _check_choice("log", name, LOGGERS)
     if not recipe.model.strip():
         raise UserError("model is empty; name one, such as smollm2-135m")
     if recipe.data.valid_stride < 1:
         raise UserError(f"data.valid_stride must be at least 1, not {recipe.data.valid_stride}")
-    for name in ("train_limit", "test_limit"):
+    for name in ("train_limit", "test_limit", "max_prompt"):
         limit = getattr(recipe.data, name)
         if limit is not None and limit < 1:
             raise UserError(f"data.{name} must be at least 1, or null for all, not {limit}")

@@ -8,8 +8,9 @@ The layout is microsoft/LoRA's (`examples/NLG/src/data_utils.py`)::
     mask    = 1 where the target is a completion token or the end, 0 over the prompt
 
 Differences, each on purpose: batches are padded to their own longest row, not to 512; examples of
-like length stand together; and an input that is too long loses the end of its *prompt*, where the
-reference cuts on the right and so loses the answer.
+like length stand together; and an input that is too long loses the end of its *prompt* (or of what
+stands before the part that must stay, as a question behind its passage), where the reference cuts
+on the right and so loses the answer.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import numpy as np
 
 from jlora.errors import UserError
 from jlora.files import read_text
+
+NO_SEPARATOR = -1  # as a separator_id: the completion follows the prompt at once
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,10 @@ def encode_example(
     max_length: int | None = None,
     separator_id: int | None = None,
     end_id: int | None = None,
+    max_prompt: int | None = None,
 ) -> TokenExample:
     """Encode one example; see `encode_examples`."""
-    return encode_examples([example], tokenizer, max_length, separator_id, end_id)[0]
+    return encode_examples([example], tokenizer, max_length, separator_id, end_id, max_prompt)[0]
 
 
 def encode_examples(
@@ -106,43 +110,56 @@ def encode_examples(
     max_length: int | None = None,
     separator_id: int | None = None,
     end_id: int | None = None,
+    max_prompt: int | None = None,
 ) -> list[TokenExample]:
     """Encode examples in the reference's layout.
 
     Args:
         max_length: most input tokens (``len(ids) - 1``) that an example may have, at most the
-            model's context. A longer one loses tokens from its prompt's end; the separator and the
-            whole completion stay. `TokenExample.cut` says how many were dropped.
-        separator_id: token between prompt and completion; default the tokenizer's end token.
+            model's context. A longer one loses tokens from its prompt: from its end, or, where
+            `Example.keep` says so, from the end of what stands before the kept characters. The
+            separator and the whole completion stay. `TokenExample.cut` says how many were dropped.
+        separator_id: token between prompt and completion; default the tokenizer's end token;
+            `NO_SEPARATOR` for none.
         end_id: token after the completion; default the tokenizer's end token.
+        max_prompt: most tokens of a prompt, the separator not counted; cut in the same way.
 
     Raises:
-        UserError: a completion alone is too long, or there is no end token.
+        UserError: a completion, or what must stay of a prompt, is too long alone; ``max_prompt`` is
+            below 1; there is no end token.
     """
-    separator_id = _special_id(separator_id, tokenizer, "separator_id")
+    separator = _separator(separator_id, tokenizer)
     end_id = _special_id(end_id, tokenizer, "end_id")
+    _check_max_prompt(max_prompt)
     # Prompts repeat (E2E's 42,061 training rows have 4,862); completions hardly do.
     distinct = list(dict.fromkeys(example.prompt for example in examples))
     ids_of = dict(zip(distinct, tokenizer.encode_batch(distinct)))
     prompts = [ids_of[example.prompt] for example in examples]
     completions = tokenizer.encode_batch([" " + example.completion for example in examples])
     encoded = []
-    for number, (prompt, completion) in enumerate(zip(prompts, completions), start=1):
-        kept = list(prompt)
+    for number, (example, prompt, completion) in enumerate(
+        zip(examples, prompts, completions), start=1
+    ):
+        room = len(prompt) if max_prompt is None else max_prompt
         if max_length is not None:
             # ids = kept + separator + completion + end, and the model reads all but the end.
-            room = max_length - 1 - len(completion)
+            room = min(room, max_length - 1 - len(completion))
             if room < min(1, len(prompt)):
                 raise UserError(
-                    f"example {number} ({_shorten(examples[number - 1].completion)!r}): its "
-                    f"completion of {len(completion)} tokens leaves no room for the prompt in "
-                    f"max_length {max_length}; raise max_length or drop the example"
+                    f"example {number} ({_shorten(example.completion)!r}): its completion of "
+                    f"{len(completion)} tokens leaves no room for the prompt in max_length "
+                    f"{max_length}; raise max_length or drop the example"
                 )
-            kept = kept[:room]
+        kept = _cut_prompt(prompt, example.prompt, example.keep, room, tokenizer, number)
+        if not kept and not separator:
+            raise UserError(
+                f"example {number} ({_shorten(example.completion)!r}) has no prompt and no "
+                "separator to begin from; set data.separator_id to a token"
+            )
         encoded.append(
             TokenExample(
-                ids=[*kept, separator_id, *completion, end_id],
-                prompt_length=len(kept) + 1,
+                ids=[*kept, *separator, *completion, end_id],
+                prompt_length=len(kept) + len(separator),
                 cut=len(prompt) - len(kept),
             )
         )
@@ -154,27 +171,68 @@ def encode_prompts(
     tokenizer,
     max_length: int | None = None,
     separator_id: int | None = None,
+    max_prompt: int | None = None,
+    keeps: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Encode prompts for generation: ``encode(prompt) + [separator]``, as in training.
 
     Args:
         max_length: most tokens of a prompt, the separator included: the model's context less the
             tokens to be generated.
+        max_prompt: most tokens of a prompt, the separator not counted, as in training.
+        keeps: `Example.keep` of each prompt. One that says what must stay is cut as in training.
 
     Raises:
-        UserError: a prompt is longer. Generation does not cut: what a cut prompt yields is an
-            answer to another question.
+        UserError: a prompt is longer and nothing says what must stay of it: what a prompt without
+            its end yields is an answer to another question. Or what must stay is too long alone.
     """
-    separator_id = _special_id(separator_id, tokenizer, "separator_id")
-    encoded = [[*ids, separator_id] for ids in tokenizer.encode_batch(list(prompts))]
-    for number, ids in enumerate(encoded, start=1):
-        if max_length is not None and len(ids) > max_length:
-            raise UserError(
-                f"prompt {number} ({_shorten(prompts[number - 1])!r}) has {len(ids)} tokens with "
-                f"the separator, and {max_length} fit before the new tokens; shorten it, ask for "
-                "fewer new tokens or take a model with a longer context"
+    separator = _separator(separator_id, tokenizer)
+    _check_max_prompt(max_prompt)
+    encoded = []
+    for number, (prompt, ids, keep) in enumerate(
+        zip(prompts, tokenizer.encode_batch(list(prompts)), keeps or [0] * len(prompts)), start=1
+    ):
+        limits = [] if max_length is None else [max_length - 1]
+        limits += [] if max_prompt is None else [max_prompt]
+        room = min(limits, default=len(ids))
+        if len(ids) > room and keep <= 0:
+            way_out = (
+                "raise data.max_prompt"
+                if room == max_prompt
+                else "ask for fewer new tokens or take a model with a longer context"
             )
+            raise UserError(
+                f"prompt {number} ({_shorten(prompt)!r}) has {len(ids) + 1} tokens with the "
+                f"separator, and {room + 1} fit before the new tokens; shorten it, or {way_out}"
+            )
+        encoded.append([*_cut_prompt(ids, prompt, keep, room, tokenizer, number), *separator])
     return encoded
+
+
+def _cut_prompt(
+    ids: list[int], prompt: str, keep: int, room: int, tokenizer, number: int
+) -> list[int]:
+    """A prompt's tokens, at most ``room``; its last ``keep`` characters stay whole.
+
+    They are tokenised apart only where something is cut, so a prompt that fits is encoded as ever.
+    """
+    if len(ids) <= room:
+        return ids
+    if keep <= 0:
+        return ids[:room]
+    front, end = tokenizer.encode_batch([prompt[:-keep], prompt[-keep:]])
+    if len(end) > room:
+        raise UserError(
+            f"prompt {number}: its end ({_shorten(prompt[-keep:])!r}), which must stay, has "
+            f"{len(end)} tokens, and {max(room, 0)} fit; raise the limit (train.max_length, "
+            "data.max_prompt) or drop the example"
+        )
+    return [*front[: room - len(end)], *end]
+
+
+def _check_max_prompt(max_prompt: int | None) -> None:
+    if max_prompt is not None and max_prompt < 1:
+        raise UserError(f"max_prompt must be at least 1 token, or unset, not {max_prompt}")
 
 
 def check_vocabulary(token_examples: Sequence[TokenExample], vocab_size: int) -> None:
@@ -190,6 +248,12 @@ def check_vocabulary(token_examples: Sequence[TokenExample], vocab_size: int) ->
                 f"example {number} has token id {bad}, and the model's vocabulary has {vocab_size} "
                 "words; the tokenizer (or separator_id/end_id) is another model's"
             )
+
+
+def _separator(separator_id: int | None, tokenizer) -> list[int]:
+    if separator_id == NO_SEPARATOR:
+        return []
+    return [_special_id(separator_id, tokenizer, "separator_id")]
 
 
 def _special_id(given: int | None, tokenizer, name: str) -> int:
@@ -356,6 +420,20 @@ def json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 'write one object a line, as {"prompt": "...", "completion": "..."}'
             )
         yield number, row
+
+
+def json_document(path: str | Path) -> Any:
+    """The one JSON value that a file holds.
+
+    Raises:
+        UserError: as `text_lines`, or it is not JSON (with the line).
+    """
+    try:
+        return json.loads(_text_without_mark(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); mend it") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); mend it") from error
 
 
 def csv_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:

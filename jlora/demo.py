@@ -9,6 +9,7 @@ from pathlib import Path
 from jlora.config import find_recipe, load_recipe
 from jlora.data import json_lines
 from jlora.errors import UserError
+from jlora.lock import lock_run
 from jlora.report.tables import pair_samples, samples
 from jlora.tasks import get_task
 from jlora.workflow import run_recipe, say
@@ -32,7 +33,9 @@ def main(out: str, data: str | None = None) -> int:
             raise
         say("no E2E data on this machine, so the built-in restaurant corpus is used")
         recipe.data = dataclasses.replace(recipe.data, task="restaurants", valid_stride=3)
-    if run_recipe(recipe, run, resume) is None:
+    with lock_run(run):
+        finished = run_recipe(recipe, run, resume) is not None
+    if not finished:
         return 130
     records = [
         [row for _, row in json_lines(run / name)]

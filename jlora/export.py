@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jlora.adapters import PeftModel, merged_weights
+from jlora.adapters import TunedModel, merged_weights
 from jlora.errors import UserError
+from jlora.files import check_absent
 from jlora.formats.gguf_file import QUANTIZATIONS
 from jlora.formats.gguf_write import write_gguf
 from jlora.formats.rounding import precision_loss
-from jlora.merge import WrittenModel, check_absent
+from jlora.merge import WrittenModel
 
 
 def export_gguf(
@@ -19,7 +20,7 @@ def export_gguf(
     """Write a model, its adapter merged in float32, as a GGUF file with its tokenizer.
 
     Args:
-        model: a PeftModel, or a plain model as `jlora.load` gives it; it stays as it is.
+        model: a tuned model, or a plain one as `jlora.load` gives it; it stays as it is.
         path: of a new file.
         kind: of the matrices: f32, f16, bf16, q8_0, q4_0 or q4_1, in either case (see
             `formats.gguf_write.write_gguf`).
@@ -35,7 +36,7 @@ def export_gguf(
         kinds = ", ".join(QUANTIZATIONS).lower()
         raise UserError(f"type {kind.lower()!r} is not one of {kinds}")
     check_absent(path)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = model.get_base_model() if isinstance(model, TunedModel) else model
     metadata = tokenizer_metadata(base) if tokenizer else {}
     weights = merged_weights(model)
     name = getattr(base, "name_or_path", None)

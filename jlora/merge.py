@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jlora.adapters import MergeReport, PeftModel, merged_weights
+from jlora.adapters import MergeReport, TunedModel, merged_weights
 from jlora.errors import UserError
-from jlora.files import atomic_path, write_text
+from jlora.files import atomic_path, check_absent, write_text
 from jlora.formats.gguf_file import main_kind
 from jlora.formats.rounding import PrecisionLoss, narrow, norm, precision_loss, widen
 from jlora.formats.safetensors_file import write_bfloat16, write_safetensors
@@ -47,15 +47,6 @@ class WrittenModel:
         return "\n".join(str(line) for line in lines if line is not None)
 
 
-def check_absent(path: str | Path) -> None:
-    """Raises: UserError: a file or a folder with something in it stands at ``path``."""
-    path = Path(path)
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if path.exists():
-        raise UserError(f"{path} is there already; remove it, or choose another place")
-
-
 def write_merged(model: Any, folder: str | Path, dtype: str = "float32") -> WrittenModel:
     """Write a model, its adapter merged in float32, as a folder that transformers loads.
 
@@ -63,7 +54,7 @@ def write_merged(model: Any, folder: str | Path, dtype: str = "float32") -> Writ
     generation_config.json if the base has it, and the tokenizer. ``model`` stays as it is.
 
     Args:
-        model: a PeftModel, or a plain model as `jlora.load` gives it.
+        model: a tuned model, or a plain one as `jlora.load` gives it.
         folder: new or empty.
         dtype: of the weights in the file: "float32", "float16" or "bfloat16" (to the nearest).
 
@@ -76,7 +67,7 @@ def write_merged(model: Any, folder: str | Path, dtype: str = "float32") -> Writ
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(KINDS)}")
     check_absent(folder)
     weights = merged_weights(model)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = model.get_base_model() if isinstance(model, TunedModel) else model
     tensors, kind, loss = weights.tensors, KINDS[dtype], None
     with atomic_path(folder, directory=True) as temporary:
         file = temporary / "model.safetensors"

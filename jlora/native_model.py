@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from jlora import engine, layers
-from jlora.adapters import PeftModel
+from jlora.adapters import TunedModel
 from jlora.engine.products import PackedConv1D, PackedEmbedding, PackedHead, PackedLinear
 from jlora.kernels import native, packed_linear
 from jlora.kernels.decoder import BLOCK, COLUMNS_FIRST, LINEAR, MODEL, NORM, PACKED, ROWS_FIRST
@@ -34,7 +34,7 @@ class NativeModel:
     """
 
     def __init__(self, model):
-        model = model.get_base_model() if isinstance(model, PeftModel) else model
+        model = model.get_base_model() if isinstance(model, TunedModel) else model
         self._held: list = []  # what the addresses point to
         self.model = np.zeros(1, MODEL)
         if type(model) is llama.LlamaForCausalLM:

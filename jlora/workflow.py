@@ -6,34 +6,27 @@ Every stage leaves its result in the run folder, and a resumed run skips what is
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from jlora import engine
-from jlora.adapters import PeftModel, get_peft_model
-from jlora.beam import beam_search, search
-from jlora.config import DataConfig, DecodeConfig, Recipe, dump_recipe, load_recipe
-from jlora.data import Example, TokenExample, check_vocabulary, encode_examples, encode_prompts
+from jlora.adapters import PartialModel, TunedModel, get_peft_model
+from jlora.answer import choice_logprobs, decode, encode_inputs
+from jlora.config import Recipe, dump_recipe, load_recipe
+from jlora.data import Example, TokenExample, check_vocabulary, encode_examples
 from jlora.errors import UserError
-from jlora.files import check_writable, read_text, recover_directory, write_text
-from jlora.generate import GenerateConfig, generate
-from jlora.loggers import ProgressLogger, WandbLogger, read_metrics
-from jlora.metrics import evaluate_e2e, find_java
+from jlora.files import check_writable, read_text, recover_directory, sha256_of, write_text
+from jlora.layers import set_trainable
+from jlora.loggers import ProgressLogger, check_loggers, make_logger, read_metrics
+from jlora.metrics import check_metrics, evaluate_parts
+from jlora.metrics.accuracy import accuracy, parse_choice
 from jlora.models.hub import load, require_tokenizer
-from jlora.opening import AdapterFile, open_model, say
-from jlora.predictions import (
-    Prediction,
-    make_prediction,
-    read_predictions,
-    write_lines,
-    write_predictions,
-)
+from jlora.opening import load_tuned, say
 from jlora.report import environment
 from jlora.report.html import write_report
 from jlora.report.plots import loss_curve
 from jlora.report.tables import score_table
+from jlora.state import has_checkpoint
 from jlora.tasks import ReferenceGroup, get_task
 from jlora.train import train
 
@@ -44,13 +37,15 @@ def open_run(run: Path, recipe: Recipe, resume: bool) -> Recipe:
     A new run writes nothing before `begin_run`, so what goes wrong earlier leaves nothing behind.
 
     Raises:
-        UserError: a new run would overwrite an old one, or there is nothing to resume.
+        UserError: a new run would overwrite an old one, there is nothing to resume, or a logger
+            is not installed.
     """
+    check_loggers(recipe.log)
     config = run / "config.yaml"
     if resume:
         if not config.is_file():
             raise UserError(f"{run}: no run to resume there; start it without --resume")
-        for name in ("checkpoint", "adapter", "best"):
+        for name in ("adapter", "best"):
             recover_directory(run / name)
         return load_recipe(config)
     if config.exists():
@@ -70,11 +65,28 @@ def begin_run(run: Path, recipe: Recipe) -> None:
     write_text(run / "config.yaml", dump_recipe(recipe))
 
 
-def load_split(recipe: Recipe, split: str) -> list[Example]:
-    """Examples of a split: from its own file if the recipe names one, else from the folder."""
+def split_file(recipe: Recipe, split: str) -> Path | None:
+    """The file of a split: its own if the recipe names one, else of the folder; None: built in."""
     data, task = recipe.data, get_task(recipe.data.task)
     file = getattr(data, split)
-    return task.read(file) if file else task.load(data.folder, split)
+    if file:
+        return Path(file)
+    if data.folder is None and task.built_in is not None:
+        return None
+    return task.find_data(data.folder, split)
+
+
+def load_split(recipe: Recipe, split: str) -> list[Example]:
+    """The examples of a split."""
+    task, path = get_task(recipe.data.task), split_file(recipe, split)
+    return task.built_in(split) if path is None else task.read(path, recipe.data.template)
+
+
+def data_hashes(recipe: Recipe, *splits: str) -> dict[str, str]:
+    """The sha256 of the file of each split, by its path."""
+    there = [split for split in splits if split != "valid" or has_validation(recipe)]
+    files = [split_file(recipe, split) for split in there]
+    return {str(file): sha256_of(file) for file in files if file is not None}
 
 
 def test_groups(recipe: Recipe) -> list[ReferenceGroup]:
@@ -86,15 +98,40 @@ def test_groups(recipe: Recipe) -> list[ReferenceGroup]:
     return [groups[index * len(groups) // limit] for index in range(limit)]
 
 
-def build(recipe: Recipe, adapter: str | Path | None = None) -> PeftModel:
-    """The recipe's model with a new adapter, or with a trained one."""
-    say(f"loading {recipe.model}")
-    base = load(recipe.model)
-    require_tokenizer(base)
-    if adapter is None:
+def build(recipe: Recipe, tuned: str | Path | None = None) -> TunedModel:
+    """The recipe's model, about to be tuned as the recipe says or tuned already.
+
+    Args:
+        tuned: folder of what a training wrote; None for a new adapter.
+    """
+    base = _load_base(recipe)
+    if tuned is not None:
+        model = load_tuned(base, tuned)
+    elif recipe.method == "lora":
         model = get_peft_model(base, recipe.lora)
     else:
-        model = PeftModel.from_pretrained(base, adapter)
+        model = PartialModel(base, recipe.method, recipe.top_layers)
+    _prepare(recipe, model)
+    return model
+
+
+def untouched(recipe: Recipe):
+    """The recipe's model as it was downloaded."""
+    base = _load_base(recipe)
+    set_trainable(base, ())
+    _prepare(recipe, base)
+    return base
+
+
+def _load_base(recipe: Recipe):
+    say(f"loading {recipe.model}")
+    engine.release()
+    base = load(recipe.model)
+    require_tokenizer(base)
+    return base
+
+
+def _prepare(recipe: Recipe, model) -> None:
     precision = engine.prepare(
         model,
         recipe.precision,
@@ -103,7 +140,6 @@ def build(recipe: Recipe, adapter: str | Path | None = None) -> PeftModel:
     )
     reason = engine.choose_precision()[1] if recipe.precision == "auto" else "as asked for"
     say(f"precision {precision}: {reason}")
-    return model
 
 
 def has_validation(recipe: Recipe) -> bool:
@@ -123,7 +159,7 @@ def has_validation(recipe: Recipe) -> bool:
     return True
 
 
-def encode_splits(recipe: Recipe, model: PeftModel) -> list[list[TokenExample]]:
+def encode_splits(recipe: Recipe, model: TunedModel) -> list[list[TokenExample]]:
     """Training and validation examples as tokens; the latter may be none.
 
     Raises:
@@ -142,13 +178,12 @@ def encode_splits(recipe: Recipe, model: PeftModel) -> list[list[TokenExample]]:
         if split == "valid":
             examples = examples[:: data.valid_stride]
         longest = min(recipe.train.max_length, model.config.max_positions)
-        encoded = encode_examples(examples, tokenizer, longest, data.separator_id, data.end_id)
+        encoded = encode_examples(
+            examples, tokenizer, longest, data.separator_id, data.end_id, data.max_prompt
+        )
         check_vocabulary(encoded, model.config.vocab_size)
         cut = sum(example.cut > 0 for example in encoded)
-        say(
-            f"{len(encoded):,} {split} examples"
-            + (f", {cut:,} prompts cut to {longest} tokens" if cut else "")
-        )
+        say(f"{len(encoded):,} {split} examples" + (f", {cut:,} prompts cut" if cut else ""))
         sets.append(encoded)
     return sets
 
@@ -156,7 +191,7 @@ def encode_splits(recipe: Recipe, model: PeftModel) -> list[list[TokenExample]]:
 def finetune(
     recipe: Recipe,
     run: Path,
-    model: PeftModel,
+    model: TunedModel,
     sets: Sequence[list[TokenExample]],
     resume: bool,
     command: str = "run",
@@ -171,15 +206,12 @@ def finetune(
     say(f"{trainable:,} trainable parameters of {total:,} ({100 * trainable / total:.3f} %)")
 
     def loggers(steps: int, start: int) -> list:
-        extra = []
-        if "wandb" in recipe.log:
-            extra.append(
-                WandbLogger(name=run.name, config={"recipe": dump_recipe(recipe)}, folder=run)
-            )
-        return [ProgressLogger(steps, start), *extra]
+        settings = {"recipe": dump_recipe(recipe)}
+        services = [make_logger(name, run.name, settings, run, start) for name in recipe.log]
+        return [ProgressLogger(steps, start), *services]
 
     result = train(model, *sets, recipe.train, run, loggers, resume)
-    environment.record(run)
+    environment.record(run, total_steps=result.total_steps)
     loss_curve(read_metrics(run / "metrics.jsonl"), run / "loss.png")
     if result.interrupted:
         say(
@@ -194,126 +226,77 @@ def finetune(
     return not result.interrupted
 
 
-def encode_inputs(
-    model, prompts: Sequence[str], max_new_tokens: int, separator_id: int | None
-) -> list[list[int]]:
-    """Prompts as tokens.
-
-    Raises:
-        UserError: one is too long for the model's context with the new tokens.
-    """
-    longest = model.config.max_positions - max_new_tokens + 1
-    return encode_prompts(prompts, model.tokenizer, longest, separator_id)
-
-
-def decode(
-    model,
-    prompts: Sequence[str],
-    decode_config: DecodeConfig,
-    separator_id: int | None,
-    end_id: int | None,
-    path: Path | None,
-) -> list[Prediction]:
-    """Answer prompts by beam search and write them to ``path`` (None: nowhere).
-
-    Batches that an interrupted call has finished are kept in ``path`` with ``.partial`` and are
-    not decoded again.
-    """
-    tokenizer = model.tokenizer
-    end_id = tokenizer.eos_token_id if end_id is None else end_id
-    config = decode_config.beam_config(end_id)
-    encoded = encode_inputs(model, prompts, config.max_new_tokens, separator_id)
-    partial = path and path.with_name(path.name + ".partial")
-    done = {p.prompt: p for p in read_predictions(partial)} if partial and partial.exists() else {}
-    # Prompts of like length are decoded together, as in training.
-    waiting = sorted(
-        (index for index, prompt in enumerate(prompts) if prompt not in done),
-        key=lambda index: (len(encoded[index]), encoded[index]),
+def encode_groups(recipe: Recipe, model, groups: Sequence[ReferenceGroup]) -> list[list[int]]:
+    """The test inputs as tokens."""
+    return encode_inputs(
+        model,
+        [group.prompt for group in groups],
+        recipe.decode.max_new_tokens,
+        recipe.data.separator_id,
+        recipe.data.max_prompt,
+        [group.keep for group in groups],
     )
-    model.eval()
-    from tqdm import tqdm
-
-    with tqdm(total=len(prompts), initial=len(prompts) - len(waiting), desc="decoding",
-              unit="input", mininterval=1 if sys.stderr.isatty() else 30) as bar:  # fmt: skip
-        for place, hypotheses in search(model, [encoded[index] for index in waiting], config):
-            prompt = prompts[waiting[place]]
-            done[prompt] = make_prediction(
-                prompt, hypotheses, tokenizer.decode, config.length_penalty
-            )
-            bar.update()
-            if partial and bar.n % config.batch_size == 0:
-                write_predictions(partial, list(done.values()))
-    ordered = [done[prompt] for prompt in prompts]
-    if path:
-        save_predictions(path, ordered)
-        partial.unlink(missing_ok=True)
-    return ordered
 
 
-def save_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    """Write predictions.jsonl, and the texts alone beside it as metric scripts read them."""
-    write_predictions(path, predictions)
-    write_lines(path.with_suffix(".txt"), predictions)
+def metric_names(recipe: Recipe) -> Sequence[str]:
+    """The scores that a run computes."""
+    return recipe.data.metrics or get_task(recipe.data.task).metrics
 
 
-def answer(
-    prompts: Sequence[str],
-    model_name: str | None,
-    adapter: AdapterFile | None,
-    config: DecodeConfig | GenerateConfig,
-    separator_id: int | None = None,
-    end_ids: Sequence[int] | None = None,
-    raw: bool = False,
-    precision: str = "auto",
-    path: Path | None = None,
-) -> list[Prediction]:
-    """Answer prompts with a model and, if given, its adapter.
+def answer_and_score(
+    recipe: Recipe, model, groups: Sequence[ReferenceGroup], path: Path
+) -> dict[str, float]:
+    """Decode the test inputs into ``path`` and score them; of a task with choices see `choose`."""
+    prompts = [group.prompt for group in groups]
+    encoded = encode_groups(recipe, model, groups)
+    predictions = decode(model, prompts, encoded, recipe.decode, recipe.data.end_id, path)
+    texts = [prediction.prediction for prediction in predictions]
+    if get_task(recipe.data.task).choices:
+        return choose(recipe, model, groups, encoded, texts, path.with_suffix(".choices.jsonl"))
+    references = [group.references for group in groups]
+    return evaluate_parts(metric_names(recipe), texts, references, [g.part for g in groups])
 
-    Args:
-        model_name: None: the model that the adapter's run was made with.
-        adapter: None: the model alone.
-        config: beam search, or greedy decoding and sampling (whose end tokens are set here).
-        separator_id: token after each prompt; None: as in the adapter's run, else the tokenizer's
-            end token.
-        end_ids: tokens that end a text; None: likewise.
-        raw: no separator: the model goes on with the prompt's own text.
-        precision: see `jlora.engine.prepare`.
-        path: predictions.jsonl to write; None: none.
 
-    Raises:
-        UserError: no model, no such adapter, or prompts that do not fit.
+def choose(
+    recipe: Recipe,
+    model,
+    groups: Sequence[ReferenceGroup],
+    encoded: Sequence[Sequence[int]],
+    texts: Sequence[str],
+    path: Path,
+) -> dict[str, float]:
+    """Accuracy of a task with choices, in two ways.
+
+    ``accuracy`` and its relatives take the choice that the model holds likelier;
+    ``generated_accuracy`` reads the choice off the generated text, and counts what cannot be read
+    as wrong. ``path`` gets a line an input with both.
     """
-    model, recipe = open_model(model_name, adapter)
-    tokenizer = require_tokenizer(model)
-    engine.prepare(model, precision, keep_weights=False)
-    model.eval()
-    trained = recipe.data if recipe else DataConfig()
-    separator_id = trained.separator_id if separator_id is None else separator_id
-    end_ids = end_ids or [tokenizer.eos_token_id if trained.end_id is None else trained.end_id]
-    if end_ids == [None]:
-        raise UserError("the tokenizer names no end token; give --end-id")
-    if isinstance(config, DecodeConfig) and not raw:
-        config = replace(config, eos_token_ids=list(end_ids))
-        return decode(model, prompts, config, separator_id, end_ids[0], path)
-    if raw:
-        encoded = tokenizer.encode_batch(list(prompts))
-    else:
-        encoded = encode_inputs(model, prompts, config.max_new_tokens, separator_id)
-    if isinstance(config, DecodeConfig):
-        config = replace(config, eos_token_ids=list(end_ids))
-        found = beam_search(model, encoded, config.beam_config(end_ids[0]))
-        penalty = config.length_penalty
-    else:
-        config = replace(config, eos_token_ids=tuple(end_ids))
-        found = [[one] for one in generate(model, encoded, config)]
-        penalty = 0.0
-    predictions = [
-        make_prediction(prompt, hypotheses, tokenizer.decode, penalty)
-        for prompt, hypotheses in zip(prompts, found)
-    ]
-    if path:
-        save_predictions(path, predictions)
-    return predictions
+    choices = get_task(recipe.data.task).choices
+    logprobs = choice_logprobs(model, encoded, choices)
+    chosen = [choices[index] for index in logprobs.argmax(1)]
+    written = [parse_choice(text, choices) for text in texts]
+    rows, gold, compared, generated = [], [], [], []
+    for index, group in enumerate(groups):
+        for reference in group.references:  # an input may be asked twice
+            gold.append(reference)
+            compared.append(chosen[index])
+            generated.append(written[index])
+        rows.append(
+            {
+                "prompt": group.prompt,
+                "gold": group.references,
+                "logprobs": dict(zip(choices, map(float, logprobs[index]))),
+                "chosen": chosen[index],
+                "generated": texts[index],
+                "read_as": written[index],
+            }
+        )
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    by_text = accuracy(generated, gold, choices)
+    return {
+        **accuracy(compared, gold, choices),
+        **{f"generated_{name}": by_text[name] for name in ("accuracy", "unparseable")},
+    }
 
 
 def run_recipe(recipe: Recipe, run: Path, resume: bool = False) -> dict | None:
@@ -324,42 +307,45 @@ def run_recipe(recipe: Recipe, run: Path, resume: bool = False) -> dict | None:
     """
     recipe = open_run(run, recipe, resume)
     # Before hours of training: is all there that its end needs?
-    find_java()
+    if not get_task(recipe.data.task).choices:
+        check_metrics(metric_names(recipe))
     groups = test_groups(recipe)
-    prompts = [group.prompt for group in groups]
-    references = [group.references for group in groups]
-    model = build(recipe)
-    encode_inputs(model, prompts, recipe.decode.max_new_tokens, recipe.data.separator_id)
-    sets = encode_splits(recipe, model)
-    if not resume:
-        begin_run(run, recipe)
+    hashes = data_hashes(recipe, "train", "valid", "test")
+    scores = read_scores(run)
+    sets = None
 
-    def answer_and_score(model: PeftModel, key: str, path: Path) -> None:
-        scores = read_scores(run)
-        if key in scores:
-            return
-        data = recipe.data
-        predictions = decode(model, prompts, recipe.decode, data.separator_id, data.end_id, path)
-        scores[key] = evaluate_e2e([p.prediction for p in predictions], references)
+    def check(model):
+        """All texts as tokens, so that what does not fit is known before anything is written."""
+        encode_groups(recipe, model, groups)
+        found = encode_splits(recipe, model)
+        if not (run / "config.yaml").exists():
+            begin_run(run, recipe)
+            environment.record(run, hashes)
+        return found
+
+    def score(model, key: str, path: Path) -> None:
+        scores[key] = answer_and_score(recipe, model, groups, path)
         write_text(run / "scores.json", json.dumps(scores, indent=1) + "\n")
         environment.record(run)
 
-    if recipe.score_before:
-        say(f"the untouched model on {len(prompts)} test inputs")
-        with model.disable_adapter():
-            answer_and_score(model, "before", run / "predictions_before.jsonl")
-    if "after" not in read_scores(run):
-        started = resume and (run / "checkpoint").is_dir()
+    if recipe.score_before and "before" not in scores:
+        model = untouched(recipe)
+        sets = check(model)
+        say(f"the untouched model on {len(groups)} test inputs")
+        score(model, "before", run / "predictions_before.jsonl")
+        del model  # before the next one is loaded
+    if "after" not in scores:
+        model = build(recipe)
+        sets = sets or check(model)
+        started = resume and has_checkpoint(run)
         if not finetune(recipe, run, model, sets, started):
             return None
         best = recipe.decode.adapter == "best" and (run / "best").is_dir()
         chosen = run / ("best" if best else "adapter")
-        say(f"the tuned model ({chosen.name} adapter) on {len(prompts)} test inputs")
+        say(f"the tuned model ({chosen.name} adapter) on {len(groups)} test inputs")
         # From the files, so that what is scored is what a user gets; the old model goes first.
         del model
-        model = build(recipe, chosen)
-        answer_and_score(model, "after", run / "predictions.jsonl")
-    scores = read_scores(run)
+        score(build(recipe, chosen), "after", run / "predictions.jsonl")
     report = write_report(run, {group.prompt: group.references for group in groups})
     print(score_table(scores.get("before"), scores["after"]))
     say(f"report: {report}")

@@ -7,10 +7,12 @@ half-written.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,8 @@ from test_formats import LLAMA, keyed, write_gguf
 
 from jlora.cli import main
 from jlora.formats.safetensors_file import read_safetensors, write_safetensors
+from jlora.lock import lock_run
+from jlora.tasks import e2e
 
 GOOD = b"name : Blue Spice | area : riverside||Blue Spice is by the river .\n" * 4
 
@@ -286,13 +290,20 @@ def test_target_modules_that_fit_nothing(refused, tiny_model):
         ("--set lora.target_modules=3", ["lora.target_modules is 3", "list", "string"]),
         ("--set decode.num_beams=0", ["num_beams is 0, but must be from 1"]),
         ("--set decode.adapter=first", ["decode.adapter 'first' is not one of best, last"]),
-        ("--set log=[tensorbord]", ["log 'tensorbord' is not one of wandb"]),
+        ("--set log=[tensorbord]", ["log 'tensorbord' is not one of wandb, tensorboard, swanlab"]),
         ("--set data.train_limit=0", ["data.train_limit must be at least 1, or null for all"]),
     ],
 )
 def test_settings(refused, tiny_model, options, words):
     argv = ["finetune", "--model", tiny_model, "--task", "restaurants", *options.split(" ")]
     has(refused(*argv), *words)
+
+
+def test_a_logger_that_is_not_installed(refused, monkeypatch):
+    monkeypatch.setattr("jlora.loggers.services._is_installed", lambda package: False)
+    # The model is not even looked for.
+    has(refused(*finetune(Path("nowhere"), "--log", "swanlab")), "pip install 'jlora[swanlab]'")
+    has(refused("run", "e2e-smollm2-135m", "--log", "wandb"), "pip install 'jlora[wandb]'")
 
 
 def test_no_model_named(refused):
@@ -347,7 +358,17 @@ def test_resume_with_other_settings(refused, tmp_path, tiny_run):
 def test_resume_from_a_damaged_checkpoint(refused, tmp_path, tiny_run):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     (run / "checkpoint" / "progress.json").write_text("{")
-    has(refused("finetune", "--resume", "--out", run), "progress.json", "not a checkpoint")
+    message = refused("finetune", "--resume", "--out", run)
+    has(message, "no good checkpoint", "run/checkpoint is damaged (progress.json", "copy")
+
+
+def test_a_run_that_another_process_holds(refused, tmp_path, tiny_run, tiny_model):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    with lock_run(run):
+        for command in ("finetune", "run"):
+            message = refused(command, "--resume", "--out", run)
+            has(message, f"{run} is in use by process {os.getpid()} of ", ", started 2")
+        has(refused(*task(tiny_model), "--out", run), "is in use by process")
 
 
 def test_resume_after_the_data_changed(refused, tmp_path, tiny_run):
@@ -525,6 +546,26 @@ def test_no_references(refused, texts, tmp_path):
 def test_empty_hypotheses(refused, texts):
     texts[1].write_text("")
     has(refused(*evaluate(*texts)), "hyps.txt", "empty")
+
+
+def test_metrics_that_are_none(refused, texts):
+    message = refused(*evaluate(*texts), "--metrics", "TER, multiblue")
+    has(message, "no metric 'multiblue'; did you mean multi-BLEU")
+
+
+def test_scoring_a_task_that_is_none(refused, texts):
+    message = refused("evaluate", "e2", "--refs", texts[0], "--hyps", texts[1])
+    has(message, "no task 'e2'", "did you mean e2e")
+
+
+def test_answers_of_a_choice(refused, texts, monkeypatch):
+    choice = replace(e2e.TASK, name="yes-no", metrics=("accuracy",), choices=("yes", "no"))
+    monkeypatch.setattr("jlora.tasks.get_task", {"yes-no": choice}.get)
+    command = ["evaluate", "yes-no", "--refs", texts[0], "--hyps", texts[1]]
+    has(refused(*command), "refs.txt:1: 'a b' is no answer; write yes or no")
+    texts[0].write_text("yes\n")
+    has(refused(*command), "2 predicted answers but 1 right ones")
+    has(refused(*command, "--metrics", "TER"), "accuracy alone", "leave --metrics out")
 
 
 def test_no_java(refused, texts, monkeypatch):

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from jlora.cli import main, open_recipe, overrides, parser
+from jlora.cli import main, parser
+from jlora.commands import open_recipe, overrides
 from jlora.formats.safetensors_file import read_safetensors
+from jlora.tasks import e2e
 
 ADAPTER = "adapter_model.safetensors"
 VERBS = (
     "demo", "doctor", "pull", "run", "finetune", "generate", "merge", "export", "convert",
-    "evaluate", "rerank", "report",
+    "analyze", "evaluate", "rerank", "report", "runs", "sweep", "data", "estimate",
 )  # fmt: skip
 
 
@@ -55,6 +59,49 @@ def test_version(capsys):
         main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out.startswith("jlora ")
+
+
+@pytest.fixture
+def scored(tmp_path, capsys):
+    """Runs `jlora evaluate` on the given lines; returns what it prints."""
+
+    def run(task, refs, hyps, *more):
+        (tmp_path / "refs.txt").write_text(refs)
+        (tmp_path / "hyps.txt").write_text(hyps)
+        files = ["--refs", str(tmp_path / "refs.txt"), "--hyps", str(tmp_path / "hyps.txt")]
+        assert main(["evaluate", task, *files, *more]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_evaluate_computes_the_named_metrics(scored):
+    texts = ("A b, c\nx y\n\nd e f\n", "a b c\nd e g\n")
+    out = scored("e2e", *texts, "--metrics", "TER, multi-BLEU")
+    # "a b c" lacks one of four words, of "d e g" one of three is another; no 4-gram is there.
+    assert out == "TER        0.2917\nmulti-BLEU 0.0000\n"
+    assert json.loads(scored("e2e", *texts, "--metrics", "TER", "--json")) == {
+        "TER": pytest.approx((1 / 4 + 1 / 3) / 2)
+    }
+
+
+def test_evaluate_takes_the_metrics_of_the_task(scored, monkeypatch):
+    monkeypatch.setattr("jlora.tasks.get_task", lambda name: replace(e2e.TASK, metrics=("TER",)))
+    assert scored("e2e", "a b\n", "a c\n") == "TER      0.5000\n"
+
+
+def test_evaluate_a_choice(scored, monkeypatch):
+    task = replace(e2e.TASK, metrics=("accuracy",), choices=("true", "false"))
+    monkeypatch.setattr("jlora.tasks.get_task", lambda name: task)
+    answers = ("true\nfalse\ntrue\ntrue\n", "True.\nfalse\nI see\nfalse, of course\n")
+    scores = json.loads(scored("boolq", *answers, "--json"))
+    assert scores["accuracy"] == 0.5
+    assert scores["majority"] == 0.75
+    assert scores["confusion/true->unparseable"] == scores["unparseable"] == 1
+    shown = dict(line.split() for line in scored("boolq", *answers).splitlines())
+    assert list(shown) == list(scores)
+    assert shown["majority"] == "0.7500"
+    assert shown["confusion/true->false"] == "1"
 
 
 @pytest.mark.parametrize(
@@ -110,6 +157,35 @@ def test_run_folder(tiny_run):
     tensors = read_safetensors(tiny_run / "adapter" / ADAPTER)
     assert len(tensors) == 4 and all(array.any() for array in tensors.values())
     assert not [path for path in tiny_run.rglob("*") if ".tmp" in path.name]
+
+
+def test_a_run_is_logged_where_the_recipe_says(tmp_path, tiny_model, monkeypatch):
+    class Service(types.ModuleType):
+        started, logged, finished = [], [], []
+
+        def init(self, **settings):
+            self.started.append(settings)
+            return self
+
+        def log(self, values, step):
+            self.logged.append((step, sorted(values)))
+
+        def finish(self):
+            self.finished.append(True)
+
+    monkeypatch.setitem(sys.modules, "wandb", Service("wandb"))
+    run = tmp_path / "my-run"
+    assert main(
+        f"finetune --model {tiny_model} --task restaurants --batch-size 4 --steps 2 "
+        "--precision plain --set data.train_limit=40 --set data.valid_stride=50 "
+        f"--set train.log_every=1 --log wandb --out {run}".split()
+    ) == 0  # fmt: skip
+    (started,) = Service.started
+    assert (started["name"], started["dir"]) == ("my-run", str(run))
+    assert "batch_size: 4" in started["config"]["recipe"]
+    trained = ["loss", "lr", "seconds", "tokens_per_s"]
+    assert Service.logged == [(1, trained), (2, trained), (2, ["valid_loss"])]
+    assert Service.finished == [True]
 
 
 def rows_of(count):

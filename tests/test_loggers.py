@@ -3,19 +3,15 @@ from __future__ import annotations
 import io
 import json
 import math
-import sys
-import types
 
 import numpy as np
 import pytest
 
-from jlora import loggers
 from jlora.errors import UserError
 from jlora.loggers import (
     Loggers,
     MetricsLogger,
     ProgressLogger,
-    WandbLogger,
     read_metrics,
     training_seconds,
     truncate_metrics,
@@ -210,56 +206,3 @@ def test_training_seconds_adds_up_restarted_clocks():
     assert training_seconds([{"step": 1}]) is None
     assert training_seconds([{"seconds": 1.0}, {"valid_loss": 1}, {"seconds": 5.0}]) == 5.0
     assert training_seconds([{"seconds": 5.0}, {"seconds": 2.0}, {"seconds": 3.0}]) == 8.0
-
-
-class FakeWandb(types.ModuleType):
-    """Records what the logger asks of wandb."""
-
-    def __init__(self, error=None):
-        super().__init__("wandb")
-        self.error, self.started, self.logged, self.finished = error, [], [], 0
-
-    def init(self, **settings):
-        if self.error:
-            raise self.error
-        self.started.append(settings)
-        return self
-
-    def log(self, values, step):
-        self.logged.append((step, values))
-
-    def finish(self):
-        self.finished += 1
-
-
-def test_wandb_is_offline_by_default(monkeypatch, tmp_path):
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    logger = WandbLogger(project="p", name="n", config={"r": 4}, folder=tmp_path)
-    assert fake.started == []
-    logger.log({"step": 1, "loss": np.float32(2.0)})
-    logger.log({"step": 1, "valid_loss": float("nan")})
-    logger.close()
-    expected = {"project": "p", "name": "n", "config": {"r": 4}, "dir": str(tmp_path)}
-    assert fake.started == [{**expected, "mode": "offline"}]
-    assert fake.logged == [(1, {"loss": 2.0}), (1, {"valid_loss": None})]
-    assert fake.finished == 1
-
-
-def test_wandb_that_cannot_start_does_not_stop_training(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(error=RuntimeError("no API key")))
-    other = Recorder()
-    with Loggers([WandbLogger(mode="online"), other]) as both:
-        both.log({"step": 1})
-        both.log({"step": 2})
-    assert other.steps == [1, 2]
-    assert capsys.readouterr().err.count("no API key") == 1
-
-
-def test_wandb_missing_or_wrong_mode(monkeypatch):
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        WandbLogger()
-    with pytest.raises(UserError, match="offline, online, disabled"):
-        WandbLogger(mode="cloud")

@@ -1,15 +1,17 @@
-"""The five E2E metrics against the official script and against values computed by hand."""
+"""The metrics that need Java, and all of E2E's, against official scripts and by hand."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
 
 import pytest
 
+import jlora.metrics
 from jlora.errors import UserError
-from jlora.metrics import E2E_METRICS, evaluate_e2e, read_hypotheses, read_references
+from jlora.metrics import E2E_METRICS, evaluate, evaluate_e2e, read_hypotheses, read_references
 from jlora.metrics.bleu import bleu
 from jlora.metrics.cider import cider
 from jlora.metrics.meteor import Meteor
@@ -63,6 +65,19 @@ def test_golden_case_agrees_with_the_official_script(name, tokenized, meteor):
     for metric, expected in case["scores"].items():
         if expected is not None:
             assert scores[metric] == pytest.approx(expected, rel=1e-9, abs=1e-12), metric
+
+
+GENERATION_EVAL = json.loads(
+    (Path(__file__).parent / "fixtures" / "generation_eval.json").read_text(encoding="utf-8")
+)["cases"]
+
+
+@pytest.mark.parametrize("name", GENERATION_EVAL)
+def test_meteor_of_webnlg_agrees_with_generation_eval(name, meteor, monkeypatch):
+    monkeypatch.setattr(jlora.metrics, "Meteor", lambda java: contextlib.nullcontext(meteor))
+    case = GENERATION_EVAL[name]
+    scores = evaluate(["METEOR-WebNLG"], case["hypotheses"], case["references"])
+    assert scores["METEOR-WebNLG"] == pytest.approx(case["scores"]["METEOR-WebNLG"], rel=1e-9)
 
 
 def official_case(shared_data, name):

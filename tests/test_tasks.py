@@ -26,7 +26,7 @@ def test_get_task():
         assert set(get_task(name).splits) == {"train", "valid", "test"}
     with pytest.raises(UserError, match="no task 'e2'; did you mean e2e"):
         get_task("e2")
-    with pytest.raises(UserError, match="no task 'zzz'; there are e2e, jsonl"):
+    with pytest.raises(UserError, match="no task 'zzz'; there are e2e, webnlg"):
         get_task("zzz")
 
 
@@ -135,13 +135,15 @@ def test_groups_keep_first_seen_order():
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-    """Empty $JLORA_DATA, ./data and ../shared/data, in the order in which they are looked in."""
+    """Empty $JLORA_DATA, ./data, ../shared/data and cache, in the order they are looked in."""
     work = tmp_path / "work"
     folders = [tmp_path / "from_variable", work / "data", tmp_path / "shared" / "data"]
+    folders.append(tmp_path / "cache" / "data")
     for folder in folders:
         folder.mkdir(parents=True)
     monkeypatch.chdir(work)
     monkeypatch.setenv("JLORA_DATA", str(folders[0]))
+    monkeypatch.setenv("JLORA_CACHE", str(tmp_path / "cache"))
     return folders
 
 
@@ -168,8 +170,11 @@ def test_folders_hold_the_files_or_the_tasks_folder(places):
 def test_what_is_not_found_is_listed(places, monkeypatch):
     with pytest.raises(UserError) as caught:
         E2E.find_data(None, "test")
-    for part in (str(places[0]), "data/e2e", "../shared/data", "test.txt", "--data"):
+    for part in (*map(str, (places[0], places[3])), "data/e2e", "../shared/data", "test.txt"):
         assert part in str(caught.value)
+    assert "with --data or $JLORA_DATA, or run `jlora pull e2e`" in str(caught.value)
+    with pytest.raises(UserError, match=r"\$JLORA_DATA$"):
+        get_task("jsonl").find_data(None, "test")
     # --data is meant: nothing else is looked in.
     (places[1] / "test.txt").write_text("a||b\n")
     with pytest.raises(UserError, match="no test data"):
@@ -178,6 +183,22 @@ def test_what_is_not_found_is_listed(places, monkeypatch):
         E2E.find_data(places[2] / "absent", "test")
     with pytest.raises(UserError, match="no split 'dev'; it has train, valid, test"):
         E2E.find_data(None, "dev")
+
+
+# Prompt templates ------------------------------------------------------------------------------
+
+
+def test_templates_are_names_or_format_strings(tmp_path):
+    task = get_task("boolq")
+    assert task.find_template(None) == task.templates["jlora"]
+    assert task.find_template("replication") == "{passage} {question}?"
+    assert task.find_template("Q: {question}") == "Q: {question}"
+    with pytest.raises(UserError, match="no prompt template 'replica'; task boolq has jlora, repl"):
+        task.find_template("replica")
+    with pytest.raises(UserError, match="task e2e has no prompt templates"):
+        E2E.read(write(tmp_path, "a||b\n"), "{question}")
+    with pytest.raises(UserError, match="task restaurants has no prompt templates"):
+        get_task("restaurants").load(None, "test", template="jlora")
 
 
 # The built-in corpus ---------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -364,14 +366,38 @@ def test_nothing_to_resume(tmp_path):
         run_tiny(tmp_path, resume=True)
 
 
-def test_a_damaged_checkpoint_is_named(whole_run, tmp_path):
-    import shutil
-
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole_run, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(whole_run[0], run)
     (run / "checkpoint" / "progress.json").write_text('{"step": 1')
-    with pytest.raises(UserError, match="progress.json"):
-        run_tiny(run, resume=True)
+    model, result = run_tiny(run, resume=True)
+    said = capsys.readouterr().err
+    assert f"{run / 'checkpoint'} is damaged (progress.json" in said
+    assert f"the good {run / 'checkpoint.previous'}, step 8" in said
+    assert result.progress.step == TINY.steps and losses(run) == losses(whole_run[0])
+    for name, tensor in model.adapter_tensors().items():
+        assert np.array_equal(tensor, whole_run[1][name]), name
+
+
+def test_a_resumed_run_writes_the_adapter_of_its_checkpoint(whole_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run[0], run)
+    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    run_tiny(run, resume=True)
+    for file in (run / "adapter").iterdir():
+        assert file.read_bytes() == (whole_run[0] / "adapter" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("jump", [-(10**9), 10**9])
+def test_a_clock_that_jumps_changes_nothing(whole_run, tmp_path, monkeypatch, jump):
+    """NTP, or a machine that was asleep: the time of day is of no account."""
+    real, calls = time.time, itertools.count()
+    monkeypatch.setattr(time, "time", lambda: real() + jump * (next(calls) % 2))
+    model, result = run_tiny(tmp_path)
+    assert losses(tmp_path) == losses(whole_run[0])
+    seconds = [record["seconds"] for record in read_metrics(tmp_path / "metrics.jsonl")
+               if "seconds" in record]  # fmt: skip
+    assert seconds == sorted(seconds) and 0 < seconds[-1] == round(result.progress.seconds, 3) < 600
 
 
 def test_an_adapter_that_does_not_move_is_an_error(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jlora.adapters.model import MergeReport, PeftModel
+from jlora.adapters.tuned import TunedModel
 from jlora.formats.rounding import norm
 from jlora.layers import bias_names
 
@@ -37,7 +38,8 @@ def merged_weights(model: nn.Module) -> MergedWeights:
         UserError: the adapter was unloaded, or a LoRA embedding is the output head as well.
     """
     if not isinstance(model, PeftModel):
-        return MergedWeights({n: p.float32().numpy() for n, p in model.named_parameters()})
+        base = model.get_base_model() if isinstance(model, TunedModel) else model
+        return MergedWeights({n: p.float32().numpy() for n, p in base.named_parameters()})
     before = base_tensors(model)
     with model.merged() as report:
         tensors = {

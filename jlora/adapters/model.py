@@ -14,6 +14,7 @@ from jlora.adapters import loralib, storage
 from jlora.adapters.attach import ModulesToSave, attach, detach
 from jlora.adapters.config import LoraConfig
 from jlora.adapters.targets import default_targets
+from jlora.adapters.tuned import TunedModel
 from jlora.errors import UserError
 from jlora.formats.peft_file import read_peft, write_peft
 from jlora.formats.torch_write import write_torch
@@ -58,11 +59,25 @@ def get_peft_model(model: nn.Module, config: LoraConfig) -> PeftModel:
     return PeftModel(model, config)
 
 
-class PeftModel(nn.Module):
-    """A base model whose target layers are LoRA layers; called like the base model.
+def add_adapter(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, set[str]]:
+    """Put LoRA layers into ``model`` (in place); weights are neither read nor frozen.
 
-    Everything the base model has (``config``, ``tokenizer``, ``hidden_states``, ``new_cache``, ...)
-    is there under the same name. Parameter names are the base model's, without a prefix.
+    Returns:
+        The settings with what depends on the model filled in, and the names of the parameters to
+        be trained.
+
+    Raises:
+        UserError: as `get_peft_model`.
+    """
+    config = _completed(config, model)
+    attach(model, config)
+    names = {name for name, _ in model.named_parameters()}
+    adapter = {n for n in names if "lora_" in n or ".modules_to_save." in f".{n}"}
+    return config, adapter | bias_names(model, config.bias)
+
+
+class PeftModel(TunedModel):
+    """A base model whose target layers are LoRA layers; called like the base model.
 
     Attributes:
         base_model: the model with the LoRA layers in it.
@@ -74,41 +89,13 @@ class PeftModel(nn.Module):
             raise UserError(
                 "the model has LoRA layers already; merge_and_unload() or unload() them first"
             )
-        config = _completed(config, model)
         self._base_record = storage.describe_base(model)
-        attach(model, config)
-        self.base_model = model
-        self.peft_config = config
+        self.peft_config, names = add_adapter(model, config)
         self._unloaded = False
-        names = {name for name, _ in model.named_parameters()}
-        self._bias_names = bias_names(model, config.bias)
+        super().__init__(model, names)
+        self._bias_names = bias_names(model, self.peft_config.bias)
         # What unload() and disable_adapter() put back.
         self._other_biases = self._copy_biases()
-        self._adapter_names = self._bias_names | {
-            name for name in names if "lora_" in name or ".modules_to_save." in f".{name}"
-        }
-        self._trainable_names = self._adapter_names
-        set_trainable(model, self._trainable_names)
-
-    def execute(self, *args, **kwargs):
-        return self.base_model(*args, **kwargs)
-
-    def __getattr__(self, name: str):
-        # Only reached when the wrapper lacks the name. Underscored names and Jittor's own notes
-        # belong to one module and must not be found on another.
-        if name.startswith("_") or name in ("base_model", "is_train", "backup_grad_state"):
-            raise AttributeError(f"PeftModel has no attribute {name!r}")
-        return getattr(self.base_model, name)
-
-    def train(self) -> PeftModel:
-        """Training mode. Jittor's own would also un-freeze a base that was in eval() before."""
-        super().train()
-        set_trainable(self.base_model, self._trainable_names)
-        return self
-
-    def get_base_model(self) -> nn.Module:
-        """The model inside, with the LoRA layers in it."""
-        return self.base_model
 
     # --- parameters ---
 
@@ -120,46 +107,10 @@ class PeftModel(nn.Module):
         modules = self.base_model.named_modules()
         return {name: module for name, module in modules if isinstance(module, kind)}
 
-    def trainable_parameters(self) -> list[tuple[str, jt.Var]]:
-        """Names and Vars of what the optimiser shall change, in the model's order."""
-        return self._named(self._trainable_names)
-
-    def _named(self, names: set[str]) -> list[tuple[str, jt.Var]]:
-        return [(name, var) for name, var in self.base_model.named_parameters() if name in names]
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) numbers of parameters, the adapter's among the latter."""
-        named = self.base_model.named_parameters()
-        sizes = {name: int(np.prod(var.shape)) for name, var in named}
-        # What an engine keeps in packed form alone is no Var; tied weights are one thing.
-        weights = [module.__dict__.get("weight") for module in self.base_model.modules()]
-        packed = {id(w): w for w in weights if w is not None and not isinstance(w, jt.Var)}
-        total = sum(sizes.values()) + sum(int(np.prod(w.shape)) for w in packed.values())
-        return sum(sizes[name] for name in self._trainable_names), total
-
-    def print_trainable_parameters(self) -> None:
-        trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,} || all params: {total:,} || "
-            f"trainable%: {100 * trainable / total:.4f}"
-        )
-
-    def adapter_tensors(self) -> dict[str, np.ndarray]:
-        """All that belongs to the adapter, by parameter name, as float32 arrays."""
-        return {name: var.float32().numpy() for name, var in self._named(self._adapter_names)}
-
     def set_adapter_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Replace the adapter's parameters by `adapter_tensors` of another time or place.
-
-        Raises:
-            UserError: names are missing or unknown or shapes differ; nothing is changed then.
-        """
-        parameters = dict(self._named(self._adapter_names))
-        shapes = {name: tuple(var.shape) for name, var in parameters.items()}
-        storage.check_tensors("the adapter", shapes, tensors)
+        """As `TunedModel.set_adapter_tensors`; merged layers stay merged, with the new change."""
         with self._unmerged():
-            for name, var in parameters.items():
-                assign(var, jt.array(np.ascontiguousarray(tensors[name])).cast(var.dtype))
+            super().set_adapter_tensors(tensors)
 
     # --- on, off, merged ---
 
@@ -349,6 +300,7 @@ class PeftModel(nn.Module):
         tensors = {storage.from_peft_key(key): array for key, array in files.tensors.items()}
         config, tensors = storage.without_head(config, tensors, model, str(files.path))
         config, tensors = storage.native_config(model, config, tensors, files.notes)
+        storage.check_ranks(config, tensors, model, str(files.path))
         return cls._restored(model, config, tensors, str(files.path), is_trainable)
 
     def save_loralib(self, path: str | Path, nested: bool = True) -> float:
@@ -422,9 +374,7 @@ class PeftModel(nn.Module):
             peft_model.unload()
             raise
         if not is_trainable:
-            peft_model._trainable_names = set()
-            set_trainable(model, set())
-            peft_model.eval()
+            peft_model.freeze()
         return peft_model
 
     def _load(self, tensors: dict[str, np.ndarray], source: str) -> None:

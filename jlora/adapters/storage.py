@@ -188,6 +188,24 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def check_ranks(
+    config: LoraConfig, tensors: Mapping[str, np.ndarray], model: nn.Module, source: str
+) -> None:
+    """Refuse ranks beyond any size in the file, before memory is filled with layers of them.
+
+    Raises:
+        UserError: a target's rank is larger than every dimension of every tensor.
+    """
+    largest = max((size for array in tensors.values() for size in array.shape), default=0)
+    for name in find_targets(model, config):
+        rank = pattern_value(name, config.rank_pattern, config.r)
+        if rank > largest:
+            raise UserError(
+                f"{source}: rank {rank} for {name}, and no tensor of the adapter has a size above "
+                f"{largest}; take the settings and the weights of one adapter"
+            )
+
+
 def _describe_tensor(var) -> dict[str, Any]:
     values = var.float32().numpy()
     hashed = values.reshape(-1)[:HASHED_VALUES]

@@ -24,7 +24,7 @@ from jlora.kernels import attention, elementwise, native, packed_linear
 from jlora.models import attention as models_attention
 from jlora.models import gpt2, llama
 from jlora.models.head import LanguageHead
-from jlora.runtime import jt
+from jlora.runtime import jt, release_memory
 
 from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
 
@@ -159,8 +159,14 @@ def prepare(
             restore(model)
             raise
         _fuse_blocks(model, checkpoint_activations)
-        jt.gc()
+    release()
     return precision
+
+
+def release() -> None:
+    """Give back to the system what models that are gone have left in this process."""
+    native.free_retired()
+    release_memory()
 
 
 def restore(model) -> None:

@@ -20,9 +20,12 @@ import numpy as np
 
 from jlora.errors import UserError
 from jlora.files import os_error
-from jlora.formats.safetensors_file import one_line
+from jlora.formats.safetensors_file import one_line, placeholder
 
 QUANTIZATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
+
+#: Of all lists in the metadata together; a vocabulary of 256,000 with its merges has a million.
+MOST_ENTRIES = 2**21
 
 LLAMA_BLOCKS, GPT2_BLOCKS = "model.layers", "transformer.h"
 LLAMA_NAMES = {
@@ -67,15 +70,18 @@ class GGUFFile:
     metadata: dict[str, Any] = field(repr=False)
 
 
-def read_gguf(path: str | Path) -> GGUFFile:
+def read_gguf(path: str | Path, shapes_only: bool = False) -> GGUFFile:
     """Read a GGUF file of the llama, qwen2 or gpt2 architecture.
+
+    Args:
+        shapes_only: read no weights; the arrays are `placeholder`.
 
     Raises:
         UserError: no GGUF file, truncated, an unknown architecture or tensor, or a quantization
             other than F32, F16, BF16, Q8_0, Q4_0, Q4_1.
     """
     path = Path(path)
-    metadata, raw = read_raw(path)
+    metadata, raw = read_raw(path, shapes_only)
     architecture = metadata.get("general.architecture")
     if architecture not in ("llama", "qwen2", "gpt2"):
         raise UserError(
@@ -88,11 +94,12 @@ def read_gguf(path: str | Path) -> GGUFFile:
             config = gpt2_config(metadata, tensors)
             for name in tensors:
                 if is_conv1d(name):
-                    tensors[name] = np.ascontiguousarray(tensors[name].T)
+                    turned = tensors[name].T
+                    tensors[name] = turned if shapes_only else np.ascontiguousarray(turned)
         else:
             tensors = rename(path, raw, LLAMA_NAMES, LLAMA_BLOCKS)
             config = llama_config(path, architecture, metadata, tensors, factors)
-            if architecture == "llama":
+            if architecture == "llama" and not shapes_only:
                 heads = config["num_attention_heads"], config["num_key_value_heads"]
                 for name in tensors:
                     if ".q_proj." in name:
@@ -110,22 +117,11 @@ def read_gguf(path: str | Path) -> GGUFFile:
     return GGUFFile(path, config, tensors, metadata)
 
 
-def read_raw(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read_raw(path: Path, shapes_only: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Metadata and dequantized float32 tensors under the file's own names."""
-    from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    try:
-        with open(path, "rb") as handle:
-            if handle.read(4) != b"GGUF":
-                raise UserError(f"{path}: not a GGUF file (it does not begin with `GGUF`)")
-        reader = GGUFReader(path)
-    except OSError as error:
-        raise os_error("read", path, error) from error
-    except UserError:
-        raise
-    except Exception as error:  # the reader indexes into the file without checks of its own
-        raise damaged(path, error) from error
+    reader = open_gguf(path)
     tensors = {}
     for tensor in reader.tensors:
         kind = tensor.tensor_type
@@ -134,10 +130,15 @@ def read_raw(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
                 f"{path}: tensor {tensor.name} is quantized as {kind.name}; only "
                 f"{', '.join(QUANTIZATIONS)} are read: take a file of one of these kinds"
             )
+        # GGUF lists the fastest dimension first.
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        if shapes_only and tensor.name != "rope_freqs.weight":  # its numbers go to the config
+            tensors[tensor.name] = placeholder(shape)
+            continue
         try:
-            array = dequantize(tensor.data, kind).astype(np.float32)
-            # GGUF lists the fastest dimension first. The copy lets go of the mapped file.
-            shape = tuple(int(n) for n in reversed(tensor.shape))
+            with np.errstate(all="ignore"):  # NaN and infinity are the file's own
+                array = dequantize(tensor.data, kind).astype(np.float32)
+            # The copy lets go of the mapped file.
             tensors[tensor.name] = np.array(array.reshape(shape))
         except Exception as error:
             raise damaged(path, error) from error
@@ -148,12 +149,52 @@ def read_raw(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return metadata, tensors
 
 
+def open_gguf(path: Path) -> Any:
+    """The gguf package's reader of a file, which finds fault with what the package overlooks.
+
+    Raises:
+        UserError: the file cannot be read, or is no GGUF file or a damaged one.
+    """
+    from gguf import GGUFReader, GGUFValueType
+
+    class Reader(GGUFReader):
+        entries = 0
+
+        def _get(self, offset, dtype, count=1, override_order=None):
+            # The package takes as much as there is, and counts on for ever where nothing is left.
+            end = int(offset) + int(count) * np.dtype(dtype).itemsize
+            if end > len(self.data):
+                raise ValueError(f"it ends at byte {len(self.data):,} of {end:,}")
+            return super()._get(offset, dtype, count, override_order)
+
+        def _get_field_parts(self, orig_offs, raw_type):
+            if raw_type == GGUFValueType.ARRAY:
+                # Each entry becomes some objects, hundreds of bytes for one.
+                self.entries += int(self._get(int(orig_offs) + 4, np.uint64)[0])
+                if self.entries > MOST_ENTRIES:
+                    raise ValueError(f"its metadata have over {MOST_ENTRIES:,} entries")
+            return super()._get_field_parts(orig_offs, raw_type)
+
+    try:
+        with open(path, "rb") as handle:
+            if handle.read(4) != b"GGUF":
+                raise UserError(f"{path}: not a GGUF file (it does not begin with `GGUF`)")
+        reader = Reader(path)
+        if sum(int(tensor.n_bytes) for tensor in reader.tensors) > len(reader.data):
+            raise ValueError("its tensors overlap")
+    except OSError as error:
+        raise os_error("read", path, error) from error
+    except UserError:
+        raise
+    except Exception as error:  # the reader indexes into the file without checks of its own
+        raise damaged(path, error) from error
+    return reader
+
+
 def main_kind(path: Path) -> str:
     """The type in which a GGUF file holds most of its numbers, such as Q4_1."""
-    from gguf import GGUFReader
-
     sizes: Counter[str] = Counter()
-    for tensor in GGUFReader(path).tensors:
+    for tensor in open_gguf(path).tensors:
         sizes[tensor.tensor_type.name] += int(tensor.n_elements)
     return sizes.most_common(1)[0][0]
 

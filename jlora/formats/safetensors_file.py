@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,10 +52,32 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
                     continue
                 first, last = entry["data_offsets"]
                 handle.seek(start + first)
-                tensors[name] = to_array(path, name, entry, handle.read(last - first))
+                try:
+                    tensors[name] = to_array(path, name, entry, handle.read(last - first))
+                except ValueError as error:  # nothing in it, but other dimensions beyond NumPy's
+                    raise UserError(
+                        f"{path}: tensor {name} of shape {entry['shape']} cannot be: {error}"
+                    ) from error
     except OSError as error:
         raise os_error("read", path, error) from error
     return tensors
+
+
+def read_shapes(path: str | Path) -> dict[str, np.ndarray]:
+    """What `read_safetensors` gives, as `placeholder` arrays: only the header is read.
+
+    Raises:
+        UserError: as `read_safetensors`.
+    """
+    path = Path(path)
+    header, _ = read_header(path)
+    header.pop("__metadata__", None)
+    return {n: placeholder(e["shape"], DTYPES.get(e["dtype"], "f4")) for n, e in header.items()}
+
+
+def placeholder(shape: Sequence[int], dtype: str | type = np.float32) -> np.ndarray:
+    """An array of zeros that takes no memory: for whoever wants names and shapes alone."""
+    return np.broadcast_to(np.zeros((), dtype), tuple(map(int, shape)))
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

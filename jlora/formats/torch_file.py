@@ -9,7 +9,9 @@ GPT-2's original checkpoints are kept.
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import pickletools
 import struct
 import sys
 import zipfile
@@ -23,7 +25,12 @@ import numpy as np
 
 from jlora.errors import UserError
 from jlora.files import os_error
-from jlora.formats.safetensors_file import bfloat16_to_float32, one_line, read_sharded
+from jlora.formats.safetensors_file import (
+    bfloat16_to_float32,
+    one_line,
+    placeholder,
+    read_sharded,
+)
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
@@ -56,15 +63,22 @@ DTYPE_NAMES = (
 NESTED_KEYS = ("model_state_dict", "state_dict")
 
 
+class Sealed:
+    """A pickle may set the attributes of what it has made; not of these."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("it changes what it has made")
+
+
 @dataclass(frozen=True)
-class StorageType:
+class StorageType(Sealed):
     """A torch storage class, as the pickle names it."""
 
     name: str
 
 
 @dataclass
-class Storage:
+class Storage(Sealed):
     """A flat array; ``values`` comes after the pickle that mentions it (legacy layout)."""
 
     kind: str
@@ -73,7 +87,7 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class LazyTensor:
+class LazyTensor(Sealed):
     """A strided view of a storage, checked and made into an array once the data is there."""
 
     storage: Storage
@@ -145,8 +159,12 @@ class TensorUnpickler(pickle.Unpickler):
         self.path, self.find_storage = path, find_storage
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
         if (module, name) in ALLOWED:
-            return ALLOWED[module, name]
+            function = ALLOWED[module, name]
+            # One of its own for each file, which may set the attributes of a function.
+            return lambda *arguments: function(*arguments)
         if module in ("torch", "torch.cuda") and name in STORAGES:
             return StorageType(name)
         if module == "torch" and name in DTYPE_NAMES:
@@ -159,17 +177,55 @@ class TensorUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, storage_type, key, _location, count = pid[:5]
+        # What is no text is not shown either: its repr may be longer than any memory.
         if kind != "storage" or not isinstance(storage_type, StorageType):
-            raise ValueError(f"an unknown reference {kind!r}")
+            raise ValueError("an unknown reference")
+        if not isinstance(key, (str, int)):
+            raise ValueError("a storage whose key is no text")
         if len(pid) > 5 and pid[5] is not None:
             raise ValueError("a storage that is a view of another (torch before 0.4)")
         return self.find_storage(storage_type.name, str(key), int(count))
 
 
-def read_torch(path: str | Path) -> dict[str, np.ndarray]:
+class BoundedFile:
+    """A file of which no read asks for more than there is, whatever a length in it says."""
+
+    def __init__(self, handle: BinaryIO):
+        self.handle = handle
+        self.size = handle.seek(0, os.SEEK_END)
+        handle.seek(0)
+
+    def read(self, count: int = -1) -> bytes:
+        rest = self.size - self.handle.tell()
+        return self.handle.read(rest if count < 0 else min(count, rest))
+
+    def readline(self) -> bytes:
+        return self.handle.readline()
+
+    def tell(self) -> int:
+        return self.handle.tell()
+
+    def load(self, path: Path, find_storage) -> Any:
+        """Unpickle the next value.
+
+        Python's unpickler makes room for what a file says is to come, and a table as long as the
+        largest number under which a value is kept; so the file is gone through before.
+        """
+        start = self.handle.tell()
+        for opcode, argument, position in pickletools.genops(self):
+            if opcode.name.endswith("PUT") and int(argument) > position - start:
+                raise ValueError(f"value number {argument} at byte {position}")
+        self.handle.seek(start)
+        return TensorUnpickler(self, path, find_storage).load()
+
+
+def read_torch(path: str | Path, shapes_only: bool = False) -> dict[str, np.ndarray]:
     """Read the state dict of a .bin or .pt file; bfloat16 becomes float32.
 
     ``{"model_state_dict": {...}}`` and ``{"state_dict": {...}}`` are looked into.
+
+    Args:
+        shapes_only: read no data; the arrays are `placeholder`.
 
     Raises:
         UserError: missing, truncated or damaged file; one that asks for anything but tensors
@@ -181,9 +237,9 @@ def read_torch(path: str | Path) -> dict[str, np.ndarray]:
             head = handle.read(512)
             handle.seek(0)
             if head[:4] == b"PK\x03\x04":
-                tree = read_zip(handle, path)
+                tree = read_zip(handle, path, shapes_only)
             elif head[:1] == b"\x80":
-                tree = read_legacy(handle, path)
+                tree = read_legacy(handle, path, shapes_only)
             else:
                 tar = head[257:262] == b"ustar"
                 what = "torch 0.1's tar layout" if tar else "something else" if head else "empty"
@@ -191,7 +247,7 @@ def read_torch(path: str | Path) -> dict[str, np.ndarray]:
                     f"{path}: not a file of torch.save ({what}); give a .bin, .pt or safetensors "
                     "file"
                 )
-        return to_arrays(tree, path)
+        return to_arrays(tree, path, path.stat().st_size, shapes_only)
     except OSError as error:
         raise os_error("read", path, error) from error
     except UserError:
@@ -204,7 +260,7 @@ def read_torch(path: str | Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def read_zip(handle: BinaryIO, path: Path) -> Any:
+def read_zip(handle: BinaryIO, path: Path, shapes_only: bool) -> Any:
     """The zip layout: NAME/data.pkl and one file NAME/data/KEY for each storage."""
     with zipfile.ZipFile(handle) as archive:
         pickles = [n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl"]
@@ -214,6 +270,11 @@ def read_zip(handle: BinaryIO, path: Path) -> Any:
                 "torch.save(state_dict)"
             )
         root = pickles[0][: -len("data.pkl")]
+        # torch packs nothing. Packed, or several on the same bytes, they could be any size.
+        size = handle.seek(0, os.SEEK_END)
+        members = archive.infolist()
+        if sum(max(m.file_size, m.compress_size) for m in members) > size:
+            raise ValueError("it unpacks to more than its size")
         order = "<"
         if f"{root}byteorder" in archive.namelist():
             order = ">" if archive.read(f"{root}byteorder") == b"big" else "<"
@@ -223,22 +284,23 @@ def read_zip(handle: BinaryIO, path: Path) -> Any:
             if key not in storages:
                 dtype = np.dtype(STORAGES[kind]).newbyteorder(order)
                 member = archive.getinfo(f"{root}data/{key}")
-                # Before reading, so that a packed file cannot unpack to more than it says.
                 if member.file_size != count * dtype.itemsize:
                     raise ValueError(
                         f"storage {key} has {member.file_size} bytes for {count} values"
                     )
-                values = np.frombuffer(archive.read(member), dtype)
+                data = None if shapes_only else archive.read(member)
+                values = None if data is None else np.frombuffer(data, dtype)
                 storages[key] = Storage(kind, count, values)
             if storages[key].kind != kind:
                 raise ValueError(f"storage {key} is used with two dtypes")
             return storages[key]
 
-        return TensorUnpickler(io.BytesIO(archive.read(pickles[0])), path, find_storage).load()
+        return BoundedFile(io.BytesIO(archive.read(pickles[0]))).load(path, find_storage)
 
 
-def read_legacy(handle: BinaryIO, path: Path) -> Any:
+def read_legacy(handle: BinaryIO, path: Path, shapes_only: bool) -> Any:
     """The older layout: magic number, protocol, system, tree, storage keys, then the data."""
+    file = BoundedFile(handle)
     storages: dict[str, Storage] = {}
 
     def find_storage(kind: str, key: str, count: int) -> Storage:
@@ -248,7 +310,7 @@ def read_legacy(handle: BinaryIO, path: Path) -> Any:
         return storage
 
     def load() -> Any:
-        return TensorUnpickler(handle, path, find_storage).load()
+        return file.load(path, find_storage)
 
     if load() != LEGACY_MAGIC:
         raise UserError(
@@ -259,42 +321,52 @@ def read_legacy(handle: BinaryIO, path: Path) -> Any:
     system = load()
     order = "<" if system.get("little_endian", sys.byteorder == "little") else ">"
     tree = load()
+    if shapes_only:
+        return tree
     keys = load()
     for key in keys:
-        storage = storages.get(str(key))
+        storage = storages.get(str(key)) if isinstance(key, (str, int)) else None
         if storage is None:
-            raise ValueError(f"data for an unknown storage {key}")
+            raise ValueError("data for an unknown storage")
         dtype = np.dtype(STORAGES[storage.kind]).newbyteorder(order)
-        count = struct.unpack(order + "q", handle.read(8))[0]
+        count = struct.unpack(order + "q", file.read(8))[0]
         if count != storage.count:
             raise ValueError(f"storage {key} has {count} values instead of {storage.count}")
-        data = handle.read(count * dtype.itemsize)
+        data = file.read(count * dtype.itemsize)
         if len(data) != count * dtype.itemsize:
             raise ValueError("the file ends inside its data")
         storage.values = np.frombuffer(data, dtype)
     return tree
 
 
-def to_arrays(tree: Any, path: Path) -> dict[str, np.ndarray]:
-    """The state dict inside a loaded tree, as native-endian arrays."""
+def to_arrays(tree: Any, path: Path, size: int, shapes_only: bool = False) -> dict[str, np.ndarray]:
+    """The state dict inside a loaded tree, as native-endian arrays; ``size``: of the file."""
     found = type(tree).__name__
     tensors = {}
     if isinstance(tree, Mapping):
         inner = [tree[key] for key in NESTED_KEYS if isinstance(tree.get(key), Mapping)]
         tree = inner[0] if inner else tree
-        found = ", ".join(map(str, list(tree)[:5])) or "nothing"
+        names = [name[:40] for name in list(tree)[:5] if isinstance(name, str)]
+        found = ", ".join(names) or "nothing"
         tensors = {k: v for k, v in tree.items() if isinstance(v, LazyTensor)}
     if not tensors or not all(isinstance(name, str) for name in tensors):
         raise UserError(
             f"{path}: no weights inside (found: {found}); a state dict is expected, at the top or "
             f"under {' or '.join(NESTED_KEYS)}"
         )
-    arrays = {}
+    if shapes_only:
+        wide = {**STORAGES, "BFloat16Storage": "f4"}
+        return {n: placeholder(t.shape, wide[t.storage.kind]) for n, t in tensors.items()}
+    arrays, total = {}, 0
     for name, tensor in tensors.items():
         try:
             array = tensor.numpy()
         except ValueError as error:
             raise UserError(f"{path}: tensor {name} is damaged: {error}") from error
+        # Tied weights share a storage; thousands of views of one would fill any memory.
+        total += array.nbytes
+        if total > 4 * size:
+            raise ValueError(f"its tensors share storages and take over {total:,} bytes")
         if tensor.storage.kind == "BFloat16Storage":
             array = bfloat16_to_float32(array)
         arrays[name] = array.astype(array.dtype.newbyteorder("="), copy=False)

@@ -114,7 +114,7 @@ class BlockPlan:
         """
         return call("saved_bytes", i64, self.address, -(-rows // ROWS) * ROWS)
 
-    def __del__(self):
+    def __del__(self, retire=retire):  # see PackedWeight
         if hasattr(self, "address"):
             retire(self._kept, self.spec)
 

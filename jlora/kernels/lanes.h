@@ -78,9 +78,12 @@ inline float largest16(F16 v) {
     for (int i = 1; i < 16; i++) most = v[i] > most ? v[i] : most;
     return most;
 }
+// By halves: one lane after the other would wait for 15 additions.
 inline float sum16(F16 v) {
-    float sum = 0;
-    for (int i = 0; i < 16; i++) sum += v[i];
-    return sum;
+    float all[16];
+    store16(all, v);
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) all[i] += all[i + half];
+    return all[0];
 }
 }  // namespace jlora

@@ -1,6 +1,7 @@
 // The low-rank branches of the linear layers that read the same rows: y += s (dropout(x) A^T) B^T, and
-// their gradients. The sums that have many terms run over rows here; what is added to the result of
-// the frozen weights is added 32 columns at a time, where that result appears.
+// their gradients. The sums that have many terms run over rows here, four rows at a time, so that
+// what is read of A and of the gradients serves four; what is added to the result of the frozen
+// weights is added 32 columns at a time, where that result appears.
 #pragma once
 #include <omp.h>
 #include <algorithm>
@@ -62,13 +63,18 @@ public:
         if (!rank()) return;
         #pragma omp parallel
         {
-            std::vector<float> row(in_), kept(in_);
+            std::vector<float> row(FOUR * in_), kept(FOUR * in_);
             #pragma omp for schedule(static)
-            for (int64_t m = 0; m < x.rows; m++) {
-                read(x, m, row.data());
-                each_branch([&](const Branch& b, int64_t j) {
-                    const float* source = dropped(b, m, row.data(), kept.data());
-                    dots(source, a_.data() + j * in_, b.rank(), in_, b.scale, low + m * rank() + j);
+            for (int64_t m = 0; m < x.rows; m += FOUR) {
+                const int64_t count = std::min<int64_t>(FOUR, x.rows - m);
+                for (int64_t i = 0; i < count; i++) read(x, m + i, row.data() + i * in_);
+                each_branch([&](const Branch& b, int64_t first) {
+                    const float* source = dropped(b, m, count, row.data(), kept.data());
+                    for (int64_t j = first; j < first + b.rank(); j++) {
+                        float y[FOUR];
+                        dots(a_.data() + j * in_, source, in_, in_, y);
+                        for (int64_t i = 0; i < count; i++) low[(m + i) * rank() + j] = b.scale * y[i];
+                    }
                 });
             }
         }
@@ -91,18 +97,22 @@ public:
         std::vector<float> sum_a(R * in_), sum_b(R * out_);
         #pragma omp parallel
         {
-            std::vector<float> row(in_), kept(in_), g(out_), own_a(R * in_), own_b(R * out_);
+            std::vector<float> row(FOUR * in_), kept(FOUR * in_), g(FOUR * out_), own_a(R * in_), own_b(R * out_);
             #pragma omp for schedule(static)
-            for (int64_t m = 0; m < x.rows; m++) {
-                read(x, m, row.data());
-                read(dy, m, g.data());
+            for (int64_t m = 0; m < x.rows; m += FOUR) {
+                const int64_t count = std::min<int64_t>(FOUR, x.rows - m);
+                for (int64_t i = 0; i < count; i++)
+                    read(x, m + i, row.data() + i * in_), read(dy, m + i, g.data() + i * out_);
                 each_branch([&](const Branch& b, int64_t first) {
-                    const float* source = dropped(b, m, row.data(), kept.data());
+                    const float* source = dropped(b, m, count, row.data(), kept.data());
                     for (int64_t j = first; j < first + b.rank(); j++) {
                         const float* own = g.data() + first_[j];
-                        const float d = dlow[m * R + j] = b.scale * dot(own, table_.data() + j * out_ + first_[j], b.width());
-                        add_scaled(own_b.data() + j * out_ + first_[j], low[m * R + j], own, b.width());
-                        add_scaled(own_a.data() + j * in_, d, source, in_);
+                        float d[FOUR], y[FOUR] = {};  // zero beyond the last row
+                        dots(table_.data() + j * out_ + first_[j], own, out_, b.width(), d);
+                        for (int64_t i = 0; i < FOUR; i++) d[i] = i < count ? b.scale * d[i] : 0.0f;
+                        for (int64_t i = 0; i < count; i++) dlow[(m + i) * R + j] = d[i], y[i] = low[(m + i) * R + j];
+                        add_rows(own_b.data() + j * out_ + first_[j], y, own, out_, b.width());
+                        add_rows(own_a.data() + j * in_, d, source, in_, in_);
                     }
                 });
             }
@@ -138,6 +148,7 @@ public:
     }
 
 private:
+    static constexpr int64_t FOUR = 4;
     struct Reach { int64_t from, to; };  // of ranks that change a panel of 32 outputs
     // visit(branch, number of its first rank)
     template <typename Visit>
@@ -156,24 +167,37 @@ private:
     static void read(const Rows& x, int64_t m, float* row) {
         for (int64_t k = 0; k < x.width; k += 32) to_float(x.at(m, k), row + k, std::min<int64_t>(32, x.width - k));
     }
-    const float* dropped(const Branch& b, int64_t m, const float* row, float* kept) const {
-        if (b.p <= 0) return row;
+    // Rows m to m + count - 1, in_ apart.
+    const float* dropped(const Branch& b, int64_t m, int64_t count, const float* rows, float* kept) const {
+        if (b.p <= 0) return rows;
         const Dropout drop(b.p, b.seed);
-        for (int64_t i = 0; i < in_; i += 16) store16(kept + i, load16(row + i) * drop.factors(m * in_ + i));
+        for (int64_t i = 0; i < count * in_; i += 16) store16(kept + i, load16(rows + i) * drop.factors(m * in_ + i));
         return kept;
     }
 
-    // y[i] = scale * (x . row i of a), four rows at a time
-    static void dots(const float* x, const float* a, int64_t rows, int64_t n, float scale, float* y) {
-        for (int64_t i = 0; i < rows; i += 4) {
-            const int64_t count = std::min<int64_t>(4, rows - i);
-            F16 sums[4] = {};
-            for (int64_t k = 0; k < n; k += 16) {
-                const F16 v = load16(x + k);
-                for (int64_t j = 0; j < 4; j++) sums[j] += v * load16(a + (i + std::min(j, count - 1)) * n + k);
-            }
-            for (int64_t j = 0; j < count; j++) y[i + j] = scale * sum16(sums[j]);
+    // y[i] = a . row i of x, n numbers of four rows
+    static void dots(const float* a, const float* x, int64_t stride, int64_t n, float* y) {
+        F16 sums[FOUR] = {};
+        int64_t k = 0;
+        for (; k + 16 <= n; k += 16) {
+            const F16 v = load16(a + k);
+            for (int64_t i = 0; i < FOUR; i++) sums[i] += v * load16(x + i * stride + k);
         }
+        for (int64_t i = 0; i < FOUR; i++) {
+            y[i] = sum16(sums[i]);
+            for (int64_t rest = k; rest < n; rest++) y[i] += a[rest] * x[i * stride + rest];
+        }
+    }
+    // y += scale[i] * row i of x, n numbers of four rows
+    static void add_rows(float* y, const float* scale, const float* x, int64_t stride, int64_t n) {
+        int64_t k = 0;
+        for (; k + 16 <= n; k += 16) {
+            F16 sum = load16(y + k);
+            for (int64_t i = 0; i < FOUR; i++) sum += scale[i] * load16(x + i * stride + k);
+            store16(y + k, sum);
+        }
+        for (; k < n; k++)
+            for (int64_t i = 0; i < FOUR; i++) y[k] += scale[i] * x[i * stride + k];
     }
 
     int64_t own_in_, in_, out_;    // the last two filled up to runs of 32

@@ -34,7 +34,12 @@ KINDS = {"bf16": 0, "int8": 1, "int8-both": 2}
 
 def available(kind: str) -> bool:
     """Whether the compiled operators have products of this kind on this machine."""
-    return has("packed_bytes") and call("packed_bytes", ctypes.c_int64, 64, 64, KINDS[kind]) > 0
+    return has("packed_bytes") and packed_bytes(64, 64, kind) > 0
+
+
+def packed_bytes(n: int, k: int, kind: str) -> int:
+    """Bytes of a packed weight (n, k); 0 where this machine has no such products."""
+    return call("packed_bytes", ctypes.c_int64, n, k, KINDS[kind])
 
 
 def tiles() -> str | None:
@@ -62,7 +67,7 @@ class PackedWeight:
         """
         shape = tuple(weight.shape)
         self.n, self.k = shape[::-1] if transposed else shape
-        size = call("packed_bytes", ctypes.c_int64, self.n, self.k, KINDS[kind])
+        size = packed_bytes(self.n, self.k, kind)
         if size == 0:
             raise UserError(f"this processor has no {kind} product; use precision fp32")
         free_retired()
@@ -74,7 +79,7 @@ class PackedWeight:
         sizes = (self.n, self.k, KINDS[kind], transposed)
         call("pack_weight", None, values.ctypes.data, begin, self.address, *sizes)
 
-    def __del__(self):
+    def __del__(self, retire=retire):  # bound here: at Python's exit the module is emptied first
         if hasattr(self, "address"):
             retire(self._memory, self._weight)
 

@@ -1,61 +1,216 @@
-"""The E2E NLG challenge's metrics: BLEU, NIST, METEOR, ROUGE-L and CIDEr.
+"""Scores of texts against references, by the names that tasks and recipes use.
 
-The numbers are those of the official script (tuetschek/e2e-metrics with ``-p``); Java is watched,
-so a broken one is an error within seconds.
+BLEU, NIST, METEOR, ROUGE_L, CIDEr:
+    the E2E NLG challenge's, as its official script prints them (tuetschek/e2e-metrics with ``-p``).
+multi-BLEU, METEOR-WebNLG, TER, chrF++:
+    WebNLG's and DART's, as microsoft/LoRA has them from WebNLG's GenerationEval: of lower-case text
+    split at punctuation, with the first six references (`jlora.metrics.generation_eval`).
+sacreBLEU:
+    sacrebleu's standard form, of the texts as they are.
+
+All are fractions (0 to 1), except NIST (no upper bound), CIDEr (0 to 10) and TER (0 is best, above
+1 possible). Tasks that are a choice between a few answers: `jlora.metrics.accuracy`.
+
+Java is watched, so a broken one is an error within seconds.
 """
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
 from jlora.errors import UserError
 from jlora.metrics.bleu import bleu
 from jlora.metrics.cider import cider
-from jlora.metrics.inputs import read_hypotheses, read_references
+from jlora.metrics.generation_eval import MAX_REFERENCES, prepare, word_tokenize
+from jlora.metrics.inputs import read_answers, read_hypotheses, read_references
 from jlora.metrics.java import find_java
 from jlora.metrics.meteor import Meteor
 from jlora.metrics.ngrams import tokenize
 from jlora.metrics.nist import nist
 from jlora.metrics.ptb import ptb_tokenize
 from jlora.metrics.rouge import rouge_l
+from jlora.metrics.sacre import chrf_pp, multi_bleu, sacre_bleu
+from jlora.metrics.ter import mean_ter
 
-__all__ = ["E2E_METRICS", "evaluate_e2e", "find_java", "read_hypotheses", "read_references"]
+__all__ = [
+    "E2E_METRICS",
+    "METRICS",
+    "check_metrics",
+    "evaluate",
+    "evaluate_e2e",
+    "evaluate_parts",
+    "find_java",
+    "read_answers",
+    "read_hypotheses",
+    "read_references",
+]
 
+
+class _Texts:
+    """Hypotheses and references in the forms that metrics take, each made when first asked for."""
+
+    def __init__(
+        self,
+        hypotheses: list[str],
+        references: list[list[str]],
+        java: str | None,
+        meteor: Meteor | None,
+    ) -> None:
+        self.plain = (hypotheses, references)
+        self.java = java
+        self.meteor = meteor
+
+    @cached_property
+    def mteval(self) -> tuple[list, list]:
+        """Words as mteval-v13a has them, in lower case."""
+        return _each(tokenize, *self.plain)
+
+    @cached_property
+    def ptb(self) -> tuple[list, list]:
+        """Sentences of the Penn Treebank tokeniser."""
+        hypotheses, references = self.plain
+        # Two runs, as in the official script: the tokeniser looks ahead past line ends.
+        flat = iter(ptb_tokenize([text for group in references for text in group], self.java))
+        references = [[next(flat) for _ in group] for group in references]
+        return ptb_tokenize(hypotheses, self.java), references
+
+    @cached_property
+    def prepared(self) -> tuple[list, list]:
+        """Texts as microsoft/LoRA writes them for GenerationEval."""
+        hypotheses, references = self.plain
+        return _each(prepare, hypotheses, [group[:MAX_REFERENCES] for group in references])
+
+    @cached_property
+    def nltk(self) -> tuple[list, list]:
+        """Words of NLTK's tokeniser, of prepared texts."""
+        return _each(word_tokenize, *self.prepared)
+
+
+def _each(function: Callable[[Any], Any], hypotheses: list, references: list) -> tuple[list, list]:
+    return (
+        [function(text) for text in hypotheses],
+        [[function(text) for text in group] for group in references],
+    )
+
+
+_SCORES: dict[str, Callable[[_Texts], float]] = {
+    "BLEU": lambda texts: bleu(*texts.mteval),
+    "NIST": lambda texts: nist(*texts.mteval),
+    "METEOR": lambda texts: texts.meteor.score(*texts.ptb),
+    "ROUGE_L": lambda texts: rouge_l(*texts.ptb),
+    "CIDEr": lambda texts: cider(*texts.ptb),
+    "multi-BLEU": lambda texts: multi_bleu(*texts.prepared),
+    "METEOR-WebNLG": lambda texts: texts.meteor.score(*_each(" ".join, *texts.nltk)),
+    "TER": lambda texts: mean_ter(*texts.nltk),
+    "chrF++": lambda texts: chrf_pp(*texts.prepared),
+    "sacreBLEU": lambda texts: sacre_bleu(*texts.plain),
+}
+METRICS = tuple(_SCORES)
 E2E_METRICS = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
+_METEORS = {"METEOR", "METEOR-WebNLG"}
+_NEED_JAVA = {*_METEORS, "ROUGE_L", "CIDEr"}
 
 
-def evaluate_e2e(hypotheses: list[str], references: list[list[str]]) -> dict[str, float]:
-    """Score texts by the five metrics of the E2E challenge.
+def check_metrics(names: Sequence[str]) -> str | None:
+    """Make sure that these scores can be computed here: ask before hours of training.
+
+    Returns:
+        the path of the Java that they need; None if they need none.
+
+    Raises:
+        UserError: no name is given, one is no metric (shows the nearest), or Java does not work.
+    """
+    check_names(names)
+    return find_java() if _NEED_JAVA.intersection(names) else None
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises: UserError: no name is given, or one is no metric (shows the nearest)."""
+    if isinstance(names, str) or not names:
+        raise UserError(f"no list of metrics: {names!r}; there are {', '.join(METRICS)}")
+    for name in names:
+        if name not in _SCORES:
+            lower = {known.lower(): known for known in METRICS}
+            near = difflib.get_close_matches(str(name).lower(), lower, n=2, cutoff=0.5)
+            hint = f"did you mean {' or '.join(lower[one] for one in near)}?"
+            raise UserError(
+                f"no metric {name!r}; {hint if near else 'there are ' + ', '.join(METRICS)}"
+            )
+
+
+def evaluate(
+    names: Sequence[str], hypotheses: list[str], references: list[list[str]]
+) -> dict[str, float]:
+    """Score texts by the named metrics.
 
     Args:
+        names: of `METRICS`.
         hypotheses: one text an input; an empty text is scored, not refused.
         references: for each input its one or more reference texts.
 
     Returns:
-        BLEU (0 to 1), NIST, METEOR (0 to 1), ROUGE_L (0 to 1) and CIDEr (0 to 10), not rounded.
+        the scores in the order of ``names``, not rounded.
 
     Raises:
-        UserError: the numbers of hypotheses and groups differ, there are none, a group is empty,
-            or Java does not work.
+        UserError: a name is no metric, the numbers of hypotheses and groups differ, there are none,
+            a group is empty, or Java does not work.
     """
-    _check(hypotheses, references)
-    hypotheses = [_one_line(text) for text in hypotheses]
-    references = [[_one_line(text) for text in group] for group in references]
-    java = find_java()
-    with Meteor(java) as meteor:  # reads its tables while the others are computed
-        words = [tokenize(text) for text in hypotheses]
-        reference_words = [[tokenize(text) for text in group] for group in references]
-        scores = {"BLEU": bleu(words, reference_words), "NIST": nist(words, reference_words)}
-
-        # Two runs, as in the official script: the tokeniser looks ahead past line ends.
-        flat = iter(ptb_tokenize([text for group in references for text in group], java))
-        references = [[next(flat) for _ in group] for group in references]
-        hypotheses = ptb_tokenize(hypotheses, java)
-        scores["ROUGE_L"] = rouge_l(hypotheses, references)
-        scores["CIDEr"] = cider(hypotheses, references)
-        scores["METEOR"] = meteor.score(hypotheses, references)
-    return {name: float(scores[name]) for name in E2E_METRICS}
+    return evaluate_parts(names, hypotheses, references, [None] * len(hypotheses))
 
 
-def _check(hypotheses: list[str], references: list[list[str]]) -> None:
+def evaluate_e2e(hypotheses: list[str], references: list[list[str]]) -> dict[str, float]:
+    """The five scores of the E2E challenge; see `evaluate`."""
+    return evaluate(E2E_METRICS, hypotheses, references)
+
+
+def evaluate_parts(
+    names: Sequence[str],
+    hypotheses: list[str],
+    references: list[list[str]],
+    parts: Sequence[str | None],
+) -> dict[str, float]:
+    """Score all texts, and beside that each part of the data on its own; see `evaluate`.
+
+    Args:
+        parts: for each input the part it belongs to ("seen", "unseen"), None for none.
+
+    Returns:
+        the scores of all under the plain names, then those of each part under ``NAME/part``
+        (``TER/unseen``), parts in the order in which they are first seen.
+
+    Raises:
+        UserError: as `evaluate`; the number of parts is another; or a part's name is empty.
+    """
+    _check(hypotheses, references, parts)
+    java = check_metrics(names)
+    hypotheses, references = _each(_one_line, hypotheses, references)
+    everything = range(len(hypotheses))
+    chosen = {"": everything}
+    for part in dict.fromkeys(part for part in parts if part is not None):
+        chosen[f"/{part}"] = [index for index in everything if parts[index] == part]
+
+    scores = {}
+    with contextlib.ExitStack() as stack:
+        # It reads its tables while the others are computed, so it comes last below.
+        meteor = stack.enter_context(Meteor(java)) if _METEORS.intersection(names) else None
+        for suffix, indices in chosen.items():
+            texts = _Texts(
+                [hypotheses[index] for index in indices],
+                [references[index] for index in indices],
+                java,
+                meteor,
+            )
+            ordered = sorted(names, key=_METEORS.__contains__)
+            found = {name: float(_SCORES[name](texts)) for name in ordered}
+            scores.update({name + suffix: found[name] for name in names})
+    return scores
+
+
+def _check(hypotheses: list[str], references: list[list[str]], parts: Sequence[str | None]) -> None:
     if len(hypotheses) != len(references):
         hint = "give one hypothesis for each group of references"
         if all(len(group) == 1 for group in references):
@@ -68,6 +223,10 @@ def _check(hypotheses: list[str], references: list[list[str]]) -> None:
     for number, group in enumerate(references, start=1):
         if not group:
             raise UserError(f"input {number} has no references; give at least one")
+    if len(parts) != len(hypotheses):
+        raise UserError(f"{len(parts)} parts for {len(hypotheses)} inputs; give one (or None) each")
+    if "" in parts:
+        raise UserError(f"input {parts.index('') + 1}: the name of its part is empty; give None")
 
 
 def _one_line(text: str) -> str:

@@ -1,9 +1,10 @@
-"""Reading hypotheses and references as the official E2E script does."""
+"""Reading hypotheses and references as the official E2E script does, and answers of a choice."""
 
 from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from jlora.errors import UserError
@@ -58,6 +59,21 @@ def read_references(path: str | Path) -> list[list[str]]:
                 "in a row); separate groups by one empty line"
             )
     return [[line] for line in groups[0]] if len(groups) == 1 else groups
+
+
+def read_answers(path: str | Path, choices: Sequence[str]) -> list[str]:
+    """Read the right answers of a task that is a choice, one a line.
+
+    Raises:
+        UserError: the file is unreadable or empty, or a line is none of ``choices``.
+    """
+    answers = read_hypotheses(path)
+    for number, answer in enumerate(answers, start=1):
+        if answer not in choices:
+            raise UserError(
+                f"{path}:{number}: {answer[:60]!r} is no answer; write {' or '.join(choices)}"
+            )
+    return answers
 
 
 def _lines(path: str | Path) -> list[str]:

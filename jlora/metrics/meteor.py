@@ -31,7 +31,7 @@ class Meteor:
         self._process.close()
 
     def score(self, hypotheses: list[str], references: list[list[str]]) -> float:
-        """Corpus METEOR of PTB-tokenised sentences, between 0 and 1.
+        """Corpus METEOR of tokenised sentences, between 0 and 1.
 
         The protocol: a line ``SCORE ||| reference ||| ... ||| hypothesis`` is answered by the
         match statistics of that pair, and ``EVAL ||| statistics ||| ...`` by a score a sentence and

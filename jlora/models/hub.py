@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import re
 from dataclasses import dataclass
@@ -14,9 +15,15 @@ import numpy as np
 from jlora.errors import UserError
 from jlora.files import read_text
 from jlora.formats.gguf_file import read_gguf
-from jlora.formats.safetensors_file import one_line, read_safetensors, read_sharded
-from jlora.formats.torch_file import read_torch, read_torch_sharded
-from jlora.pull import NAME, WHEELS, pull, pulled
+from jlora.formats.safetensors_file import (
+    one_line,
+    read_safetensors,
+    read_shapes,
+    read_sharded,
+)
+from jlora.formats.torch_file import read_torch
+from jlora.models.random_gpt2 import CONTEXT, SIZES, VOCABULARY
+from jlora.pull import GPT2_TOKENIZER, NAME, WHEELS, pull, pulled, say
 from jlora.tokenizer import Tokenizer, find_files
 
 #: Buffers that older checkpoints saved beside the weights; the models compute them themselves.
@@ -60,6 +67,7 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> Any:
     if dtype != "float32":
         raise UserError(f"dtype {dtype!r} is not supported; weights are kept as float32")
     checkpoint = read_checkpoint(find(str(name_or_path)))
+    check_layers(checkpoint)
     model = build_model(checkpoint.config, checkpoint.config_source)
     tokenizer, rows = checkpoint.tokenizer, model.config.vocab_size
     if tokenizer is not None and tokenizer.vocab_size > rows:
@@ -68,6 +76,7 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> Any:
             f"only {rows}; they belong to different models, put the right tokenizer there"
         )
     tensors = hugging_face_names(checkpoint.tensors, model.config.model_type)
+    checkpoint.tensors.clear()  # `load_weights` frees them one by one
     load_weights(model, tensors, f"{checkpoint.source} ({checkpoint.config_source})")
     model.tokenizer = tokenizer
     model.name_or_path = str(name_or_path)
@@ -75,6 +84,51 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> Any:
     model.source, model.source_config = checkpoint.source.absolute(), checkpoint.config
     model.eval()
     return model
+
+
+@dataclass
+class Outline:
+    """What is known of a model before its weights are read.
+
+    Attributes:
+        model: the model; its parameters have shapes and names alone. Jittor would make them all if
+            anything were computed while it lives: ask it what there is to ask, and let it go.
+        source: file or folder of the weights; None: a GPT-2 that is not on this machine.
+        arrays: bytes of the checkpoint's arrays once they are read.
+        reading: bytes held at the height of reading them.
+    """
+
+    model: Any
+    source: Path | None
+    arrays: int
+    reading: int
+
+
+def outline(name_or_path: str | Path) -> Outline:
+    """`load` without reading weights.
+
+    Raises:
+        UserError: the model is not on this machine and no GPT-2, or as `load`.
+    """
+    name = str(name_or_path)
+    size = SIZES.get(name.rpartition("/")[2])
+    source = find_local(name)
+    if source is None and size is not None:
+        checkpoint = Checkpoint(
+            Path(f"{name}-pytorch_model.bin"), gpt2_config(*size), "its name", {}, gpt2_tokenizer()
+        )
+    else:
+        checkpoint = read_checkpoint(source or find(name), shapes_only=True)
+    model = build_model(checkpoint.config, checkpoint.config_source)
+    model.tokenizer, model.name_or_path = checkpoint.tokenizer, name
+    if checkpoint.tensors:
+        sizes = [array.nbytes for array in checkpoint.tensors.values()]
+    else:
+        sizes = [4 * int(np.prod(p.shape)) for p in model.parameters()]
+    arrays = sum(sizes)
+    # Of PyTorch's files the storages are held until all arrays are copied out of them.
+    twice = checkpoint.source.suffix in (".bin", ".pt", ".pth")
+    return Outline(model, source, arrays, 2 * arrays if twice else arrays + max(sizes))
 
 
 def require_tokenizer(model: Any) -> Tokenizer:
@@ -91,21 +145,34 @@ def require_tokenizer(model: Any) -> Tokenizer:
 
 def find(name: str) -> Path:
     """The file or folder that a name or path means, fetched when it is a known name."""
+    found = find_local(name)
+    if found is not None:
+        return found
     path = Path(name).expanduser()
-    if path.exists():
-        return path
-    folder = pulled(name)
-    if folder is not None:
-        return folder
     # Anything that cannot be a name on a hub is a path with a slip in it.
     is_path = path.suffix in SUFFIXES or path.is_absolute() or name.startswith((".", "~"))
     if is_path or not NAME.fullmatch(name):
         raise UserError(f"{name}: no such file or folder; check the path, or `jlora pull` a name")
-    if name not in WHEELS:
-        folder = hugging_face_cache(name)
-        if folder is not None:
-            return folder
     return pull(name)
+
+
+def find_local(name: str) -> Path | None:
+    """The file or folder that a name or path means, if it is on this machine.
+
+    A name is also found as the file ``NAME-pytorch_model.bin``, as microsoft/LoRA's download script
+    calls it, here or in its folder ``pretrained_checkpoints``.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    folder = pulled(name)
+    if folder is not None or not NAME.fullmatch(name) or name in WHEELS:
+        return folder
+    for place in (Path("."), Path("pretrained_checkpoints")):
+        file = place / f"{name}-pytorch_model.bin"
+        if file.is_file():
+            return file
+    return hugging_face_cache(name)
 
 
 def hugging_face_cache(name: str) -> Path | None:
@@ -139,8 +206,8 @@ def weight_file(folder: Path) -> Path | None:
     return None
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read configuration, weights and tokenizer from a folder or a file."""
+def read_checkpoint(path: Path, shapes_only: bool = False) -> Checkpoint:
+    """Read configuration, weights (or only their shapes) and tokenizer from a folder or a file."""
     folder = path if path.is_dir() else path.parent
     weights = weight_file(folder) if path.is_dir() else path
     if weights is None:
@@ -152,29 +219,42 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{folder}: no model weights found; {hint}")
     tokenizer = Tokenizer.from_folder(folder) if find_files(folder) else None
     if weights.suffix == ".gguf":
-        model = read_gguf(weights)
+        model = read_gguf(weights, shapes_only)
         if tokenizer is None:
             tokenizer = Tokenizer.from_gguf(model.metadata, weights)
         return Checkpoint(weights, model.config, "its metadata", model.tensors, tokenizer)
-    tensors = read_weights(weights)
+    tensors = read_weights(weights, shapes_only)
     check_no_adapter(weights, tensors)
     config_path = folder / "config.json"
     if config_path.is_file():
         return Checkpoint(weights, read_config(config_path), "config.json", tensors, tokenizer)
     config = gpt2_config_from_shapes(weights, hugging_face_names(tensors, "gpt2"))
+    if tokenizer is None and config["eos_token_id"] is not None:
+        tokenizer = gpt2_tokenizer()
     return Checkpoint(weights, config, "size found from its shapes", tensors, tokenizer)
 
 
-def read_weights(path: Path) -> dict[str, np.ndarray]:
-    """Tensors of a weight file or of the files that an index names."""
+def gpt2_tokenizer() -> Tokenizer | None:
+    """GPT-2's tokenizer, fetched where it is not there; None without a network."""
+    try:
+        return Tokenizer.from_folder(pull(GPT2_TOKENIZER))
+    except UserError as error:
+        say(f"GPT-2's tokenizer is missing: {error}")
+        return None
+
+
+def read_weights(path: Path, shapes_only: bool = False) -> dict[str, np.ndarray]:
+    """Tensors of a weight file or of the files that an index names, or `placeholder` for them."""
+    from_safetensors = read_shapes if shapes_only else read_safetensors
+    from_torch = functools.partial(read_torch, shapes_only=shapes_only)
     if path.name.endswith(".safetensors.index.json"):
-        return read_sharded(path)
+        return read_sharded(path, from_safetensors)
     if path.name.endswith(".bin.index.json"):
-        return read_torch_sharded(path)
+        return read_sharded(path, from_torch)
     if path.suffix == ".safetensors":
-        return read_safetensors(path)
+        return from_safetensors(path)
     if path.suffix in (".bin", ".pt", ".pth"):
-        return read_torch(path)
+        return from_torch(path)
     raise UserError(
         f"{path}: not a kind of file that weights are read from; give {', '.join(SUFFIXES)} or a "
         "Hugging Face folder"
@@ -210,6 +290,17 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def check_layers(checkpoint: Checkpoint) -> None:
+    """See that a model has not more layers than tensors, before memory is filled with them."""
+    for key in ("n_layer", "num_hidden_layers"):
+        layers = checkpoint.config.get(key)
+        if isinstance(layers, (int, float)) and layers > len(checkpoint.tensors):
+            raise UserError(
+                f"{checkpoint.config_source}: {key} is {layers}, and {checkpoint.source} has only "
+                f"{len(checkpoint.tensors)} tensors; take both from one model"
+            )
+
+
 def gpt2_config_from_shapes(path: Path, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     """config.json of a bare GPT-2 checkpoint; every size of GPT-2 has heads of 64."""
     wte, wpe = tensors.get("transformer.wte.weight"), tensors.get("transformer.wpe.weight")
@@ -226,17 +317,26 @@ def gpt2_config_from_shapes(path: Path, tensors: dict[str, np.ndarray]) -> dict[
             f"{path}: embedding size {wte.shape[1]} is no multiple of GPT-2's head size 64; put "
             f"the model's config.json beside it in {path.parent}"
         )
-    end = 50256 if wte.shape[0] == 50257 else None  # another vocabulary has another end
+    return {
+        **gpt2_config(wte.shape[1], max(numbers) + 1, wte.shape[0], wpe.shape[0]),
+        "n_inner": inner.shape[1],
+    }
+
+
+def gpt2_config(
+    width: int, layers: int, vocabulary: int = VOCABULARY, context: int = CONTEXT
+) -> dict[str, Any]:
+    """config.json of a GPT-2."""
+    end = 50256 if vocabulary == 50257 else None  # another vocabulary has another end
     return {
         "model_type": "gpt2",
         "bos_token_id": end,
         "eos_token_id": end,
-        "vocab_size": wte.shape[0],
-        "n_positions": wpe.shape[0],
-        "n_embd": wte.shape[1],
-        "n_layer": max(numbers) + 1,
-        "n_head": wte.shape[1] // 64,
-        "n_inner": inner.shape[1],
+        "vocab_size": vocabulary,
+        "n_positions": context,
+        "n_embd": width,
+        "n_layer": layers,
+        "n_head": width // 64,
         "tie_word_embeddings": True,
     }
 

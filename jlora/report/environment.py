@@ -5,7 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shlex
+import subprocess
 import sys
+import time
+from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +44,19 @@ def describe() -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def record(run_folder: str | Path) -> None:
-    """Write environment.json; over the pieces of a resumed run the highest peak memory stays.
+def record(
+    run_folder: str | Path,
+    data_hashes: Mapping[str, str] | None = None,
+    total_steps: int | None = None,
+) -> None:
+    """Write environment.json: `describe`, and what this run was made of and when.
+
+    Called at each stage of a run and again when it is resumed: the highest peak memory, the first
+    start, every command line and what earlier calls were told stay.
+
+    Args:
+        data_hashes: SHA-256 of each data file, by the file's name.
+        total_steps: of the whole training, where the recipe says it in epochs.
 
     Raises:
         UserError: the file cannot be written, or one that is there is damaged.
@@ -48,6 +64,19 @@ def record(run_folder: str | Path) -> None:
     path = Path(run_folder) / ENVIRONMENT_NAME
     found = describe()
     earlier = read(run_folder) if path.exists() else {}
+    now = time.time()
+    config = Path(run_folder) / "config.yaml"  # written when a run begins
+    begun = min(now, config.stat().st_mtime) if config.exists() else now
+    commands = [one for one in earlier.get("commands") or [] if isinstance(one, str)]
+    told = {
+        "git_revision": git_revision(),
+        "commands": list(dict.fromkeys([*commands, command_line()])),
+        "data_sha256": dict(data_hashes) if data_hashes else earlier.get("data_sha256"),
+        "total_steps": earlier.get("total_steps") if total_steps is None else total_steps,
+        "started": earlier.get("started") or _utc(begun),
+        "finished": _utc(now),
+    }
+    found.update({key: value for key, value in told.items() if value is not None})
     peaks = [one.get("peak_memory_bytes") for one in (found, earlier)]
     peaks = [peak for peak in peaks if isinstance(peak, int)]
     if peaks:
@@ -71,6 +100,42 @@ def read(run_folder: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: not a JSON object; remove the file")
     return found
+
+
+def git_revision() -> str | None:
+    """Revision of jlora's own checkout, with ``(dirty)`` where tracked files are changed.
+
+    None where there is no git, or this jlora is not a checkout: an installed one may well lie in
+    somebody else's repository.
+    """
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "--no-optional-locks", *arguments],
+            cwd=here.parent, capture_output=True, text=True, check=True, timeout=20,
+        ).stdout.strip()  # fmt: skip
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        revision = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return f"{revision} (dirty)" if changed else revision
+
+
+def command_line() -> str:
+    """How this process was called; paths of the program itself do not matter and are cut off."""
+    program, *arguments = sys.argv or [""]
+    name = Path(program).name
+    name = "jlora" if name in ("__main__.py", "cli.py", "jlora") else name or "python"
+    return shlex.join([name, *arguments])
+
+
+def _utc(seconds: float) -> str:
+    """``2026-01-31T12:00:00+00:00``"""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
 
 
 def peak_memory() -> int | None:

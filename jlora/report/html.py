@@ -1,59 +1,60 @@
-"""One self-contained HTML page about a run folder: no scripts, no network, light and dark."""
+"""One self-contained HTML page about runs: no scripts, no network, light and dark."""
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jlora.data import json_lines, string_field
 from jlora.errors import UserError
 from jlora.files import read_text, write_text
-from jlora.loggers import METRICS_NAME, read_metrics, training_seconds
+from jlora.loggers import METRICS_NAME
 from jlora.report import environment
-from jlora.report.plots import Line, series, smooth, svg_chart
-from jlora.report.tables import Sample, difference_of, metrics_of, pair_samples, pick, slots
+from jlora.report.charts import charts_of, line_style, overlaid_charts
+from jlora.report.plots import loss_curve, loss_curves, series, table_picture
+from jlora.report.runs import REPORT_NAME, RunSummary, group_by_seed, read_run
+from jlora.report.samples import References, shown_samples
+from jlora.report.scoreboard import Board, confusion, markdown, score_boards
+from jlora.report.tables import VALID_LOSS, metrics_of
 
-REPORT_NAME = "report.html"
-SAMPLES = 12
+SAMPLES, SAMPLES_OF_MANY = 12, 6
 
 
 def write_report(
-    run_folder: str | Path, references: Mapping[str, Sequence[str]] | None = None
+    runs: str | Path | Sequence[str | Path],
+    references: References | None = None,
+    out: str | Path | None = None,
 ) -> Path:
-    """Write RUN/report.html from what the run folder holds.
+    """Write a page about one run or several, and table.md, table.png and loss.png beside it.
 
     metrics.jsonl is needed; config.yaml, scores.json, predictions.jsonl,
     predictions_before.jsonl and environment.json each add their part of the page.
 
     Args:
-        run_folder: the folder of one run.
+        runs: run folders.
         references: target texts by prompt, shown beside the outputs where a line of
-            predictions.jsonl has no ``references`` of its own.
+            predictions.jsonl has no ``references`` of its own; None: those of the run's test
+            data, where they are still to be found.
+        out: the HTML file; None: RUN/report.html of a single run, runs/report.html of several.
 
     Returns:
-        the path of the report.
+        the path of the page.
 
     Raises:
-        UserError: the folder or its metrics are missing, a file in it is damaged, or the report
+        UserError: a folder or its metrics are missing, a file in it is damaged, or the report
             cannot be written.
     """
     import jinja2
 
-    folder = Path(run_folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such run folder; give the one that `jlora finetune` made")
-    metrics_path = folder / METRICS_NAME
-    metrics = read_metrics(metrics_path) if metrics_path.exists() else []
-    if not metrics:
-        raise UserError(
-            f"{metrics_path} holds no training records; train first with `jlora finetune`, "
-            "or check the folder"
-        )
-    config_text, config = _config(folder / "config.yaml")
-    before, after = _scores(folder / "scores.json")
-    seconds = training_seconds(metrics)
+    folders = [runs] if isinstance(runs, (str, Path)) else list(runs)
+    found = [_healthy(folder) for folder in folders]
+    if not found:
+        raise UserError("no run folder given")
+    _tell_apart(found)
+    if out is None:
+        out = found[0].folder / REPORT_NAME if len(found) == 1 else Path("runs") / REPORT_NAME
+    path, boards = Path(out), score_boards(found)
     loader = jinja2.Environment(
         autoescape=True,  # everything a user or a model wrote is text, never markup
         undefined=jinja2.StrictUndefined,
@@ -61,45 +62,11 @@ def write_report(
         lstrip_blocks=True,
     )
     template = loader.from_string(read_text(Path(__file__).with_name("report.html.j2")))
-    html = template.render(
-        title=folder.resolve().name,
-        subtitle=_subtitle(config),
-        facts=_facts(metrics, before, after, seconds),
-        scores=score_rows(before, after),
-        has_before=bool(before),
-        has_after=bool(after),
-        charts=_charts(metrics, config),
-        samples=[_sample(sample) for sample in _samples(folder, references)],
-        config_text=config_text,
-        environment=_environment(folder, seconds),
-    )
-    path = folder / REPORT_NAME
+    html = template.render(_page(found, boards, references))
     # JSON may spell half of a surrogate pair, which no file takes.
     write_text(path, html.encode("utf-8", "replace").decode("utf-8"))
+    _write_beside(path.parent, found, boards)
     return path
-
-
-def score_rows(
-    before: Mapping[str, float] | None, after: Mapping[str, float] | None
-) -> list[dict[str, str]]:
-    """One row a metric: label, before, after, difference, and whether it got better or worse."""
-    rows = []
-    for metric in metrics_of(before, after):
-        change = difference_of(metric, before or {}, after or {})
-        shown = metric.text(change, sign=True)
-        trend = ""
-        if change is not None and shown.strip("+-0."):
-            trend = "better" if (change > 0) != metric.lower_is_better else "worse"
-        rows.append(
-            {
-                "label": metric.label,
-                "before": metric.text((before or {}).get(metric.key)),
-                "after": metric.text((after or {}).get(metric.key)),
-                "difference": shown.replace("-", "−"),
-                "trend": trend,
-            }
-        )
-    return rows
 
 
 def duration(seconds: float) -> str:
@@ -112,200 +79,190 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _config(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """The text of config.yaml and what it says; (None, {}) when it is not there."""
-    if not path.exists():
-        return None, {}
-    import yaml
-
-    text = read_text(path)
-    try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise UserError(f"{where}: not YAML ({problem}); mend or remove the file") from error
-    return text, config if isinstance(config, dict) else {}
+def memory(size: float) -> str:
+    """Bytes as ``1.5 GiB`` or ``700 MiB``."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-def _scores(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """(before, after) of scores.json, None for each that is not there."""
-    if not path.exists():
-        return None, None
-    try:
-        scores = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+def _healthy(folder: str | Path) -> RunSummary:
+    run = read_run(folder)
+    if run.problems:
+        raise UserError(run.problems[0])
+    if not run.records:
         raise UserError(
-            f"{path}:{error.lineno}: not JSON ({error.msg}); run `jlora evaluate` again"
-        ) from error
-    parts = [scores.get(key) for key in ("before", "after")] if isinstance(scores, dict) else [0]
-    if not all(part is None or isinstance(part, dict) for part in parts):
-        raise UserError(
-            f'{path}: not {{"before": {{...}}, "after": {{...}}}}; run `jlora evaluate` again'
+            f"{run.folder / METRICS_NAME} holds no training records; train first with "
+            "`jlora finetune`, or check the folder"
         )
-    before, after = (
-        {key: value for key, value in part.items() if type(value) in (int, float)} if part else None
-        for part in parts
-    )
-    return before, after
+    return run
 
 
-def _samples(folder: Path, references: Mapping[str, Sequence[str]] | None) -> list[Sample]:
-    after = _predictions(folder / "predictions.jsonl", references)
-    before = _predictions(folder / "predictions_before.jsonl")
-    return pick(pair_samples(after, before), SAMPLES)
+def _tell_apart(runs: Sequence[RunSummary]) -> None:
+    """Lengthen names that are alike by the folders above until they differ."""
+    paths = [run.folder.resolve() for run in runs]
+    for depth in range(2, max(len(path.parts) for path in paths)):
+        names = [run.name for run in runs]
+        for run, path in zip(runs, paths):
+            if names.count(run.name) > 1:
+                run.name = os.path.join(*path.parts[-depth:])
 
 
-def _predictions(
-    path: Path, references: Mapping[str, Sequence[str]] | None = None
-) -> list[dict[str, Any]]:
-    """Prompt, prediction and references of each line, [] when the file is not there."""
-    if not path.exists():
-        return []
-    records = []
-    for number, row in json_lines(path):
-        prompt = string_field(row, "prompt", path, number)
-        found = row.get("references") or (references or {}).get(prompt) or []
-        if not isinstance(found, (list, tuple)) or not all(isinstance(one, str) for one in found):
-            raise UserError(f"{path}:{number}: 'references' is not a list of strings")
-        text = string_field(row, "prediction", path, number)
-        records.append({"prompt": prompt, "prediction": text, "references": found})
-    return records
-
-
-def _sample(sample: Sample) -> dict[str, Any]:
-    prompt = sample.prompt.strip()
+def _page(
+    runs: Sequence[RunSummary], boards: Sequence[Board], references: References | None
+) -> dict[str, Any]:
+    """What the template shows."""
+    one = runs[0] if len(runs) == 1 else None
+    tasks = list(dict.fromkeys(run.task for run in runs))
+    samples = []
+    for task in tasks:
+        # Seeds of one recipe write much the same: the first of them speaks for all.
+        mine = [group[0] for group in group_by_seed(runs) if group[0].task == task]
+        samples.append((task, shown_samples(mine, references, SAMPLES if one else SAMPLES_OF_MANY)))
+    models = dict.fromkeys(run.model for run in runs)
+    words = [*models, *tasks, *([one.method] if one else [])]
     return {
-        "slots": slots(prompt),
-        "prompt": prompt if len(prompt) <= 700 else prompt[:700].rstrip() + " …",
-        "before": None if sample.before is None else sample.before.strip(),
-        "after": sample.after.strip(),
-        "reference": None if sample.reference is None else sample.reference.strip(),
-    }
+        "title": one.name if one else f"{len(runs)} runs",
+        "kicker": "Fine-tuning run" if one else "Fine-tuning runs compared",
+        "subtitle": " · ".join(word for word in words if word),
+        "facts": _facts_of(one) if one else _facts_of_many(runs),
+        "boards": boards,
+        "confusions": [(run.name, table) for run in runs if (table := _answers(run))],
+        "legend": [] if one else [(line_style(i), run.name) for i, run in enumerate(runs)],
+        "charts": charts_of(one) if one else overlaid_charts(runs),
+        "samples": [(task, shown) for task, shown in samples if shown],
+        "several_tasks": len(tasks) > 1,
+        "costs": [] if one else [_cost(run) for run in runs],
+        "changes": [] if one else _changes(runs),
+        "runs": runs,
+        "machines": [_machine(run) for run in runs],
+        "marks": any("<ins>" in o.html or "<del>" in o.html
+                     for _, shown in samples for sample in shown for o in sample.outputs),
+    }  # fmt: skip
 
 
-def _subtitle(config: Mapping[str, Any]) -> str:
-    parts = [_find(config, key) for key in ("model", "task")]
-    return " · ".join(str(part) for part in parts if isinstance(part, str))
+def _write_beside(folder: Path, runs: Sequence[RunSummary], boards: Sequence[Board]) -> None:
+    if boards:
+        write_text(folder / "table.md", markdown(boards))
+        tables = [
+            [[board.task or "", *board.columns], *([row.name, *row.cells] for row in board.rows)]
+            for board in boards
+        ]
+        table_picture(tables, folder / "table.png")
+    if any(series(run.records, key) for run in runs for key in ("loss", "valid_loss")):
+        if len(runs) == 1:
+            loss_curve(runs[0].records, folder / "loss.png")
+        else:
+            loss_curves([(run.name, run.records) for run in runs], folder / "loss.png")
 
 
-def _find(config: Mapping[str, Any], key: str) -> Any:
-    """The value of ``key`` in the settings or in one of their sections."""
-    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
-        if isinstance(section.get(key), (str, int, float)):
-            return section[key]
-    return None
+def _fact(label: str, value: str, note: str = "") -> dict[str, str]:
+    return {"label": label, "value": value, "note": note}
 
 
-def _facts(
-    metrics: Sequence[Mapping[str, Any]],
-    before: Mapping[str, Any] | None,
-    after: Mapping[str, Any] | None,
-    seconds: float | None,
-) -> list[dict[str, str]]:
-    """The few numbers at the top of the page: label, value, note."""
+def _facts_of(run: RunSummary) -> list[dict[str, str]]:
+    """The few numbers at the top of the page."""
     facts = []
-    for metric in metrics_of(after)[:1]:
-        note = f"{metric.text((before or {}).get(metric.key))} before" if before else ""
-        facts.append({"label": metric.label, "value": metric.text(after[metric.key]), "note": note})
-    valid = series(metrics, "valid_loss")
-    if valid:
-        step, best = min(valid, key=lambda point: point[1])
-        facts.append(
-            {
-                "label": "Best validation loss",
-                "value": f"{best:.3f}",
-                "note": f"at step {step:,}" if step else "before training",
-            }
-        )
-    train = series(metrics, "loss")
+    for metric in metrics_of(run.after)[:1]:
+        value, _, interval = metric.cell(run.after).partition(" ")
+        before = f"{metric.text(run.before.get(metric.key))} before" if run.before else ""
+        note = ", ".join(word for word in (interval, before) if word)
+        facts.append(_fact(metric.label, value, note))
+    if run.best_valid_loss is not None:
+        note = f"at step {run.best_step:,}" if run.best_step else "before training"
+        facts.append(_fact("Best validation loss", VALID_LOSS.text(run.best_valid_loss), note))
+    train = series(run.records, "loss")
     if train:
-        last = [value for _, value in train[-50:]]
-        facts.append(
-            {
-                "label": "Final training loss",
-                "value": f"{sum(last) / len(last):.3f}",
-                "note": f"mean of the last {len(last)} records" if len(last) > 1 else "",
-            }
-        )
-    steps = max(record["step"] for record in metrics)
-    note = f"in {duration(seconds)}" if seconds is not None else ""
-    facts.append({"label": "Steps", "value": f"{steps:,}", "note": note})
+        last = [value for _, value in train[-min(50, max(1, len(train) // 4)) :]]
+        note = f"mean of the last {len(last)} records" if len(last) > 1 else ""
+        facts.append(_fact("Final training loss", f"{sum(last) / len(last):.3f}", note))
+    note = f"in {duration(run.seconds)}" if run.seconds is not None else ""
+    facts.append(_fact("Steps", f"{run.steps:,}", note))
+    if run.peak_memory is not None:
+        facts.append(_fact("Peak memory", memory(run.peak_memory)))
     return facts
 
 
-def _charts(
-    metrics: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """The charts of the page: title, legend as (style, text), drawing, note."""
-    loss, valid = series(metrics, "loss"), series(metrics, "valid_loss")
-    charts = []
-    if loss:
-        lines = [Line(loss, "raw"), Line(smooth(loss), "mean"), Line(valid, "valid", markers=True)]
-        legend = [("raw", "each record"), ("mean", "moving mean")]
-        legend += [("valid", "validation")] if valid else []
-        smoothing = _find(config, "label_smoothing")
-        charts.append(
-            {
-                "title": "Training loss",
-                "legend": legend,
-                "svg": svg_chart(lines, _summary("Training loss", loss), _short),
-                "note": f"Training loss includes label smoothing ({smoothing}); validation loss "
-                "does not."
-                if smoothing
-                else "",
-            }
+def _facts_of_many(runs: Sequence[RunSummary]) -> list[dict[str, str]]:
+    facts = [_fact("Runs", f"{len(runs)}")]
+    several = len({run.task for run in runs}) > 1
+    for task in dict.fromkeys(run.task for run in runs):
+        scored = [run for run in runs if run.task == task and run.after]
+        metrics = metrics_of(*(run.after for run in scored))[:1]
+        for metric in metrics:
+            best = max(scored, key=lambda run: run.after.get(metric.key, float("-inf")))
+            label = f"Best {metric.label}" + (f", {task}" if several else "")
+            facts.append(_fact(label, metric.text(best.after.get(metric.key)), best.name))
+    losses = [run for run in runs if run.best_valid_loss is not None]
+    if losses and not several:
+        best = min(losses, key=lambda run: run.best_valid_loss or 0.0)
+        facts.append(
+            _fact("Best validation loss", VALID_LOSS.text(best.best_valid_loss), best.name)
         )
-    valid_lines = [Line(valid, "valid", markers=len(valid) <= 40)]
-    rates, speeds = series(metrics, "lr"), series(metrics, "tokens_per_s")
-    for title, points, lines in (
-        ("Validation loss", valid, valid_lines),
-        ("Learning rate", rates, [Line(rates, "mean")]),
-        ("Tokens per second", speeds, [Line(speeds, "raw"), Line(smooth(speeds), "mean")]),
-    ):
-        if points:
-            svg = svg_chart(lines, _summary(title, points), _short)
-            charts.append({"title": title, "legend": [], "svg": svg, "note": ""})
-    return charts
+    seconds = [run.seconds for run in runs if run.seconds is not None]
+    if seconds:
+        facts.append(_fact("Training time", duration(sum(seconds)), "of all runs"))
+    return facts
 
 
-def _summary(title: str, points: list[tuple[int, float]]) -> str:
-    (first, start), (last, end) = points[0], points[-1]
-    return f"{title}: {_short(start)} at step {first:,}, {_short(end)} at step {last:,}"
+def _answers(run: RunSummary) -> dict[str, Any] | None:
+    table = confusion(run.after)
+    if table is None:
+        return None
+    unread = run.after.get("generated_unparseable")
+    note = "" if unread is None else f"Generated texts that say none of these: {unread:,.0f}"
+    return {"rows": table, "note": note}
 
 
-def _short(value: float) -> str:
-    """A number for an axis, short: ``2e-4``, ``1.25``, ``1,500``, ``12k``."""
-    if abs(value) < 1e-12:
-        return "0"
-    if abs(value) >= 10_000:
-        return f"{value / 1000:.4g}k"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    if abs(value) < 0.01:
-        mantissa, _, exponent = f"{value:.2e}".partition("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    return f"{value:.4g}"
+def _cost(run: RunSummary) -> list[str]:
+    speeds = sorted(value for _, value in series(run.records, "tokens_per_s"))
+    total = "" if run.total_steps is None else f" / {run.total_steps:,}"
+    return [
+        run.name,
+        run.method or "–",
+        f"{run.steps:,}{total}",
+        "–" if run.seconds is None else duration(run.seconds),
+        f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "–",
+        "–" if run.peak_memory is None else memory(run.peak_memory),
+        run.state,
+    ]
 
 
-def _environment(folder: Path, seconds: float | None) -> dict[str, Any]:
+def _changes(runs: Sequence[RunSummary]) -> list[list[str]]:
+    """The settings that are not the same in all runs: name, then a value for each run."""
+    flat = [_flat(run.config) for run in runs]
+    names = dict.fromkeys(name for settings in flat for name in settings)
+    rows = [[name, *(settings.get(name, "–") for settings in flat)] for name in names]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    found = {}
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            found.update(_flat(value, f"{prefix}{key}."))
+        else:
+            found[f"{prefix}{key}"] = "–" if value is None else str(value)
+    return found
+
+
+def _machine(run: RunSummary) -> dict[str, Any]:
     """Heading and (label, text) rows about the machine."""
-    recorded = (folder / environment.ENVIRONMENT_NAME).exists()
-    found = environment.read(folder) if recorded else environment.describe()
-    if not recorded:
+    found = run.environment or environment.describe()
+    if not run.environment:
         # This process's memory says nothing about the training's.
         found.pop("peak_memory_bytes", None)
-    rows = []
-    if seconds is not None:
-        rows.append(("Training time", duration(seconds)))
+    rows = [] if run.seconds is None else [("Training time", duration(run.seconds))]
     labels = {"peak_memory_bytes": "Peak memory", "memory_bytes": "Memory"}
     for key, value in found.items():
         label = labels.get(key, key.replace("_", " "))
+        label = key if key in environment.PACKAGES else label[:1].upper() + label[1:]
         if key.endswith("_bytes") and isinstance(value, (int, float)):
-            value = f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
-        rows.append(
-            (label[:1].upper() + label[1:] if key not in environment.PACKAGES else key, value)
-        )
-    heading = "Environment" if recorded else "Environment (of the machine that wrote this report)"
-    return {"heading": heading, "rows": [(label, str(value)) for label, value in rows]}
+            value = memory(value)
+        elif isinstance(value, list):
+            value = "\n".join(map(str, value))
+        elif isinstance(value, dict):
+            value = "\n".join(f"{name}: {one}" for name, one in value.items())
+        rows.append((label, str(value)))
+    own = (
+        "Environment" if run.environment else "Environment (of the machine that wrote this report)"
+    )
+    return {"heading": own, "rows": rows}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import statistics
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jlora.errors import UserError
@@ -27,17 +28,41 @@ class Metric:
             return "–"
         return f"{value * self.scale:{'+' if sign else ''}.{self.decimals}f}"
 
+    def cell(self, scores: Mapping[str, Any]) -> str:
+        """The printed value with its interval where ``scores`` has one: ``71.8 [68, 75]``."""
+        ends = [scores.get(f"{self.key}_{end}") for end in ("low", "high")]
+        text = self.text(scores.get(self.key))
+        if self.key not in scores or None in ends:
+            return text
+        return f"{text} [{ends[0] * self.scale:.0f}, {ends[1] * self.scale:.0f}]"
 
-# Scales and digits of tables 3, 4, 13 and 14 of the LoRA paper (arXiv 2106.09685).
+    def mean_cell(self, values: Sequence[float]) -> str:
+        """Mean and sample standard deviation as the paper prints them: ``70.4 ± 0.1``."""
+        mean, deviation = mean_and_deviation(values)
+        return self.text(mean) + (f" ± {self.text(deviation)}" if deviation is not None else "")
+
+
+# Scales and digits of tables 3, 4, 13 and 14 of the LoRA paper (arXiv 2106.09685). It calls
+# multi-BLEU and GenerationEval's METEOR plainly BLEU and MET; chrF++ is as WebNLG 2020 prints it.
 METRICS = (
     Metric("BLEU", "BLEU", 100, 1),
+    Metric("multi-BLEU", "multi-BLEU", 100, 1),
+    Metric("sacreBLEU", "sacreBLEU", 100, 1),
     Metric("NIST", "NIST", 1, 2),
     Metric("METEOR", "METEOR", 100, 1),
     Metric("ROUGE_L", "ROUGE-L", 100, 1),
     Metric("CIDEr", "CIDEr", 1, 2),
+    Metric("METEOR-WebNLG", "METEOR", 1, 2),
     Metric("TER", "TER", 1, 2, lower_is_better=True),
+    Metric("chrF++", "chrF++", 1, 3),
     Metric("accuracy", "Accuracy", 100, 1),
+    Metric("generated_accuracy", "Accuracy, generated", 100, 1),
+    Metric("majority", "Majority answer", 100, 1),
 )
+VALID_LOSS = Metric("valid_loss", "Valid. loss", 1, 3, lower_is_better=True)
+
+# Scores that say something about another one, or counts; the report shows them in their own place.
+_NO_SCORE = re.compile(r"(.+_(low|high)|confusion/.*|.*unparseable)")
 
 
 @dataclass(frozen=True)
@@ -53,17 +78,30 @@ class Sample:
 def metrics_of(*scores: Mapping[str, Any] | None) -> list[Metric]:
     """The metrics that occur in any of ``scores``: known ones in the paper's order, then others.
 
+    A metric over a part of the test set (``multi-BLEU/unseen``) stands behind that over all of it.
     Values that are no numbers (and counts, which are whole numbers) are no scores.
     """
-    present: dict[str, None] = {}
+    present: dict[str, Metric] = {}
     for one in scores:
         for key, value in (one or {}).items():
-            known = any(metric.key == key for metric in METRICS)
-            if isinstance(value, float) or (known and type(value) is int):
-                present.setdefault(key)
-    known_metrics = [metric for metric in METRICS if metric.key in present]
-    known_keys = {metric.key for metric in METRICS}
-    return known_metrics + [Metric(key, key) for key in present if key not in known_keys]
+            whole, _, part = key.partition("/")
+            known = next((metric for metric in METRICS if metric.key == whole), None)
+            if _NO_SCORE.fullmatch(key) or not (
+                isinstance(value, float) or (known and type(value) is int)
+            ):
+                continue
+            label = f"{known.label} {part}".rstrip() if known else key
+            present.setdefault(key, replace(known or Metric(key, key), key=key, label=label))
+    order = [metric.key for metric in METRICS]
+    known_metrics = [metric for metric in present.values() if metric.key.split("/")[0] in order]
+    known_metrics.sort(key=lambda metric: order.index(metric.key.split("/")[0]))
+    return known_metrics + [metric for metric in present.values() if metric not in known_metrics]
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (n - 1); the latter None for a single value."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return statistics.fmean(values), deviation
 
 
 def score_table(
@@ -93,14 +131,14 @@ def score_table(
         raise UserError("there are no scores to print; run `jlora evaluate` first")
     cells = [["", *(metric.label for metric in metrics)]]
     for name, scores in rows:
-        cells.append([name, *(metric.text(scores.get(metric.key)) for metric in metrics)])
+        cells.append([name, *(metric.cell(scores) for metric in metrics)])
     if before and after:
         difference = ["difference"]
         for metric in metrics:
             change = difference_of(metric, before, after)
             difference.append(metric.text(change, sign=True))
         cells.insert(3, difference)
-    return _markdown(cells) if markdown else _plain(cells)
+    return markdown_table(cells) if markdown else plain_table(cells)
 
 
 def difference_of(
@@ -184,19 +222,23 @@ def _field(label: str, text: str, width: int) -> list[str]:
     return [f"{label if number == 0 else '':<{indent}}{line}" for number, line in enumerate(lines)]
 
 
-def _plain(cells: list[list[str]]) -> str:
+def plain_table(cells: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows as lines in aligned columns, ``left`` of them to the left; ``cells[0]`` is the head."""
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = []
     for row in cells:
-        name = row[0].ljust(widths[0])
-        values = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
-        lines.append("  ".join([name, *values]).rstrip())
+        parts = [
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths))
+        ]
+        lines.append("  ".join(parts).rstrip())
     lines.insert(1, "-" * max(len(line) for line in lines))
     return "\n".join(lines)
 
 
-def _markdown(cells: list[list[str]]) -> str:
-    head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+def markdown_table(cells: Sequence[Sequence[str]]) -> str:
+    """Rows as a Markdown table; ``cells[0]`` is the head."""
+    head, *rows = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in cells]
     lines = ["| " + " | ".join(head) + " |", "|:--|" + "--:|" * (len(head) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines)

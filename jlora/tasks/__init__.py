@@ -9,14 +9,15 @@ import difflib
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jlora.data import Example
 from jlora.errors import UserError
+from jlora.pull_data import DATASETS, data_cache
 
 # Modules are imported when their task is asked for.
-NAMES = ("e2e", "jsonl", "restaurants")
+NAMES = ("e2e", "webnlg", "dart", "boolq", "jsonl", "restaurants")
 
 
 @dataclass(frozen=True)
@@ -35,30 +36,70 @@ class Task:
 
     Attributes:
         name: as in `get_task`.
-        read: reads one file; raises UserError (with file and line) where it cannot.
+        read_file: reads one file, ``read_file(path)``, or ``read_file(path, template)`` where there
+            are `templates`; raises UserError (with file and line) where it cannot.
         metrics: names of the scores that this dataset is judged by.
         splits: for each split the file names that may hold it, best first.
         built_in: gives a split's examples without any file.
         choices: the answers of a task that is a choice between a few ("true", "false"); empty for
             texts.
+        templates: named format strings that make a prompt out of a row's fields; the first is the
+            default. Empty: the prompt is what it is.
     """
 
     name: str
-    read: Callable[[str | Path], list[Example]]
+    read_file: Callable[..., list[Example]]
     metrics: tuple[str, ...]
     splits: Mapping[str, tuple[str, ...]]
     built_in: Callable[[str], list[Example]] | None = None
     choices: tuple[str, ...] = ()
+    templates: Mapping[str, str] = field(default_factory=dict)
 
-    def load(self, data: str | Path | None, split: str) -> list[Example]:
-        """The examples of a split, from ``data`` or the usual places; see `find_data`.
+    def read(self, path: str | Path, template: str | None = None) -> list[Example]:
+        """The examples of one file.
+
+        Args:
+            template: a name out of `templates`, or a format string of one's own; None: the default.
+
+        Raises:
+            UserError: the file cannot be read, or the template cannot be used.
+        """
+        text = self.find_template(template)
+        return self.read_file(path) if text is None else self.read_file(path, text)
+
+    def load(
+        self, data: str | Path | None, split: str, template: str | None = None
+    ) -> list[Example]:
+        """The examples of a split, from ``data`` or the usual places; see `find_data` and `read`.
 
         Raises:
             UserError: no data, or it cannot be read.
         """
         if data is None and self.built_in is not None:
+            self.find_template(template)
             return self.built_in(split)
-        return self.read(self.find_data(data, split))
+        return self.read(self.find_data(data, split), template)
+
+    def find_template(self, template: str | None) -> str | None:
+        """The format string that ``template`` means; None: this task has none.
+
+        Raises:
+            UserError: there is no template of that name.
+        """
+        if not self.templates:
+            if template is not None:
+                raise UserError(
+                    f"task {self.name} has no prompt templates; leave data.template out"
+                )
+            return None
+        if template is None:
+            return next(iter(self.templates.values()))
+        if template not in self.templates and "{" not in template:
+            raise UserError(
+                f"no prompt template {template!r}; task {self.name} has "
+                f"{', '.join(self.templates)}, or give a format string with its fields in braces"
+            )
+        return self.templates.get(template, template)
 
     def groups(self, examples: Sequence[Example]) -> list[ReferenceGroup]:
         """Group examples by prompt, in the order in which prompts are first seen."""
@@ -88,8 +129,8 @@ def find_data(
     """Find the file of a split.
 
     ``explicit`` (``--data``) is a file, or a folder and then the only place looked in. Without it:
-    ``$JLORA_DATA``, ``./data``, ``../shared/data``. A folder holds the files itself or in a
-    folder named after the task.
+    ``$JLORA_DATA``, ``./data``, ``../shared/data``, then what `jlora pull` fetched. A folder holds
+    the files itself or in a folder named after the task.
 
     Raises:
         UserError: nothing found; lists the places looked in.
@@ -105,7 +146,7 @@ def find_data(
             raise UserError(f"no file or folder {explicit}; check --data")
         folders = [explicit]
     else:
-        folders = [Path("data"), Path("..") / "shared" / "data"]
+        folders = [Path("data"), Path("..") / "shared" / "data", data_cache()]
         if os.environ.get("JLORA_DATA"):
             folders.insert(0, Path(os.environ["JLORA_DATA"]))
     looked = []
@@ -119,6 +160,7 @@ def find_data(
     raise UserError(
         f"no {split} data for task {name}: none of {', '.join(splits[split])} in "
         f"{', '.join(looked)}; give the file or its folder with --data or $JLORA_DATA"
+        + (f", or run `jlora pull {name}`" if explicit is None and name in DATASETS else "")
     )
 
 

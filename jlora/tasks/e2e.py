@@ -150,7 +150,7 @@ def read(path: str | Path) -> list[Example]:
 
 TASK = Task(
     name="e2e",
-    read=read,
+    read_file=read,
     metrics=("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"),
     splits={
         "train": ("train.txt", "trainset.csv", "train.csv", "train.jsonl"),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jlora.data import Example, json_lines, string_field
+from jlora.data import Example, json_lines, string_field, text_lines
 from jlora.errors import UserError
 from jlora.tasks import Task
 
 
 def read_pairs(path: str | Path) -> list[Example]:
-    """Read prompt/completion JSON Lines; other keys are ignored, completions are stripped.
+    """Read prompt/completion JSON Lines; completions are stripped.
+
+    An optional ``"part"`` names the part of the dataset that a line belongs to (`Example.part`);
+    other keys are ignored.
 
     Raises:
         UserError: a line is not such an object, or a completion is empty (with file and line).
@@ -21,13 +24,24 @@ def read_pairs(path: str | Path) -> list[Example]:
         completion = string_field(row, "completion", path, number).strip()
         if not completion:
             raise UserError(f"{path}:{number}: the completion is empty; remove the line")
-        examples.append(Example(prompt, completion))
+        part = None if row.get("part") is None else string_field(row, "part", path, number)
+        examples.append(Example(prompt, completion, part))
     return examples
+
+
+def holds_pairs(path: str | Path) -> bool:
+    """Whether a file is prompt/completion JSON Lines, by its name or its first line.
+
+    Raises:
+        UserError: it cannot be read, or has nothing in it.
+    """
+    _, first = next(text_lines(path))
+    return Path(path).suffix.lower() == ".jsonl" or first.lstrip().startswith('{"prompt"')
 
 
 TASK = Task(
     name="jsonl",
-    read=read_pairs,
+    read_file=read_pairs,
     metrics=("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"),
     splits={split: (f"{split}.jsonl",) for split in ("train", "valid", "test")},
 )

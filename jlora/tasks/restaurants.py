@@ -219,7 +219,7 @@ def _joined(predicates: list[str]) -> str:
 
 TASK = Task(
     name="restaurants",
-    read=e2e.read,
+    read_file=e2e.read,
     metrics=e2e.TASK.metrics,
     splits={split: (f"{split}.txt",) for split in ("train", "valid", "test")},
     built_in=corpus,

@@ -1,0 +1,121 @@
+"""One process a run folder: a lock that dies with the process that holds it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import getpass
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from jlora.errors import UserError
+from jlora.files import os_error, remove_leftovers
+
+NAME = ".lock"
+
+
+@contextlib.contextmanager
+def lock_run(run: str | Path) -> Iterator[None]:
+    """Hold a run folder, which is made if it is not there, for this process alone.
+
+    ``RUN/.lock`` says who holds it. What counts is the kernel's lock on that file (flock), which
+    ends with the process however it ends, so a file left behind locks nothing. What killed
+    processes have left half-written in the folder is removed. A folder that was made and is still
+    empty at the end is taken away again.
+
+    On NFS the kernel turns flock into a lock on the server, which other machines see, unless the
+    folder is mounted with ``nolock`` or ``local_lock``; where locks are not supported there is a
+    warning and no lock.
+
+    Raises:
+        UserError: another process holds the folder (with its pid, owner, machine and start), or
+            the folder cannot be made or written.
+    """
+    run = Path(run)
+    made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    try:
+        handle = None
+        while handle is None:
+            run.mkdir(parents=True, exist_ok=True)
+            # The one before may have taken an empty folder away again meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                handle = _take(run / NAME)
+    except OSError as error:
+        raise os_error("write to", run, error) from error
+    try:
+        remove_leftovers(run)
+        yield
+    finally:
+        # Removed before it is unlocked, so that nobody locks a file that is about to go. In a
+        # folder that can no longer be written it stays, and says nothing once it is unlocked.
+        with contextlib.suppress(OSError):
+            (run / NAME).unlink()
+        handle.close()
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+def _take(path: Path) -> BinaryIO:
+    """The locked file, open, with this process in it."""
+    while True:
+        handle = open(path, "ab+")  # noqa: SIM115  (held as long as the run)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(path)
+            handle.close()
+            raise UserError(
+                f"{path.parent} is in use by {holder}; wait until it has ended, or choose another "
+                "--out"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+                handle.close()
+                raise
+            print(
+                f"jlora: warning: {path.parent} cannot be locked ({error.strerror}); see to it "
+                "that no other run writes there",
+                file=sys.stderr,
+            )
+        # The one before may have removed the file between opening and locking it.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+                break
+        handle.close()
+    owner = {
+        "pid": os.getpid(),
+        "owner": _user(),
+        "host": socket.gethostname(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+    handle.truncate(0)
+    handle.write(json.dumps(owner).encode() + b"\n")
+    handle.flush()
+    return handle
+
+
+def _holder(path: Path) -> str:
+    """Who holds a lock, in words."""
+    try:
+        owner = json.loads(path.read_bytes())
+        return (
+            f"process {owner['pid']} of {owner['owner']} on {owner['host']}, "
+            f"started {owner['started']}"
+        )
+    except (OSError, ValueError, KeyError, TypeError):  # it is just being written
+        return "another process"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a container's user without a name
+        return str(os.getuid())

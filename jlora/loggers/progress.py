@@ -1,0 +1,49 @@
+"""The progress bar."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+class ProgressLogger:
+    """A progress bar on stderr: steps, time left, loss, tokens per second, validation loss.
+
+    Args:
+        total_steps: steps of the whole run.
+        start_step: steps done before a resume; they do not count for the time left.
+        stream: a text stream, by default stderr. A stream that is no terminal gets a line at most
+            every 30 seconds instead of a moving bar.
+    """
+
+    def __init__(self, total_steps: int, start_step: int = 0, stream: Any = None) -> None:
+        from tqdm import tqdm
+
+        stream = sys.stderr if stream is None else stream
+        terminal = bool(getattr(stream, "isatty", lambda: False)())
+        self._values: dict[str, str] = {}
+        self._bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            file=stream,
+            dynamic_ncols=terminal,
+            mininterval=0.2 if terminal else 30.0,
+            # The bar takes the room that the rest leaves, so that 80 columns show everything.
+            bar_format="{n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
+        )
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Move the bar to the record's step and show its values."""
+        if record.get("loss") is not None:
+            self._values["loss"] = f"{float(record['loss']):.3f}"
+        if record.get("tokens_per_s") is not None:
+            self._values["tok/s"] = f"{float(record['tokens_per_s']):,.0f}"
+        if record.get("valid_loss") is not None:
+            self._values["valid"] = f"{float(record['valid_loss']):.4f}"
+        self._bar.set_postfix(self._values, refresh=False)
+        self._bar.update(max(0, int(record["step"]) - self._bar.n))
+
+    def close(self) -> None:
+        """Leave the finished bar on the screen."""
+        self._bar.close()

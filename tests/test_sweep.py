@@ -1,0 +1,115 @@
+"""`jlora sweep`: cases out of grids and files, runs that go on, one table."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jlora import sweep as sweep_module
+from jlora.cli import main
+from jlora.errors import UserError
+from jlora.sweep import file_cases, grid_cases, sweep
+
+
+def test_a_grid_is_every_combination():
+    cases = grid_cases(["lora.r=1,64", "train.seed=110,111"])
+    assert list(cases) == ["r-1_seed-110", "r-1_seed-111", "r-64_seed-110", "r-64_seed-111"]
+    assert cases["r-64_seed-110"] == ["lora.r=64", "train.seed=110"]
+
+
+def test_values_are_yaml():
+    cases = grid_cases(["lora.target_modules=[q_proj],[q_proj, v_proj]"])
+    assert list(cases) == ["target_modules-q_proj", "target_modules-q_proj+v_proj"]
+    assert cases["target_modules-q_proj+v_proj"] == ['lora.target_modules=["q_proj", "v_proj"]']
+    assert grid_cases(["train.optim.lr=1e-3"]) == {"lr-0.001": ["train.optim.lr=0.001"]}
+    # A value cannot leave the sweep's folder.
+    assert list(grid_cases(["model=../x/y"])) == ["model-..-x-y"]
+
+
+@pytest.mark.parametrize("grid", ["lora.r", "=1,2", "lora.r=", "lora.r=[1"])
+def test_bad_grids(grid):
+    with pytest.raises(UserError, match="--grid"):
+        grid_cases([grid])
+
+
+def test_cases_of_a_file(tmp_path):
+    path = tmp_path / "cases.yaml"
+    path.write_text("small: {lora.r: 1}\nlarge: {lora.r: 8, lora.enable_lora: null}\n")
+    assert file_cases(path) == {
+        "small": ["lora.r=1"],
+        "large": ["lora.r=8", "lora.enable_lora=null"],
+    }
+    for text in ("- 1\n", "a: 1\n", "../a: {lora.r: 1}\n", ""):
+        path.write_text(text)
+        with pytest.raises(UserError):
+            file_cases(path)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: m\n")
+    return str(path)
+
+
+def stub(monkeypatch, codes):
+    """Runs that end with the next of ``codes`` and leave scores where it is 0."""
+    commands = []
+
+    def run(command, check):
+        commands.append(command)
+        code = codes.pop(0)
+        out = sweep_module.Path(command[command.index("--out") + 1])
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.yaml").write_text("model: m\n")
+        if code == 0:
+            (out / "scores.json").write_text(json.dumps({"after": {"BLEU": 0.5}}))
+        return type("Result", (), {"returncode": code})
+
+    monkeypatch.setattr(sweep_module.subprocess, "run", run)
+    return commands
+
+
+def test_a_failed_run_does_not_stop_the_others_and_the_same_command_goes_on(
+    tmp_path, monkeypatch, recipe
+):
+    cases = grid_cases(["lora.r=1,2,4"])
+    commands = stub(monkeypatch, [0, 2, 0])
+    with pytest.raises(UserError, match="1 of 3 runs failed: r-2"):
+        sweep(recipe, cases, ["--data", "d"], tmp_path / "out")
+    assert len(commands) == 3 and commands[0][-4:] == ["--data", "d", "--set", "lora.r=1"]
+    commands = stub(monkeypatch, [0])
+    finished = sweep(recipe, cases, [], tmp_path / "out")
+    assert list(finished) == ["r-1", "r-2", "r-4"]
+    assert len(commands) == 1 and "--resume" in commands[0]
+
+
+def test_ctrl_c_stops_the_sweep(tmp_path, monkeypatch, recipe):
+    commands = stub(monkeypatch, [130, 0])
+    with pytest.raises(KeyboardInterrupt):
+        sweep(recipe, grid_cases(["lora.r=1,2"]), [], tmp_path / "out")
+    assert len(commands) == 1
+
+
+def test_a_wrong_setting_is_known_before_anything_runs(tmp_path, monkeypatch, recipe):
+    commands = stub(monkeypatch, [])
+    with pytest.raises(UserError, match="did you mean lora.r"):
+        sweep(recipe, grid_cases(["lora.rr=1,2"]), [], tmp_path / "out")
+    assert commands == [] and not (tmp_path / "out").exists()
+
+
+def test_the_command_wants_a_grid_or_a_file(recipe, capsys):
+    assert main(["sweep", recipe]) == 2
+    assert "give --grid KEY=VALUE,VALUE or --cases FILE" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_real_runs_and_their_report(tmp_path, tiny_model):
+    argv = f"sweep demo --grid lora.r=1,2 --smoke --out {tmp_path / 'out'}".split()
+    argv += ["--set", f"model={tiny_model}", "--set", "data.task=restaurants"]
+    argv += ["--set", "lora.target_modules=[c_attn]", "--set", "data.valid_stride=1"]
+    argv += ["--set", "precision=plain"]
+    assert main(argv) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "r-1" in page and "r-2" in page
