@@ -122,6 +122,11 @@ def native_config(
     """
     targets = find_targets(model, config)
     hint = notes.get("enable_lora")
+    if hint is not None and not (isinstance(hint, list) and all(type(h) is bool for h in hint)):
+        raise UserError(
+            f"jlora_adapter.json: enable_lora must be a list of true and false, not {hint!r}; "
+            "remove the file to have it found out from the weights"
+        )
     fused = {}
     for name, module in targets.items():
         B = tensors.get(f"{name}.lora_B")
