@@ -322,7 +322,7 @@ def build_model(config: dict[str, Any], source: str = "config.json") -> Any:
     from jlora.models.llama import LlamaConfig, LlamaForCausalLM
 
     model_type = config.get("model_type")
-    if model_type not in BASE_PREFIXES:
+    if not isinstance(model_type, str) or model_type not in BASE_PREFIXES:
         raise UserError(
             f"{source}: model_type {model_type!r} is not supported; only {', '.join(BASE_PREFIXES)}"
         )
