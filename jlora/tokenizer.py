@@ -14,6 +14,7 @@ from typing import Any
 
 from jlora.errors import UserError
 from jlora.files import atomic_path, read_text
+from jlora.formats.safetensors_file import one_line
 
 #: Files that make a tokenizer, in the order in which they are looked for.
 TOKENIZER_FILES = (
@@ -136,7 +137,7 @@ class Tokenizer:
             backend = byte_level_bpe(vocab, merges, GGUF_PRE[pre], special, extra)
         except Exception as error:
             raise UserError(
-                f"{path}: its tokenizer is damaged ({error}); download it again"
+                f"{path}: its tokenizer is damaged ({one_line(error)}); download it again"
             ) from error
         ids = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "bos", "padding")]
         special_ids = (None if i is None else int(i) for i in ids)
@@ -253,7 +254,8 @@ def read_tokenizer_json(path: Path) -> Any:
         return Backend.from_str(text)
     except Exception as error:  # the package raises plain Exception
         raise UserError(
-            f"{path}: not a tokenizer file of Hugging Face's kind ({error}); download it again"
+            f"{path}: not a tokenizer file of Hugging Face's kind ({one_line(error)}); download it "
+            "again"
         ) from error
 
 
@@ -280,8 +282,8 @@ def read_vocab_and_merges(vocab_path: Path, merges_path: Path, settings: dict[st
         backend = byte_level_bpe(vocab, merges, kind, special, extra)
     except Exception as error:
         raise UserError(
-            f"{vocab_path} and {merges_path} do not fit together ({error}); take both from one "
-            "model"
+            f"{vocab_path} and {merges_path} do not fit together ({one_line(error)}); take both "
+            "from one model"
         ) from error
     for text, index, _ in added:
         if backend.token_to_id(text) != index:

@@ -76,6 +76,9 @@ class LoraConfig:
     enable_lora: list[bool] | None = None
 
     def __post_init__(self):
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise UserError(f"{name} must map names to numbers, not {getattr(self, name)!r}")
         ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
         for name, rank in ranks.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
@@ -106,6 +109,19 @@ class LoraConfig:
             self.target_modules = "all-linear"
         if isinstance(self.modules_to_save, str):
             raise UserError("modules_to_save must be a list of names")
+        for name, kind, what in (
+            ("target_modules", str, "names"),
+            ("exclude_modules", str, "names"),
+            ("modules_to_save", str, "names"),
+            ("layers_pattern", str, "names"),
+            ("layers_to_transform", int, "whole numbers"),
+            ("enable_lora", bool, "true and false"),
+        ):
+            value = getattr(self, name)
+            if value is None or (isinstance(value, kind) and name != "enable_lora"):
+                continue
+            if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+                raise UserError(f"{name} must be a list of {what}, not {value!r}")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise UserError(
                 "layers_to_transform needs target_modules as a list of names, "
@@ -190,7 +206,8 @@ def _can_tie(settings: Mapping[str, Any]) -> bool:
         return True
     if isinstance(targets, str):
         return targets.lower() != "all-linear"
-    return any(name.rpartition(".")[2] in _TIED for name in targets or [])
+    names = targets if isinstance(targets, list) else []
+    return any(isinstance(name, str) and name.rpartition(".")[2] in _TIED for name in names)
 
 
 def _is_number(value: Any) -> bool:

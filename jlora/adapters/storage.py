@@ -122,6 +122,11 @@ def native_config(
     """
     targets = find_targets(model, config)
     hint = notes.get("enable_lora")
+    if hint is not None and not (isinstance(hint, list) and all(type(h) is bool for h in hint)):
+        raise UserError(
+            f"jlora_adapter.json: enable_lora must be a list of true and false, not {hint!r}; "
+            "remove the file to have it found out from the weights"
+        )
     fused = {}
     for name, module in targets.items():
         B = tensors.get(f"{name}.lora_B")
@@ -229,9 +234,11 @@ def check_base(recorded: Mapping[str, Any], model: nn.Module, where: str) -> Non
         ) from error
     if difference:
         name = getattr(model, "name_or_path", None) or type(model).__name__
+        count = recorded.get("parameters")
+        parameters_there = f"{count:,}" if isinstance(count, int) else "unknown"
         raise UserError(
             f"{where}: made for the base model {recorded.get('name') or 'without a name'} "
-            f"({recorded.get('model_type')}, {recorded.get('parameters'):,} parameters), "
+            f"({recorded.get('model_type')}, {parameters_there} parameters), "
             f"not for {name}: {difference}; load it on its own base, or insist with --force "
             "(force=True)"
         )

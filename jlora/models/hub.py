@@ -31,6 +31,12 @@ BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$|\.posit
 #: OpenAI's TensorFlow names for a layer's gain, weight and bias.
 TENSORFLOW_ENDINGS = {".g": ".weight", ".w": ".weight", ".b": ".bias"}
 BASE_PREFIXES = {"gpt2": "transformer.", "llama": "model.", "mistral": "model.", "qwen2": "model."}
+#: Sizes in a config.json of GPT-2 or Llama that say how large the weights are.
+SIZES = (
+    *("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"),
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim"),
+)
 SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -67,7 +73,7 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> Any:
     if dtype != "float32":
         raise UserError(f"dtype {dtype!r} is not supported; weights are kept as float32")
     checkpoint = read_checkpoint(find(str(name_or_path)))
-    check_layers(checkpoint)
+    check_sizes(checkpoint)
     model = build_model(checkpoint.config, checkpoint.config_source)
     tokenizer, rows = checkpoint.tokenizer, model.config.vocab_size
     if tokenizer is not None and tokenizer.vocab_size > rows:
@@ -290,14 +296,25 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def check_layers(checkpoint: Checkpoint) -> None:
-    """See that a model has not more layers than tensors, before memory is filled with them."""
-    for key in ("n_layer", "num_hidden_layers"):
-        layers = checkpoint.config.get(key)
-        if isinstance(layers, (int, float)) and layers > len(checkpoint.tensors):
+def check_sizes(checkpoint: Checkpoint) -> None:
+    """See that a configuration's sizes can be those of the weights, before memory is filled.
+
+    Raises:
+        UserError: one is no whole number above 0, or beyond all that the weights are.
+    """
+    tensors = len(checkpoint.tensors)
+    values = sum(array.size for array in checkpoint.tensors.values())
+    for key in SIZES:
+        size = checkpoint.config.get(key)
+        if size is None:
+            continue
+        where = f"{checkpoint.config_source}: {key} is {size!r}"
+        if type(size) is not int or size < 1:
+            raise UserError(f"{where}, no whole number above 0; this model cannot be used")
+        if size > (tensors if key in ("n_layer", "num_hidden_layers") else values):
             raise UserError(
-                f"{checkpoint.config_source}: {key} is {layers}, and {checkpoint.source} has only "
-                f"{len(checkpoint.tensors)} tensors; take both from one model"
+                f"{where}, and {checkpoint.source} has only {tensors} tensors of {values:,} "
+                "numbers; take both from one model"
             )
 
 
@@ -369,7 +386,7 @@ def build_model(config: dict[str, Any], source: str = "config.json") -> Any:
     from jlora.models.llama import LlamaConfig, LlamaForCausalLM
 
     model_type = config.get("model_type")
-    if model_type not in BASE_PREFIXES:
+    if not isinstance(model_type, str) or model_type not in BASE_PREFIXES:
         raise UserError(
             f"{source}: model_type {model_type!r} is not supported; only {', '.join(BASE_PREFIXES)}"
         )
