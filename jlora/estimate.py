@@ -37,9 +37,9 @@ BYTES_A_TOKEN = 80
 LOADING = 1.45
 #: What Jittor's allocator holds for what is in use; larger arrays do not fit the gaps of smaller.
 ALLOCATOR = 1.25
-#: Arrays as large as all that is trained, besides the two means: gradients and their flat copy, the
-#: last good values, and what an update computes on its way.
-UPDATE_COPIES = 7
+#: Arrays as large as all that is trained, besides the two means: the gradients (and, of adapters,
+#: small ones besides).
+UPDATE_COPIES = 1
 #: Arrays (targets, vocabulary) of a head that is not fused: forward and backward; forward alone.
 LOGITS = 5
 VALID_LOGITS = 3

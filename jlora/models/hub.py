@@ -32,7 +32,7 @@ BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$|\.posit
 TENSORFLOW_ENDINGS = {".g": ".weight", ".w": ".weight", ".b": ".bias"}
 BASE_PREFIXES = {"gpt2": "transformer.", "llama": "model.", "mistral": "model.", "qwen2": "model."}
 #: Sizes in a config.json of GPT-2 or Llama that say how large the weights are.
-SIZES = (
+WEIGHT_SIZES = (
     *("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"),
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim"),
@@ -304,7 +304,7 @@ def check_sizes(checkpoint: Checkpoint) -> None:
     """
     tensors = len(checkpoint.tensors)
     values = sum(array.size for array in checkpoint.tensors.values())
-    for key in SIZES:
+    for key in WEIGHT_SIZES:
         size = checkpoint.config.get(key)
         if size is None:
             continue
