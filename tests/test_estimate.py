@@ -133,7 +133,7 @@ def test_adapter_and_optimiser_are_those_of_training(lora):
     optimizer = AdamW(parameters, OptimConfig())
     train = found(lora=lora).stages["train"]
     assert train["adapter"] == sum(p.numpy().nbytes for p in parameters)
-    assert train["optimiser"] >= optimizer.m.nbytes + optimizer.v.nbytes + 3 * train["adapter"]
+    assert train["optimiser"] >= optimizer.m.nbytes + optimizer.v.nbytes + train["adapter"]
     names = trainable(recipe_of(lora=lora), outline_of("gpt2").model)
     assert names == {name for name, _ in model.trainable_parameters()}
 
