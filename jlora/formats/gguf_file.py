@@ -24,7 +24,8 @@ from jlora.formats.safetensors_file import one_line, placeholder
 
 QUANTIZATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
-#: Of all lists in the metadata together; a vocabulary of 256,000 with its merges has a million.
+#: Texts in lists of the metadata; each becomes some objects. 256,000 tokens with their merges make
+#: a million.
 MOST_ENTRIES = 2**21
 
 LLAMA_BLOCKS, GPT2_BLOCKS = "model.layers", "transformer.h"
@@ -168,11 +169,19 @@ def open_gguf(path: Path) -> Any:
             return super()._get(offset, dtype, count, override_order)
 
         def _get_field_parts(self, orig_offs, raw_type):
-            if raw_type == GGUFValueType.ARRAY:
-                # Each entry becomes some objects, hundreds of bytes for one.
-                self.entries += int(self._get(int(orig_offs) + 4, np.uint64)[0])
-                if self.entries > MOST_ENTRIES:
-                    raise ValueError(f"its metadata have over {MOST_ENTRIES:,} entries")
+            if raw_type != GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            start = int(orig_offs)
+            kind, count = self._get(start, np.uint32), self._get(start + 4, np.uint64)
+            scalar = self.gguf_scalar_to_np.get(int(kind[0]))
+            if scalar is not None:
+                # The package makes two objects of every number; this makes one of all.
+                values = self._get(start + 12, scalar, count[0])
+                types = [GGUFValueType.ARRAY, GGUFValueType(int(kind[0]))]
+                return 12 + values.nbytes, [kind, count, values], [2], types
+            self.entries += int(count[0])
+            if self.entries > MOST_ENTRIES:
+                raise ValueError(f"its metadata have over {MOST_ENTRIES:,} texts")
             return super()._get_field_parts(orig_offs, raw_type)
 
     try:
