@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 from jlora.config import find_recipe, load_recipe
-from jlora.data import json_lines
 from jlora.errors import UserError
 from jlora.lock import lock_run
+from jlora.readers import json_lines
 from jlora.report.tables import pair_samples, samples
 from jlora.tasks import get_task
 from jlora.workflow import run_recipe, say

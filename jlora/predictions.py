@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from jlora.data import json_lines, string_field
 from jlora.errors import UserError
 from jlora.files import atomic_path, write_text
+from jlora.readers import json_lines, string_field
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,13 @@ from jlora.data import (
     TokenExample,
     check_vocabulary,
     collate,
-    csv_rows,
     encode_example,
     encode_examples,
     encode_prompts,
     epoch_batches,
-    json_document,
-    json_lines,
-    string_field,
-    text_lines,
 )
 from jlora.errors import UserError
+from jlora.readers import csv_rows, json_document, json_lines, string_field, text_lines
 from jlora.tasks.boolq import TEMPLATES, split_template
 from jlora.tokenizer import Tokenizer, byte_level_bpe
 

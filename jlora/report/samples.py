@@ -10,8 +10,8 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
-from jlora.data import json_lines, string_field
 from jlora.errors import UserError
+from jlora.readers import json_lines, string_field
 from jlora.report.runs import PREDICTIONS_NAME, RunSummary
 from jlora.report.tables import pick, slots
 

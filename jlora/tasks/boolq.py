@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jlora.data import Example, json_lines, string_field
+from jlora.data import Example
 from jlora.errors import UserError
 from jlora.files import check_absent, write_text
+from jlora.readers import json_lines, string_field
 from jlora.tasks import Task
 
 #: "replication" is the prompt of an earlier Jittor replication (Brian-csh/ANN-Jittor-Lora).

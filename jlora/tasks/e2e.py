@@ -16,8 +16,9 @@ import csv
 import re
 from pathlib import Path
 
-from jlora.data import Example, csv_rows, text_lines
+from jlora.data import Example
 from jlora.errors import UserError
+from jlora.readers import csv_rows, text_lines
 from jlora.tasks import Task
 from jlora.tasks.jsonl import read_pairs
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jlora.data import Example, json_lines, string_field, text_lines
+from jlora.data import Example
 from jlora.errors import UserError
+from jlora.readers import json_lines, string_field, text_lines
 from jlora.tasks import Task
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jlora.data import json_document, json_lines, text_lines
 from jlora.errors import UserError
 from jlora.files import atomic_path, check_absent
+from jlora.readers import json_document, json_lines, text_lines
 from jlora.tasks import dart, webnlg
 
 PARTS = {2: ("train", "test"), 3: ("train", "valid", "test")}

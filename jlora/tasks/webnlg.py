@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jlora.data import Example, json_document
+from jlora.data import Example
 from jlora.errors import UserError
+from jlora.readers import json_document
 from jlora.tasks import Task
 from jlora.tasks.jsonl import holds_pairs, read_pairs
 
