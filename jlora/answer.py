@@ -13,6 +13,7 @@ from jlora import engine
 from jlora.beam import search
 from jlora.config import DataConfig, DecodeConfig
 from jlora.data import TokenExample, encode_prompts
+from jlora.distributed import world
 from jlora.errors import UserError
 from jlora.generate import GenerateConfig, generate
 from jlora.models.hub import require_tokenizer
@@ -56,7 +57,7 @@ def decode(
     """Answer prompts by beam search and write them to ``path`` (None: nowhere).
 
     Batches that an interrupted call has finished are kept in ``path`` with ``.partial`` and are
-    not decoded again.
+    not decoded again. Several processes divide the prompts; all return all predictions.
 
     Args:
         prompts: different ones.
@@ -65,8 +66,13 @@ def decode(
     tokenizer = model.tokenizer
     end_id = tokenizer.eos_token_id if end_id is None else end_id
     config = decode_config.beam_config(end_id)
+    here = world()
     partial = path and path.with_name(path.name + ".partial")
-    done = {p.prompt: p for p in read_predictions(partial)} if partial and partial.exists() else {}
+    done = here.first(
+        lambda: (
+            {p.prompt: p for p in read_predictions(partial)} if partial and partial.exists() else {}
+        )
+    )
     # Prompts of like length are decoded together, as in training.
     waiting = sorted(
         (index for index, prompt in enumerate(prompts) if prompt not in done),
@@ -75,21 +81,33 @@ def decode(
     model.eval()
     from tqdm import tqdm
 
+    # Several processes come together now and then, so that what is done can be kept.
+    together = len(waiting) if here.size == 1 else here.size * config.batch_size * BATCHES_APART
     with tqdm(total=len(prompts), initial=len(prompts) - len(waiting), desc="decoding",
               unit="input", mininterval=1 if sys.stderr.isatty() else 30) as bar:  # fmt: skip
-        for place, hypotheses in search(model, [encoded[index] for index in waiting], config):
-            prompt = prompts[waiting[place]]
-            done[prompt] = make_prediction(
-                prompt, hypotheses, tokenizer.decode, config.length_penalty
-            )
-            bar.update()
-            if partial and bar.n % config.batch_size == 0:
+        for start in range(0, len(waiting), together or 1):
+            mine, found = here.mine(waiting[start : start + together]), {}
+            for place, hypotheses in search(model, [encoded[index] for index in mine], config):
+                prompt = prompts[mine[place]]
+                found[prompt] = make_prediction(
+                    prompt, hypotheses, tokenizer.decode, config.length_penalty
+                )
+                bar.update()
+                if partial and here.size == 1 and bar.n % config.batch_size == 0:
+                    write_predictions(partial, list({**done, **found}.values()))
+            for each in here.gather(found):
+                done.update(each)
+            bar.update(len(done) - bar.n)
+            if partial and here.size > 1 and here.is_first:
                 write_predictions(partial, list(done.values()))
     ordered = [done[prompt] for prompt in prompts]
-    if path:
+    if path and here.is_first:
         save_predictions(path, ordered)
         partial.unlink(missing_ok=True)
     return ordered
+
+
+BATCHES_APART = 8  # that a process decodes before it meets the others
 
 
 def save_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
@@ -144,7 +162,7 @@ def answer(
         make_prediction(prompt, [text], tokenizer.decode, 0.0)
         for prompt, text in zip(prompts, generate(model, encoded, config))
     ]
-    if path:
+    if path and world().is_first:
         save_predictions(path, predictions)
     return predictions
 
@@ -168,9 +186,9 @@ def choice_logprobs(
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     found = np.zeros((len(encoded), len(choices)), np.float32)
     model.eval()
+    batches, parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)], []
     with jt.no_grad():
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        for rows in world().mine(batches):
             examples = [
                 TokenExample([*encoded[row], *end], len(encoded[row]))
                 for row in rows
@@ -179,5 +197,7 @@ def choice_logprobs(
             losses = target_losses(model, make_batch(model, examples)).numpy()
             counts = np.array([len(end) for _ in rows for end in ends])
             starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-            found[rows] = -np.add.reduceat(losses, starts).reshape(len(rows), len(choices))
+            parts.append(-np.add.reduceat(losses, starts).reshape(len(rows), len(choices)))
+    for rows, part in zip(batches, world().interleave(parts)):
+        found[rows] = part
     return found

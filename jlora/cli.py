@@ -6,9 +6,10 @@ import argparse
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
-from jlora import commands
+from jlora import commands, distributed
 from jlora.errors import UserError
 from jlora.loggers import LOGGERS
 
@@ -18,19 +19,25 @@ PRECISIONS = "auto, bf16, int8, int8-both (gradients too), fp32 or plain"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 0, 2 for what the user can mend, 130 after Ctrl-C."""
     arguments = parser().parse_args(argv)
+    processes = getattr(arguments, "nproc", None)
     try:
+        if distributed.started_by_mpi():
+            if processes is None:
+                raise UserError("this command is for one process; leave mpirun out")
+            distributed.join()
+        elif processes is not None and processes > 1:
+            return distributed.launch(processes, list(sys.argv[1:] if argv is None else argv))
         if arguments.verbose:
             from jlora import runtime
 
             runtime.set_verbose()
         code = arguments.function(arguments) or 0
         sys.stdout.flush()  # a full disk behind `>` shows only now
-        return code
+        return distributed.world().finish(code)
     except UserError as error:
         return fail(error)
     except KeyboardInterrupt:
-        print("\njlora: stopped", file=sys.stderr)
-        return 130
+        return end("\njlora: stopped", 130)
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         drop_output()
         return 0
@@ -41,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(os_error("use", error.filename or "the standard output", error))
     except RuntimeError as error:
         if arguments.verbose or "cmd failed" not in str(error):
+            distributed.world().abort(traceback.format_exc(), 1)
             raise
         return fail(
             UserError(
@@ -48,12 +56,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "some, or set use_parallel_op_compiler=1 in the environment; -v shows its output"
             )
         )
+    except Exception:
+        distributed.world().abort(traceback.format_exc(), 1)
+        raise
 
 
 def fail(error: UserError) -> int:
     """Say what is wrong in one line."""
-    print(f"jlora: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+    return end(f"jlora: error: {' '.join(str(error).split())}", 2)
+
+
+def end(message: str, code: int) -> int:
+    """Say why this is the end, of all processes if there are several; the exit code."""
+    distributed.world().abort(message, code)
+    print(message, file=sys.stderr)
+    return code
 
 
 def drop_output() -> None:
@@ -161,6 +178,7 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--data", help="as of jlora run")
     sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     sweep.add_argument("--smoke", action="store_true", help="as of jlora run")
+    add_nproc(sweep, dest="nproc_of_each")
 
     finetune = verb(
         "finetune", commands.run_finetune, "Train an adapter on prompt/completion data."
@@ -209,6 +227,7 @@ def parser() -> argparse.ArgumentParser:
         "--raw", action="store_true", help="no separator token: go on with the prompt's own text"
     )
     generate.add_argument("--precision", default="auto", help=PRECISIONS)
+    add_nproc(generate)
 
     merge = verb(
         "merge", commands.run_merge, "Write base and adapter as one model that transformers loads."
@@ -325,7 +344,22 @@ def whole_numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 2400,400,470") from None
 
 
+def add_nproc(command: argparse.ArgumentParser, dest: str = "nproc") -> None:
+    command.add_argument(
+        "--nproc", dest=dest, type=positive, default=1, metavar="N",
+        help="processes on this machine that divide every batch among them (needs MPI: "
+        "pip install 'jlora[mpi]'); the result does not depend on N",
+    )  # fmt: skip
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def add_run_options(command: argparse.ArgumentParser) -> None:
+    add_nproc(command)
     command.add_argument("--out", help="run folder (default: runs/ and the recipe's name)")
     command.add_argument(
         "--data", help="folder with train, valid and test files, or the training file itself; "

@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from jlora.distributed import world
 from jlora.errors import UserError
 
 
@@ -84,7 +85,7 @@ def check_memory(arguments: argparse.Namespace, recipe, run: Path, decodes: bool
     from jlora.runtime import jt
 
     if not arguments.no_memory_check and not jt.flags.use_cuda:
-        check_fits(workflow.open_run(run, recipe, arguments.resume), decodes)
+        world().first(lambda: check_fits(workflow.open_run(run, recipe, arguments.resume), decodes))
 
 
 def run_estimate(arguments: argparse.Namespace) -> int:
@@ -126,6 +127,8 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     else:
         cases = sweep.grid_cases(arguments.grid)
     options = ["--smoke"] if arguments.smoke else []
+    if arguments.nproc_of_each > 1:
+        options += ["--nproc", str(arguments.nproc_of_each)]
     if arguments.data:
         options += ["--data", arguments.data]
     for setting in arguments.set:
@@ -144,17 +147,20 @@ def run_finetune(arguments: argparse.Namespace) -> int:
     from jlora.state import has_checkpoint
 
     with lock_run(run):
-        recipe = workflow.open_run(run, recipe, arguments.resume)
+        here = world()
+        recipe = here.first(lambda: workflow.open_run(run, recipe, arguments.resume))
+        workflow.check_shared(run)
         check_memory(arguments, recipe, run, decodes=False)
         model = workflow.build(recipe)
         sets = workflow.encode_splits(recipe, model)
-        if not arguments.resume:
+        if here.is_first and not arguments.resume:
             workflow.begin_run(run, recipe)
             environment.record(run, workflow.data_hashes(recipe, "train", "valid"))
-        started = arguments.resume and has_checkpoint(run)
+        started = here.first(lambda: arguments.resume and has_checkpoint(run))
         if not workflow.finetune(recipe, run, model, sets, started, command="finetune"):
             return 130
-        workflow.write_report(run)
+        if here.is_first:
+            workflow.write_report(run)
     best = run / "best" if (run / "best").is_dir() else run / "adapter"
     print(f"adapter: {best}")
     print(f"try it: jlora generate --adapter {run} --prompt ...")

@@ -340,13 +340,27 @@ class BatchOrder:
         return self._batches[index]
 
 
-def collate(token_examples: Sequence[TokenExample], pad_id: int) -> Batch:
+def shares(lengths: Sequence[int], processes: int) -> list[slice]:
+    """A batch cut into one run of neighbours a process, with about as many tokens each.
+
+    Args:
+        lengths: tokens of each example.
+    """
+    ends = np.cumsum([0, *lengths])
+    cuts = [int(np.abs(ends - ends[-1] * i / processes).argmin()) for i in range(processes + 1)]
+    return [slice(start, end) for start, end in zip(cuts, cuts[1:])]
+
+
+def collate(token_examples: Sequence[TokenExample], pad_id: int, length: int = 0) -> Batch:
     """Pad rows on the right to the longest of them; see `Batch` for shapes and dtypes.
 
     Padded targets are ``pad_id`` too (a valid index), with mask 0.
+
+    Args:
+        length: pad to this one if it is larger.
     """
     lengths = np.array([example.input_length for example in token_examples], dtype=np.int32)
-    shape = (len(token_examples), int(lengths.max()))
+    shape = (len(token_examples), max(length, int(lengths.max())))
     input_ids = np.full(shape, pad_id, dtype=np.int32)
     targets = np.full(shape, pad_id, dtype=np.int32)
     mask = np.zeros(shape, dtype=np.float32)

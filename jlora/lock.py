@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from jlora.distributed import world
 from jlora.errors import UserError
 from jlora.files import os_error, remove_leftovers
 
@@ -24,6 +25,8 @@ NAME = ".lock"
 @contextlib.contextmanager
 def lock_run(run: str | Path) -> Iterator[None]:
     """Hold a run folder, which is made if it is not there, for this process alone.
+
+    Of the processes of one run (`jlora.distributed`) the first holds it, and the others wait.
 
     ``RUN/.lock`` says who holds it. What counts is the kernel's lock on that file (flock), which
     ends with the process however it ends, so a file left behind locks nothing. What killed
@@ -38,6 +41,10 @@ def lock_run(run: str | Path) -> Iterator[None]:
         UserError: another process holds the folder (with its pid, owner, machine and start), or
             the folder cannot be made or written.
     """
+    if not world().is_first:
+        world().first(lambda: None)
+        yield
+        return
     run = Path(run)
     made = [folder for folder in (run, *run.parents) if not folder.exists()]
     try:
@@ -51,6 +58,7 @@ def lock_run(run: str | Path) -> Iterator[None]:
         raise os_error("write to", run, error) from error
     try:
         remove_leftovers(run)
+        world().first(lambda: None)
         yield
     finally:
         # Removed before it is unlocked, so that nobody locks a file that is about to go. In a

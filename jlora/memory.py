@@ -9,6 +9,7 @@ from typing import Any
 from jlora import machine, workflow
 from jlora.config import Recipe
 from jlora.data import TokenExample
+from jlora.distributed import world
 from jlora.errors import UserError
 from jlora.estimate import MIB, Estimate, Texts, estimate
 from jlora.models.hub import outline, require_tokenizer
@@ -133,13 +134,18 @@ def way_out(found: Estimate, steps: list[tuple[dict[str, str], Estimate]], limit
 def check_fits(recipe: Recipe, decodes: bool = True) -> None:
     """See that a run fits this machine, before its weights are read.
 
+    Of several processes each has the weights, its share of the batch, and of the memory.
+
     Args:
         decodes: whether test inputs are answered after the training.
 
     Raises:
         UserError: it does not, with the settings that would make it fit.
     """
-    limit = machine.memory_limit()
+    here = world()
+    limit = machine.memory_limit() // here.local_size
+    share = -(-recipe.train.batch_size // here.size)
+    recipe = replace(recipe, train=replace(recipe.train, batch_size=share))
     try:
         texts = measure_texts(recipe, decodes)
     except UserError:  # of data or model: the run says so in its own order
@@ -147,9 +153,11 @@ def check_fits(recipe: Recipe, decodes: bool = True) -> None:
     found = estimate_recipe(recipe, texts)
     if found.peak <= limit:
         return
+    each = " for each process" if here.size > 1 else ""
+    mend = way_out(found, advise(recipe, texts, limit), limit)
     raise UserError(
-        f"this run takes about {gigabytes(found.peak)} of memory (to {found.peak_stage}), and this "
-        f"machine has {gigabytes(limit)}; {way_out(found, advise(recipe, texts, limit), limit)}. "
+        f"this run takes about {gigabytes(found.peak)} of memory{each} (to {found.peak_stage}), "
+        f"and this machine has {gigabytes(limit)}{each}; {mend}. "
         "`jlora estimate` shows the parts; --no-memory-check runs it all the same"
     )
 

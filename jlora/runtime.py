@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jlora import machine
+from jlora import distributed, machine
 from jlora.errors import UserError
 
 DOCTOR = "`jlora doctor` shows what this machine lacks"
@@ -63,14 +63,20 @@ def set_verbose(verbose: bool = True) -> None:
 
 
 def set_seed(seed: int) -> None:
-    """Seed Jittor, NumPy and Python's own random numbers."""
+    """Seed Jittor, NumPy and Python's own random numbers.
+
+    Jittor's are others in each process of a run (its dropout must not drop the same of every
+    share of a batch); those of the other two are the same.
+    """
     import random
 
     import numpy as np
 
+    rank = distributed.world().rank
+    # It seeds the other two as well, so it comes first.
+    __getattr__("jt").set_global_seed((seed + 1_000_003_001 * rank) % 2**31 if rank else seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    __getattr__("jt").set_global_seed(seed)
 
 
 def release_memory() -> None:
@@ -211,7 +217,7 @@ def environment_defaults() -> dict[str, str]:
         "cache_name": "default",
         # Downloaded from Jittor's site whenever CUDA is used, needed by nothing.
         "use_cutlass": "0",
-        "OMP_NUM_THREADS": str(machine.processors()),
+        "OMP_NUM_THREADS": str(distributed.world().threads(machine.processors())),
         # Turns that a thread waits awake for the others, some ten microseconds. By default it is
         # milliseconds, which on a busy machine keeps the thread it waits for from running.
         "GOMP_SPINCOUNT": "10000",
@@ -220,8 +226,9 @@ def environment_defaults() -> dict[str, str]:
     }
     if not _verbose:
         defaults["log_silent"] = "1"
-    if "OMPI_COMM_WORLD_SIZE" not in os.environ:
-        # Without mpirun an mpicc on the PATH only costs time and can only fail.
+    if not distributed.started_by_mpi():
+        # Without mpirun an mpicc on the PATH only costs time and can only fail; and the processes
+        # of one run (`jlora.distributed`) talk for themselves.
         defaults["use_mpi"] = "0"
     config = machine.python_config()
     if config is not None:

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from jlora.adapters import TunedModel
-from jlora.data import Batch, BatchOrder, TokenExample, collate, stream
+from jlora.data import Batch, BatchOrder, TokenExample, collate, shares, stream
+from jlora.distributed import World, world
 from jlora.errors import UserError
+from jlora.kernels.elementwise import count_rows_from
 from jlora.loggers import Loggers, MetricsLogger
 from jlora.models.attention import Stream
 from jlora.optim import AdamW, OptimConfig, learning_rate
@@ -27,7 +29,7 @@ from jlora.state import Progress, load_checkpoint, save_checkpoint
 class TrainConfig:
     """Settings of a training run; one step is one update of the adapter."""
 
-    batch_size: int = 8
+    batch_size: int = 8  # of all processes together
     grad_accumulation: int = 1  # batches a step
     steps: int | None = None  # None: as many as `epochs` takes
     epochs: float = 5.0
@@ -70,13 +72,18 @@ class TrainResult:
     interrupted: bool
 
 
-def batch_loss(model, batch: Batch, label_smoothing: float = 0.0) -> jt.Var:
+def batch_loss(
+    model, batch: Batch, label_smoothing: float = 0.0, targets: int | None = None
+) -> jt.Var:
     """Mean loss over the targets that count, a scalar Var.
 
     The small constant in the denominator is microsoft/LoRA's.
+
+    Args:
+        targets: how many to divide by where the batch is one process's share; None: its own.
     """
     losses = target_losses(model, batch, label_smoothing)
-    return losses.sum() / (losses.shape[0] + 1e-4)
+    return losses.sum() / ((targets or losses.shape[0]) + 1e-4)
 
 
 def target_losses(model, batch: Batch, label_smoothing: float = 0.0) -> jt.Var:
@@ -92,23 +99,37 @@ def target_losses(model, batch: Batch, label_smoothing: float = 0.0) -> jt.Var:
     return model.target_losses(picked, targets, label_smoothing)
 
 
-def make_batch(model, examples: Sequence[TokenExample]) -> Batch:
-    """A stream where the model reads those at no extra cost, so that nothing is padded."""
-    return stream(examples) if model.reads_streams else collate(examples, pad_id=0)
+def make_batch(model, examples: Sequence[TokenExample], share: slice = slice(None)) -> Batch:
+    """A stream where the model reads those at no extra cost, so that nothing is padded.
+
+    Args:
+        share: which of the examples the batch is to have.
+    """
+    mine = examples[share]
+    before, longest = examples[: share.start or 0], max(e.input_length for e in examples)
+    # Rows of tokens are numbered over all shares, for dropout.
+    if model.reads_streams:
+        count_rows_from(sum(example.input_length for example in before))
+        return stream(mine)
+    count_rows_from(len(before) * longest)
+    return collate(mine, pad_id=0, length=longest)
 
 
 def validation_loss(model, examples: Sequence[TokenExample], batch_size: int) -> float:
-    """Mean loss over all target tokens of ``examples``, without dropout and label smoothing."""
+    """Mean loss over all target tokens of ``examples``, without dropout and label smoothing.
+
+    Of several processes each computes some of the batches; the result is the same.
+    """
     model.eval()
     rows = sorted(range(len(examples)), key=lambda row: examples[row].input_length)
-    total, count = 0.0, 0
+    starts, sums = range(0, len(rows), batch_size), []
     with jt.no_grad():
-        for start in range(0, len(rows), batch_size):
+        for start in world().mine(starts):
             batch = make_batch(model, [examples[row] for row in rows[start : start + batch_size]])
             targets = int(batch.mask.sum())
-            total += batch_loss(model, batch).item() * (targets + 1e-4)
-            count += targets
-    return total / count
+            sums.append((batch_loss(model, batch).item() * (targets + 1e-4), targets))
+    losses, counts = zip(*world().interleave(sums))
+    return sum(losses) / sum(counts)
 
 
 def train(
@@ -126,6 +147,9 @@ def train(
     ``checkpoint.previous/``, ``adapter/`` (the last one) and, when there are validation examples,
     ``best/``. The first Ctrl-C ends the step, saves and returns; the second stops at once.
 
+    Of several processes (`jlora.distributed`) each takes some examples of every batch, and the sums
+    are what one process has; the first alone writes.
+
     Args:
         examples: what to learn from.
         valid_examples: may be empty.
@@ -139,6 +163,7 @@ def train(
             adapter does not move, or the checkpoint does not fit.
     """
     config.check()
+    here = world()
     if not examples:
         raise UserError("no training examples; check the data file")
     named = model.trainable_parameters()
@@ -161,7 +186,7 @@ def train(
 
     progress = Progress(fingerprint=fingerprint(config, examples, named))
     if resume:
-        saved, tensors, optimizer_state = load_checkpoint(run)
+        saved, tensors, optimizer_state = here.first(lambda: load_checkpoint(run))
         if saved.fingerprint != progress.fingerprint:
             raise UserError(
                 f"{run}: the checkpoint belongs to other settings, data or adapter shapes; resume "
@@ -170,33 +195,38 @@ def train(
         progress = saved
         model.set_adapter_tensors(tensors)
         optimizer.load_state(optimizer_state)
+    elif departed(model, here):  # each has drawn its own
+        model.set_adapter_tensors(here.first(model.adapter_tensors))
+    if resume and here.is_first:
         # The last run may have written a newer one, or none, before it died.
         model.save_pretrained(run / "adapter")
 
-    loggers = Loggers(
-        [
-            MetricsLogger(run / "metrics.jsonl", progress.step if resume else None),
-            *make_loggers(total, progress.step),
-        ]
-    )
+    loggers = Loggers([])
+    if here.is_first:
+        metrics = MetricsLogger(run / "metrics.jsonl", progress.step if resume else None)
+        loggers = Loggers([metrics, *make_loggers(total, progress.step)])
 
     def save() -> None:
-        model.save_pretrained(run / "adapter")
-        save_checkpoint(run, progress, model.adapter_tensors(), optimizer.state())
+        check_same_adapter(model, here)
+        if here.is_first:
+            model.save_pretrained(run / "adapter")
+            save_checkpoint(run, progress, model.adapter_tensors(), optimizer.state())
 
     def validate() -> None:
         loss = validation_loss(model, valid_examples, config.valid_batch_size)
         loggers.log({"step": progress.step, "valid_loss": loss})
         if progress.best_valid_loss is None or loss < progress.best_valid_loss:
             progress.best_valid_loss, progress.best_step = loss, progress.step
-            model.save_pretrained(run / "best")
+            if here.is_first:
+                model.save_pretrained(run / "best")
 
     def stop_at_nan(loss: float, step: int) -> UserError:
         kept = "no adapter was good yet"
         if good is not None:
             model.set_adapter_tensors(good)
         if good is not None or (optimizer.large and lr is not None and optimizer.undo(lr)):
-            model.save_pretrained(run / "adapter")
+            if here.is_first:
+                model.save_pretrained(run / "adapter")
             kept = f"the last good adapter is in {run / 'adapter'}"
         return UserError(
             f"the loss is {loss} at step {step}; {kept}. Lower the learning rate (train.optim.lr) "
@@ -209,7 +239,7 @@ def train(
     largest = 0  # numbers of the largest batch so far
     stop = StopRequest()
     with loggers, stop:
-        while progress.step < total and not stop.requested:
+        while progress.step < total and not stop.agreed:
             started = time.monotonic()
             step = progress.step
             # Dropout's random numbers are a function of the seed and the step, nothing else.
@@ -217,13 +247,18 @@ def train(
             model.train()
             loss, gradients, tokens = 0.0, None, 0
             for micro in range(step * accumulate, (step + 1) * accumulate):
-                batch = make_batch(model, [examples[row] for row in order.batch(micro)])
+                rows = [examples[row] for row in order.batch(micro)]
+                share = shares([example.input_length for example in rows], here.size)[here.rank]
+                if not rows[share]:
+                    continue
+                batch = make_batch(model, rows, share)
                 if batch.input_ids.size > largest:
                     # What Jittor keeps of smaller batches is no use to a larger one, and would
                     # stand beside it. It comes to this a few times in a run.
                     largest = batch.input_ids.size
                     jt.gc()
-                batch_mean = batch_loss(model, batch, config.label_smoothing) / accumulate
+                targets = sum(len(example.ids) - example.prompt_length for example in rows)
+                batch_mean = batch_loss(model, batch, config.label_smoothing, targets) / accumulate
                 new = optimizer.arrays(jt.grad(batch_mean, parameters))
                 if gradients is None:
                     gradients = new
@@ -233,6 +268,10 @@ def train(
                 loss += batch_mean.item()
                 del batch_mean, new  # with them goes the graph, and what it holds
                 tokens += int(batch.lengths.sum())
+            if gradients is None:  # fewer examples than processes
+                gradients = [np.zeros(parameter.shape, "f") for parameter in parameters]
+            loss, tokens = here.total([loss, tokens])
+            here.sum_arrays(gradients)
             if not math.isfinite(loss):
                 raise stop_at_nan(loss, step + 1)
             # A finite loss shows that these are good; what the update makes of them, the next.
@@ -264,7 +303,7 @@ def train(
             if progress.step % config.save_every == 0 or last:
                 save()
                 jt.gc()  # Jittor keeps freed memory by size, and every batch has another size
-        if stop.requested:
+        if progress.step < total:
             save()
     model.eval()
     return TrainResult(progress, total, interrupted=progress.step < total)
@@ -285,6 +324,31 @@ def check_adapter_moves(model: TunedModel) -> None:
         )
 
 
+def departed(model: TunedModel, here: World) -> list[int]:
+    """The processes whose adapters are not that of process 0."""
+    if here.size == 1:
+        return []
+    digest = hashlib.sha256()
+    for value in model.adapter_tensors().values():
+        digest.update(np.ascontiguousarray(value))
+    digests = here.gather(digest.hexdigest())
+    return [rank for rank, each in enumerate(digests) if each != digests[0]]
+
+
+def check_same_adapter(model: TunedModel, here: World) -> None:
+    """See that all processes hold the same numbers, as they do after equal sums of gradients.
+
+    Raises:
+        UserError: they do not.
+    """
+    others = ", ".join(map(str, departed(model, here)))
+    if others:
+        raise UserError(
+            f"the adapters of processes {others} are no longer that of process 0: their "
+            "machines compute differently; use machines with one kind of processor"
+        )
+
+
 def fingerprint(config: TrainConfig, examples: Sequence[TokenExample], named) -> str:
     """Hash of all that decides the course of a run: settings, data and trainable shapes."""
     settings = asdict(config)
@@ -299,20 +363,28 @@ def fingerprint(config: TrainConfig, examples: Sequence[TokenExample], named) ->
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a wish; a second Ctrl-C stops at once."""
+    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a wish; a second Ctrl-C stops at once.
+
+    SIGUSR1 is what mpirun passes on, and what batch systems can send before the time is up.
+    """
 
     def __enter__(self) -> StopRequest:
         self.requested = False
         self._before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             try:
                 self._before[number] = signal.signal(number, self._note)
             except ValueError:  # not in the main thread: signals are not ours
                 break
         return self
 
+    @property
+    def agreed(self) -> bool:
+        """Whether any process of the run was asked; all get the same answer."""
+        return world().total([self.requested])[0] > 0
+
     def _note(self, number, frame) -> None:
-        if self.requested:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
 

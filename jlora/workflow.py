@@ -14,9 +14,11 @@ from jlora.adapters import PartialModel, TunedModel, get_peft_model
 from jlora.answer import choice_logprobs, decode, encode_inputs
 from jlora.config import Recipe, dump_recipe, load_recipe
 from jlora.data import Example, TokenExample, check_vocabulary, encode_examples
+from jlora.distributed import world
 from jlora.errors import UserError
 from jlora.files import check_writable, read_text, recover_directory, sha256_of, write_text
 from jlora.layers import set_trainable
+from jlora.lock import NAME as LOCK_NAME
 from jlora.loggers import ProgressLogger, check_loggers, make_logger, read_metrics
 from jlora.metrics import check_metrics, evaluate_parts
 from jlora.metrics.accuracy import accuracy, parse_choice
@@ -26,6 +28,7 @@ from jlora.report import environment
 from jlora.report.html import write_report
 from jlora.report.plots import loss_curve
 from jlora.report.tables import score_table
+from jlora.runtime import set_seed
 from jlora.state import has_checkpoint
 from jlora.tasks import ReferenceGroup, get_task
 from jlora.train import train
@@ -53,6 +56,22 @@ def open_run(run: Path, recipe: Recipe, resume: bool) -> Recipe:
             f"{run} holds a run already; add --resume to go on with it, or choose another --out"
         )
     return recipe
+
+
+def check_shared(run: Path) -> None:
+    """See that all processes of a run, which may be on several machines, have its folder.
+
+    Raises:
+        UserError: they have not.
+    """
+    here = world()
+    there = here.gather((run / LOCK_NAME).exists())  # the first process's
+    missing = [str(rank) for rank, found in enumerate(there) if not found]
+    if there[0] and missing:
+        raise UserError(
+            f"processes {', '.join(missing)} do not see {run.resolve()}; put the run (--out) on a "
+            "file system that all machines share"
+        )
 
 
 def begin_run(run: Path, recipe: Recipe) -> None:
@@ -108,6 +127,7 @@ def build(recipe: Recipe, tuned: str | Path | None = None) -> TunedModel:
     if tuned is not None:
         model = load_tuned(base, tuned)
     elif recipe.method == "lora":
+        set_seed(recipe.train.seed)  # of lora_A's first values
         model = get_peft_model(base, recipe.lora)
     else:
         model = PartialModel(base, recipe.method, recipe.top_layers)
@@ -211,8 +231,9 @@ def finetune(
         return [ProgressLogger(steps, start), *services]
 
     result = train(model, *sets, recipe.train, run, loggers, resume)
-    environment.record(run, total_steps=result.total_steps)
-    loss_curve(read_metrics(run / "metrics.jsonl"), run / "loss.png")
+    if world().is_first:
+        environment.record(run, total_steps=result.total_steps)
+        loss_curve(read_metrics(run / "metrics.jsonl"), run / "loss.png")
     if result.interrupted:
         say(
             f"stopped after step {result.progress.step} of {result.total_steps}; everything is "
@@ -253,8 +274,9 @@ def answer_and_score(
     texts = [prediction.prediction for prediction in predictions]
     if get_task(recipe.data.task).choices:
         return choose(recipe, model, groups, encoded, texts, path.with_suffix(".choices.jsonl"))
-    references = [group.references for group in groups]
-    return evaluate_parts(metric_names(recipe), texts, references, [g.part for g in groups])
+    references, parts = [group.references for group in groups], [group.part for group in groups]
+    names = metric_names(recipe)
+    return world().first(lambda: evaluate_parts(names, texts, references, parts))
 
 
 def choose(
@@ -291,7 +313,8 @@ def choose(
                 "read_as": written[index],
             }
         )
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    if world().is_first:
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     by_text = accuracy(generated, gold, choices)
     return {
         **accuracy(compared, gold, choices),
@@ -302,31 +325,36 @@ def choose(
 def run_recipe(recipe: Recipe, run: Path, resume: bool = False) -> dict | None:
     """Train, decode the test inputs, score them and write the report.
 
+    Several processes do it together (`jlora.distributed`); the first writes.
+
     Returns:
         ``{"before": scores or absent, "after": scores}``; None when training was interrupted.
     """
-    recipe = open_run(run, recipe, resume)
+    here = world()
+    recipe = here.first(lambda: open_run(run, recipe, resume))
     # Before hours of training: is all there that its end needs?
+    check_shared(run)
     if not get_task(recipe.data.task).choices:
-        check_metrics(metric_names(recipe))
+        here.first(lambda: check_metrics(metric_names(recipe)))
     groups = test_groups(recipe)
     hashes = data_hashes(recipe, "train", "valid", "test")
-    scores = read_scores(run)
+    scores = here.first(lambda: read_scores(run))
     sets = None
 
     def check(model):
         """All texts as tokens, so that what does not fit is known before anything is written."""
         encode_groups(recipe, model, groups)
         found = encode_splits(recipe, model)
-        if not (run / "config.yaml").exists():
+        if here.is_first and not (run / "config.yaml").exists():
             begin_run(run, recipe)
             environment.record(run, hashes)
         return found
 
     def score(model, key: str, path: Path) -> None:
         scores[key] = answer_and_score(recipe, model, groups, path)
-        write_text(run / "scores.json", json.dumps(scores, indent=1) + "\n")
-        environment.record(run)
+        if here.is_first:
+            write_text(run / "scores.json", json.dumps(scores, indent=1) + "\n")
+            environment.record(run)
 
     if recipe.score_before and "before" not in scores:
         model = untouched(recipe)
@@ -337,15 +365,19 @@ def run_recipe(recipe: Recipe, run: Path, resume: bool = False) -> dict | None:
     if "after" not in scores:
         model = build(recipe)
         sets = sets or check(model)
-        started = resume and has_checkpoint(run)
+        started = here.first(lambda: resume and has_checkpoint(run))
         if not finetune(recipe, run, model, sets, started):
             return None
-        best = recipe.decode.adapter == "best" and (run / "best").is_dir()
-        chosen = run / ("best" if best else "adapter")
+        best = run / "best"
+        chosen = here.first(
+            lambda: best if recipe.decode.adapter == "best" and best.is_dir() else run / "adapter"
+        )
         say(f"the tuned model ({chosen.name} adapter) on {len(groups)} test inputs")
         # From the files, so that what is scored is what a user gets; the old model goes first.
         del model
         score(build(recipe, chosen), "after", run / "predictions.jsonl")
+    if not here.is_first:
+        return scores
     report = write_report(run, {group.prompt: group.references for group in groups})
     print(score_table(scores.get("before"), scores["after"]))
     say(f"report: {report}")

@@ -91,6 +91,8 @@ class PeftModel(TunedModel):
             )
         self._base_record = storage.describe_base(model)
         self.peft_config, names = add_adapter(model, config)
+        # Jittor would draw the first values when they are first read, by whatever seed is set then.
+        jt.sync([parameter for name, parameter in model.named_parameters() if name in names])
         self._unloaded = False
         super().__init__(model, names)
         self._bias_names = bias_names(model, self.peft_config.bias)

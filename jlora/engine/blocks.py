@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jlora.engine.products import FrozenProduct, PackedConv1D, PackedLinear, TrainedProduct
+from jlora.kernels import elementwise
 from jlora.kernels.block import BlockPlan, Layer, Shape, run_block
 from jlora.kernels.packed_linear import Branch
 from jlora.layers import Linear, MergedLinear
@@ -94,7 +95,7 @@ class _FusedBlock:
                 for joint, linears in zip(biases, layers)
                 if any(bias is not None for bias in joint)
             ]
-        seed = int(np.random.randint(2**31)) if any(branch.p for branch in branches) else 0
+        seed = elementwise.dropout_seed() if any(branch.p for branch in branches) else 0
         learns = [*adapters, *fixed, *(layer.product.weight for layer in flat)]
         # Neither in nor below this block is anything trained: no way back leads through it.
         idle = (self._bottom or x.is_stop_grad()) and all(p.is_stop_grad() for p in learns)

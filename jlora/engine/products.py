@@ -77,7 +77,7 @@ class FrozenProduct:
         if branch is None or self.trains_bias:
             return None
         if branch.p:
-            branch = replace(branch, seed=int(np.random.randint(2**31)))
+            branch = replace(branch, seed=elementwise.dropout_seed())
         return self.packed.with_lora(x, self.bias, branch)
 
     def release(self, modules) -> None:

@@ -50,7 +50,7 @@ struct BlockCall {
     const float *cos, *sin;      // (rows, head_size / 2), with rotary embedding
     std::vector<const float*> adapters;  // A and B of each branch, in the order of the layers
     std::vector<float*> gradients;       // likewise, in the backward pass
-    uint64_t seed;               // of dropout
+    Seed seed;                   // of dropout
     Norm norm1, norm2;
     const float* biases[joints];
     std::vector<void*> packed;   // of each trained weight
@@ -128,9 +128,11 @@ struct Joint {
             const LinearSpec& l = s.linears[i];
             if (!l.r) continue;
             const bool back = !call.gradients.empty();
+            Seed seed = call.seed;
+            seed.value = seed.value * 64 + next;
             all.push_back({call.adapters[next], call.adapters[next + 1], back ? call.gradients[next] : nullptr,
                 back ? call.gradients[next + 1] : nullptr, first, l.weight->n, l.r, l.blocks, l.flags, (float)l.scale,
-                l.p, call.seed * 64 + next});
+                l.p, seed});
             next += 2;
         }
         return all;

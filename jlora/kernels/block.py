@@ -168,7 +168,7 @@ def run_block(
         rotation: cosine and sine, (rows, head_size / 2) each, where the plan is gated; else empty.
         adapters: A and B of each branch, in the order of the layers.
         keep: False recomputes the forward pass in the backward pass instead of keeping it.
-        seed: of dropout, below 2**31.
+        seed: of dropout, see `elementwise.dropout_seed`.
         parameters: where the plan's are given: weight and bias of each norm, then for each joint
             with a bias that of all its outputs.
     """

@@ -117,6 +117,14 @@ inline void rotate(const float* x, const float* cos, const float* sin, float* y,
         }
     }
 }
+// What decides a dropout: a seed below 2^31, and the number of the first row among the rows of all
+// processes that share a batch. They come as one number, first_row * 2^31 + seed.
+struct Seed {
+    uint64_t value = 0;
+    int64_t first_row = 0;
+    Seed() = default;
+    explicit Seed(double number) : value((uint64_t)number & 0x7FFFFFFF), first_row((int64_t)number >> 31) {}
+};
 // Keeps x[i] with probability 1 - p, scaled by 1 / (1 - p). The choice is a hash of (seed, i), so
 // that the backward pass makes the same one without a stored mask, on any number of threads.
 struct Dropout {
@@ -141,9 +149,11 @@ struct Dropout {
         return h >= limit ? F16{} + scale : F16{};
     }
 };
-inline void dropout(const float* x, float* y, int64_t n, uint64_t seed, double p) {
-    const Dropout drop(p, seed);
+// rows of `width`
+inline void dropout(const float* x, float* y, int64_t n, int64_t width, Seed seed, double p) {
+    const Dropout drop(p, seed.value);
+    const int64_t first = seed.first_row * width;
     #pragma omp parallel for
-    for (int64_t i = 0; i < n; i++) y[i] = drop(x[i], i);
+    for (int64_t i = 0; i < n; i++) y[i] = drop(x[i], first + i);
 }
 }  // namespace jlora

@@ -92,22 +92,40 @@ class _Dropout(FusedFunction):
         return self.drop(x)
 
     def drop(self, x):
-        return operator(x.shape, "float32", [x], "dropout_op", *self.inputs[1:])
+        return operator(x.shape, "float32", [x], "dropout_op", *self.inputs[1:], x.shape[-1])
 
     def grad(self, dy):
         return self.drop(dy), None, None
 
 
-class FusedDropout(nn.Dropout):
-    """``nn.Dropout`` that stores no mask; its seeds come from NumPy's global generator.
+_first_row = 0
 
-    `jlora.runtime.set_seed` seeds that generator with Jittor's own.
+
+def count_rows_from(row: int) -> None:
+    """Say which row of a batch is the first one here, where processes share the batch's stream.
+
+    What is dropped of a row is a function of the seed and its number, so that it does not depend on
+    how many processes there are.
     """
+    global _first_row
+    _first_row = row
+
+
+def dropout_seed() -> int:
+    """The seed of the next dropout, from NumPy's global generator, which `set_seed` seeds.
+
+    As ``Seed`` in elementwise.h reads it: below 2**31, and above that the number of the first row.
+    """
+    return int(np.random.randint(2**31)) + (_first_row << 31)
+
+
+class FusedDropout(nn.Dropout):
+    """``nn.Dropout`` that stores no mask; for seeds see `dropout_seed`."""
 
     def execute(self, x):
         if not self.is_train or self.p == 0:
             return x
-        return _Dropout.apply(x, self.p, int(np.random.randint(2**31)))
+        return _Dropout.apply(x, self.p, dropout_seed())
 
 
 embedding = _Embedding.apply

@@ -104,7 +104,7 @@ inline void head_topk(const float* hidden, int64_t rows, const Weight& head, con
         const int64_t count = std::min<int64_t>(32, head.n - n), own = omp_get_thread_num() * rows + m;
         edited.apply(m, n, left, right);
         parts[own].take(left, right, n, count, k, part_values.data() + own * k, part_ids.data() + own * k);
-    });
+    }, true);
     #pragma omp parallel for schedule(static)
     for (int64_t m = 0; m < rows; m++) {
         float peak = -FLT_MAX;

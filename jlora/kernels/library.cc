@@ -115,9 +115,9 @@ JLORA_OPERATOR(rotate_op) {
     const int64_t H = number[0], D = number[1];
     rotate(in[0].in(), in[1].in(), in[2].in(), out[0].out(), in[0].size / (H * D), H, D, number[2]);
 }
-// number: p, seed.
+// number: p, seed, width of a row.
 JLORA_OPERATOR(dropout_op) {
-    dropout(in[0].in(), out[0].out(), in[0].size, (uint64_t)number[1], number[0]);
+    dropout(in[0].in(), out[0].out(), in[0].size, number[2], Seed(number[1]), number[0]);
 }
 
 // logits (rows, V), penalised and banned ids (rows, any) -> values, ids (rows, k); number: penalty.
@@ -228,7 +228,7 @@ struct LoraCall {
     LoraCall(const Array* in, const double* number, float* dA, float* dB)
         : w(*(const Weight*)(uintptr_t)number[0]), rows(in[0].size / w.k),
           low(w.k, w.n, {{in[1].in(), in[2].in(), dA, dB, 0, w.n, (int64_t)number[1], (int64_t)number[2],
-              (int64_t)number[3], (float)number[4], number[5], (uint64_t)number[6]}}) {}
+              (int64_t)number[3], (float)number[4], number[5], Seed(number[6])}}) {}
 };
 // x, A, B, bias if there is one -> y, low (rows, rank)
 JLORA_OPERATOR(lora_forward_op) {
@@ -277,7 +277,7 @@ struct BlockArrays {
     int64_t next = 2;  // input after all these
     BlockArrays(const Array* in, const double* number)
         : s(*(const BlockSpec*)(uintptr_t)number[0]), call{in[0].size / s.width, in[1].size - 1, in[0].in(), in[1].as<int>()} {
-        call.seed = (uint64_t)number[2];
+        call.seed = Seed(number[2]);
         if (s.gated) call.cos = in[next++].in(), call.sin = in[next++].in();
         for (int64_t i = 0; i < 2 * (int64_t)number[1]; i++) call.adapters.push_back(in[next++].in());
         call.norm1 = s.norm1, call.norm2 = s.norm2;

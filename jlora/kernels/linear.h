@@ -113,7 +113,7 @@ void apply(const Linear* layers, int64_t count, const Input& x, Store store, int
     for (int64_t i = 0; i < count; ends[i++] = outputs) {
         const Linear& l = layers[i];
         weights.list[i] = (const Weight*)l.weight;
-        if (l.A) branches.push_back({l.A, l.B, nullptr, nullptr, outputs, l.n, l.r, l.blocks, l.flags, (float)l.scale, 0, 0});
+        if (l.A) branches.push_back({l.A, l.B, nullptr, nullptr, outputs, l.n, l.r, l.blocks, l.flags, (float)l.scale, 0, {}});
         outputs += l.n;
     }
     LowRank low(layers[0].k, outputs, branches);

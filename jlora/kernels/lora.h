@@ -19,7 +19,7 @@ struct Branch {
     int64_t r, blocks, flags;  // bit i of flags: block i is enabled
     float scale;
     double p;                // of dropout; 0: none
-    uint64_t seed;
+    Seed seed;
     int64_t width() const { return out / blocks; }
     int64_t rank() const { return __builtin_popcountll(flags) * r; }
 };
@@ -141,8 +141,9 @@ public:
                 const float* row = a_.data() + j * in_ + k;
                 l += x * load16(row), r += x * load16(row + 16);
             }
-            const Dropout drop(b.p, b.seed);
-            if (b.p > 0) l *= drop.factors(m * in_ + k), r *= drop.factors(m * in_ + k + 16);
+            const Dropout drop(b.p, b.seed.value);
+            const int64_t first_number = (b.seed.first_row + m) * in_ + k;
+            if (b.p > 0) l *= drop.factors(first_number), r *= drop.factors(first_number + 16);
             left += l, right += r;
         });
     }
@@ -170,8 +171,9 @@ private:
     // Rows m to m + count - 1, in_ apart.
     const float* dropped(const Branch& b, int64_t m, int64_t count, const float* rows, float* kept) const {
         if (b.p <= 0) return rows;
-        const Dropout drop(b.p, b.seed);
-        for (int64_t i = 0; i < count * in_; i += 16) store16(kept + i, load16(rows + i) * drop.factors(m * in_ + i));
+        const Dropout drop(b.p, b.seed.value);
+        const int64_t first = (b.seed.first_row + m) * in_;
+        for (int64_t i = 0; i < count * in_; i += 16) store16(kept + i, load16(rows + i) * drop.factors(first + i));
         return kept;
     }
 

@@ -46,8 +46,9 @@ void hand_over(const float* y, int64_t rows, int64_t width, int64_t first, Sink 
             sink(m, first + n, load16(run), load16(run + 16));
         }
 }
+// Rows are divided among the threads evenly, so that it is steady anyhow.
 template <typename Sink>
-void product(const Rows& x, const Weights& all, Sink sink) {
+void product(const Rows& x, const Weights& all, Sink sink, bool = false) {
     static Buffer<float> results;
     for (int64_t i = 0, first = 0; x.rows && i < all.count; first += all.list[i++]->n) {
         const Weight& w = *all.list[i];

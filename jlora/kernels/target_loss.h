@@ -14,7 +14,7 @@
 #include "weight_gradient.h"
 
 namespace jlora {
-// What a row's loss needs of its logits: collected in any order, then joined.
+// What a row's loss needs of its logits: collected by each thread, then joined.
 struct RowSums {
     float peak = -FLT_MAX, target = NAN;
     double total = 0, plain = 0;  // of exp(logit - peak), of logits
@@ -71,7 +71,7 @@ struct TargetRows {
         std::vector<RowSums> parts(omp_get_max_threads() * rows);
         product(x, {{&head}, 1}, [&](int64_t m, int64_t n, F16 left, F16 right) {
             parts[omp_get_thread_num() * rows + m].take(left, right, n, std::min<int64_t>(32, V - n), targets[m]);
-        });
+        }, true);
         for (int64_t m = 0; m < rows; m++) {
             for (int t = 1; t < omp_get_max_threads(); t++) parts[m].join(parts[t * rows + m]);
             losses[m] = parts[m].loss(V, smoothing);

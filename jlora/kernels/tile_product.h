@@ -98,12 +98,12 @@ struct BackwardPanels {
     }
 };
 
-// sink(m, n, left, right): outputs n to n + 31 of row m.
+// sink(m, n, left, right): outputs n to n + 31 of row m. steady: see tiles::product; bf16 alone.
 template <typename Sink>
-void product(const Rows& x, const Weights& all, Sink sink) {
+void product(const Rows& x, const Weights& all, Sink sink, bool steady = false) {
     if (!x.rows) return;
     if (all.list[0]->scales) return int8::product(x, all, panels(all), ForwardPanels{all}, sink);
-    tiles::product<false>((const char*)x.data, x.rows, panels(all), x.steps(), ForwardPanels{all}, sink);
+    tiles::product<false>((const char*)x.data, x.rows, panels(all), x.steps(), ForwardPanels{all}, sink, steady);
 }
 template <typename Sink>
 void product_back(const Rows& dy, const Weights& all, Sink sink) {

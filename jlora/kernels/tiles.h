@@ -24,9 +24,11 @@ constexpr int64_t block_floats = 1024;   // a block of results: 2 x 2 tiles of 1
 // b1 to the n tiles from s on of panel p's left and right columns, made in `room` if need be;
 // weights.fetch(p, s, i) fetches the i-th line of each of the two ahead of time.
 // sink(row, column, left, right) gets the results, 32 columns of a row at a time; for int8 the bits of
-// 32-bit integers.
+// 32-bit integers. `steady`: a panel goes to the same thread every time, for sinks that sum by thread and
+// shall give the same bits in equal runs; else to whichever is free.
 template <bool int8, typename Weights, typename Sink>
-void product(const char* x, int64_t rows, int64_t panels, int64_t count, const Weights& weights, Sink sink) {
+void product(const char* x, int64_t rows, int64_t panels, int64_t count, const Weights& weights, Sink sink,
+        bool steady = false) {
     constexpr int64_t group = 32;       // steps whose activations, of most_rows rows, stay in L2
     constexpr int64_t most_rows = 640;
     const int64_t blocks = (rows + 31) / 32, threads = omp_get_max_threads();
@@ -35,6 +37,7 @@ void product(const char* x, int64_t rows, int64_t panels, int64_t count, const W
     const int64_t per_part = (blocks + parts - 1) / parts;
     const bool spill = count > group;   // results then wait in memory for the next group of steps
     static Buffer<float> spilled;
+    omp_set_schedule(steady ? omp_sched_static : omp_sched_dynamic, 1);
     float* waiting = spill ? spilled.of(panels * blocks * block_floats) : nullptr;
     #pragma omp parallel
     {
@@ -47,7 +50,7 @@ void product(const char* x, int64_t rows, int64_t panels, int64_t count, const W
             // Chunks of at most 10 steps: the weights of a chunk stay in L1.
             const int64_t end = std::min(count, g + group), chunks = (end - g + 9) / 10;
             const int64_t size = (end - g + chunks - 1) / chunks;
-            #pragma omp for collapse(2) schedule(dynamic)
+            #pragma omp for collapse(2) schedule(runtime)
             for (int64_t part = 0; part < parts; part++)
                 for (int64_t p = 0; p < panels; p++) {
                     const int64_t from = part * per_part, to = std::min(blocks, from + per_part);
