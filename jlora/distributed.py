@@ -141,6 +141,8 @@ def _stop_by_signal() -> None:
             raise KeyboardInterrupt
 
     signal.signal(signal.SIGUSR1, stop)
+    # Jittor takes a lock that a signal has interrupted for one that failed.
+    signal.siginterrupt(signal.SIGUSR1, False)
 
 
 class MPIWorld(World):

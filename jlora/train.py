@@ -374,6 +374,8 @@ class StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             try:
                 self._before[number] = signal.signal(number, self._note)
+                # Jittor takes a lock that a signal has interrupted for one that failed.
+                signal.siginterrupt(number, False)
             except ValueError:  # not in the main thread: signals are not ours
                 break
         return self

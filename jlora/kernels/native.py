@@ -208,13 +208,14 @@ def has(function: str) -> bool:
 _retired: list[object] = []
 
 
-def retire(*memory: object) -> None:
+def retire(*memory: object, kept: list[object] = _retired) -> None:
     """Keep memory whose address operators have that may not have run: Jittor is lazy.
 
     For ``__del__``, which cannot wait for them itself: it also runs while Jittor takes a graph
-    apart that held the last reference, and must not start operators then.
+    apart that held the last reference, and must not start operators then. (``kept`` is bound
+    here because Python's exit empties the module first.)
     """
-    _retired.extend(memory)
+    kept.extend(memory)
 
 
 def free_retired() -> None:
