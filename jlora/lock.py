@@ -1,4 +1,4 @@
-"""One process a run folder: a lock that dies with the process that holds it."""
+"""One process a run folder, one compiler a cache: locks that die with who holds them."""
 
 from __future__ import annotations
 
@@ -69,6 +69,32 @@ def lock_run(run: str | Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             for folder in made:
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path, work: str) -> Iterator[None]:
+    """Do something that other processes may be about to do, too, after them.
+
+    Where the lock file cannot be made (a cache that is shared and may only be read) or the file
+    system has no locks, nobody waits.
+
+    Args:
+        work: what the others are doing, for the message of the one that waits.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(path, "ab")  # noqa: SIM115  (held for the caller's block)
+    except OSError:
+        yield
+        return
+    with handle:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"jlora: another process is {work}; waiting", file=sys.stderr, flush=True)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def _take(path: Path) -> BinaryIO:

@@ -39,6 +39,7 @@ from typing import Any
 
 from jlora import distributed, machine
 from jlora.errors import UserError
+from jlora.lock import one_at_a_time
 
 DOCTOR = "`jlora doctor` shows what this machine lacks"
 _lock = threading.RLock()
@@ -259,15 +260,30 @@ print("\\njlora: imported", jittor.__version__)
 def _compile_once(cache: Path, ours: set[str]) -> None:
     """Have a child process import Jittor, unless one has done so with these very settings.
 
+    Of several processes that start together one has it done, and the others wait.
+
     Args:
         cache: Jittor's folder for this compiler, Python and processor.
         ours: names of the environment variables whose value is a default of ours.
     """
     stamp = cache / f"jlora-{_fingerprint()}.json"
+    if _is_compiled(cache, stamp):
+        return
+    with one_at_a_time(cache / "jlora.lock", "compiling Jittor"):
+        if not _is_compiled(cache, stamp):
+            _compile(stamp, ours)
+
+
+def _is_compiled(cache: Path, stamp: Path) -> bool:
+    """Whether Jittor has been compiled so; the environment gets what that has shown."""
     if any(cache.glob("jittor_core*.so")) or any(cache.glob("cu*/jittor_core*.so")):
         with contextlib.suppress(OSError, ValueError):
             os.environ.update(json.loads(stamp.read_text()))
-            return
+            return True
+    return False
+
+
+def _compile(stamp: Path, ours: set[str]) -> None:
     overrides: dict[str, str] = {}
     output = _first_import()
     if output is not None and os.environ.get("nvcc_path") and "nvcc_path" in ours:
@@ -344,8 +360,6 @@ def _wait(child: subprocess.Popen, output: Any) -> None:
             break
         except subprocess.TimeoutExpired:
             pass
-        if os.environ.get("OMPI_COMM_WORLD_RANK", "0") != "0":
-            continue  # one rank's line is enough
         elapsed = time.monotonic() - start
         compiling = elapsed > 10 or _compiles(output)
         if compiling and (terminal or not shown or elapsed - shown >= 15):

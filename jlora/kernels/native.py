@@ -22,6 +22,7 @@ import numpy as np
 from jlora import machine
 from jlora.errors import UserError
 from jlora.files import atomic_path
+from jlora.lock import one_at_a_time
 from jlora.runtime import OneDNN, find_onednn, jt
 
 FOLDER = Path(__file__).resolve().parent
@@ -55,7 +56,9 @@ def library() -> ctypes.CDLL:
     command = _command(onednn)
     path = Path(jt.flags.cache_path) / "jlora" / f"operators-{_digest(command)}.so"
     if not path.is_file():
-        _compile(command, path)
+        with one_at_a_time(path.with_name("operators.lock"), "compiling jlora's operators"):
+            if not path.is_file():
+                _compile(command, path)
     try:
         return ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
     except OSError as error:
