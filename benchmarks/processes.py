@@ -1,0 +1,112 @@
+"""Training by several processes on one machine: ``python -m benchmarks.processes``
+
+Two tables: how long sums of gradients take, through shared memory and through TCP; and steps of a
+recipe by one process with all threads beside N that divide them, in alternation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+from jlora import distributed
+from jlora.loggers import read_metrics
+from jlora.machine import cpu_model, processors
+
+#: What is trained, and how many numbers that are.
+SIZES = {
+    "SmolLM2-135M, r = 4 on query and value": 230_400,
+    "GPT-2 medium, r = 4 on query and value": 393_216,
+    "GPT-2 large, r = 4 on query and value": 737_280,
+    "SmolLM2-135M, all of it": 134_515_008,
+}
+TRANSPORTS = {"shared memory": (), "TCP on this machine": ("--mca", "btl", "tcp,self")}
+WARM_UP = 5  # steps of each run that do not count
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--recipe", default="e2e-smollm2-135m")
+    options.add_argument("--processes", default="1,2,4", help="numbers of processes")
+    options.add_argument("--steps", type=int, default=40)
+    options.add_argument("--rounds", type=int, default=2)
+    options.add_argument("--sums", type=int, help=argparse.SUPPRESS)  # a process of `time_sums`
+    chosen = options.parse_args()
+    if chosen.sums:
+        time_sums(chosen.sums)
+        return
+    print(f"{cpu_model()}, {processors()} processors, {date.today()}")
+    numbers = [int(number) for number in chosen.processes.split(",")]
+    ways = [(n, name) for n in numbers if n > 1 for name in TRANSPORTS]
+    heads = [f"{n} processes, {name}" for n, name in ways]
+    print(f"\n| milliseconds of a sum over | numbers | {' | '.join(heads)} |")
+    print("|---|--:|" + "--:|" * len(ways))
+    for name, size in SIZES.items():
+        times = [sums(n, size, TRANSPORTS[way]) for n, way in ways]
+        print(f"| {name} | {size:,} | " + " | ".join(f"{t:.2f}" for t in times) + " |")
+    steps(chosen, numbers)
+
+
+def mpirun(processes: int, *flags: str) -> list[str]:
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    options = ["-np", str(processes), "--bind-to", "none", "--oversubscribe", *root]
+    return [distributed.find_mpirun(), *options, *flags, sys.executable]
+
+
+def sums(processes: int, size: int, flags: tuple[str, ...]) -> float:
+    """Milliseconds of a sum over float32 arrays, the median."""
+    command = [*mpirun(processes, *flags), "-m", "benchmarks.processes", "--sums", str(size)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def time_sums(size: int) -> None:
+    import numpy as np
+
+    here = distributed.join()
+    parts = [np.ones(part, "f") for part in (size // 2, size - size // 2)]
+    times = []
+    for _ in range(max(5, min(200, 200_000_000 // size))):
+        started = time.perf_counter()
+        here.sum_arrays(parts)
+        times.append(1000 * (time.perf_counter() - started))
+    if here.is_first:
+        print(statistics.median(times))
+    here.finish(0)
+
+
+def steps(chosen, numbers: list[int]) -> None:
+    seconds: dict[int, list[float]] = {n: [] for n in numbers}
+    tokens: dict[int, list[float]] = {n: [] for n in numbers}
+    with tempfile.TemporaryDirectory() as scratch:
+        for turn in range(chosen.rounds):
+            for n in numbers:
+                run = Path(scratch) / f"{turn}-{n}"
+                command = [sys.executable, "-m", "jlora.cli", "finetune", "--out", str(run)]
+                command += ["--recipe", chosen.recipe, "--nproc", str(n)]
+                for setting in (f"steps={chosen.steps}", "log_every=1", "valid_every=0"):
+                    command += ["--set", f"train.{setting}"]
+                command += ["--set", "data.valid_stride=1000"]
+                subprocess.run(command, check=True, capture_output=True)
+                rows = [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
+                ends = [row["seconds"] for row in rows]
+                seconds[n] += [b - a for a, b in zip(ends, ends[1:])][WARM_UP:]
+                tokens[n] += [row["tokens_per_s"] for row in rows][WARM_UP:]
+    base = statistics.median(seconds[numbers[0]])
+    print(f"\n{chosen.recipe}, {chosen.rounds} x {chosen.steps} steps, medians\n")
+    print(f"| processes | seconds a step | tokens a second | beside {numbers[0]} |")
+    print("|--:|--:|--:|--:|")
+    for n in numbers:
+        median = statistics.median(seconds[n])
+        print(f"| {n} | {median:.3f} | {statistics.median(tokens[n]):,.0f} | {base / median:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
