@@ -1,7 +1,8 @@
 """Training by several processes on one machine: ``python -m benchmarks.processes``
 
 Two tables: how long sums of gradients take, through shared memory and through TCP; and steps of a
-recipe by one process with all threads beside N that divide them, in alternation.
+recipe by one process with all threads beside N that divide them, in alternation. ``--compare RUN
+RUN...`` says instead how far finished runs are from the first.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=40)
     options.add_argument("--rounds", type=int, default=2)
     options.add_argument("--sums", type=int, help=argparse.SUPPRESS)  # a process of `time_sums`
+    options.add_argument("--compare", nargs="+", metavar="RUN", type=Path)
     chosen = options.parse_args()
+    if chosen.compare:
+        compare(*chosen.compare)
+        return
     if chosen.sums:
         time_sums(chosen.sums)
         return
@@ -106,6 +111,31 @@ def steps(chosen, numbers: list[int]) -> None:
     for n in numbers:
         median = statistics.median(seconds[n])
         print(f"| {n} | {median:.3f} | {statistics.median(tokens[n]):,.0f} | {base / median:.2f} |")
+
+
+def compare(first: Path, *others: Path) -> None:
+    """Runs of one recipe: relative differences of losses, and of the adapters to their largest."""
+    from safetensors.numpy import load_file
+
+    def of(run: Path):
+        rows = read_metrics(run / "metrics.jsonl")
+        adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+        texts = run / "predictions.txt"
+        return rows, adapter, texts.read_text() if texts.exists() else None
+
+    rows, adapter, texts = of(first)
+    print(f"| beside {first.name} | steps | losses | validation losses | adapter | answers |")
+    print("|---|--:|--:|--:|--:|---|")
+    for run in others:
+        own_rows, own_adapter, own_texts = of(run)
+        cells = []
+        for key in ("loss", "valid_loss"):
+            pairs = [(a[key], b[key]) for a, b in zip(rows, own_rows) if key in a]
+            cells.append(max((abs(a - b) / a for a, b in pairs), default=0.0))
+        cells.append(max(abs(own_adapter[n] - a).max() / abs(a).max() for n, a in adapter.items()))
+        shown = " | ".join(f"{cell:.1e}" for cell in cells)
+        same = "equal" if own_texts == texts else "not equal"
+        print(f"| {run.name} | {max(row['step'] for row in own_rows)} | {shown} | {same} |")
 
 
 if __name__ == "__main__":

