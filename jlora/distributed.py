@@ -126,8 +126,6 @@ def join() -> World:
         if MPI.COMM_WORLD.size > 1:
             _world = MPIWorld(MPI)
             _stop_by_signal()
-        for mark in MARKS:  # Jittor, and programs that this one starts, would take part
-            os.environ.pop(mark, None)
     return _world
 
 

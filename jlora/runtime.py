@@ -229,7 +229,7 @@ def environment_defaults() -> dict[str, str]:
         defaults["log_silent"] = "1"
     if not distributed.started_by_mpi():
         # Without mpirun an mpicc on the PATH only costs time and can only fail; and the processes
-        # of one run (`jlora.distributed`) talk for themselves.
+        # of one run talk for themselves.
         defaults["use_mpi"] = "0"
     config = machine.python_config()
     if config is not None:
@@ -391,6 +391,9 @@ def _load() -> Any:
     if "jittor" in sys.modules:  # the user imported it first, in their own way
         return sys.modules["jittor"]
     check_environment()
+    if distributed.world().size > 1:
+        for mark in distributed.MARKS:  # Jittor, and programs that this one starts, would take part
+            os.environ.pop(mark, None)
     ours = set()
     for name, value in environment_defaults().items():
         if name not in os.environ:

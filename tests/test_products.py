@@ -249,3 +249,19 @@ def test_where_nothing_multiplies_bf16_it_is_refused(onednn):
     refused, chosen = run.stdout.splitlines()[-2:]
     assert refused.startswith("refused: precision bf16 needs") and "jlora doctor" in refused
     assert chosen.startswith("fp32 ")
+
+
+@needs_bf16
+def test_equal_losses_give_equal_bits():
+    """However the threads are scheduled: sums are of the same words in the same order."""
+    generator = np.random.default_rng(4)
+    head = generator.standard_normal((9_000, 64)).astype(np.float32) * 0.3
+    hidden = jt.array(generator.standard_normal((70, 64)).astype(np.float32))
+    ids = jt.array(generator.integers(0, 9_000, 70).astype(np.int32))
+    packed = PackedWeight(jt.array(head), False)
+    bits = set()
+    for _ in range(40):
+        losses = target_loss(hidden, packed, ids, 0.1)
+        gradient = jt.grad(losses.sum(), hidden)
+        bits.add(losses.numpy().tobytes() + gradient.numpy().tobytes())
+    assert len(bits) == 1
