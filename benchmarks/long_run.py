@@ -37,7 +37,8 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks")
     chosen = options.parse_args()
     if chosen.train:
-        return train_small(chosen.steps, chosen.rows)
+        train_small(chosen.steps, chosen.rows)
+        return
     from benchmarks.jlora_train import make  # imports Jittor
 
     print(f"{cpu_model()}, {processors()} processors, {date.today()}")
@@ -59,7 +60,7 @@ def main() -> None:
     report(chosen, seconds, resident)
 
 
-#: Of the model of ``--train``: steps of 20 ms, in which blocks and products are those of a large one.
+#: Of the model of ``--train``: its blocks and products run as those of a large one do.
 SMALL = {
     "model_type": "gpt2", "vocab_size": 1000, "n_positions": 128, "n_embd": 64, "n_layer": 2,
     "n_head": 2,
