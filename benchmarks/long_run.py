@@ -1,6 +1,7 @@
 """``make bench-long``: many training steps of varying lengths: does time or memory grow?
 
-Also says how long five epochs of E2E take at the pace measured.
+Also says how long five epochs of E2E take at the pace measured. With ``--train`` a small model goes
+through `jlora.train.train` instead, with its checkpoints and validations: does that grow?
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import tempfile
 import time
 from datetime import date
 from pathlib import Path
+
+import numpy as np
 
 from benchmarks import work
 from benchmarks.sides import ROOT
@@ -30,8 +33,12 @@ def main() -> None:
     options.add_argument("--rows", type=int, default=8, help="examples a step")
     options.add_argument("--precision", default="bf16")
     options.add_argument("--checkpoint-activations", action="store_true")
+    options.add_argument("--train", action="store_true", help="the whole loop, of a small GPT-2")
     options.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks")
     chosen = options.parse_args()
+    if chosen.train:
+        train_small(chosen.steps, chosen.rows)
+        return
     from benchmarks.jlora_train import make  # imports Jittor
 
     print(f"{cpu_model()}, {processors()} processors, {date.today()}")
@@ -51,6 +58,54 @@ def main() -> None:
         seconds.append(time.perf_counter() - started)
         resident.append(resident_mb())
     report(chosen, seconds, resident)
+
+
+#: Of the model of ``--train``: its blocks and products run as those of a large one do.
+SMALL = {
+    "model_type": "gpt2", "vocab_size": 1000, "n_positions": 128, "n_embd": 64, "n_layer": 2,
+    "n_head": 2,
+}  # fmt: skip
+SAMPLED = 50  # steps between two looks at the memory
+WARM_UP = 0.2  # of the steps, which the slope leaves out
+
+
+def train_small(steps: int, rows: int) -> None:
+    """Resident memory of `jlora.train.train` by step, and its slope."""
+    from jlora import LoraConfig, engine, get_peft_model
+    from jlora.data import TokenExample
+    from jlora.models.hub import build_model
+    from jlora.train import TrainConfig, train
+
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(8, SMALL["n_positions"], 2000)
+    examples = [
+        TokenExample(generator.integers(0, SMALL["vocab_size"], length).tolist(), int(length) // 2)
+        for length in lengths
+    ]
+    model = get_peft_model(build_model(SMALL), LoraConfig(r=4, target_modules=["c_attn"]))
+    precision = engine.prepare(model, keep_weights=False)
+    config = TrainConfig(
+        batch_size=rows, steps=steps, valid_every=500, save_every=250, log_every=SAMPLED
+    )
+    samples: list[tuple[int, float]] = []
+
+    class Sampler:
+        def log(self, values: dict) -> None:
+            if "loss" in values:
+                samples.append((values["step"], resident_mb()))
+
+        def close(self) -> None:
+            pass
+
+    print(f"{cpu_model()}, {processors()} processors, {date.today()}")
+    with tempfile.TemporaryDirectory() as run:
+        train(model, examples[100:], examples[:100], config, Path(run), lambda *_: [Sampler()])
+    print(f"small GPT-2, {precision}, {rows} rows a step: {steps} steps")
+    for step, resident in samples[:: max(1, len(samples) // PARTS)]:
+        print(f"step {step:>6} {resident:10.1f} MB resident")
+    late = np.array([each for each in samples if each[0] > WARM_UP * steps])
+    slope = np.polyfit(late[:, 0], late[:, 1], 1)[0]
+    print(f"after {WARM_UP:.0%} of the steps: {slope * 1024 * 1000:+.0f} KB per 1,000 steps")
 
 
 def report(chosen, seconds: list[float], resident: list[float]) -> None:

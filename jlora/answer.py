@@ -182,8 +182,9 @@ def choice_logprobs(
         choices: answers as texts.
     """
     ends = model.tokenizer.encode_batch([" " + choice for choice in choices])
-    # Equal prompts with other answers stand together; like lengths too, as in training.
-    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+    # Equal prompts with other answers stand together; like lengths too, as in training. The longest
+    # come first: what Jittor keeps of freed memory serves smaller arrays, never larger ones.
+    order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
     found = np.zeros((len(encoded), len(choices)), np.float32)
     model.eval()
     batches, parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)], []

@@ -10,6 +10,7 @@ that was measured: each is a constant here, with what it stands for.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -131,10 +132,12 @@ def estimate(recipe: Recipe, outline: Outline, texts: Texts, java: bool = False)
     kept = {"process": PROCESS, "data": texts.stored * BYTES_A_TOKEN}
     checkpoint = {"checkpoint": loading_bytes(outline)}
     held = {**kept, "weights": weights, "adapter": adapter}
+    packs = precision in packed_linear.KINDS and follows()
     stages = {
         "load": {"process": PROCESS, **checkpoint},
         "train": {
             **held,
+            "packed copies": trained_copies(model, trained) if packs else 0,
             "optimiser": (2 + UPDATE_COPIES) * own,
             "activations": activation_bytes(recipe, model, precision, trained, batch),
             **loss_bytes(model, precision, trained, batch.targets, texts.valid_targets),
@@ -296,13 +299,14 @@ def activation_bytes(
 ) -> int:
     """What is kept of the blocks between the two passes of a step, and scratch of the second."""
     shape, rows = BlockShape.of(model.config), batch.tokens
-    lora_alone = all("lora_" in name for name in trained)
     through = rows * shape.width * FLOAT  # the residual stream at one place
-    if precision in packed_linear.KINDS and lora_alone and shape.is_fused:
+    copied = trained_copies(model, trained)
+    if precision in packed_linear.KINDS and shape.is_fused and (copied == 0 or follows()):
         ranks = sum(size(p) // p.shape[1] for n, p in model.named_parameters() if "lora_A" in n)
         saved = shape.saved_bytes(rows, round(ranks / shape.layers))
-        blocks = 1 if recipe.checkpoint_activations else shape.layers
-        kept = blocks * saved + shape.layers * through
+        differentiated = shape.layers - blocks_below(model, trained)
+        blocks = min(1, differentiated) if recipe.checkpoint_activations else differentiated
+        kept = blocks * saved + differentiated * through
         return int(ALLOCATOR * kept) + shape.backward_bytes(rows) + 4 * through
     numbers = rows * shape.plain_floats(precision == "plain")
     if precision == "plain":  # scores, their softmax and its gradient, head by head
@@ -310,6 +314,39 @@ def activation_bytes(
     low = [n for n in trained if "lora_A" in n]
     numbers += rows * shape.width * 3 * len(low) // shape.layers  # dropout, branch, sum
     return int(ALLOCATOR * numbers * FLOAT * shape.layers) + 8 * through
+
+
+def follows() -> bool:
+    """Whether weights that are trained have packed copies that follow them."""
+    return packed_linear.tiles() is not None
+
+
+def blocks_below(model, trained: set[str]) -> int:
+    """Blocks under the lowest place that is trained: they have no backward pass, and keep nothing.
+
+    The embedding lies below all of them.
+    """
+    numbers = []
+    for name in trained:
+        found = re.search(r"\.(?:h|layers)\.(\d+)\.", "." + name)
+        if found:
+            numbers.append(int(found[1]))
+        elif "emb" in name or "wte" in name or "wpe" in name:
+            return 0
+    return min(numbers, default=BlockShape.of(model.config).layers)
+
+
+def trained_copies(model, trained: set[str]) -> int:
+    """Bytes of the bf16 copies that products read of linear weights that are trained."""
+    named = {id(p): name for name, p in model.named_parameters()}
+    weights = {
+        id(module.weight): size(module.weight)
+        for module in model.modules()
+        if is_linear(module) and named.get(id(module.weight)) in trained
+    }
+    if named[id(model.output_embedding)] in trained:
+        weights[id(model.output_embedding)] = size(model.output_embedding)
+    return 2 * sum(weights.values())
 
 
 def loss_bytes(
@@ -324,11 +361,8 @@ def loss_bytes(
         scratch = 2 * min(targets, 512) * min(words, 4096)  # what target_loss.h does at a time
         return {"loss": states + scratch}
     row = words * FLOAT
-    # Of a validation, which is larger than the batches, beside what the allocator keeps of those.
-    return {
-        "loss": states + LOGITS * targets * row,
-        "validation": VALID_LOGITS * valid_targets * row,
-    }
+    # A validation comes after the batches' memory was given back, so the larger counts.
+    return {"loss": max(states + LOGITS * targets * row, VALID_LOGITS * valid_targets * row)}
 
 
 def decode_bytes(recipe: Recipe, model, precision: str, texts: Texts) -> dict[str, int]:

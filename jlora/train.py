@@ -21,7 +21,7 @@ from jlora.kernels.elementwise import count_rows_from
 from jlora.loggers import Loggers, MetricsLogger
 from jlora.models.attention import Stream
 from jlora.optim import AdamW, OptimConfig, learning_rate
-from jlora.runtime import jt, set_seed
+from jlora.runtime import jt, release_memory, set_seed
 from jlora.state import Progress, load_checkpoint, save_checkpoint
 
 
@@ -121,7 +121,8 @@ def validation_loss(model, examples: Sequence[TokenExample], batch_size: int) ->
     Of several processes each computes some of the batches; the result is the same.
     """
     model.eval()
-    rows = sorted(range(len(examples)), key=lambda row: examples[row].input_length)
+    # The longest first: what Jittor keeps of freed memory serves smaller arrays, never larger ones.
+    rows = sorted(range(len(examples)), key=lambda row: -examples[row].input_length)
     starts, sums = range(0, len(rows), batch_size), []
     with jt.no_grad():
         for start in world().mine(starts):
@@ -213,6 +214,7 @@ def train(
             save_checkpoint(run, progress, model.adapter_tensors(), optimizer.state())
 
     def validate() -> None:
+        release_memory()  # batches of validation and of training have other sizes
         loss = validation_loss(model, valid_examples, config.valid_batch_size)
         loggers.log({"step": progress.step, "valid_loss": loss})
         if progress.best_valid_loss is None or loss < progress.best_valid_loss:
@@ -236,7 +238,7 @@ def train(
     # The adapter of the newest step with a finite loss, unless it is large: then the update that
     # followed is taken back. lr: that update's.
     good = lr = None
-    largest = 0  # numbers of the largest batch so far
+    largest = 0  # numbers of the largest batch since memory was last given back
     stop = StopRequest()
     with loggers, stop:
         while progress.step < total and not stop.agreed:
@@ -254,9 +256,9 @@ def train(
                 batch = make_batch(model, rows, share)
                 if batch.input_ids.size > largest:
                     # What Jittor keeps of smaller batches is no use to a larger one, and would
-                    # stand beside it. It comes to this a few times in a run.
+                    # stand beside it. It comes to this a few times between two checkpoints.
                     largest = batch.input_ids.size
-                    jt.gc()
+                    release_memory()
                 targets = sum(len(example.ids) - example.prompt_length for example in rows)
                 batch_mean = batch_loss(model, batch, config.label_smoothing, targets) / accumulate
                 new = optimizer.arrays(jt.grad(batch_mean, parameters))
@@ -300,9 +302,10 @@ def train(
             due = config.valid_every and progress.step % config.valid_every == 0
             if valid_examples and (due or last):
                 validate()
+                largest = 0
             if progress.step % config.save_every == 0 or last:
                 save()
-                jt.gc()  # Jittor keeps freed memory by size, and every batch has another size
+                largest = 0
         if progress.step < total:
             save()
     model.eval()
