@@ -71,6 +71,18 @@ def lock_run(run: str | Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def is_held(run: str | Path) -> bool:
+    """Whether a process is at work in a run folder, as far as the file system tells."""
+    try:
+        with open(Path(run) / NAME, "rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock file, or no locks
+        return False
+    return False
+
+
 @contextlib.contextmanager
 def one_at_a_time(path: Path, work: str) -> Iterator[None]:
     """Do something that other processes may be about to do, too, after them.

@@ -11,6 +11,7 @@ import pytest
 
 from jlora.cli import main
 from jlora.errors import UserError
+from jlora.lock import lock_run
 from jlora.report import listing
 from jlora.report.runs import find_runs, group_by_seed, group_name, read_run
 from jlora.report.tables import mean_and_deviation
@@ -65,6 +66,9 @@ def test_other_methods_have_no_rank(tmp_path, method):
 def test_states(tmp_path):
     assert read_run(make_run(tmp_path / "trained")).state == "finished"
     assert read_run(make_run(tmp_path / "half", done=10)).state == "interrupted"
+    with lock_run(tmp_path / "half"):
+        assert read_run(tmp_path / "half").state == "running"
+    assert read_run(tmp_path / "half").state == "interrupted"
     decoding = make_run(tmp_path / "decoding")
     (decoding / "predictions.jsonl.partial").write_text("")
     assert read_run(decoding).state == "interrupted"

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from jlora.errors import UserError
 from jlora.files import os_error, read_text
+from jlora.lock import is_held
 from jlora.loggers import METRICS_NAME, read_metrics, training_seconds
 from jlora.report import environment
 from jlora.report.plots import series
@@ -87,7 +88,7 @@ class RunSummary:
 
     @property
     def state(self) -> str:
-        """``damaged``, ``finished`` or ``interrupted`` (as is one that is still going on).
+        """``damaged``, ``finished``, ``running`` or ``interrupted``.
 
         Finished are scored runs, and those whose training is complete while no decoding was begun.
         """
@@ -98,7 +99,9 @@ class RunSummary:
             trained = os.path.exists(self.folder / REPORT_NAME)
         else:
             trained = self.steps >= self.total_steps
-        return "finished" if self.after or (trained and not decoding) else "interrupted"
+        if self.after or (trained and not decoding):
+            return "finished"
+        return "running" if is_held(self.folder) else "interrupted"
 
     def setting(self, path: str) -> Any:
         """A setting such as ``train.optim.lr``; None where the recipe has it not."""
