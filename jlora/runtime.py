@@ -22,8 +22,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import re
 import signal
 import ssl
 import subprocess
@@ -39,9 +37,9 @@ from typing import Any
 
 from jlora import distributed, machine
 from jlora.errors import UserError
+from jlora.import_errors import DOCTOR, cause, explain, install, last_line
 from jlora.lock import one_at_a_time
 
-DOCTOR = "`jlora doctor` shows what this machine lacks"
 _lock = threading.RLock()
 _verbose = os.environ.get("JLORA_VERBOSE", "0") not in ("", "0")
 
@@ -114,7 +112,7 @@ def use_gpu(wanted: bool | None = None) -> bool:
     except RuntimeError as error:
         jt.flags.use_cuda = 0
         if wanted:
-            raise UserError(f"the GPU does not work: {_last_line(str(error))}; {DOCTOR}") from error
+            raise UserError(f"the GPU does not work: {last_line(str(error))}; {DOCTOR}") from error
         return False
     return True
 
@@ -173,14 +171,14 @@ def check_environment() -> None:
         wanted = os.environ.get("cc_path")
         if wanted:
             raise UserError(f"cc_path={wanted}: no such compiler; unset cc_path or correct it")
-        raise UserError(f"no C++ compiler found, Jittor needs one: {_install('compiler')}")
+        raise UserError(f"no C++ compiler found, Jittor needs one: {install('compiler')}")
     problem = machine.compiler_problem(compiler)
     if problem:
         raise UserError(f"the C++ compiler {compiler} does not run: {problem}; {DOCTOR}")
     header = machine.python_header()
     if not header.is_file() and "python_config_path" not in os.environ:
         raise UserError(
-            f"Python's headers are missing ({header}), Jittor needs them: {_install('headers')}"
+            f"Python's headers are missing ({header}), Jittor needs them: {install('headers')}"
         )
 
 
@@ -198,11 +196,6 @@ def home_problem() -> str | None:
     except OSError as error:
         return f"cannot write {cache} (Jittor's compiled code): {error.strerror}; {mend}"
     return None
-
-
-def _install(thing: str) -> str:
-    command = machine.install_command(thing)
-    return f"run `{command}`" if command else f"install it; {DOCTOR}"
 
 
 # --- 2. the variables -----------------------------------------------------------------------
@@ -287,12 +280,12 @@ def _compile(stamp: Path, ours: set[str]) -> None:
     overrides: dict[str, str] = {}
     output = _first_import()
     if output is not None and os.environ.get("nvcc_path") and "nvcc_path" in ours:
-        _say(f"warning: Jittor does not work with CUDA here ({_cause(output)}); using the CPU")
+        _say(f"warning: Jittor does not work with CUDA here ({cause(output)}); using the CPU")
         overrides["nvcc_path"] = ""
         os.environ.update(overrides)
         output = _first_import()
     if output is not None:
-        raise _explain(output)
+        raise explain(output)
     with contextlib.suppress(OSError):  # a read-only shared cache is fine
         stamp.write_text(json.dumps(overrides))
 
@@ -408,7 +401,7 @@ def _load() -> Any:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        raise _explain(f"{type(error).__name__}: {error}") from error
+        raise explain(f"{type(error).__name__}: {error}") from error
     # Jittor links its operators with -Ofast, which makes the processor flush denormal numbers to
     # zero; NumPy notices and warns. Nothing here depends on numbers that small.
     warnings.filterwarnings("ignore", message="The value of the smallest subnormal")
@@ -440,63 +433,3 @@ def _process_settings_kept() -> Iterator[None]:
                     signal.signal(number, handler)
         ssl._create_default_https_context = https_context
         sys.setrecursionlimit(recursion)
-
-
-# --- errors ---------------------------------------------------------------------------------
-
-
-def _explain(output: str) -> UserError:
-    """What Jittor printed or raised -> one line with the cause and the way out."""
-    mends = [
-        (r"(GLIBCXX|CXXABI)_[\d.]+\S? not found", _conda_mend),
-        (r"Python\.h: No such file|python3[.\d]*-config\b.*not found", lambda: _install("headers")),
-        (r"openmp library not found|omp\.h: No such file", lambda: _install("openmp")),
-        (
-            r"Download File failed|MD5 mismatch|URLError|urlopen error",
-            lambda: "run `pip install jittor-offline`, which brings oneDNN along",
-        ),
-        (
-            r"No space left on device|Disk quota exceeded",
-            lambda: "free some space (Jittor's cache needs about 500 MB)",
-        ),
-        (
-            r"Killed signal|Cannot allocate memory|out of memory allocating",
-            lambda: "the compiler ran out of memory; close other programs or give it 2 GB",
-        ),
-        (
-            r"libcu\w+\.so\S*( not found|: cannot open)",
-            lambda: "set nvcc_path= (empty) to use the CPU",
-        ),
-        (r"numpy.*(_ARRAY_API|1\.x|compiled using)", lambda: "run `pip install 'numpy<2'`"),
-    ]
-    for pattern, mend in mends:
-        match = re.search(pattern, output)
-        if match:
-            line = next(part for part in output.splitlines() if match.group(0)[:20] in part)
-            return UserError(f"Jittor cannot be imported: {_short(line)}; {mend()}")
-    return UserError(f"Jittor cannot be imported: {_cause(output)}; {DOCTOR}, -v the whole output")
-
-
-def _conda_mend() -> str:
-    library = f"/usr/lib/{platform.machine()}-linux-gnu/libstdc++.so.6"
-    return (
-        "this Python brings a libstdc++ older than the compiler's: run "
-        f"`conda install -c conda-forge libstdcxx-ng`, or `export LD_PRELOAD={library}`"
-    )
-
-
-def _cause(output: str) -> str:
-    """The line of an output that says most: the first error, else the last line."""
-    lines = [line for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"\berror:|^\w*(Error|Exception)\b", line)]
-    return _short((errors or lines or ["it said nothing"])[0 if errors else -1])
-
-
-def _last_line(text: str) -> str:
-    return _short((text.strip().splitlines() or [""])[-1])
-
-
-def _short(line: str, width: int = 200) -> str:
-    # Colours, and the progress bar of a download that failed.
-    line = re.sub(r"\x1b\[[\d;]*[mK]|\S+B \[[^]]*B/s\]", "", line).strip()
-    return line if len(line) <= width else line[: width - 3] + "..."
