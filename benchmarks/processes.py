@@ -8,7 +8,6 @@ RUN...`` says instead how far finished runs are from the first.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -59,15 +58,15 @@ def main() -> None:
     steps(chosen, numbers)
 
 
-def mpirun(processes: int, *flags: str) -> list[str]:
-    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    options = ["-np", str(processes), "--bind-to", "none", "--oversubscribe", *root]
-    return [distributed.find_mpirun(), *options, *flags, sys.executable]
-
-
 def sums(processes: int, size: int, flags: tuple[str, ...]) -> float:
     """Milliseconds of a sum over float32 arrays, the median."""
-    command = [*mpirun(processes, *flags), "-m", "benchmarks.processes", "--sums", str(size)]
+    command = [
+        *distributed.mpirun(processes, *flags),
+        "-m",
+        "benchmarks.processes",
+        "--sums",
+        str(size),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout)
 

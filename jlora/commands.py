@@ -149,7 +149,6 @@ def run_finetune(arguments: argparse.Namespace) -> int:
     with lock_run(run):
         here = world()
         recipe = here.first(lambda: workflow.open_run(run, recipe, arguments.resume))
-        workflow.check_shared(run)
         check_memory(arguments, recipe, run, decodes=False)
         model = workflow.build(recipe)
         sets = workflow.encode_splits(recipe, model)

@@ -267,6 +267,16 @@ def find_mpirun() -> str | None:
     return str(own) if own.is_file() else shutil.which("mpirun")
 
 
+def mpirun(processes: int, *flags: str) -> list[str]:
+    """The command before what is to be run as several processes on this machine."""
+    options = ["-np", str(processes), "--bind-to", "none"]
+    if processes > len(_affinity()):
+        options.append("--oversubscribe")
+    if os.geteuid() == 0:
+        options.append("--allow-run-as-root")
+    return [str(find_mpirun()), *options, *flags, sys.executable]
+
+
 def mpi_problem() -> str | None:
     """Why several processes cannot be started here; None if they can."""
     mpirun = find_mpirun()
@@ -297,12 +307,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     problem = mpi_problem()
     if problem is not None:
         raise UserError(f"--nproc {processes}: {problem}; {INSTALL}")
-    options = ["-np", str(processes), "--bind-to", "none"]
-    if processes > len(_affinity()):
-        options.append("--oversubscribe")
-    if os.geteuid() == 0:
-        options.append("--allow-run-as-root")
-    command = [find_mpirun(), *options, sys.executable, "-m", "jlora.cli", *arguments]
+    command = [*mpirun(processes), "-m", "jlora.cli", *arguments]
     with tempfile.TemporaryDirectory(prefix="jlora-") as logs:
         job = subprocess.Popen(
             command,

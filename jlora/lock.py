@@ -38,14 +38,19 @@ def lock_run(run: str | Path) -> Iterator[None]:
     warning and no lock.
 
     Raises:
-        UserError: another process holds the folder (with its pid, owner, machine and start), or
-            the folder cannot be made or written.
+        UserError: another process holds the folder (with its pid, owner, machine and start), the
+            folder cannot be made or written, or it is not the one that the first process holds.
     """
+    run = Path(run)
     if not world().is_first:
         world().first(lambda: None)
+        if not (run / NAME).exists():
+            raise UserError(
+                f"this process does not see {run.resolve()}; put the run (--out) on a file system "
+                "that all machines share"
+            )
         yield
         return
-    run = Path(run)
     made = [folder for folder in (run, *run.parents) if not folder.exists()]
     try:
         handle = None

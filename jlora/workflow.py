@@ -18,7 +18,6 @@ from jlora.distributed import world
 from jlora.errors import UserError
 from jlora.files import check_writable, read_text, recover_directory, sha256_of, write_text
 from jlora.layers import set_trainable
-from jlora.lock import NAME as LOCK_NAME
 from jlora.loggers import ProgressLogger, check_loggers, make_logger, read_metrics
 from jlora.metrics import check_metrics, evaluate_parts
 from jlora.metrics.accuracy import accuracy, parse_choice
@@ -56,22 +55,6 @@ def open_run(run: Path, recipe: Recipe, resume: bool) -> Recipe:
             f"{run} holds a run already; add --resume to go on with it, or choose another --out"
         )
     return recipe
-
-
-def check_shared(run: Path) -> None:
-    """See that all processes of a run, which may be on several machines, have its folder.
-
-    Raises:
-        UserError: they have not.
-    """
-    here = world()
-    there = here.gather((run / LOCK_NAME).exists())  # the first process's
-    missing = [str(rank) for rank, found in enumerate(there) if not found]
-    if there[0] and missing:
-        raise UserError(
-            f"processes {', '.join(missing)} do not see {run.resolve()}; put the run (--out) on a "
-            "file system that all machines share"
-        )
 
 
 def begin_run(run: Path, recipe: Recipe) -> None:
@@ -333,7 +316,6 @@ def run_recipe(recipe: Recipe, run: Path, resume: bool = False) -> dict | None:
     here = world()
     recipe = here.first(lambda: open_run(run, recipe, resume))
     # Before hours of training: is all there that its end needs?
-    check_shared(run)
     if not get_task(recipe.data.task).choices:
         here.first(lambda: check_metrics(metric_names(recipe)))
     groups = test_groups(recipe)

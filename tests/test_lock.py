@@ -13,6 +13,7 @@ import textwrap
 
 import pytest
 
+from jlora import distributed
 from jlora.errors import UserError
 from jlora.lock import lock_run
 
@@ -114,3 +115,22 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     with lock_run(tmp_path):
         pass
     assert "cannot be locked (No locks available)" in capsys.readouterr().err
+
+
+def test_the_other_processes_of_a_run_must_see_its_folder(tmp_path, monkeypatch):
+    class Second(distributed.World):
+        rank, size = 1, 2
+
+        def first(self, work):
+            return None  # the first has done its own
+
+    monkeypatch.setattr(distributed, "_world", Second())
+    refused = pytest.raises(UserError, match="this process does not see .*absent; put the run")
+    with refused, lock_run(tmp_path / "absent"):
+        pass
+    assert not (tmp_path / "absent").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    with lock_run(tmp_path / "run"):
+        assert (tmp_path / "run" / ".lock").exists()
+    assert (tmp_path / "run" / ".lock").exists()  # the first's to remove
