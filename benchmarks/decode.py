@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks import lora_code, work
 from benchmarks.sides import ROOT, Side, alternate
-from jlora.machine import cpu_model, processors
+from jlora.system.machine import cpu_model, processors
 
 INPUTS = 630  # distinct inputs of E2E's test set
 MICROSOFT = "microsoft/LoRA"
@@ -102,9 +102,9 @@ def make_spec(chosen: argparse.Namespace, path: Path) -> dict:
 
     GPT-2's random weights come with SmolLM2's words, which cut E2E's texts much as its own do.
     """
-    from jlora.pull import pull
-    from jlora.tasks import get_task
-    from jlora.tokenizer import Tokenizer
+    from jlora.data.pull_models import pull
+    from jlora.data.tasks import get_task
+    from jlora.data.tokenizer import Tokenizer
 
     config = work.MODELS.get(chosen.model) if chosen.model.startswith("gpt2") else None
     folder = pull("smollm2-135m" if config else chosen.model)

@@ -14,11 +14,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from jlora.data.tasks import get_task
+from jlora.decoding.predictions import read_predictions, rerank
 from jlora.metrics import evaluate
-from jlora.predictions import read_predictions, rerank
 from jlora.report.runs import read_run
 from jlora.report.tables import METRICS, markdown_table
-from jlora.tasks import get_task
 
 NAMES = ("BLEU", "NIST")  # those that need no Java
 PENALTIES = (0.0, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)

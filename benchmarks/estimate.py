@@ -10,10 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from jlora.config import load_recipe
-from jlora.estimate import MIB
-from jlora.memory import estimate_recipe, measure_texts
 from jlora.report import environment
+from jlora.runs.memory_check import estimate_recipe, measure_texts
+from jlora.runs.memory_estimate import MIB
+from jlora.runs.recipe import load_recipe
 
 TOLERANCE = 0.2
 

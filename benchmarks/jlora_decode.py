@@ -9,7 +9,7 @@ from pathlib import Path
 def make(spec: dict):
     """One round decodes the next prompts, more than it has places for: others enter as some end."""
     from jlora import PeftModel, engine, load
-    from jlora.beam import BeamConfig, beam_search
+    from jlora.decoding.beam import BeamConfig, beam_search
     from jlora.layers import set_trainable
     from jlora.models.hub import build_model
 

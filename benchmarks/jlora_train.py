@@ -1,4 +1,4 @@
-"""A LoRA training step in jlora, as `jlora.train.train` does it."""
+"""A LoRA training step in jlora, as `jlora.training.loop.train` does it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ def make(spec: dict):
     """One round is one update on the next batch."""
     from jlora import LoraConfig, engine, get_peft_model
     from jlora.models.hub import build_model
-    from jlora.optim import AdamW, OptimConfig
-    from jlora.runtime import jt
-    from jlora.train import batch_loss
+    from jlora.system.runtime import jt
+    from jlora.training.adamw import AdamW, OptimConfig
+    from jlora.training.loop import batch_loss
 
     model = get_peft_model(build_model(spec["config"]), LoraConfig(**spec["lora"]))
     engine.prepare(
@@ -39,8 +39,8 @@ def make(spec: dict):
 
 
 def batch_of(arrays, i: int, as_stream: bool):
-    """Batch i, padded or as a stream, as `jlora.train.make_batch` would make it."""
-    from jlora.data import Batch
+    """Batch i, padded or as a stream, as `jlora.training.loop.make_batch` would make it."""
+    from jlora.data.batches import Batch
 
     parts = [arrays[f"{name}{i}"] for name in ("ids", "targets", "mask")]
     lengths = arrays[f"lengths{i}"]

@@ -1,7 +1,7 @@
 """``make bench-long``: many training steps of varying lengths: does time or memory grow?
 
 Also says how long five epochs of E2E take at the pace measured. With ``--train`` a small model goes
-through `jlora.train.train` instead, with its checkpoints and validations: does that grow?
+through `jlora.training.loop.train` instead, with its checkpoints and validations: does that grow?
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import work
 from benchmarks.sides import ROOT
-from jlora.machine import cpu_model, processors
+from jlora.system.machine import cpu_model, processors
 
 E2E_ROWS = 42_061  # of its training split
 PARTS = 10  # of the run, compared with each other
@@ -70,11 +70,11 @@ WARM_UP = 0.2  # of the steps, which the slope leaves out
 
 
 def train_small(steps: int, rows: int) -> None:
-    """Resident memory of `jlora.train.train` by step, and its slope."""
+    """Resident memory of `jlora.training.loop.train` by step, and its slope."""
     from jlora import LoraConfig, engine, get_peft_model
-    from jlora.data import TokenExample
+    from jlora.data.batches import TokenExample
     from jlora.models.hub import build_model
-    from jlora.train import TrainConfig, train
+    from jlora.training.loop import TrainConfig, train
 
     generator = np.random.default_rng(0)
     lengths = generator.integers(8, SMALL["n_positions"], 2000)

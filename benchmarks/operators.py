@@ -25,7 +25,7 @@ def make(spec: dict):
     models, is loaded before.
     """
     from jlora.kernels import native
-    from jlora.runtime import jt
+    from jlora.system.runtime import jt
 
     native.library()
 

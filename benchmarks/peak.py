@@ -26,7 +26,7 @@ def jlora_product(spec: dict):
     import numpy as np
 
     from jlora.kernels.packed_linear import PackedWeight
-    from jlora.runtime import jt
+    from jlora.system.runtime import jt
 
     w = jt.array(np.random.standard_normal((spec["n"], spec["k"])).astype("f"))
     x = jt.array(np.random.standard_normal((spec["rows"], spec["k"])).astype("f"))

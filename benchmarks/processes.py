@@ -16,9 +16,9 @@ import time
 from datetime import date
 from pathlib import Path
 
-from jlora import distributed
-from jlora.loggers import read_metrics
-from jlora.machine import cpu_model, processors
+from jlora.system import distributed
+from jlora.system.machine import cpu_model, processors
+from jlora.training.loggers import read_metrics
 
 #: What is trained, and how many numbers that are.
 SIZES = {

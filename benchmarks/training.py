@@ -12,7 +12,7 @@ import psutil
 from benchmarks import lora_code, work
 from benchmarks.peak import measure
 from benchmarks.sides import ROOT, Side
-from jlora.machine import cpu_model, processors
+from jlora.system.machine import cpu_model, processors
 
 MICROSOFT = "microsoft/LoRA, "
 # torch returns its large temporaries to the system at every step and faults their pages in again,

@@ -39,8 +39,8 @@ def e2e_batches(path: Path, data: Path, model: str, rows: int, count: int) -> Pa
 
     The tokens themselves are random: they do not change the time.
     """
-    from jlora.data import BatchOrder, encode_examples
-    from jlora.tasks import get_task
+    from jlora.data.batches import BatchOrder, encode_examples
+    from jlora.data.tasks import get_task
 
     examples = get_task("e2e").read(data / "e2e" / "train.txt")[::10]
     encoded = encode_examples(examples, tokenizer_of(model), None, 0, 0)
@@ -58,8 +58,8 @@ def e2e_batches(path: Path, data: Path, model: str, rows: int, count: int) -> Pa
 
 def tokenizer_of(model: str):
     """GPT-2's words cut E2E's texts much as SmolLM2's do, which a package carries."""
-    from jlora.pull import pull
-    from jlora.tokenizer import Tokenizer
+    from jlora.data.pull_models import pull
+    from jlora.data.tokenizer import Tokenizer
 
     return Tokenizer.from_folder(pull("smollm2-135m"))
 

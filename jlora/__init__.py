@@ -12,39 +12,51 @@ imported with the first name that needs it, not by ``import jlora``.
 from __future__ import annotations
 
 import importlib
+import sys
 
-_WHERE = {
+_NAMES = {
     "load": "jlora.models.hub",
-    "write_merged": "jlora.merge",
-    "export_gguf": "jlora.export",
+    "write_merged": "jlora.adapters.export_folder",
+    "export_gguf": "jlora.adapters.export_gguf",
     "LoraConfig": "jlora.adapters",
     "PeftModel": "jlora.adapters",
     "get_peft_model": "jlora.adapters",
     "mark_only_lora_as_trainable": "jlora.layers",
     "lora_state_dict": "jlora.layers",
-    "BeamConfig": "jlora.beam",
-    "beam_search": "jlora.beam",
-    "GenerateConfig": "jlora.generate",
-    "TrainConfig": "jlora.train",
-    "OptimConfig": "jlora.optim",
-    "UserError": "jlora.errors",
+    "BeamConfig": "jlora.decoding.beam",
+    "beam_search": "jlora.decoding.beam",
+    "GenerateConfig": "jlora.decoding.sampling",
+    "TrainConfig": "jlora.training.loop",
+    "OptimConfig": "jlora.training.adamw",
+    "UserError": "jlora.system.errors",
 }
 # A function may not share its module's name: importing the module would hide it.
-_MODULES = (
-    "adapters", "data", "engine", "export", "generate", "layers", "merge", "metrics", "models",
-    "pull", "tasks", "train",
-)  # fmt: skip
+_MODULES = {
+    **{
+        name: f"jlora.{name}"
+        for name in ("adapters", "data", "engine", "layers", "metrics", "models")
+    },
+    "runtime": "jlora.system.runtime",
+    "generate": "jlora.decoding.sampling",
+    "pull": "jlora.data.pull_models",
+    "tasks": "jlora.data.tasks",
+    "train": "jlora.training.loop",
+}
 
-__all__ = [*_WHERE, *_MODULES]
+__all__ = [*_NAMES, *_MODULES]
 
 
 def __getattr__(name: str):
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
     if name in _MODULES:
-        return importlib.import_module(f"jlora.{name}")
+        return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module 'jlora' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# `from jlora.runtime import jt, nn` is what users write; the module stands in its folder.
+sys.modules["jlora.runtime"] = importlib.import_module("jlora.system.runtime")

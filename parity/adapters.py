@@ -254,7 +254,7 @@ def peft_logits(folder: Path, adapter: Path, arrays: dict[str, np.ndarray]) -> n
 def ours(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
     from jlora import LoraConfig, PeftModel, get_peft_model, load
     from jlora.layers import MergedLinear
-    from jlora.runtime import jt
+    from jlora.system.runtime import jt
 
     if "wrong" in case.settings:
         return refusals(folder)
@@ -325,7 +325,7 @@ def jlora_gradients(model, ids: np.ndarray) -> dict[str, np.ndarray]:
     """The gradients by PEFT's keys, in PEFT's shapes."""
     from jlora.adapters import storage
     from jlora.layers import MergedLinear
-    from jlora.runtime import jt
+    from jlora.system.runtime import jt
 
     model.train()
     hidden = model.hidden_states(jt.array(ids))[:, :-1]  # (B, T - 1, C)

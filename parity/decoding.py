@@ -167,8 +167,8 @@ def _arrays(results) -> dict[str, np.ndarray]:
 
 def ours(case: Case, inputs: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
     import jlora
-    from jlora.beam import BeamConfig, beam_search, rank
-    from jlora.generate import GenerateConfig, generate
+    from jlora.decoding.beam import BeamConfig, beam_search, rank
+    from jlora.decoding.sampling import GenerateConfig, generate
 
     model = jlora.load(folder / "model")
     prompts = unpack_numbers("prompts", inputs)

@@ -208,7 +208,7 @@ def output_gradient(shape, library):
 
 def ours(case: Case, arrays: dict[str, np.ndarray], folder) -> dict[str, np.ndarray]:
     from jlora.layers import assign
-    from jlora.runtime import jt
+    from jlora.system.runtime import jt
 
     settings = case.settings
     given = {name: jt.array(array) for name, array in arrays.items()}

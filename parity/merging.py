@@ -143,7 +143,7 @@ def torch_logits(model, arrays: dict) -> np.ndarray:
 
 def ours(case: Case, arrays: dict, folder: Path) -> dict[str, np.ndarray]:
     import jlora
-    from jlora.runtime import jt
+    from jlora.system.runtime import jt
 
     base = jlora.load(folder / "base")
     if "loralib" in case.settings:

@@ -159,7 +159,7 @@ def pad(ids: np.ndarray, lengths: np.ndarray, side: str) -> tuple[np.ndarray, np
 
 def ours(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
     from jlora import engine, load
-    from jlora.runtime import jt
+    from jlora.system.runtime import jt
 
     jt.gc()
     model = load(smollm2_gguf() if case.name == SMOLLM2 else folder / "model")
@@ -181,7 +181,7 @@ def ours(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict[str, n
 
 def step_by_step(model, ids: np.ndarray) -> np.ndarray:
     """A few tokens at once, then one by one, then two: (B, T, V)."""
-    from jlora.runtime import jt
+    from jlora.system.runtime import jt
 
     cache, parts, at = model.new_cache(), [], 0
     for width in [5, *[1] * (ids.shape[1] - 7), 2]:

@@ -25,11 +25,12 @@ def reference_chances(model, prompts: list[list[int]], warp: dict) -> dict[str, 
 
 
 def our_chances(model, prompts: list[list[int]], warp: dict) -> dict[str, np.ndarray]:
-    """By drawing: `jlora.generate` turns a number of [0, 1) into a token, so that bisection finds
-    where the share of each ends. The numbers take the place of the random generator's."""
+    """By drawing: `jlora.decoding.sampling` turns a number of [0, 1) into a token, so that
+    bisection finds where the share of each ends. The numbers take the place of the random
+    generator's."""
     from unittest.mock import patch
 
-    from jlora import generate as module
+    from jlora.decoding.decoder import sampling as module
 
     chances = np.zeros((len(prompts), model.config.vocab_size))
     config = module.GenerateConfig(

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
-from jlora.machine import cpu_model
+from jlora.system.machine import cpu_model
 from parity.case import Case, Outcome
 
 

@@ -225,8 +225,8 @@ def ours(case: Case, inputs: dict[str, np.ndarray], folder: Path) -> dict[str, n
 
 @lru_cache(maxsize=1)
 def _jlora(path: str):
+    from jlora.data.tokenizer import Tokenizer
     from jlora.formats.gguf_file import read_gguf
-    from jlora.tokenizer import Tokenizer
 
     file = Path(path)
     if (file / "gguf.json").is_file():

@@ -276,11 +276,11 @@ def ours(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict[str, n
 def our_run(settings: dict, arrays: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
     from jlora import engine
     from jlora.adapters import PeftModel
-    from jlora.data import TokenExample
-    from jlora.loggers import read_metrics
+    from jlora.data.batches import TokenExample
     from jlora.models.hub import load
-    from jlora.optim import OptimConfig
-    from jlora.train import TrainConfig, train
+    from jlora.training.adamw import OptimConfig
+    from jlora.training.loggers import read_metrics
+    from jlora.training.loop import TrainConfig, train
 
     model = PeftModel.from_pretrained(load(folder / "base"), folder / "start", is_trainable=True)
     engine.prepare(model, settings["precision"])

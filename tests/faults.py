@@ -43,13 +43,13 @@ DONE, REFUSED, BROKEN = 0, 2, 3  # exit codes of a child; a killed one has -9
 def train_once(run: Path, on_step: Callable[[int], None] = lambda step: None) -> None:
     """Train the tiny model in ``run``, or go on with what is there, as `jlora run` does."""
     from jlora.adapters import LoraConfig, get_peft_model
-    from jlora.data import TokenExample
-    from jlora.files import recover_directory
-    from jlora.lock import lock_run
-    from jlora.optim import OptimConfig
-    from jlora.runtime import set_seed
-    from jlora.state import has_checkpoint
-    from jlora.train import TrainConfig, train
+    from jlora.data.batches import TokenExample
+    from jlora.system.files import recover_directory
+    from jlora.system.lock import lock_run
+    from jlora.system.runtime import set_seed
+    from jlora.training.adamw import OptimConfig
+    from jlora.training.checkpoint import has_checkpoint
+    from jlora.training.loop import TrainConfig, train
     from tests.tiny_models import tiny_gpt2
 
     class Watch:
@@ -76,8 +76,8 @@ def train_once(run: Path, on_step: Callable[[int], None] = lambda step: None) ->
 
 def outcome(run: Path) -> dict[str, object]:
     """What a finished run is compared by: all tensors, the state, and all losses, exactly."""
-    from jlora.loggers import read_metrics
-    from jlora.state import newest, read_checkpoint
+    from jlora.training.checkpoint import newest, read_checkpoint
+    from jlora.training.loggers import read_metrics
 
     progress, adapter, optimizer = read_checkpoint(newest(run))
     rows = read_metrics(run / "metrics.jsonl")
@@ -144,7 +144,7 @@ class Faults:
         """Between this process and its files while the context lasts."""
         import safetensors.numpy
 
-        from jlora.loggers.metrics import MetricsLogger
+        from jlora.training.loggers.metrics import MetricsLogger
 
         real = {name: getattr(os, name) for name in NAMES}
         real_text, real_save = Path.write_text, safetensors.numpy.save_file
@@ -260,7 +260,7 @@ class Child:
         os.close(said)
 
     def _work(self, run: Path, prepare: Callable, faults: dict) -> int:
-        from jlora.errors import UserError
+        from jlora.system.errors import UserError
 
         try:
             prepare()
@@ -472,7 +472,7 @@ class Trials:
         """Kill it, damage a file of the newest checkpoint (or of both), and resume."""
 
         def work(run: Path) -> str:
-            from jlora.state import newest, previous
+            from jlora.training.checkpoint import newest, previous
 
             saves = [i + 1 for i, name in enumerate(self.calls) if name == "log"]
             late = self.generator.choice(saves[len(saves) // 2 :])
@@ -581,7 +581,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # A process that is forked from one with OpenMP's threads would wait for them for ever.
     os.environ["OMP_NUM_THREADS"] = "1"
-    import jlora.train  # noqa: F401  (imports Jittor, once for all children)
+    import jlora.training.loop  # noqa: F401  (imports Jittor, once for all children)
 
     np.seterr(all="ignore")
     start = time.monotonic()

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from jlora.errors import UserError
+from jlora.system.errors import UserError
 from tests.mutate import CHANGES, change
 
 SECONDS = 20
@@ -97,8 +97,8 @@ def torch_reader(layout: str) -> Callable[[Path], Reader]:
 def gguf_reader(folder: Path) -> Reader:
     from test_formats import LLAMA, keyed, llama_tensors, write_gguf
 
+    from jlora.data.tokenizer import Tokenizer
     from jlora.formats.gguf_file import read_gguf
-    from jlora.tokenizer import Tokenizer
 
     tokenizer = {
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm",
@@ -136,7 +136,7 @@ def vocab_reader(folder: Path) -> Reader:
 
 
 def use_tokenizer(folder: Path) -> object:
-    from jlora.tokenizer import Tokenizer
+    from jlora.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_folder(folder)
     return tokenizer.decode(tokenizer.encode("ab, c\u00e9 12"))
@@ -189,12 +189,12 @@ def model_reader(folder: Path) -> Reader:
 
 
 def checkpoint_reader(folder: Path) -> Reader:
-    from jlora.state import Progress, newest, read_checkpoint, save_checkpoint
+    from jlora.training.checkpoint import Progress, newest, read_checkpoint, save_checkpoint
 
     save_checkpoint(folder, Progress(2), {"a": np.ones(3, np.float32)}, {"m": np.ones(3)})
 
     def read(path: Path):
-        from jlora.state import Damaged
+        from jlora.training.checkpoint import Damaged
 
         try:
             return read_checkpoint(path)
@@ -206,7 +206,7 @@ def checkpoint_reader(folder: Path) -> Reader:
 
 def task_reader(task: str, name: str, content: str) -> Callable[[Path], Reader]:
     def make(folder: Path) -> Reader:
-        from jlora.tasks import get_task
+        from jlora.data.tasks import get_task
 
         found = get_task(task)
         return Reader({name: content.encode()}, lambda path: found.groups(found.read(path / name)))
@@ -253,7 +253,7 @@ PREDICTIONS = json.dumps({"prompt": "a", "prediction": "b", "hypotheses": [HYPOT
 
 
 def recipe_reader(folder: Path) -> Reader:
-    from jlora.config import dump_recipe, load_recipe
+    from jlora.runs.recipe import dump_recipe, load_recipe
 
     text = json.dumps(RECIPE).encode()  # which is YAML too
 
@@ -270,8 +270,8 @@ def yaml_reader(folder: Path) -> Reader:
 
 
 def metrics_reader(folder: Path) -> Reader:
-    from jlora.loggers import read_metrics
-    from jlora.loggers.metrics import training_seconds
+    from jlora.training.loggers import read_metrics
+    from jlora.training.loggers.metrics import training_seconds
 
     return Reader(
         {"metrics.jsonl": METRICS.encode()},
@@ -280,7 +280,7 @@ def metrics_reader(folder: Path) -> Reader:
 
 
 def predictions_reader(folder: Path) -> Reader:
-    from jlora.predictions import read_predictions, rerank
+    from jlora.decoding.predictions import read_predictions, rerank
 
     return Reader(
         {"p.jsonl": PREDICTIONS.encode() * 2},

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from jlora.runtime import jt
+from jlora.system.runtime import jt
 
 
 class PlainCache:

@@ -12,11 +12,11 @@ from safetensors.numpy import load_file, save_file
 from jlora.adapters import LoraConfig, PeftModel, get_peft_model
 from jlora.adapters.storage import block_matrix, find_blocks, from_block_matrix, from_peft_key
 from jlora.adapters.targets import is_target
-from jlora.errors import UserError
 from jlora.layers import Linear, MergedLinear
 from jlora.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from jlora.models.llama import LlamaConfig, LlamaForCausalLM
-from jlora.runtime import jt
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt
 
 TINY = {"vocab_size": 97, "n_positions": 32, "n_embd": 12, "n_layer": 2, "n_head": 2}
 QV = [True, False, True]

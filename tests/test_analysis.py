@@ -23,7 +23,7 @@ from jlora.cli import main
 from jlora.formats.safetensors_file import read_safetensors, write_safetensors
 from jlora.formats.torch_write import write_torch
 from jlora.models.hub import load
-from jlora.opening import AdapterFile
+from jlora.runs.adapter_file import AdapterFile
 
 
 def orthonormal(rows, width, seed):

@@ -21,9 +21,9 @@ import tiny
 from test_formats import LLAMA, keyed, write_gguf
 
 from jlora.cli import main
+from jlora.data.tasks import e2e
 from jlora.formats.safetensors_file import read_safetensors, write_safetensors
-from jlora.lock import lock_run
-from jlora.tasks import e2e
+from jlora.system.lock import lock_run
 
 GOOD = b"name : Blue Spice | area : riverside||Blue Spice is by the river .\n" * 4
 
@@ -300,7 +300,7 @@ def test_settings(refused, tiny_model, options, words):
 
 
 def test_a_logger_that_is_not_installed(refused, monkeypatch):
-    monkeypatch.setattr("jlora.loggers.services._is_installed", lambda package: False)
+    monkeypatch.setattr("jlora.training.loggers.services._is_installed", lambda package: False)
     # The model is not even looked for.
     has(refused(*finetune(Path("nowhere"), "--log", "swanlab")), "pip install 'jlora[swanlab]'")
     has(refused("run", "e2e-smollm2-135m", "--log", "wandb"), "pip install 'jlora[wandb]'")
@@ -438,7 +438,7 @@ def test_full_disk_without_a_mount(refused, monkeypatch, tmp_path, tiny_run):
     def sync(path):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("jlora.files.sync", sync)
+    monkeypatch.setattr("jlora.system.files.sync", sync)
     has(refused("report", run), "report.html", "No space left on device; free some space")
 
 
@@ -472,7 +472,8 @@ def test_full_disk_behind_standard_output(tmp_path):
         pytest.skip("no /dev/full")
     path = predictions_file(tmp_path)
     code = (
-        "import jlora.cli, jlora.predictions as p; p.rerank = lambda *a: print('x') or []; "
+        "import jlora.cli, jlora.decoding.predictions as p; "
+        "p.rerank = lambda *a: print('x') or []; "
         f"raise SystemExit(jlora.cli.main(['rerank', {str(path)!r}, '--length-penalty', '1', "
         f"'--out', {str(tmp_path / 'out.jsonl')!r}]))"
     )
@@ -560,7 +561,7 @@ def test_scoring_a_task_that_is_none(refused, texts):
 
 def test_answers_of_a_choice(refused, texts, monkeypatch):
     choice = replace(e2e.TASK, name="yes-no", metrics=("accuracy",), choices=("yes", "no"))
-    monkeypatch.setattr("jlora.tasks.get_task", {"yes-no": choice}.get)
+    monkeypatch.setattr("jlora.data.tasks.get_task", {"yes-no": choice}.get)
     command = ["evaluate", "yes-no", "--refs", texts[0], "--hyps", texts[1]]
     has(refused(*command), "refs.txt:1: 'a b' is no answer; write yes or no")
     texts[0].write_text("yes\n")
@@ -624,7 +625,7 @@ def test_merge_onto_a_full_disk(refused, tmp_path, tiny_model, tiny_run, monkeyp
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jlora.merge.write_tokenizer", full)
+    monkeypatch.setattr("jlora.adapters.export_folder.write_tokenizer", full)
     message = refused("merge", tiny_model, tiny_run, "out")
     has(message, "cannot write out: No space left on device", "free some space")
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from plain_gpt2 import PlainGPT2
 
-from jlora.beam import BeamConfig, Hypothesis, beam_search, rank
-from jlora.errors import UserError
+from jlora.decoding.beam import BeamConfig, Hypothesis, beam_search, rank
+from jlora.system.errors import UserError
 
 
 def straightforward(model, prompt, config):
     """The reference's rules for one prompt, step by step over whole sequences.
 
-    Nothing is shared with jlora.beam: no cache, no batch, the full vocabulary sorted, and the best
-    kept as the reference keeps it. Returns its tokens and score, and all that ended.
+    Nothing is shared with jlora.decoding.beam: no cache, no batch, the full vocabulary sorted, and
+    the best kept as the reference keeps it. Returns its tokens and score, and all that ended.
     """
     best, best_score, ended = None, None, []
 
@@ -125,7 +125,7 @@ def test_reference_run_needs_its_adapter(shared_data):
 def test_reference_run_with_jlora_gpt2(shared_data):
     """The same through jlora's own model on Jittor, weights merged by the plain helper."""
     from jlora.models import gpt2
-    from jlora.runtime import jt
+    from jlora.system.runtime import jt
 
     folder = shared_data / "reference" / "microsoft_lora"
     prompts, config, expected = reference_case(folder)
@@ -141,7 +141,7 @@ def test_reference_run_with_jlora_gpt2(shared_data):
 def test_llama_batched_equals_straightforward_search():
     """Left padding, grouped heads and the growing cache of jlora's own model on Jittor."""
     from jlora.models.llama import LlamaConfig, LlamaForCausalLM
-    from jlora.runtime import jt
+    from jlora.system.runtime import jt
 
     settings = LlamaConfig(
         vocab_size=40,
@@ -331,12 +331,12 @@ def test_prompts_leave_the_batch():
 
         def hidden_states(self, ids, mask, cache):
             calls.append(tuple(ids.shape))
-            from jlora.runtime import jt
+            from jlora.system.runtime import jt
 
             return jt.zeros((*ids.shape, 4))
 
         def lm_head_logits(self, hidden):
-            from jlora.runtime import jt
+            from jlora.system.runtime import jt
 
             return hidden + jt.array(np.array([0, -1e30, -1e30, -1e30], dtype=np.float32))
 

@@ -7,9 +7,9 @@ import pytest
 from tiny_models import ids_of, tiny_gpt2, tiny_llama
 
 from jlora import engine
-from jlora.beam_cache import BeamCache
+from jlora.engine.beam_cache import BeamCache
 from jlora.models.attention import KVCache
-from jlora.runtime import jt
+from jlora.system.runtime import jt
 
 MAKE = {"gpt2": tiny_gpt2, "llama": tiny_llama}
 # Rows after each step: beams that grow, change places, vanish; whole prompts that leave.

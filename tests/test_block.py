@@ -18,7 +18,7 @@ from jlora.engine.blocks import BLOCKS
 from jlora.layers import assign
 from jlora.models import gpt2
 from jlora.models.attention import Stream
-from jlora.runtime import jt
+from jlora.system.runtime import jt
 
 pytestmark = needs_bf16
 

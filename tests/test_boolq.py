@@ -7,10 +7,10 @@ import json
 
 import pytest
 
-from jlora.data import Example
-from jlora.errors import UserError
-from jlora.tasks import get_task
-from jlora.tasks.boolq import TEMPLATES, Row, convert_file, convert_rows, read_rows
+from jlora.data.batches import Example
+from jlora.data.tasks import get_task
+from jlora.data.tasks.boolq import TEMPLATES, Row, convert_file, convert_rows, read_rows
+from jlora.system.errors import UserError
 
 BOOLQ = get_task("boolq")
 ROWS = [

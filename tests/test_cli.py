@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from jlora.cli import main, parser
-from jlora.commands import open_recipe, overrides
+from jlora.cli.commands import open_recipe, overrides
+from jlora.data.tasks import e2e
 from jlora.formats.safetensors_file import read_safetensors
-from jlora.tasks import e2e
 
 ADAPTER = "adapter_model.safetensors"
 VERBS = (
@@ -86,13 +86,15 @@ def test_evaluate_computes_the_named_metrics(scored):
 
 
 def test_evaluate_takes_the_metrics_of_the_task(scored, monkeypatch):
-    monkeypatch.setattr("jlora.tasks.get_task", lambda name: replace(e2e.TASK, metrics=("TER",)))
+    monkeypatch.setattr(
+        "jlora.data.tasks.get_task", lambda name: replace(e2e.TASK, metrics=("TER",))
+    )
     assert scored("e2e", "a b\n", "a c\n") == "TER      0.5000\n"
 
 
 def test_evaluate_a_choice(scored, monkeypatch):
     task = replace(e2e.TASK, metrics=("accuracy",), choices=("true", "false"))
-    monkeypatch.setattr("jlora.tasks.get_task", lambda name: task)
+    monkeypatch.setattr("jlora.data.tasks.get_task", lambda name: task)
     answers = ("true\nfalse\ntrue\ntrue\n", "True.\nfalse\nI see\nfalse, of course\n")
     scores = json.loads(scored("boolq", *answers, "--json"))
     assert scores["accuracy"] == 0.5
@@ -255,7 +257,7 @@ def test_a_process_of_its_own(tmp_path):
 
 def test_a_reader_that_goes_away(tmp_path):
     code = (
-        "import sys, jlora.cli as c, jlora.doctor as d\n"
+        "import sys, jlora.cli as c, jlora.cli.doctor as d\n"
         "d.main = lambda as_json: print('x' * 100000) or 0\n"
         "sys.exit(c.main(['doctor']))"
     )

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jlora.adapters import LoraConfig
-from jlora.config import (
+from jlora.runs.recipe import (
     DataConfig,
     DecodeConfig,
     Recipe,
@@ -22,10 +22,10 @@ from jlora.config import (
     load_recipe,
     make_recipe,
 )
-from jlora.errors import UserError
-from jlora.loggers import LOGGERS
-from jlora.optim import OptimConfig
-from jlora.train import TrainConfig
+from jlora.system.errors import UserError
+from jlora.training.adamw import OptimConfig
+from jlora.training.loggers import LOGGERS
+from jlora.training.loop import TrainConfig
 
 
 def load_text(tmp_path, text, overrides=()):

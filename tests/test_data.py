@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizer import MERGES, VOCAB
 
-from jlora.data import (
+from jlora.data.batches import (
     NO_SEPARATOR,
     BatchOrder,
     Example,
@@ -20,10 +20,10 @@ from jlora.data import (
     encode_prompts,
     epoch_batches,
 )
-from jlora.errors import UserError
-from jlora.readers import csv_rows, json_document, json_lines, string_field, text_lines
-from jlora.tasks.boolq import TEMPLATES, split_template
-from jlora.tokenizer import Tokenizer, byte_level_bpe
+from jlora.data.readers import csv_rows, json_document, json_lines, string_field, text_lines
+from jlora.data.tasks.boolq import TEMPLATES, split_template
+from jlora.data.tokenizer import Tokenizer, byte_level_bpe
+from jlora.system.errors import UserError
 
 END = 999
 

@@ -17,14 +17,15 @@ from needs import needs_bf16
 from safetensors.numpy import load_file
 from tiny_models import ids_of, randomise_adapter, wide_gpt2, wide_llama
 
-from jlora import distributed, engine
+from jlora import engine
 from jlora.adapters import LoraConfig, get_peft_model
-from jlora.data import TokenExample, shares
-from jlora.errors import UserError
-from jlora.loggers import read_metrics
-from jlora.optim import AdamW, OptimConfig
-from jlora.runtime import jt, set_seed
-from jlora.train import batch_loss, make_batch
+from jlora.data.batches import TokenExample, shares
+from jlora.system import distributed
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt, set_seed
+from jlora.training.adamw import AdamW, OptimConfig
+from jlora.training.loggers import read_metrics
+from jlora.training.loop import batch_loss, make_batch
 
 # `make test` installs MPI; elsewhere, the `mpi` extra may be left out.
 PROBLEM = distributed.mpi_problem()
@@ -234,12 +235,12 @@ def test_what_all_processes_find_wrong_is_said_once(start):
 
 FAILS = """
 import sys
-from jlora import distributed
+from jlora.system import distributed
 here = distributed.join()
-from jlora import workflow
+from jlora.runs import pipeline
 if here.rank == 1:
     def build(*args): raise ZeroDivisionError("only here")
-    workflow.build = build
+    pipeline.build = build
 from jlora.cli import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from jlora import doctor, machine, runtime
-from jlora.doctor import Check
-from jlora.errors import UserError
+from jlora.cli import doctor
+from jlora.cli.doctor import Check
+from jlora.system import machine, runtime
+from jlora.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = Check("C++ compiler", True, "g++ 12")
@@ -54,7 +55,7 @@ def test_no_compiler_is_a_line_and_not_a_traceback(tmp_path: Path):
     env = {**os.environ, "PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
     env.pop("cc_path", None)
     result = subprocess.run(
-        [sys.executable, "-c", "import sys; from jlora import doctor; sys.exit(doctor.main())"],
+        [sys.executable, "-c", "import sys; from jlora.cli import doctor; sys.exit(doctor.main())"],
         env=env,
         capture_output=True,
         text=True,

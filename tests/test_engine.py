@@ -11,18 +11,17 @@ import pytest
 from needs import needs_bf16
 from tiny_models import ids_of, round_bf16, tiny_gpt2, tiny_llama
 
-from jlora import engine, machine, runtime
+from jlora import engine
 from jlora.adapters import LoraConfig, get_peft_model
 from jlora.adapters.attach import ModulesToSave
 from jlora.engine import products
-from jlora.errors import UserError
 from jlora.kernels import native, packed_linear
 from jlora.kernels.native import FusedFunction
 from jlora.layers import assign
 from jlora.models.head import LanguageHead
-from jlora.runtime import jt
-
-from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
+from jlora.system import machine, runtime
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt, nn
 
 pytestmark = needs_bf16
 

@@ -13,22 +13,23 @@ from test_formats import keyed, write_gguf
 from test_tokenizer import TOKENS, gguf_metadata
 from tiny_models import GPT2, LLAMA, WIDE_GPT2, WIDE_LLAMA, ids_of, wide_gpt2, wide_llama
 
-from jlora import engine, memory, workflow
+from jlora import engine
 from jlora.adapters import LoraConfig, PartialModel, get_peft_model
 from jlora.cli import main
-from jlora.config import make_recipe
-from jlora.data import TokenExample
+from jlora.data.batches import TokenExample
 from jlora.engine.products import FrozenProduct
-from jlora.errors import UserError
-from jlora.estimate import BlockShape, Texts, estimate, trainable
 from jlora.formats.safetensors_file import write_safetensors
 from jlora.formats.torch_write import write_torch
 from jlora.kernels.packed_linear import LINE
 from jlora.models import hub
 from jlora.models.hub import Outline, load, outline
-from jlora.optim import AdamW, OptimConfig
-from jlora.runtime import jt
-from jlora.train import batch_loss, make_batch
+from jlora.runs import memory_check, pipeline
+from jlora.runs.memory_estimate import BlockShape, Texts, estimate, trainable
+from jlora.runs.recipe import make_recipe
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt
+from jlora.training.adamw import AdamW, OptimConfig
+from jlora.training.loop import batch_loss, make_batch
 
 CONFIGS = {
     "gpt2": {"model_type": "gpt2", **GPT2, **WIDE_GPT2},
@@ -272,7 +273,7 @@ def recipe_file(tmp_path, tiny_model):
 
 
 def limited(monkeypatch, limit: int) -> None:
-    monkeypatch.setattr("jlora.machine.memory_limit", lambda: limit)
+    monkeypatch.setattr("jlora.system.machine.memory_limit", lambda: limit)
 
 
 def test_estimate_prints_parts_and_json(recipe_file, capsys):
@@ -304,7 +305,7 @@ def test_what_would_make_it_fit_does(recipe_file, capsys, monkeypatch):
 
 @pytest.mark.parametrize("verb", ["run", "finetune"])
 def test_a_run_that_does_not_fit_says_so_at_once(verb, recipe_file, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(workflow, "load", lambda name: pytest.fail("the weights were read"))
+    monkeypatch.setattr(pipeline, "load", lambda name: pytest.fail("the weights were read"))
     out = tmp_path / "run"
     named = [recipe_file] if verb == "run" else ["--recipe", recipe_file]
     main(["estimate", recipe_file, "--json"])
@@ -322,7 +323,7 @@ def test_a_run_that_does_not_fit_says_so_at_once(verb, recipe_file, tmp_path, ca
 def test_the_check_can_be_left_out(recipe_file, tmp_path, monkeypatch):
     limited(monkeypatch, 1 << 20)
     ran = []
-    monkeypatch.setattr(workflow, "run_recipe", lambda *arguments: ran.append(arguments) or {})
+    monkeypatch.setattr(pipeline, "run_recipe", lambda *arguments: ran.append(arguments) or {})
     assert main(["run", recipe_file, "--out", str(tmp_path / "run"), "--no-memory-check"]) == 0
     assert len(ran) == 1
 
@@ -344,6 +345,6 @@ def test_advice_by_stage(monkeypatch):
         ("score", "decode.batch_size=4"),
     ):
         monkeypatch.setattr(type(seen), "peak_stage", stage)
-        assert next(memory.changes(recipe, seen))[0] == (first,)
+        assert next(memory_check.changes(recipe, seen))[0] == (first,)
     monkeypatch.setattr(type(seen), "peak_stage", "load")
-    assert list(memory.changes(recipe, seen)) == []
+    assert list(memory_check.changes(recipe, seen)) == []

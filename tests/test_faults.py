@@ -39,8 +39,8 @@ def test_the_tool_sees_a_loss():
 import sys
 import time
 from tests import faults
-import jlora.state
-jlora.state.check_sums = lambda folder: None
+import jlora.training.checkpoint
+jlora.training.checkpoint.check_sums = lambda folder: None
 sys.exit(faults.main(["--kills", "30", "--seed", "3"]))
 """
     root = Path(__file__).resolve().parents[1]

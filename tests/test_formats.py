@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jlora.errors import UserError
 from jlora.formats import gguf_file, torch_file
 from jlora.formats.gguf_file import read_gguf
 from jlora.formats.safetensors_file import (
@@ -25,6 +24,7 @@ from jlora.formats.safetensors_file import (
     write_safetensors,
 )
 from jlora.formats.torch_file import read_torch, read_torch_sharded
+from jlora.system.errors import UserError
 
 RANDOM = np.random.default_rng(0)
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from plain_gpt2 import PlainGPT2
 
-from jlora.errors import UserError
-from jlora.generate import GenerateConfig, generate, stream
+from jlora.decoding.sampling import GenerateConfig, generate, stream
+from jlora.system.errors import UserError
 
 
 def greedy(model, prompt, config):
@@ -133,7 +133,7 @@ def test_stream_waits_for_whole_characters():
         def lm_head_logits(self, hidden):
             logits = np.full((1, 25), -50, dtype=np.float32)
             logits[0, self.script.pop(0)] = 0
-            from jlora.runtime import jt
+            from jlora.system.runtime import jt
 
             return jt.array(logits)
 

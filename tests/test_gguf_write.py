@@ -15,14 +15,14 @@ from tokenizers import models, pre_tokenizers
 
 import jlora
 from jlora.adapters import LoraConfig, get_peft_model, merged_weights
+from jlora.adapters.export_gguf import export_gguf
 from jlora.cli import main
-from jlora.errors import UserError
-from jlora.export import export_gguf
+from jlora.data.tokenizer import GGUF_PRE, Tokenizer, byte_level_bpe
 from jlora.formats.gguf_file import QUANTIZATIONS, main_kind, read_gguf, unpermute
 from jlora.formats.gguf_write import permute
 from jlora.models.hub import build_model, load_weights
-from jlora.runtime import jt
-from jlora.tokenizer import GGUF_PRE, Tokenizer, byte_level_bpe
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt
 
 # Rows of 32 numbers, so that blocks fit, but for one matrix of the Llamas.
 WIDE = {

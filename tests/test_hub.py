@@ -14,11 +14,11 @@ import pytest
 from test_formats import LLAMA, keyed, write_arrays, write_gguf
 from test_tokenizer import END, TOKENS, gguf_metadata, write_pair
 
-from jlora import pull as pull_module
-from jlora.errors import UserError
+from jlora.data.batches import pull_models as pull_module
+from jlora.data.pull_models import Wheel, cache_folder, pull, pulled
 from jlora.formats.safetensors_file import read_safetensors, write_safetensors
 from jlora.models.hub import build_model, load, load_weights, require_tokenizer
-from jlora.pull import Wheel, cache_folder, pull, pulled
+from jlora.system.errors import UserError
 
 CONFIG = {"model_type": "gpt2", "vocab_size": 11, "n_positions": 8, "n_embd": 64}
 CONFIG |= {"n_layer": 2, "n_head": 1}
@@ -456,7 +456,7 @@ def test_reference_checkpoint(shared_data):
 def test_smollm2_knows_a_capital():
     if pulled("smollm2-135m") is None:
         pytest.skip("smollm2-135m is not in the cache: run `jlora pull smollm2-135m`")
-    from jlora.runtime import jt
+    from jlora.system.runtime import jt
 
     model = load("smollm2-135m")
     # transformers' ids for the same text.

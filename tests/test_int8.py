@@ -12,7 +12,7 @@ from jlora.kernels import native, packed_linear
 from jlora.kernels.packed_linear import PackedWeight
 from jlora.layers import assign
 from jlora.models.hub import build_model
-from jlora.runtime import jt
+from jlora.system.runtime import jt
 
 pytestmark = pytest.mark.skipif(
     native.problem() is not None or not packed_linear.available("int8"),

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jlora import machine
-from jlora.errors import UserError
 from jlora.kernels import elementwise, native
 from jlora.kernels.attention import causal_attention
 from jlora.models import gpt2, llama
 from jlora.models.attention import CausalAttention, KeyRange, Stream
-from jlora.runtime import jt, set_seed
+from jlora.system import machine
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt, set_seed
 
 
 def random(*shape, seed=0, scale=1.0) -> np.ndarray:

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 
 from jlora import layers
-from jlora.errors import UserError
 from jlora.layers import Conv1D, Embedding, Linear, MergedLinear
-from jlora.runtime import jt
-
-from jittor import nn  # isort: skip
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt, nn
 
 PATTERNS = list(itertools.product([False, True], repeat=3))
 

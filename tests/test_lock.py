@@ -13,13 +13,13 @@ import textwrap
 
 import pytest
 
-from jlora import distributed
-from jlora.errors import UserError
-from jlora.lock import lock_run
+from jlora.system import distributed
+from jlora.system.errors import UserError
+from jlora.system.lock import lock_run
 
 HOLDER = """
 import sys, time
-from jlora.lock import lock_run
+from jlora.system.lock import lock_run
 with lock_run(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
@@ -79,8 +79,8 @@ def test_of_many_that_start_together_one_at_a_time_is_in(tmp_path):
     code = textwrap.dedent(
         """
         import os, sys
-        from jlora.errors import UserError
-        from jlora.lock import lock_run
+        from jlora.system.errors import UserError
+        from jlora.system.lock import lock_run
         taken = 0
         while taken < 100:
             try:

@@ -12,8 +12,8 @@ import types
 import numpy as np
 import pytest
 
-from jlora.errors import UserError
-from jlora.loggers import LOGGERS, Loggers, check_loggers, make_logger
+from jlora.system.errors import UserError
+from jlora.training.loggers import LOGGERS, Loggers, check_loggers, make_logger
 
 SETTINGS = {"recipe": "model: m\nlora:\n  r: 4\n"}
 RECORDS = (

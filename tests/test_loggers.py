@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from jlora.errors import UserError
-from jlora.loggers import (
+from jlora.system.errors import UserError
+from jlora.training.loggers import (
     Loggers,
     MetricsLogger,
     ProgressLogger,

@@ -14,12 +14,12 @@ import jlora
 from jlora.adapters import LoraConfig, PeftModel, get_peft_model
 from jlora.adapters.loralib import loralib_note, read_loralib
 from jlora.cli import main
-from jlora.errors import UserError
 from jlora.formats.safetensors_file import read_safetensors, write_safetensors
 from jlora.formats.torch_file import read_torch
 from jlora.formats.torch_write import write_torch
 from jlora.layers import Linear, MergedLinear, lora_state_dict
-from jlora.runtime import jt
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt
 
 QV = [True, False, True]
 SETTINGS = {

@@ -11,12 +11,12 @@ from tiny_models import ids_of, randomise_adapter, round_bf16, tiny_gpt2, tiny_l
 
 import jlora
 from jlora.adapters import LoraConfig, PeftModel, get_peft_model, merged_weights
+from jlora.adapters.export_folder import write_merged
 from jlora.cli import main
-from jlora.errors import UserError
 from jlora.formats.rounding import PrecisionLoss, precision_loss
 from jlora.formats.safetensors_file import read_header, read_metadata, read_safetensors
-from jlora.merge import write_merged
-from jlora.runtime import jt
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt
 
 QV = [True, False, True]
 ROUNDED = {

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import jlora.metrics
-from jlora.errors import UserError
 from jlora.metrics import E2E_METRICS, evaluate, evaluate_e2e, read_hypotheses, read_references
 from jlora.metrics.bleu import bleu
 from jlora.metrics.cider import cider
@@ -19,6 +18,7 @@ from jlora.metrics.ngrams import matches, tokenize
 from jlora.metrics.nist import nist
 from jlora.metrics.ptb import ptb_tokenize
 from jlora.metrics.rouge import rouge_l
+from jlora.system.errors import UserError
 
 # Sentences written for this project; scores by tuetschek/e2e-metrics (-p), unrounded. Where its
 # NIST divides by zero ("all_empty") its BLEU and NIST are null.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from jlora.errors import UserError
 from jlora.metrics import read_answers
 from jlora.metrics.accuracy import accuracy, parse_choice, wilson_interval
+from jlora.system.errors import UserError
 
 BOOLEAN = ("true", "false")
 

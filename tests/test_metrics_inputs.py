@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from jlora.errors import UserError
 from jlora.metrics import read_hypotheses, read_references
+from jlora.system.errors import UserError
 
 
 @pytest.fixture

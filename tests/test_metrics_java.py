@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from jlora.errors import UserError
 from jlora.metrics import evaluate_e2e, java
 from jlora.metrics.java import JavaProcess, find_java, jar
 from jlora.metrics.meteor import Meteor
 from jlora.metrics.ptb import ptb_tokenize
+from jlora.system.errors import UserError
 
 VERSION = '[ "$1" = -version ] && echo \'openjdk version "17"\' >&2 && exit 0\n'
 

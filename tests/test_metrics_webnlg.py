@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jlora.metrics
-from jlora.errors import UserError
 from jlora.metrics import METRICS, check_metrics, evaluate, evaluate_parts
 from jlora.metrics.generation_eval import prepare, word_tokenize
 from jlora.metrics.sacre import chrf_pp, multi_bleu, sacre_bleu
 from jlora.metrics.ter import edit_distance_to, mean_ter, ter
+from jlora.system.errors import UserError
 
 # The file says how its scores were made.
 GOLDEN = json.loads(

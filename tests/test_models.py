@@ -22,7 +22,7 @@ from jlora.adapters import LoraConfig, get_peft_model
 from jlora.models.attention import KeyRange, Stream
 from jlora.models.gpt2 import GPT2Config
 from jlora.models.llama import LlamaConfig
-from jlora.runtime import jt
+from jlora.system.runtime import jt
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -9,12 +9,12 @@ import pytest
 from tiny_models import randomise_adapter, tiny_gpt2, tiny_llama
 
 from jlora import LoraConfig, engine, get_peft_model
-from jlora.beam import BeamConfig, beam_search
-from jlora.decoding import Decoder, decoder_of
-from jlora.generate import GenerateConfig, generate
+from jlora.decoding.beam import BeamConfig, beam_search
+from jlora.decoding.decoder import Decoder, decoder_of
+from jlora.decoding.native_decoder import NativeDecoder
+from jlora.decoding.native_weights import native_model
+from jlora.decoding.sampling import GenerateConfig, generate
 from jlora.kernels import packed_linear
-from jlora.native_decoder import NativeDecoder
-from jlora.native_model import native_model
 
 pytestmark = pytest.mark.skipif(not packed_linear.available("bf16"), reason="no bf16 products here")
 

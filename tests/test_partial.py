@@ -12,12 +12,12 @@ from tiny_models import ids_of, randomise_adapter, tiny_gpt2, tiny_llama, weight
 import jlora
 from jlora import engine
 from jlora.adapters import PartialModel, is_partial
-from jlora.beam import BeamConfig, beam_search
-from jlora.errors import UserError
-from jlora.merge import write_merged
-from jlora.opening import load_tuned
-from jlora.optim import AdamW, OptimConfig
-from jlora.runtime import jt
+from jlora.adapters.export_folder import write_merged
+from jlora.decoding.beam import BeamConfig, beam_search
+from jlora.runs.adapter_file import load_tuned
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt
+from jlora.training.adamw import AdamW, OptimConfig
 
 METHODS = ("full", "bitfit", "top-layers")
 

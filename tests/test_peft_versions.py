@@ -16,10 +16,10 @@ from safetensors.numpy import load_file, save_file
 from jlora.adapters import LoraConfig, PeftModel, get_peft_model
 from jlora.adapters.attach import ModulesToSave
 from jlora.adapters.targets import is_target, pattern_value
-from jlora.errors import UserError
 from jlora.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from jlora.models.llama import LlamaConfig, LlamaForCausalLM
-from jlora.runtime import jt
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt
 
 CONFIGS = json.loads((FIXTURES / "peft_configs.json").read_text())
 PEFT = json.loads((FIXTURES / "peft_behaviour.json").read_text())

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from jlora.decoding import Hypothesis
-from jlora.errors import UserError
-from jlora.predictions import (
+from jlora.decoding.decoder import Hypothesis
+from jlora.decoding.predictions import (
     Prediction,
     TextHypothesis,
     make_prediction,
@@ -15,6 +14,7 @@ from jlora.predictions import (
     write_lines,
     write_predictions,
 )
+from jlora.system.errors import UserError
 
 SHORT = TextHypothesis("short", [1, 9], -2.0, 2, True)
 LONG = TextHypothesis("a long one", [1, 2, 3, 9], -3.0, 4, True)

@@ -16,11 +16,11 @@ from needs import needs_bf16
 from test_kernels import assert_close, random, results, run_tests_on
 from tiny_models import round_bf16
 
-from jlora import machine
 from jlora.kernels.packed_linear import Branch, PackedWeight
 from jlora.kernels.target_loss import target_loss
 from jlora.models.head import LanguageHead
-from jlora.runtime import jt
+from jlora.system import machine
+from jlora.system.runtime import jt
 
 # Widths that fill up no tile, one of more than 32 steps of 32 numbers, and the other way round.
 SIZES = [(48, 32), (35, 19), (1, 7), (96, 1500), (1500, 70)]
@@ -223,7 +223,7 @@ if sys.argv[1] == "without":
 sys.path.insert(0, sys.argv[2])
 from tiny_models import tiny_gpt2
 from jlora import engine
-from jlora.errors import UserError
+from jlora.system.errors import UserError
 model = tiny_gpt2()
 try:
     print(engine.prepare(model, "bf16"))

@@ -9,11 +9,11 @@ import threading
 
 import pytest
 
-from jlora import pull_data
 from jlora.cli import main
-from jlora.errors import UserError
-from jlora.pull_data import DATASETS, DataFile, Dataset, checksum_of, data_cache, pull_any
-from jlora.tasks import get_task
+from jlora.data import pull_datasets
+from jlora.data.pull_datasets import DATASETS, DataFile, Dataset, checksum_of, data_cache, pull_any
+from jlora.data.tasks import get_task
+from jlora.system.errors import UserError
 
 CONTENT = {"train.txt": b"a||b\n" * 3, "test.txt": "Café||ok\n".encode()}
 
@@ -141,7 +141,7 @@ def test_a_file_that_is_not_there(server):
 
 
 def test_a_file_that_is_too_large(server, monkeypatch):
-    monkeypatch.setattr(pull_data, "LARGEST", 8)
+    monkeypatch.setattr(pull_datasets, "LARGEST", 8)
     assert "sends more than 8 bytes" in message()
     assert files_in(data_cache() / "e2e") == ["LICENSE-note.txt"]
 
@@ -162,7 +162,7 @@ def test_without_a_network(server, monkeypatch, address):
 
 
 def test_a_server_that_says_nothing(server, monkeypatch):
-    monkeypatch.setattr(pull_data, "TIMEOUT", 0.2)
+    monkeypatch.setattr(pull_datasets, "TIMEOUT", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -186,7 +186,7 @@ def test_names(monkeypatch):
     assert message("webnlq") == "no dataset or model 'webnlq'; did you mean webnlg?"
     assert "did you mean boolq?" in message("bolq")
     assert "did you mean smollm2-135m?" in message("smollm2-135")
-    monkeypatch.setattr(pull_data, "pull", lambda name: f"model {name}")
+    monkeypatch.setattr(pull_datasets, "pull", lambda name: f"model {name}")
     assert pull_any("gpt2-medium") == "model gpt2-medium"
 
 

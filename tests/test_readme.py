@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jlora import cli
-from jlora.config import find_recipe, load_recipe
+from jlora.runs.recipe import find_recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,13 +9,13 @@ import pytest
 import yaml
 
 from jlora.cli import main
-from jlora.config import find_recipe, find_sweep, load_recipe
-from jlora.errors import UserError
+from jlora.data.tasks import get_task
 from jlora.models.hub import load
 from jlora.models.random_gpt2 import SIZES, write_random_gpt2
-from jlora.smoke import smoke
-from jlora.sweep import file_cases
-from jlora.tasks import get_task
+from jlora.runs.recipe import find_recipe, find_sweep, load_recipe
+from jlora.runs.smoke import smoke
+from jlora.runs.sweep import file_cases
+from jlora.system.errors import UserError
 
 FOLDER = find_recipe("demo").parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))

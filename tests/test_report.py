@@ -12,12 +12,12 @@ import sys
 
 import pytest
 
-from jlora.errors import UserError
 from jlora.metrics.accuracy import accuracy
 from jlora.report import environment, plots, tables
 from jlora.report.html import duration, write_report
 from jlora.report.samples import marked
 from jlora.report.scoreboard import confusion, published, trend
+from jlora.system.errors import UserError
 
 BEFORE = {"BLEU": 0.0123, "NIST": 0.4213, "METEOR": 0.0812, "ROUGE_L": 0.1402, "CIDEr": 0.0312}
 AFTER = {"BLEU": 0.5639, "NIST": 7.5771, "METEOR": 0.3763, "ROUGE_L": 0.6221, "CIDEr": 1.5323}
@@ -346,7 +346,7 @@ def test_loss_curve_is_a_png_drawn_without_a_display(tmp_path):
 
 def test_importing_the_report_imports_nothing_heavy():
     code = (
-        "import sys, jlora.report.html, jlora.loggers\n"
+        "import sys, jlora.report.html, jlora.training.loggers\n"
         "heavy = {'matplotlib', 'jittor', 'jinja2', 'yaml', 'wandb', 'tqdm'} & set(sys.modules)\n"
         "print(*heavy)\n"
         "sys.exit(len(heavy))"

@@ -10,11 +10,11 @@ import time
 import pytest
 
 from jlora.cli import main
-from jlora.errors import UserError
-from jlora.lock import lock_run
 from jlora.report import listing
 from jlora.report.runs import find_runs, group_by_seed, group_name, read_run
 from jlora.report.tables import mean_and_deviation
+from jlora.system.errors import UserError
+from jlora.system.lock import lock_run
 
 
 def make_run(folder, seed=110, steps=20, done=20, after=None, loss=1.5, **settings):

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from jlora import machine, runtime
-from jlora.errors import UserError
+from jlora.system import machine, runtime
+from jlora.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 JITTOR_VARIABLES = (
@@ -46,9 +46,9 @@ def run(script: str, *path: Path, **environment: str | None) -> subprocess.Compl
 
 IMPORT = """
     import sys
-    from jlora.errors import UserError
+    from jlora.system.errors import UserError
     try:
-        from jlora.runtime import jt
+        from jlora.system.runtime import jt
     except UserError as error:
         print(f"jlora: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -86,7 +86,7 @@ def stand_in(tmp_path: Path):
 
 
 def test_importing_the_package_does_not_import_jittor():
-    result = run("import sys, jlora, jlora.runtime; print('jittor' in sys.modules)")
+    result = run("import sys, jlora, jlora.system.runtime; print('jittor' in sys.modules)")
     assert result.stdout.strip() == "False", result.stderr
 
 
@@ -105,7 +105,7 @@ def test_jittor_is_quiet_and_leaves_the_process_as_it_was(tmp_path: Path):
     script = """
         import os, signal, ssl, subprocess, sys
         before = sys.getrecursionlimit(), ssl._create_default_https_context
-        from jlora.runtime import jt
+        from jlora.system.runtime import jt
         assert (jt.ones((2, 3)) + 1).sum().item() == 12
         assert "torch" not in sys.modules
         assert before == (sys.getrecursionlimit(), ssl._create_default_https_context)
@@ -129,7 +129,7 @@ def test_seed_repeats_every_generator():
 
     import numpy as np
 
-    from jlora.runtime import jt
+    from jlora.system.runtime import jt
 
     def draw():
         return jt.rand(4).numpy().tolist(), np.random.rand(), random.random()
@@ -151,7 +151,7 @@ def test_onednn_has_headers_and_library():
 
 
 def test_gpu_that_is_not_there(monkeypatch):
-    from jlora.runtime import jt
+    from jlora.system.runtime import jt
 
     if jt.has_cuda:
         pytest.skip("this machine has a GPU")
@@ -166,7 +166,8 @@ def test_gpu_that_is_not_there(monkeypatch):
 
 def defaults(script_environment: dict[str, str | None] | None = None) -> dict[str, str]:
     result = run(
-        "import json\nfrom jlora import runtime\nprint(json.dumps(runtime.environment_defaults()))",
+        "import json\nfrom jlora.system import runtime\n"
+        "print(json.dumps(runtime.environment_defaults()))",
         **(script_environment or {}),
     )
     assert result.returncode == 0, result.stderr
@@ -240,10 +241,10 @@ def test_cuda_that_does_not_work_falls_back_to_the_cpu_and_is_remembered(stand_i
     folder = stand_in(every_import="if os.environ['nvcc_path']: raise OSError('libcudart.so: no')")
     script = f"""
         import pathlib
-        from jlora import machine
+        from jlora.system import machine
         machine.gpu_problem = lambda: None
         machine.find_nvcc = lambda: pathlib.Path({str(tmp_path)!r}, "nvcc")
-        from jlora.runtime import jt
+        from jlora.system.runtime import jt
         import os
         print(repr(os.environ["nvcc_path"]))
     """
@@ -262,7 +263,9 @@ def test_ctrl_c_ends_the_compilers_too(stand_in, tmp_path: Path):
     )
     env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
     with subprocess.Popen(
-        [sys.executable, "-c", "from jlora.runtime import jt"], env=env, stderr=subprocess.PIPE
+        [sys.executable, "-c", "from jlora.system.runtime import jt"],
+        env=env,
+        stderr=subprocess.PIPE,
     ) as process:
         deadline = time.monotonic() + 60
         while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():

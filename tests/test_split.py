@@ -7,9 +7,9 @@ import json
 import pytest
 
 from jlora.cli import main
-from jlora.errors import UserError
-from jlora.tasks import get_task
-from jlora.tasks.split import split_file
+from jlora.data.tasks import get_task
+from jlora.data.tasks.split import split_file
+from jlora.system.errors import UserError
 
 
 def pairs_file(tmp_path, inputs=20):

@@ -10,10 +10,11 @@ import subprocess
 import numpy as np
 import pytest
 
-from jlora import files, state
-from jlora.errors import UserError
-from jlora.files import atomic_path, recover_directory
-from jlora.state import Progress, load_checkpoint, newest, previous, save_checkpoint
+from jlora.system import files
+from jlora.system.errors import UserError
+from jlora.system.files import atomic_path, recover_directory
+from jlora.training import checkpoint
+from jlora.training.checkpoint import Progress, load_checkpoint, newest, previous, save_checkpoint
 from tests.faults import damage
 
 
@@ -101,7 +102,7 @@ def test_a_file_that_cannot_be_read_is_no_damage(run, monkeypatch):
     def denied(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(state, "sha256_of", denied)
+    monkeypatch.setattr(checkpoint, "sha256_of", denied)
     with pytest.raises(UserError, match="cannot read .*checkpoint: Permission denied"):
         load_checkpoint(run)
 

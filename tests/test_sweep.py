@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from jlora import sweep as sweep_module
 from jlora.cli import main
-from jlora.errors import UserError
-from jlora.sweep import file_cases, grid_cases, sweep
+from jlora.runs import sweep as sweep_module
+from jlora.runs.sweep import file_cases, grid_cases, sweep
+from jlora.system.errors import UserError
 
 
 def test_a_grid_is_every_combination():

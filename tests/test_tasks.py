@@ -4,11 +4,11 @@ import hashlib
 
 import pytest
 
-from jlora.data import Example
-from jlora.errors import UserError
-from jlora.tasks import NAMES, ReferenceGroup, get_task
-from jlora.tasks import restaurants as grammar
-from jlora.tasks.e2e import meaning_to_prompt
+from jlora.data.batches import Example
+from jlora.data.tasks import NAMES, ReferenceGroup, get_task
+from jlora.data.tasks import restaurants as grammar
+from jlora.data.tasks.e2e import meaning_to_prompt
+from jlora.system.errors import UserError
 
 E2E = get_task("e2e")
 PROMPT = "name : Blue Spice | Type : coffee shop | area : city centre"

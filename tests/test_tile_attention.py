@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from tiny_models import tiny_gpt2, tiny_llama
 
-from jlora import engine, runtime
+from jlora import engine
 from jlora.adapters import LoraConfig, get_peft_model
 from jlora.layers import assign
 from jlora.models.attention import Stream
-from jlora.runtime import jt
+from jlora.system import runtime
+from jlora.system.runtime import jt
 
 pytestmark = pytest.mark.skipif(
     runtime.find_onednn() is None, reason="the engine needs oneDNN, which Jittor has not installed"

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jlora.errors import UserError
-from jlora.tokenizer import Tokenizer, byte_level_bpe
+from jlora.data.tokenizer import Tokenizer, byte_level_bpe
+from jlora.system.errors import UserError
 
 
 def byte_alphabet():

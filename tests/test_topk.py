@@ -6,7 +6,7 @@ import pytest
 from jlora.kernels import packed_linear, topk
 from jlora.kernels.decoder import head_topk
 from jlora.kernels.topk import LARGEST_K, log_softmax_topk, log_softmax_topk_numpy
-from jlora.runtime import jt
+from jlora.system.runtime import jt
 
 
 def both(logits, k, **edits):

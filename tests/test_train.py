@@ -17,15 +17,15 @@ import pytest
 from test_beam import padded, reference_case
 
 from jlora.adapters import LoraConfig, get_peft_model
-from jlora.beam import beam_search
-from jlora.data import TokenExample
-from jlora.errors import UserError
-from jlora.loggers import read_metrics
+from jlora.data.batches import TokenExample
+from jlora.decoding.beam import beam_search
 from jlora.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from jlora.models.hub import load
-from jlora.optim import AdamW, OptimConfig, learning_rate
-from jlora.runtime import jt, set_seed
-from jlora.train import TrainConfig, train, validation_loss
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt, set_seed
+from jlora.training.adamw import AdamW, OptimConfig, learning_rate
+from jlora.training.loggers import read_metrics
+from jlora.training.loop import TrainConfig, train, validation_loss
 
 # --- microsoft/LoRA's run ---
 

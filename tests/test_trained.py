@@ -10,25 +10,27 @@ from needs import needs_bf16
 from test_kernels import assert_close, assert_twins, random, results, run_tests_on
 from tiny_models import ids_of, round_bf16, tiny_llama, wide_gpt2, wide_llama
 
-import jlora.train
-from jlora import engine, machine, optim
-from jlora.beam import BeamConfig, beam_search
-from jlora.data import TokenExample
+import jlora.training.loop
+from jlora import engine
+from jlora.data.batches import TokenExample
+from jlora.decoding.beam import BeamConfig, beam_search
+from jlora.decoding.native_weights import native_model
 from jlora.engine.products import TrainedProduct
-from jlora.errors import UserError
 from jlora.kernels import elementwise, packed_linear
 from jlora.kernels.block import _Block
 from jlora.kernels.packed_linear import TrainedWeight
 from jlora.kernels.target_loss import trained_target_loss
 from jlora.layers import assign, set_trainable
-from jlora.loggers import read_metrics
 from jlora.models import gpt2, llama
 from jlora.models.attention import Stream
 from jlora.models.head import LanguageHead
-from jlora.native_model import native_model
-from jlora.optim import AdamW, OptimConfig
-from jlora.runtime import jt
-from jlora.train import TrainConfig, train
+from jlora.system import machine
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt
+from jlora.training import adamw
+from jlora.training.adamw import AdamW, OptimConfig
+from jlora.training.loggers import read_metrics
+from jlora.training.loop import TrainConfig, train
 
 needs_tiles = pytest.mark.skipif(
     packed_linear.tiles() is None, reason="trained weights are multiplied by tiles alone"
@@ -152,7 +154,7 @@ def test_compiled_adamw_is_numpy_s_bit_for_bit(monkeypatch, variant, max_grad_no
     config = OptimConfig(variant=variant, max_grad_norm=max_grad_norm, weight_decay=0.1)
     shapes, found = [(100, 333), (77,), (5, 4, 3)], []
     for large in (1 << 40, 0):
-        monkeypatch.setattr(optim, "LARGE", large)
+        monkeypatch.setattr(adamw, "LARGE", large)
         parameters = [jt.array(random(*shape)) for shape in shapes]
         shared = parameters[0].clone()  # Jittor's clones share memory
         optimizer, draw = AdamW(parameters, config), np.random.default_rng(1)
@@ -354,7 +356,7 @@ def run(kind, precision, folder, resume=False):
 @pytest.mark.parametrize("kind", ["gpt2", "tied"])
 def test_twenty_steps_follow_the_plain_model_s(kind, tmp_path, monkeypatch):
     plain, _ = run(kind, "plain", tmp_path / "plain")
-    monkeypatch.setattr(optim, "LARGE", 0)
+    monkeypatch.setattr(adamw, "LARGE", 0)
     fused, _ = run(kind, "bf16", tmp_path / "bf16")
     assert plain[-1] < 0.5 * plain[0]
     np.testing.assert_allclose(fused, plain, rtol=2e-2, atol=2e-2)
@@ -362,7 +364,7 @@ def test_twenty_steps_follow_the_plain_model_s(kind, tmp_path, monkeypatch):
 
 @needs_tiles
 def test_a_resumed_run_is_bit_for_bit_the_whole_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(optim, "LARGE", 0)
+    monkeypatch.setattr(adamw, "LARGE", 0)
     losses, whole = run("gpt2", "bf16", tmp_path / "whole")
     folder, model = tmp_path / "half", Whole(MODELS["gpt2"]())
     engine.prepare(model.model, "bf16")
@@ -387,14 +389,14 @@ def test_a_large_model_whose_loss_is_no_number_keeps_its_last_good_parameters(
     tmp_path, monkeypatch
 ):
     """The update that followed the last finite loss is taken back."""
-    monkeypatch.setattr(optim, "LARGE", 0)
-    model, good, true_loss = Whole(wide_gpt2()), [], jlora.train.batch_loss
+    monkeypatch.setattr(adamw, "LARGE", 0)
+    model, good, true_loss = Whole(wide_gpt2()), [], jlora.training.loop.batch_loss
 
     def loss(*args):
         good.append(model.adapter_tensors())
         return true_loss(*args) * (float("nan") if len(good) == 4 else 1.0)
 
-    monkeypatch.setattr(jlora.train, "batch_loss", loss)
+    monkeypatch.setattr(jlora.training.loop, "batch_loss", loss)
     config = TrainConfig(batch_size=4, steps=6, optim=OptimConfig(lr=1e-2))
     with pytest.raises(UserError, match="loss is nan at step 4; the last good adapter is in"):
         train(model, examples(), [], config, tmp_path)

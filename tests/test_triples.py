@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from jlora.data import Example
-from jlora.errors import UserError
-from jlora.tasks import get_task
+from jlora.data.batches import Example
+from jlora.data.tasks import get_task
+from jlora.system.errors import UserError
 
 WEBNLG, DART = get_task("webnlg"), get_task("dart")
 

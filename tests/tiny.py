@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from jlora.data.tasks.restaurants import corpus
 from jlora.formats.safetensors_file import write_safetensors
-from jlora.tasks.restaurants import corpus
 
 WIDTH = 32
 CONTEXT = 128

@@ -6,7 +6,7 @@ import numpy as np
 
 from jlora.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from jlora.models.llama import LlamaConfig, LlamaForCausalLM
-from jlora.runtime import jt
+from jlora.system.runtime import jt
 
 GPT2 = {"vocab_size": 23, "n_positions": 32, "n_embd": 12, "n_layer": 2, "n_head": 3}
 LLAMA = {

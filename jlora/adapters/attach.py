@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from jlora.adapters.config import LoraConfig
 from jlora.adapters.targets import is_excluded, is_inside, is_target, no_match, pattern_value
-from jlora.errors import UserError
 from jlora.layers import Conv1D, Embedding, Linear, LoRALayer, MergedLinear, assign
-from jlora.runtime import jt
-
-from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt, nn
 
 
 class ModulesToSave(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from jlora.errors import UserError
+from jlora.system.errors import UserError
 
 # Fields of PEFT's own that say nothing about what a trained adapter computes, whatever they hold:
 # where the file comes from, how the adapter's tensors were first filled, and what is read only

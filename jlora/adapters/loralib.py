@@ -18,11 +18,10 @@ from jlora.adapters.attach import linear_shape
 from jlora.adapters.config import LoraConfig
 from jlora.adapters.storage import with_patterns
 from jlora.adapters.targets import name_fits
-from jlora.errors import UserError
 from jlora.formats.torch_file import read_torch
 from jlora.layers import Conv1D, LoRALayer, MergedLinear
-
-from jittor import nn  # isort: skip  (after jlora.layers, which prepares Jittor's import)
+from jlora.system.errors import UserError
+from jlora.system.runtime import nn
 
 SUFFIXES = (".pt", ".pth", ".bin")
 #: GPT-2's mask, which `lora_state_dict(model, bias="all")` takes for a bias.

@@ -10,8 +10,7 @@ from jlora.adapters.model import MergeReport, PeftModel
 from jlora.adapters.tuned import TunedModel
 from jlora.formats.rounding import norm
 from jlora.layers import bias_names
-
-from jittor import nn  # isort: skip  (after jlora.adapters, which prepares Jittor's import)
+from jlora.system.runtime import nn
 
 
 @dataclass

@@ -15,13 +15,11 @@ from jlora.adapters.attach import ModulesToSave, attach, detach
 from jlora.adapters.config import LoraConfig
 from jlora.adapters.targets import default_targets
 from jlora.adapters.tuned import TunedModel
-from jlora.errors import UserError
 from jlora.formats.peft_file import read_peft, write_peft
 from jlora.formats.torch_write import write_torch
 from jlora.layers import Embedding, LoRALayer, MergedLinear, assign, bias_names, set_trainable
-from jlora.runtime import jt
-
-from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt, nn
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,10 @@ from pathlib import Path
 
 from jlora.adapters import storage
 from jlora.adapters.tuned import TunedModel
-from jlora.errors import UserError
-from jlora.files import atomic_path, read_text, write_text
 from jlora.formats.safetensors_file import read_safetensors, write_safetensors
-from jlora.runtime import jt
-
-from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
+from jlora.system.errors import UserError
+from jlora.system.files import atomic_path, read_text, write_text
+from jlora.system.runtime import jt, nn
 
 METHODS = ("full", "bitfit", "top-layers")
 DESCRIPTION = "tuned.json"

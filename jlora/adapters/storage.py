@@ -21,10 +21,9 @@ import numpy as np
 from jlora.adapters.attach import find_targets, linear_shape
 from jlora.adapters.config import LoraConfig
 from jlora.adapters.targets import pattern_value
-from jlora.errors import UserError
 from jlora.layers import Embedding, LoRALayer, MergedLinear
-
-from jittor import nn  # isort: skip  (after jlora.layers, which prepares Jittor's import)
+from jlora.system.errors import UserError
+from jlora.system.runtime import nn
 
 log = logging.getLogger("jlora.adapters")
 

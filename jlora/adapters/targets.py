@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 from jlora.adapters.config import LoraConfig
-from jlora.errors import UserError
+from jlora.system.errors import UserError
 
 # PEFT's choice where target_modules is not given.
 DEFAULT_TARGETS = {

@@ -9,9 +9,7 @@ import numpy as np
 
 from jlora.adapters import storage
 from jlora.layers import assign, set_trainable
-from jlora.runtime import jt
-
-from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
+from jlora.system.runtime import jt, nn
 
 
 class TunedModel(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jlora.analysis.study import Study
-from jlora.files import atomic_path
+from jlora.system.files import atomic_path
 
 COLOURS = "viridis"
 

@@ -21,13 +21,12 @@ from jlora.analysis.subspaces import (
     similarity,
 )
 from jlora.analysis.updates import AdapterUpdates, Update, read_updates
-from jlora.errors import UserError
-from jlora.files import check_writable, write_text
 from jlora.layers import Conv1D
 from jlora.models.hub import load
-from jlora.opening import AdapterFile, run_of, say
-
-from jittor import nn  # isort: skip  (after jlora.layers, which prepares Jittor's import)
+from jlora.runs.adapter_file import AdapterFile, run_of, say
+from jlora.system.errors import UserError
+from jlora.system.files import check_writable, write_text
+from jlora.system.runtime import nn
 
 
 @dataclass

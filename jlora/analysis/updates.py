@@ -14,8 +14,8 @@ from jlora.adapters.config import LoraConfig
 from jlora.adapters.loralib import is_loralib, read_loralib
 from jlora.adapters.storage import find_blocks, from_block_matrix, from_peft_key
 from jlora.adapters.targets import pattern_value
-from jlora.errors import UserError
 from jlora.formats.peft_file import CONFIG, read_peft
+from jlora.system.errors import UserError
 
 #: The blocks of a layer that makes query, key and value in one product.
 ATTENTION = ("query", "key", "value")

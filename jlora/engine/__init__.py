@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 
-from jlora import layers, machine
-from jlora.beam_cache import BeamCache
+from jlora import layers
+from jlora.engine.beam_cache import BeamCache
 from jlora.engine.blocks import BLOCKS
 from jlora.engine.products import (
     PACKED,
@@ -19,14 +19,13 @@ from jlora.engine.products import (
     PackedOnly,
     TrainedProduct,
 )
-from jlora.errors import UserError
 from jlora.kernels import attention, elementwise, native, packed_linear
 from jlora.models import attention as models_attention
 from jlora.models import gpt2, llama
 from jlora.models.head import LanguageHead
-from jlora.runtime import jt, release_memory
-
-from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
+from jlora.system import machine
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt, nn, release_memory
 
 PRECISIONS = ("plain", "fp32", "bf16", "int8", "int8-both")
 

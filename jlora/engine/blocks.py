@@ -16,7 +16,7 @@ from jlora.models import gpt2, llama
 from jlora.models.attention import Stream
 from jlora.models.gpt2 import LayerNorm
 from jlora.models.llama import RMSNorm
-from jlora.runtime import jt
+from jlora.system.runtime import jt
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,7 @@ from jlora.kernels import elementwise, target_loss
 from jlora.kernels.packed_linear import Branch, PackedWeight, TrainedWeight
 from jlora.layers.base import identity
 from jlora.models.head import LanguageHead
-from jlora.runtime import jt
-
-from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
+from jlora.system.runtime import jt, nn
 
 
 class PackedOnly:

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from jlora.errors import UserError
-from jlora.files import os_error
 from jlora.formats.safetensors_file import one_line, placeholder
+from jlora.system.errors import UserError
+from jlora.system.files import os_error
 
 QUANTIZATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 

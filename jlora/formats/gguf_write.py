@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from jlora.files import atomic_path
 from jlora.formats.gguf_file import (
     GPT2_BLOCKS,
     GPT2_NAMES,
@@ -22,6 +21,7 @@ from jlora.formats.gguf_file import (
     llama3_factors,
 )
 from jlora.formats.rounding import narrow, norm, widen
+from jlora.system.files import atomic_path
 
 #: model_type -> GGUF architecture; Mistral's layers are Llama's.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "gpt2": "gpt2"}

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from jlora.errors import UserError
-from jlora.files import atomic_path, read_text, recover_directory, write_text
 from jlora.formats.safetensors_file import read_safetensors, write_safetensors
 from jlora.formats.torch_file import read_torch
+from jlora.system.errors import UserError
+from jlora.system.files import atomic_path, read_text, recover_directory, write_text
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jlora.errors import UserError
+from jlora.system.errors import UserError
 
 
 def narrow(name: str, array: np.ndarray, kind: str) -> np.ndarray:

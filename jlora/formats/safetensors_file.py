@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jlora.errors import UserError
-from jlora.files import atomic_path, os_error, read_text
 from jlora.formats.rounding import narrow
+from jlora.system.errors import UserError
+from jlora.system.files import atomic_path, os_error, read_text
 
 #: safetensors' dtype names that numpy has; BF16 is converted, everything else is refused.
 DTYPES = {

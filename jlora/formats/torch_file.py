@@ -23,14 +23,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jlora.errors import UserError
-from jlora.files import os_error
 from jlora.formats.safetensors_file import (
     bfloat16_to_float32,
     one_line,
     placeholder,
     read_sharded,
 )
+from jlora.system.errors import UserError
+from jlora.system.files import os_error
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001

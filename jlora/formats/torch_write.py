@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.files import atomic_path
+from jlora.system.files import atomic_path
 
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
 FLOAT_STORAGE = b"ctorch\nFloatStorage\n"

@@ -1,5 +1,5 @@
-// AdamW's update of one parameter, number by number as the NumPy of jlora/optim.py says and with its
-// roundings: no sums put together, no division replaced.
+// AdamW's update of one parameter, number by number as the NumPy of jlora/training/adamw.py says
+// and with its roundings: no sums put together, no division replaced.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from jlora.kernels.native import FusedFunction, operator
-from jlora.runtime import jt
+from jlora.system.runtime import jt
 
 
 class _Attention(FusedFunction):

@@ -10,7 +10,7 @@ import numpy as np
 
 from jlora.kernels.native import FusedFunction, call, operator, retire
 from jlora.kernels.packed_linear import Branch, PackedWeight, TrainedWeight
-from jlora.runtime import jt
+from jlora.system.runtime import jt
 
 ROWS = 256
 i64, address, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double

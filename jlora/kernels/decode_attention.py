@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from jlora.kernels.native import call, operator
-from jlora.runtime import jt
+from jlora.system.runtime import jt
 
 
 class PromptStore:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from jlora.kernels.native import FusedFunction, operator
-
-from jittor import nn  # isort: skip  (after jlora.kernels.native, which prepares Jittor's import)
+from jlora.system.runtime import nn
 
 
 class _RMSNorm(FusedFunction):

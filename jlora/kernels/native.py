@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jlora import machine
-from jlora.errors import UserError
-from jlora.files import atomic_path
-from jlora.lock import one_at_a_time
-from jlora.runtime import OneDNN, find_onednn, jt
+from jlora.system import machine
+from jlora.system.errors import UserError
+from jlora.system.files import atomic_path
+from jlora.system.lock import one_at_a_time
+from jlora.system.runtime import OneDNN, find_onednn, jt
 
 FOLDER = Path(__file__).resolve().parent
 SOURCE = "library.cc"

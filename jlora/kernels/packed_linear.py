@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jlora.errors import UserError
 from jlora.kernels.native import (
     FusedFunction,
     call,
@@ -16,7 +15,8 @@ from jlora.kernels.native import (
     operator,
     retire,
 )
-from jlora.runtime import jt
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt
 
 LINE = 64  # bytes; packed weights begin on a line of the cache
 

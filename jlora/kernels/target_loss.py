@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jlora.kernels.native import FusedFunction, operator
 from jlora.kernels.packed_linear import PackedWeight, TrainedWeight
-from jlora.runtime import jt
+from jlora.system.runtime import jt
 
 
 class _TargetLoss(FusedFunction):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jlora.kernels.native import operator, problem
-from jlora.runtime import jt
+from jlora.system.runtime import jt
 
 LARGEST_K = 1024  # the operator inserts into a sorted list, which is slow for a larger k
 

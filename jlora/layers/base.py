@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 
-from jlora.errors import UserError
-from jlora.runtime import jt
-
-from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt, nn
 
 
 class Conv1D(nn.Module):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from jlora.errors import UserError
 from jlora.layers.base import LoRALayer, assign, cast, kaiming_uniform
-from jlora.runtime import jt
-
-from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt, nn
 
 
 class ConvLoRA(LoRALayer, nn.Module):

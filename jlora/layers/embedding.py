@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from jlora.layers.base import LoRALayer, assign, cast
-from jlora.runtime import jt
-
-from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
+from jlora.system.runtime import jt, nn
 
 
 class Embedding(LoRALayer, nn.Embedding):

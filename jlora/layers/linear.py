@@ -6,11 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jlora.errors import UserError
 from jlora.layers.base import Conv1D, LoRALayer, assign, cast, kaiming_uniform
-from jlora.runtime import jt
-
-from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt, nn
 
 
 class _LinearBase(LoRALayer, nn.Linear):

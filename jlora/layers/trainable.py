@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from jlora.errors import UserError
 from jlora.layers.base import LoRALayer
-from jlora.runtime import jt
-
-from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt, nn
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:

@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
-from jlora.errors import UserError
 from jlora.metrics.bleu import bleu
 from jlora.metrics.cider import cider
 from jlora.metrics.generation_eval import MAX_REFERENCES, prepare, word_tokenize
@@ -35,6 +34,7 @@ from jlora.metrics.ptb import ptb_tokenize
 from jlora.metrics.rouge import rouge_l
 from jlora.metrics.sacre import chrf_pp, multi_bleu, sacre_bleu
 from jlora.metrics.ter import mean_ter
+from jlora.system.errors import UserError
 
 __all__ = [
     "E2E_METRICS",

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from jlora.errors import UserError
+from jlora.system.errors import UserError
 
 Z_95 = 1.959963984540054  # the standard normal distribution's 97.5 % quantile
 UNPARSEABLE = "unparseable"

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from jlora.errors import UserError
-from jlora.files import read_text
+from jlora.system.errors import UserError
+from jlora.system.files import read_text
 
 SOURCE_HEADERS = {"mr", "src", "source", "meaning", "meaning rep", "meaning representation"}
 REFERENCE_HEADERS = {"ref", "reference", "trg", "tgt", "target", "human", "human ref"}

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jlora.errors import UserError
+from jlora.system.errors import UserError
 
 TIMEOUT_VARIABLE = "JLORA_JAVA_TIMEOUT"
 DEFAULT_TIMEOUT = 30.0

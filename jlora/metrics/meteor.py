@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from jlora.errors import UserError
 from jlora.metrics.java import JavaProcess, jar
+from jlora.system.errors import UserError
 
 ARGUMENTS = ["-Xmx1G", "-XX:+UseSerialGC", "-Dfile.encoding=UTF-8"]
 SEPARATOR = " ||| "

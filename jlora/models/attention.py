@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jlora.kernels.attention import sequences
-from jlora.runtime import jt
-
-from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
+from jlora.system.runtime import jt, nn
 
 MASKED = -1e9  # far below any score, and finite: softmax of a wholly masked row stays defined
 

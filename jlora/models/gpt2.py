@@ -15,9 +15,7 @@ from jlora.models.attention import (
     step_keys,
 )
 from jlora.models.head import CausalLM, LanguageHead
-from jlora.runtime import jt
-
-from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
+from jlora.system.runtime import jt, nn
 
 
 @dataclass

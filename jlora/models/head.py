@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from jlora.models.attention import KVCache
-from jlora.runtime import jt
-
-from jittor import nn  # isort: skip  (after jlora.runtime, which prepares Jittor's import)
+from jlora.system.runtime import jt, nn
 
 
 class LanguageHead(nn.Module):

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from jlora.errors import UserError
-from jlora.files import read_text
+from jlora.data.pull_models import GPT2_TOKENIZER, NAME, WHEELS, pull, pulled, say
+from jlora.data.tokenizer import Tokenizer, find_files
 from jlora.formats.gguf_file import read_gguf
 from jlora.formats.safetensors_file import (
     one_line,
@@ -23,8 +23,8 @@ from jlora.formats.safetensors_file import (
 )
 from jlora.formats.torch_file import read_torch
 from jlora.models.random_gpt2 import CONTEXT, SIZES, VOCABULARY
-from jlora.pull import GPT2_TOKENIZER, NAME, WHEELS, pull, pulled, say
-from jlora.tokenizer import Tokenizer, find_files
+from jlora.system.errors import UserError
+from jlora.system.files import read_text
 
 #: Buffers that older checkpoints saved beside the weights; the models compute them themselves.
 BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$|\.position_ids$")
@@ -86,7 +86,7 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> Any:
     load_weights(model, tensors, f"{checkpoint.source} ({checkpoint.config_source})")
     model.tokenizer = tokenizer
     model.name_or_path = str(name_or_path)
-    # For whoever writes the model again: see jlora.merge.
+    # For whoever writes the model again: see jlora.adapters.export_folder.
     model.source, model.source_config = checkpoint.source.absolute(), checkpoint.config
     model.eval()
     return model
@@ -407,7 +407,7 @@ def load_weights(model: Any, tensors: dict[str, np.ndarray], source: str = "chec
     Raises:
         UserError: keys are missing, unexpected or of another shape: all kinds in one message.
     """
-    from jlora.runtime import jt
+    from jlora.system.runtime import jt
 
     parameters = dict(model.named_parameters())
     drop_tied_head(model, parameters, tensors, source)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jlora.errors import UserError
 from jlora.formats.torch_write import write_torch
+from jlora.system.errors import UserError
 
 #: Width and number of blocks of the four sizes (Radford et al. 2019, table 2).
 SIZES = {

@@ -14,9 +14,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from jlora import machine
-from jlora.errors import UserError
-from jlora.files import read_text, write_text
+from jlora.system import machine
+from jlora.system.errors import UserError
+from jlora.system.files import read_text, write_text
 
 ENVIRONMENT_NAME = "environment.json"
 PACKAGES = ("jlora", "jittor", "numpy", "tokenizers", "safetensors")

@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jlora.errors import UserError
-from jlora.files import read_text, write_text
-from jlora.loggers import METRICS_NAME
 from jlora.report import environment
 from jlora.report.charts import charts_of, line_style, overlaid_charts
 from jlora.report.plots import loss_curve, loss_curves, series, table_picture
@@ -17,6 +14,9 @@ from jlora.report.runs import REPORT_NAME, RunSummary, group_by_seed, read_run
 from jlora.report.samples import References, shown_samples
 from jlora.report.scoreboard import Board, confusion, markdown, score_boards
 from jlora.report.tables import VALID_LOSS, metrics_of
+from jlora.system.errors import UserError
+from jlora.system.files import read_text, write_text
+from jlora.training.loggers import METRICS_NAME
 
 SAMPLES, SAMPLES_OF_MANY = 12, 6
 

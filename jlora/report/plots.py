@@ -14,8 +14,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from jlora.errors import UserError
-from jlora.files import atomic_path
+from jlora.system.errors import UserError
+from jlora.system.files import atomic_path
 
 Points = list[tuple[int, float]]
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jlora.errors import UserError
-from jlora.files import os_error, read_text
-from jlora.lock import is_held
-from jlora.loggers import METRICS_NAME, read_metrics, training_seconds
 from jlora.report import environment
 from jlora.report.plots import series
 from jlora.report.tables import visible
+from jlora.system.errors import UserError
+from jlora.system.files import os_error, read_text
+from jlora.system.lock import is_held
+from jlora.training.loggers import METRICS_NAME, read_metrics, training_seconds
 
 CONFIG_NAME = "config.yaml"
 SCORES_NAME = "scores.json"

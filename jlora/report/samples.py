@@ -10,10 +10,10 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
-from jlora.errors import UserError
-from jlora.readers import json_lines, string_field
+from jlora.data.readers import json_lines, string_field
 from jlora.report.runs import PREDICTIONS_NAME, RunSummary
 from jlora.report.tables import pick, slots
+from jlora.system.errors import UserError
 
 BEFORE_NAME = "predictions_before.jsonl"
 LONGEST_PROMPT = 700  # characters shown
@@ -116,7 +116,7 @@ def marked(text: str, reference: str) -> Markup:
 
 def task_references(run: RunSummary) -> dict[str, list[str]]:
     """References of the run's test inputs by prompt; {} where its data are not found."""
-    from jlora.tasks import get_task
+    from jlora.data.tasks import get_task
 
     file, folder = run.setting("data.test"), run.setting("data.folder")
     if not run.task or not all(path is None or isinstance(path, str) for path in (file, folder)):

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jlora.files import read_text
 from jlora.report.runs import RunSummary, group_by_seed, group_name
 from jlora.report.tables import (
     VALID_LOSS,
@@ -16,6 +15,7 @@ from jlora.report.tables import (
     markdown_table,
     metrics_of,
 )
+from jlora.system.files import read_text
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jlora.errors import UserError
+from jlora.system.errors import UserError
 
 
 @dataclass(frozen=True)

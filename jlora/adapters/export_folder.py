@@ -1,0 +1,140 @@
+"""A model with its adapter merged -> a folder as transformers has them, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jlora.adapters import MergeReport, TunedModel, merged_weights
+from jlora.data.tokenizer import find_files
+from jlora.formats.gguf_file import main_kind
+from jlora.formats.rounding import PrecisionLoss, narrow, norm, precision_loss, widen
+from jlora.formats.safetensors_file import write_bfloat16, write_safetensors
+from jlora.system.errors import UserError
+from jlora.system.files import atomic_path, check_absent, write_text
+
+#: dtype in transformers' words -> in GGUF's.
+KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+#: The files that transformers reads a tokenizer from.
+TOKENIZER_SETTINGS = "tokenizer_config.json"
+COPIED = (
+    "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.jinja", TOKENIZER_SETTINGS,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WrittenModel:
+    """What writing a merged model did.
+
+    Attributes:
+        path: the folder or file.
+        report: what merging changed; None where there was no adapter.
+        loss: what the narrower type costs the change; None for float32, or where nothing changed.
+        notes: what else is worth knowing, one line each.
+    """
+
+    path: Path
+    report: MergeReport | None
+    loss: PrecisionLoss | None
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [self.report, self.loss, *self.notes, f"written: {self.path}"]
+        return "\n".join(str(line) for line in lines if line is not None)
+
+
+def write_merged(model: Any, folder: str | Path, dtype: str = "float32") -> WrittenModel:
+    """Write a model, its adapter merged in float32, as a folder that transformers loads.
+
+    The folder gets config.json (the base's own where it had one), model.safetensors,
+    generation_config.json if the base has it, and the tokenizer. ``model`` stays as it is.
+
+    Args:
+        model: a tuned model, or a plain one as `jlora.load` gives it.
+        folder: new or empty.
+        dtype: of the weights in the file: "float32", "float16" or "bfloat16" (to the nearest).
+
+    Raises:
+        UserError: no such dtype, ``folder`` is in use or cannot be written, a weight is too large
+            for float16, or the adapter cannot be merged (see `PeftModel.merge_adapter`).
+    """
+    folder = Path(folder)
+    if dtype not in KINDS:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(KINDS)}")
+    check_absent(folder)
+    weights = merged_weights(model)
+    base = model.get_base_model() if isinstance(model, TunedModel) else model
+    tensors, kind, loss = weights.tensors, KINDS[dtype], None
+    with atomic_path(folder, directory=True) as temporary:
+        file = temporary / "model.safetensors"
+        if kind == "BF16":
+            write_bfloat16(file, tensors, {"format": "pt"})
+        else:
+            stored = {name: narrow(name, array, kind) for name, array in tensors.items()}
+            write_safetensors(file, stored, {"format": "pt"})
+        if kind != "F32":
+            errors = {
+                name: norm(widen(narrow(name, tensors[name], kind), kind) - tensors[name])
+                for name in weights.changes
+            }
+            loss = precision_loss(dtype, errors, weights.changes)
+        config = json.dumps(config_of(base, dtype), indent=2) + "\n"
+        write_text(temporary / "config.json", config)
+        notes = [*write_tokenizer(base, temporary), *size_note(base, file, dtype)]
+        copy(source_folder(base), temporary, ("generation_config.json",))
+    return WrittenModel(folder, weights.report, loss, tuple(notes))
+
+
+def config_of(base: Any, dtype: str) -> dict[str, Any]:
+    """The config.json to write: what the model was loaded with, class and dtype put right."""
+    computed = base.config.to_dict()
+    config = {**(getattr(base, "source_config", None) or computed)}
+    config["architectures"] = computed["architectures"]
+    # transformers 5 writes "dtype", every version reads "torch_dtype".
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    return {**config, key: dtype}
+
+
+def source_folder(base: Any) -> Path | None:
+    """The folder that a model was loaded from, if it is known."""
+    source = getattr(base, "source", None)
+    return source.parent if source else None
+
+
+def write_tokenizer(base: Any, folder: Path) -> list[str]:
+    """The tokenizer, in the base's own files where transformers reads those; notes."""
+    tokenizer, source = getattr(base, "tokenizer", None), source_folder(base)
+    if tokenizer is None:
+        return ["the base model has no tokenizer, so the folder has none"]
+    found = find_files(source) if source and (source / TOKENIZER_SETTINGS).is_file() else None
+    if found and found[0].name in COPIED:  # OpenAI's own file names are not for transformers
+        copy(source, folder, COPIED)
+    else:
+        tokenizer.save(folder)
+    return []
+
+
+def copy(source: Path | None, folder: Path, names: tuple[str, ...]) -> None:
+    """Copy the files that are there."""
+    for name in names:
+        if source and (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def size_note(base: Any, file: Path, dtype: str) -> list[str]:
+    """What became of a GGUF file's small weights."""
+    source = getattr(base, "source", None)
+    if source is None or source.suffix != ".gguf" or not source.is_file():
+        return []
+    kind, old, new = main_kind(source), source.stat().st_size, file.stat().st_size
+    if kind == KINDS[dtype]:
+        return []
+    return [
+        f"the base {source.name} holds {kind} weights, which jlora widens to float32; merged and "
+        f"stored as {dtype} they take {new / 1e6:,.0f} MB, {new / old:.1f} times the file "
+        "(`jlora export` writes quantised ones)"
+    ]

@@ -1,0 +1,65 @@
+"""A model with its adapter merged -> a GGUF file, as llama.cpp has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jlora.adapters import TunedModel, merged_weights
+from jlora.adapters.export_folder import WrittenModel
+from jlora.formats.gguf_file import QUANTIZATIONS
+from jlora.formats.gguf_write import write_gguf
+from jlora.formats.rounding import precision_loss
+from jlora.system.errors import UserError
+from jlora.system.files import check_absent
+
+
+def export_gguf(
+    model: Any, path: str | Path, kind: str = "F32", tokenizer: bool = True
+) -> WrittenModel:
+    """Write a model, its adapter merged in float32, as a GGUF file with its tokenizer.
+
+    Args:
+        model: a tuned model, or a plain one as `jlora.load` gives it; it stays as it is.
+        path: of a new file.
+        kind: of the matrices: f32, f16, bf16, q8_0, q4_0 or q4_1, in either case (see
+            `formats.gguf_write.write_gguf`).
+        tokenizer: put the model's tokenizer into the file; llama.cpp needs it there.
+
+    Raises:
+        UserError: no such kind, ``path`` is in use or cannot be written, the model has no
+            tokenizer or one that GGUF has no name for, a weight is too large for ``kind``, or the
+            adapter cannot be merged (see `PeftModel.merge_adapter`).
+    """
+    path, kind = Path(path), kind.upper()
+    if kind not in QUANTIZATIONS:
+        kinds = ", ".join(QUANTIZATIONS).lower()
+        raise UserError(f"type {kind.lower()!r} is not one of {kinds}")
+    check_absent(path)
+    base = model.get_base_model() if isinstance(model, TunedModel) else model
+    metadata = tokenizer_metadata(base) if tokenizer else {}
+    weights = merged_weights(model)
+    name = getattr(base, "name_or_path", None)
+    errors = write_gguf(
+        path,
+        base.config.to_dict(),
+        weights.tensors,
+        kind,
+        metadata,
+        name and Path(name).name.removesuffix(".gguf"),
+    )
+    loss = None if kind == "F32" else precision_loss(kind.lower(), errors, weights.changes)
+    return WrittenModel(path, weights.report, loss)
+
+
+def tokenizer_metadata(base: Any) -> dict[str, Any]:
+    """The tokenizer as GGUF's metadata, or an error with the way out."""
+    try:
+        if getattr(base, "tokenizer", None) is None:
+            raise UserError("the model has no tokenizer")
+        return base.tokenizer.to_gguf(base.config.vocab_size)
+    except UserError as error:
+        raise UserError(
+            f"{error}; --no-tokenizer (tokenizer=False) writes the weights alone, which jlora "
+            "reads with a tokenizer.json beside them"
+        ) from None

@@ -1,0 +1,8 @@
+"""``python -m jlora.cli``."""
+
+import sys
+
+from jlora.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""``make demo``: tune a small model, and show what it said before and says now."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from jlora.data.readers import json_lines
+from jlora.data.tasks import get_task
+from jlora.report.tables import pair_samples, samples
+from jlora.runs.pipeline import run_recipe, say
+from jlora.runs.recipe import find_recipe, load_recipe
+from jlora.system.errors import UserError
+from jlora.system.lock import lock_run
+
+
+def main(out: str, data: str | None = None) -> int:
+    """Run the demo; the exit code of ``jlora demo``.
+
+    Args:
+        out: run folder; a number is added when a finished demo is there.
+        data: folder with the E2E files; None: the usual places, else the built-in corpus.
+    """
+    started = time.monotonic()
+    run, resume = choose_folder(Path(out))
+    recipe = load_recipe(find_recipe("demo"))
+    recipe.data.folder = data
+    try:
+        get_task("e2e").find_data(data, "train")
+    except UserError:
+        if data is not None:
+            raise
+        say("no E2E data on this machine, so the built-in restaurant corpus is used")
+        recipe.data = dataclasses.replace(recipe.data, task="restaurants", valid_stride=3)
+    with lock_run(run):
+        finished = run_recipe(recipe, run, resume) is not None
+    if not finished:
+        return 130
+    records = [
+        [row for _, row in json_lines(run / name)]
+        for name in ("predictions.jsonl", "predictions_before.jsonl")
+    ]
+    print()
+    print(samples(pair_samples(*records), count=5))
+    prompt = records[0][0]["prompt"]
+    print(f"Took {(time.monotonic() - started) / 60:.1f} minutes. Open {run / 'report.html'}")
+    print("Ask the tuned model something else, then go on with the README:")
+    print(f'  jlora generate --adapter {run} --prompt "{prompt}"')
+    return 0
+
+
+def choose_folder(out: Path) -> tuple[Path, bool]:
+    """The run folder, and whether an interrupted demo in it goes on."""
+    run, number = out, 1
+    while (run / "config.yaml").exists():
+        if not (run / "report.html").exists():
+            return run, True
+        number += 1
+        run = out.with_name(f"{out.name}-{number}")
+    return run, False

@@ -1,0 +1,387 @@
+"""From (prompt, completion) texts to padded token batches with loss masks.
+
+The layout is microsoft/LoRA's (`examples/NLG/src/data_utils.py`)::
+
+    ids     = encode(prompt) + [separator] + encode(" " + completion) + [end]
+    inputs  = ids[:-1]
+    targets = ids[1:]        # shifted here, not in the model
+    mask    = 1 where the target is a completion token or the end, 0 over the prompt
+
+Differences, each on purpose: batches are padded to their own longest row, not to 512; examples of
+like length stand together; and an input that is too long loses the end of its *prompt* (or of what
+stands before the part that must stay, as a question behind its passage), where the reference cuts
+on the right and so loses the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jlora.system.errors import UserError
+from jlora.data.readers import shorten
+
+NO_SEPARATOR = -1  # as a separator_id: the completion follows the prompt at once
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training pair as text.
+
+    Attributes:
+        part: the part of the dataset it belongs to where scores are told apart by parts ("seen").
+        keep: characters at the prompt's end that stay when the prompt is too long (a question
+            behind its passage); 0: the end of the prompt is what goes.
+    """
+
+    prompt: str
+    completion: str
+    part: str | None = None
+    keep: int = 0
+
+
+@dataclass(frozen=True)
+class TokenExample:
+    """One training pair as token ids.
+
+    Attributes:
+        ids: prompt, separator, completion and end token.
+        prompt_length: tokens before the completion, the separator included; the loss counts
+            ``ids[prompt_length:]``.
+        cut: prompt tokens that were dropped so that the example fits ``max_length``.
+    """
+
+    ids: list[int]
+    prompt_length: int
+    cut: int = 0
+
+    @property
+    def input_length(self) -> int:
+        """Tokens that the model reads: all but the last."""
+        return len(self.ids) - 1
+
+
+@dataclass
+class Batch:
+    """Rows padded on the right, T being the longest of them, or all rows as one stream.
+
+    A stream is a single row (B = 1) in which the examples stand one after the other.
+
+    Attributes:
+        input_ids: (B, T) int32.
+        targets: (B, T) int32, ``input_ids`` shifted by one.
+        mask: (B, T) float32, 1 where the target counts in the loss.
+        lengths: (examples,) int32, real input tokens of each.
+        is_stream: whether the rows stand in one stream.
+    """
+
+    input_ids: np.ndarray
+    targets: np.ndarray
+    mask: np.ndarray
+    lengths: np.ndarray
+    is_stream: bool = False
+
+
+# Encoding ------------------------------------------------------------------------------------
+
+
+def encode_example(
+    example: Example,
+    tokenizer,
+    max_length: int | None = None,
+    separator_id: int | None = None,
+    end_id: int | None = None,
+    max_prompt: int | None = None,
+) -> TokenExample:
+    """Encode one example; see `encode_examples`."""
+    return encode_examples([example], tokenizer, max_length, separator_id, end_id, max_prompt)[0]
+
+
+def encode_examples(
+    examples: Sequence[Example],
+    tokenizer,
+    max_length: int | None = None,
+    separator_id: int | None = None,
+    end_id: int | None = None,
+    max_prompt: int | None = None,
+) -> list[TokenExample]:
+    """Encode examples in the reference's layout.
+
+    Args:
+        max_length: most input tokens (``len(ids) - 1``) that an example may have, at most the
+            model's context. A longer one loses tokens from its prompt: from its end, or, where
+            `Example.keep` says so, from the end of what stands before the kept characters. The
+            separator and the whole completion stay. `TokenExample.cut` says how many were dropped.
+        separator_id: token between prompt and completion; default the tokenizer's end token;
+            `NO_SEPARATOR` for none.
+        end_id: token after the completion; default the tokenizer's end token.
+        max_prompt: most tokens of a prompt, the separator not counted; cut in the same way.
+
+    Raises:
+        UserError: a completion, or what must stay of a prompt, is too long alone; ``max_prompt`` is
+            below 1; there is no end token.
+    """
+    separator = _separator(separator_id, tokenizer)
+    end_id = _special_id(end_id, tokenizer, "end_id")
+    _check_max_prompt(max_prompt)
+    # Prompts repeat (E2E's 42,061 training rows have 4,862); completions hardly do.
+    distinct = list(dict.fromkeys(example.prompt for example in examples))
+    ids_of = dict(zip(distinct, tokenizer.encode_batch(distinct)))
+    prompts = [ids_of[example.prompt] for example in examples]
+    completions = tokenizer.encode_batch([" " + example.completion for example in examples])
+    encoded = []
+    for number, (example, prompt, completion) in enumerate(
+        zip(examples, prompts, completions), start=1
+    ):
+        room = len(prompt) if max_prompt is None else max_prompt
+        if max_length is not None:
+            # ids = kept + separator + completion + end, and the model reads all but the end.
+            room = min(room, max_length - 1 - len(completion))
+            if room < min(1, len(prompt)):
+                raise UserError(
+                    f"example {number} ({shorten(example.completion)!r}): its completion of "
+                    f"{len(completion)} tokens leaves no room for the prompt in max_length "
+                    f"{max_length}; raise max_length or drop the example"
+                )
+        kept = _cut_prompt(prompt, example.prompt, example.keep, room, tokenizer, number)
+        if not kept and not separator:
+            raise UserError(
+                f"example {number} ({shorten(example.completion)!r}) has no prompt and no "
+                "separator to begin from; set data.separator_id to a token"
+            )
+        encoded.append(
+            TokenExample(
+                ids=[*kept, *separator, *completion, end_id],
+                prompt_length=len(kept) + len(separator),
+                cut=len(prompt) - len(kept),
+            )
+        )
+    return encoded
+
+
+def encode_prompts(
+    prompts: Sequence[str],
+    tokenizer,
+    max_length: int | None = None,
+    separator_id: int | None = None,
+    max_prompt: int | None = None,
+    keeps: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Encode prompts for generation: ``encode(prompt) + [separator]``, as in training.
+
+    Args:
+        max_length: most tokens of a prompt, the separator included: the model's context less the
+            tokens to be generated.
+        max_prompt: most tokens of a prompt, the separator not counted, as in training.
+        keeps: `Example.keep` of each prompt. One that says what must stay is cut as in training.
+
+    Raises:
+        UserError: a prompt is longer and nothing says what must stay of it: what a prompt without
+            its end yields is an answer to another question. Or what must stay is too long alone.
+    """
+    separator = _separator(separator_id, tokenizer)
+    _check_max_prompt(max_prompt)
+    encoded = []
+    for number, (prompt, ids, keep) in enumerate(
+        zip(prompts, tokenizer.encode_batch(list(prompts)), keeps or [0] * len(prompts)), start=1
+    ):
+        limits = [] if max_length is None else [max_length - 1]
+        limits += [] if max_prompt is None else [max_prompt]
+        room = min(limits, default=len(ids))
+        if len(ids) > room and keep <= 0:
+            way_out = (
+                "raise data.max_prompt"
+                if room == max_prompt
+                else "ask for fewer new tokens or take a model with a longer context"
+            )
+            raise UserError(
+                f"prompt {number} ({shorten(prompt)!r}) has {len(ids) + 1} tokens with the "
+                f"separator, and {room + 1} fit before the new tokens; shorten it, or {way_out}"
+            )
+        encoded.append([*_cut_prompt(ids, prompt, keep, room, tokenizer, number), *separator])
+    return encoded
+
+
+def _cut_prompt(
+    ids: list[int], prompt: str, keep: int, room: int, tokenizer, number: int
+) -> list[int]:
+    """A prompt's tokens, at most ``room``; its last ``keep`` characters stay whole.
+
+    They are tokenised apart only where something is cut, so a prompt that fits is encoded as ever.
+    """
+    if len(ids) <= room:
+        return ids
+    if keep <= 0:
+        return ids[:room]
+    front, end = tokenizer.encode_batch([prompt[:-keep], prompt[-keep:]])
+    if len(end) > room:
+        raise UserError(
+            f"prompt {number}: its end ({shorten(prompt[-keep:])!r}), which must stay, has "
+            f"{len(end)} tokens, and {max(room, 0)} fit; raise the limit (train.max_length, "
+            "data.max_prompt) or drop the example"
+        )
+    return [*front[: room - len(end)], *end]
+
+
+def _check_max_prompt(max_prompt: int | None) -> None:
+    if max_prompt is not None and max_prompt < 1:
+        raise UserError(f"max_prompt must be at least 1 token, or unset, not {max_prompt}")
+
+
+def check_vocabulary(token_examples: Sequence[TokenExample], vocab_size: int) -> None:
+    """Fail before an embedding look-up reads past its table.
+
+    Raises:
+        UserError: an id is outside the model's vocabulary: the tokenizer is another model's.
+    """
+    for number, example in enumerate(token_examples, start=1):
+        if max(example.ids) >= vocab_size or min(example.ids) < 0:
+            bad = next(token for token in example.ids if not 0 <= token < vocab_size)
+            raise UserError(
+                f"example {number} has token id {bad}, and the model's vocabulary has {vocab_size} "
+                "words; the tokenizer (or separator_id/end_id) is another model's"
+            )
+
+
+def _separator(separator_id: int | None, tokenizer) -> list[int]:
+    if separator_id == NO_SEPARATOR:
+        return []
+    return [_special_id(separator_id, tokenizer, "separator_id")]
+
+
+def _special_id(given: int | None, tokenizer, name: str) -> int:
+    token_id = tokenizer.eos_token_id if given is None else given
+    if token_id is None:
+        raise UserError(f"the tokenizer names no end token; set {name} to a token id")
+    return int(token_id)
+
+
+# Order and batches -----------------------------------------------------------------------------
+
+# Rows are sorted by length inside windows of this many batches: wide enough that almost nothing is
+# padded, narrow enough that a batch is still a random draw.
+WINDOW_BATCHES = 50
+
+
+def epoch_batches(
+    lengths: Sequence[int],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    group_by_length: bool = True,
+    shuffle: bool = True,
+) -> list[list[int]]:
+    """The batches of one epoch as lists of row numbers; every row stands in exactly one.
+
+    A function of its arguments alone (NumPy's PCG64 seeded by ``(seed, epoch)``), so a resumed run
+    sees the batches that an uninterrupted one would have seen. The last, shorter batch is kept.
+
+    Args:
+        lengths: tokens of each row.
+        group_by_length: put rows of like length in a batch; the batches are then shuffled.
+        shuffle: False gives the rows in the file's order (microsoft/LoRA shuffles);
+            ``group_by_length`` has no effect then.
+
+    Raises:
+        UserError: no rows, or a batch size or seed that makes no sense.
+    """
+    if len(lengths) == 0:
+        raise UserError("no examples to make batches of; check the data file")
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size}: must be at least 1")
+    if seed < 0:
+        raise UserError(f"seed {seed}: must not be negative")
+    if not shuffle:
+        return _chunks(range(len(lengths)), batch_size)
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths))
+    if not group_by_length:
+        return _chunks(order, batch_size)
+    sizes = np.asarray(lengths)
+    batches = []
+    for window in _chunks(order, batch_size * WINDOW_BATCHES):
+        by_length = np.argsort(sizes[window], kind="stable")
+        batches += _chunks(np.asarray(window)[by_length], batch_size)
+    return [batches[index] for index in generator.permutation(len(batches))]
+
+
+def _chunks(rows: Sequence[int], size: int) -> list[list[int]]:
+    return [[int(row) for row in rows[start : start + size]] for start in range(0, len(rows), size)]
+
+
+class BatchOrder:
+    """Which rows the batch of a step has, over as many epochs as asked for.
+
+    A resumed run asks for its next step and gets what the uninterrupted run would have got.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        group_by_length: bool = True,
+        shuffle: bool = True,
+    ):
+        self._arguments = (lengths, batch_size, seed)
+        self._keywords = {"group_by_length": group_by_length, "shuffle": shuffle}
+        self._epoch = 0
+        self._batches = epoch_batches(*self._arguments, epoch=0, **self._keywords)
+        self.per_epoch = len(self._batches)
+
+    def batch(self, step: int) -> list[int]:
+        """Row numbers of batch ``step``, counted from 0 over all epochs."""
+        epoch, index = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            self._batches = epoch_batches(*self._arguments, epoch=epoch, **self._keywords)
+            self._epoch = epoch
+        return self._batches[index]
+
+
+def shares(lengths: Sequence[int], processes: int) -> list[slice]:
+    """A batch cut into one run of neighbours a process, with about as many tokens each.
+
+    Args:
+        lengths: tokens of each example.
+    """
+    ends = np.cumsum([0, *lengths])
+    cuts = [int(np.abs(ends - ends[-1] * i / processes).argmin()) for i in range(processes + 1)]
+    return [slice(start, end) for start, end in zip(cuts, cuts[1:])]
+
+
+def collate(token_examples: Sequence[TokenExample], pad_id: int, length: int = 0) -> Batch:
+    """Pad rows on the right to the longest of them; see `Batch` for shapes and dtypes.
+
+    Padded targets are ``pad_id`` too (a valid index), with mask 0.
+
+    Args:
+        length: pad to this one if it is larger.
+    """
+    lengths = np.array([example.input_length for example in token_examples], dtype=np.int32)
+    shape = (len(token_examples), max(length, int(lengths.max())))
+    input_ids = np.full(shape, pad_id, dtype=np.int32)
+    targets = np.full(shape, pad_id, dtype=np.int32)
+    mask = np.zeros(shape, dtype=np.float32)
+    for row, example in enumerate(token_examples):
+        length = example.input_length
+        input_ids[row, :length] = example.ids[:-1]
+        targets[row, :length] = example.ids[1:]
+        # Target t is ids[t + 1], so the first completion token is target prompt_length - 1.
+        mask[row, example.prompt_length - 1 : length] = 1.0
+    return Batch(input_ids, targets, mask, lengths)
+
+
+def stream(token_examples: Sequence[TokenExample]) -> Batch:
+    """The examples one after the other in a single row, without padding."""
+    inputs = [example.ids[:-1] for example in token_examples]
+    targets = [example.ids[1:] for example in token_examples]
+    counts = [np.arange(len(e.ids) - 1) >= e.prompt_length - 1 for e in token_examples]
+    return Batch(
+        np.concatenate(inputs).astype(np.int32)[None],
+        np.concatenate(targets).astype(np.int32)[None],
+        np.concatenate(counts).astype(np.float32)[None],
+        np.array([len(ids) for ids in inputs], dtype=np.int32),
+        is_stream=True,
+    )

@@ -1,0 +1,180 @@
+"""Datasets: how to read one, which references belong together, which metrics judge it.
+
+A task is a file here with a `TASK`; `get_task` finds it by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jlora.data.batches import Example
+from jlora.system.errors import UserError
+from jlora.data.pull_datasets import DATASETS, data_cache
+
+# Modules are imported when their task is asked for.
+NAMES = ("e2e", "webnlg", "dart", "boolq", "jsonl", "restaurants")
+
+
+@dataclass(frozen=True)
+class ReferenceGroup:
+    """One distinct input with all the texts that answer it; `part` and `keep` as in `Example`."""
+
+    prompt: str
+    references: list[str]
+    part: str | None = None
+    keep: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a dataset has to say about itself.
+
+    Attributes:
+        name: as in `get_task`.
+        read_file: reads one file, ``read_file(path)``, or ``read_file(path, template)`` where there
+            are `templates`; raises UserError (with file and line) where it cannot.
+        metrics: names of the scores that this dataset is judged by.
+        splits: for each split the file names that may hold it, best first.
+        built_in: gives a split's examples without any file.
+        choices: the answers of a task that is a choice between a few ("true", "false"); empty for
+            texts.
+        templates: named format strings that make a prompt out of a row's fields; the first is the
+            default. Empty: the prompt is what it is.
+    """
+
+    name: str
+    read_file: Callable[..., list[Example]]
+    metrics: tuple[str, ...]
+    splits: Mapping[str, tuple[str, ...]]
+    built_in: Callable[[str], list[Example]] | None = None
+    choices: tuple[str, ...] = ()
+    templates: Mapping[str, str] = field(default_factory=dict)
+
+    def read(self, path: str | Path, template: str | None = None) -> list[Example]:
+        """The examples of one file.
+
+        Args:
+            template: a name out of `templates`, or a format string of one's own; None: the default.
+
+        Raises:
+            UserError: the file cannot be read, or the template cannot be used.
+        """
+        text = self.find_template(template)
+        return self.read_file(path) if text is None else self.read_file(path, text)
+
+    def load(
+        self, data: str | Path | None, split: str, template: str | None = None
+    ) -> list[Example]:
+        """The examples of a split, from ``data`` or the usual places; see `find_data` and `read`.
+
+        Raises:
+            UserError: no data, or it cannot be read.
+        """
+        if data is None and self.built_in is not None:
+            self.find_template(template)
+            return self.built_in(split)
+        return self.read(self.find_data(data, split), template)
+
+    def find_template(self, template: str | None) -> str | None:
+        """The format string that ``template`` means; None: this task has none.
+
+        Raises:
+            UserError: there is no template of that name.
+        """
+        if not self.templates:
+            if template is not None:
+                raise UserError(
+                    f"task {self.name} has no prompt templates; leave data.template out"
+                )
+            return None
+        if template is None:
+            return next(iter(self.templates.values()))
+        if template not in self.templates and "{" not in template:
+            raise UserError(
+                f"no prompt template {template!r}; task {self.name} has "
+                f"{', '.join(self.templates)}, or give a format string with its fields in braces"
+            )
+        return self.templates.get(template, template)
+
+    def groups(self, examples: Sequence[Example]) -> list[ReferenceGroup]:
+        """Group examples by prompt, in the order in which prompts are first seen."""
+        return group_by_prompt(examples)
+
+    def find_data(self, folder: str | Path | None, split: str) -> Path:
+        """Path of a split's file; see `find_data`."""
+        return find_data(self.name, self.splits, split, folder)
+
+
+def group_by_prompt(examples: Sequence[Example]) -> list[ReferenceGroup]:
+    """Group examples by prompt, in the order in which prompts are first seen."""
+    groups: dict[str, ReferenceGroup] = {}
+    for example in examples:
+        if example.prompt not in groups:
+            groups[example.prompt] = ReferenceGroup(example.prompt, [], example.part, example.keep)
+        groups[example.prompt].references.append(example.completion)
+    return list(groups.values())
+
+
+def find_data(
+    name: str,
+    splits: Mapping[str, tuple[str, ...]],
+    split: str,
+    explicit: str | Path | None = None,
+) -> Path:
+    """Find the file of a split.
+
+    ``explicit`` (``--data``) is a file, or a folder and then the only place looked in. Without it:
+    ``$JLORA_DATA``, ``./data``, ``../shared/data``, then what `jlora pull` fetched. A folder holds
+    the files itself or in a folder named after the task.
+
+    Raises:
+        UserError: nothing found; lists the places looked in.
+    """
+    if split not in splits:
+        raise UserError(f"task {name} has no split {split!r}; it has {', '.join(splits)}")
+    # os.path answers False where Path.is_file raises (a folder that may not be entered).
+    if explicit is not None:
+        explicit = Path(explicit)
+        if os.path.isfile(explicit):
+            return explicit
+        if not os.path.isdir(explicit):
+            raise UserError(f"no file or folder {explicit}; check --data")
+        folders = [explicit]
+    else:
+        folders = [Path("data"), Path("..") / "shared" / "data", data_cache()]
+        if os.environ.get("JLORA_DATA"):
+            folders.insert(0, Path(os.environ["JLORA_DATA"]))
+    looked = []
+    for folder in folders:
+        # The task's own folder first: data/test.txt may be another task's.
+        for place in (folder / name, folder):
+            for file_name in splits[split]:
+                if os.path.isfile(place / file_name):
+                    return place / file_name
+            looked.append(str(place))
+    raise UserError(
+        f"no {split} data for task {name}: none of {', '.join(splits[split])} in "
+        f"{', '.join(looked)}; give the file or its folder with --data or $JLORA_DATA"
+        + (f", or run `jlora pull {name}`" if explicit is None and name in DATASETS else "")
+    )
+
+
+def get_task(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        UserError: there is none; shows the nearest names.
+    """
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=2, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(NAMES)}"
+        raise UserError(f"no task {name!r}; {hint}")
+    return importlib.import_module(f"jlora.data.tasks.{name}").TASK
+
+
+__all__ = ["NAMES", "ReferenceGroup", "Task", "find_data", "get_task", "group_by_prompt"]

@@ -1,0 +1,135 @@
+"""Seeded splits of one file of a dataset, so that no input stands in two parts."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jlora.system.errors import UserError
+from jlora.system.files import atomic_path, check_absent
+from jlora.data.readers import json_document, json_lines, text_lines
+from jlora.data.tasks import dart, webnlg
+
+PARTS = {2: ("train", "test"), 3: ("train", "valid", "test")}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a split: its file, its distinct inputs, and its rows (lines or entries)."""
+
+    path: Path
+    inputs: int
+    rows: int
+
+
+def split_file(
+    path: str | Path, folder: str | Path, sizes: Sequence[int], seed: int = 0
+) -> list[Part]:
+    """Split a file into train, valid and test (two sizes: train and test).
+
+    Read are JSON Lines (BoolQ's, prompt/completion), ``context||target`` text, and the JSON of
+    WebNLG and DART. Inputs are drawn evenly, a function of the file and the seed; all rows of an
+    input stay together, in the file's order, and are written as they were. WebNLG's entries are
+    numbered anew in each part.
+
+    Args:
+        folder: new or empty; gets the parts, all or none.
+        sizes: distinct inputs of each part. What remains is left out.
+
+    Raises:
+        UserError: the file is of no such kind, has fewer inputs, or ``folder`` is in use.
+    """
+    if len(sizes) not in PARTS or any(size < 1 for size in sizes):
+        raise UserError(
+            f"sizes {','.join(map(str, sizes))}: give two or three whole numbers from 1, for "
+            "train,test or train,valid,test"
+        )
+    check_absent(folder)
+    rows_of, write = read_groups(path)
+    if sum(sizes) > len(rows_of):
+        raise UserError(
+            f"{path} has {len(rows_of):,} distinct inputs, fewer than the {sum(sizes):,} asked for "
+            f"({' + '.join(map(str, sizes))}); ask for fewer"
+        )
+    # random() is the one draw that is the same on every Python.
+    dice = random.Random(seed)
+    order = sorted(rows_of, key=lambda _: dice.random())
+    parts = []
+    with atomic_path(folder, directory=True) as temporary:
+        for name, size in zip(PARTS[len(sizes)], sizes):
+            taken, order = order[:size], order[size:]
+            rows = [row for key in taken for row in rows_of[key]]
+            file = f"{name}{Path(path).suffix}"
+            (temporary / file).write_text(write(rows), encoding="utf-8")
+            parts.append(Part(Path(folder) / file, size, len(rows)))
+    return parts
+
+
+def read_groups(path: str | Path) -> tuple[dict[Any, list[Any]], Any]:
+    """Rows by their input, and the function that makes a file's text of rows.
+
+    Raises:
+        UserError: the file is of no kind that can be split.
+    """
+    first = next(text_lines(path))[1].strip()
+    if "||" in first and not first.startswith(("{", "[")):
+        rows = [(line.split("||")[0].strip(), line) for _, line in text_lines(path)]
+        return group(rows), join_lines
+    if is_object(first) and '"entries"' not in first:
+        lines = dict(text_lines(path))
+        return group([(row_key(row), lines[n]) for n, row in json_lines(path)]), join_lines
+    if not first.startswith(("{", "[")):
+        raise UserError(
+            f"{path}: not of a kind that can be split: JSON Lines, `context||target` text, or the "
+            "JSON of WebNLG or DART"
+        )
+    document = json_document(path)
+    if isinstance(document, dict):
+        webnlg.read(path)  # says what is wrong, if anything is
+        rows = [(webnlg.entry_prompt(entry), entry) for entry in document["entries"]]
+        return group(rows), join_webnlg
+    dart.read(path)
+    return group([(dart.entry_prompt(entry), entry) for entry in document]), join_json
+
+
+def is_object(line: str) -> bool:
+    """Whether a line is a JSON object by itself."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def row_key(row: dict[str, Any]) -> str:
+    """What of a JSON Lines row is its input: all but the answer and what only counts rows."""
+    if "prompt" in row:
+        return str(row["prompt"])
+    return json.dumps({k: v for k, v in row.items() if k not in ("answer", "label", "idx")})
+
+
+def group(rows: Sequence[tuple[Any, Any]]) -> dict[Any, list[Any]]:
+    """(key, row) pairs as lists of rows by key, in the order in which keys are first seen."""
+    groups: dict[Any, list[Any]] = {}
+    for key, row in rows:
+        groups.setdefault(key, []).append(row)
+    return groups
+
+
+def join_lines(lines: Sequence[str]) -> str:
+    return "".join(line + "\n" for line in lines)
+
+
+def join_json(document: Any) -> str:
+    return json.dumps(document, ensure_ascii=False, indent=2) + "\n"
+
+
+def join_webnlg(entries: Sequence[dict[str, Any]]) -> str:
+    """Entries numbered from "1", as microsoft/LoRA's converter expects them to be."""
+    renumbered = [
+        {str(number): next(iter(entry.values()))} for number, entry in enumerate(entries, start=1)
+    ]
+    return join_json({"entries": renumbered})

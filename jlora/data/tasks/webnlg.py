@@ -1,0 +1,128 @@
+"""WebNLG challenge 2017 (Gardent et al. 2017): texts that say RDF triples.
+
+The JSON is read as microsoft/LoRA has it (one object an entry, the category beside its triples)
+and prepared as its `format_converting_webnlg.py` does: one example a text whose comment is "good",
+the prompt being the entry's modified triples as they are, underscores and quotes included::
+
+    Aarhus : leaderName : Jacob_Bundsgaard | Aarhus_Airport : cityServed : Aarhus
+
+Prompt/completion JSON Lines are read too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jlora.data.batches import Example
+from jlora.system.errors import UserError
+from jlora.data.readers import json_document
+from jlora.data.tasks import Task
+from jlora.data.tasks.jsonl import holds_pairs, read_pairs
+
+#: Categories of the training set; the test set has five more, whose entries are "unseen".
+SEEN = (
+    "Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food", "Monument",
+    "SportsTeam", "University", "WrittenWork",
+)  # fmt: skip
+
+#: The first three are the paper's columns. All but sacreBLEU take an input's first six references.
+METRICS = ("multi-BLEU", "METEOR-WebNLG", "TER", "chrF++", "sacreBLEU")
+
+
+def triples_to_prompt(triples: list[tuple[str, str, str]]) -> str:
+    """``[(subject, property, object), ...]`` -> ``subject : property : object | ...``."""
+    return check_text(" | ".join(" : ".join(triple) for triple in triples))
+
+
+def entry_prompt(entry: dict[str, Any]) -> str:
+    """The prompt of one entry, ``{"7": {"modifiedtripleset": [...], ...}}``.
+
+    Raises:
+        KeyError, TypeError, ValueError: the entry has another shape.
+    """
+    (content,) = entry.values()
+    return triples_to_prompt(
+        [(t["subject"], t["property"], t["object"]) for t in content["modifiedtripleset"]]
+    )
+
+
+def entry_examples(entry: dict[str, Any]) -> Iterator[Example]:
+    """The examples of one entry; none where no text is good.
+
+    Raises:
+        KeyError, TypeError, ValueError: the entry has another shape.
+    """
+    (content,) = entry.values()
+    prompt = entry_prompt(entry)
+    part = "seen" if content["category"] in SEEN else "unseen"
+    for text in content["lexicalisations"]:
+        if text["comment"] == "good":
+            yield Example(prompt, check_text(text["lex"]), part)
+
+
+def check_text(text: Any) -> str:
+    """The text itself, not even stripped, as the reference takes it.
+
+    Raises:
+        TypeError, ValueError: it is none, or holds half of a surrogate pair.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"a text is a {type(text).__name__}")
+    text.encode("utf-8")
+    return text
+
+
+def read(path: str | Path) -> list[Example]:
+    """Read the challenge's JSON, or prompt/completion JSON Lines.
+
+    Raises:
+        UserError: it is neither, or an entry has another shape (with its number, from 1).
+    """
+    if holds_pairs(path):
+        return read_pairs(path)
+    document = json_document(path)
+    if not isinstance(document, dict) or not isinstance(document.get("entries"), list):
+        raise UserError(
+            f'{path}: no {{"entries": [...]}}; give the JSON of the WebNLG challenge 2017, or '
+            "prompt/completion JSON Lines named .jsonl"
+        )
+    return read_entries(path, document["entries"], entry_examples)
+
+
+def read_entries(path: str | Path, entries: list[Any], examples_of: Any) -> list[Example]:
+    """The examples of all entries of a JSON file.
+
+    Args:
+        examples_of: one entry -> its examples; a KeyError, TypeError, ValueError or AttributeError
+            means that the entry has another shape.
+
+    Raises:
+        UserError: an entry has another shape (with its number, from 1), or there is no example.
+    """
+    examples: list[Example] = []
+    for number, entry in enumerate(entries, start=1):
+        try:
+            examples += examples_of(entry)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(
+                f"{path}: entry {number} has not the shape of this dataset ({reason}); mend or "
+                "remove it"
+            ) from error
+    if not examples:
+        raise UserError(f"{path}: no examples in it; give a file with some")
+    return examples
+
+
+TASK = Task(
+    name="webnlg",
+    read_file=read,
+    metrics=METRICS,
+    splits={
+        "train": ("train.json", "train.jsonl"),
+        "valid": ("valid.json", "dev.json", "valid.jsonl"),
+        "test": ("test.json", "test.jsonl"),
+    },
+)

@@ -1,0 +1,356 @@
+"""Text <-> token ids: a byte-level BPE (or any other) `tokenizers.Tokenizer` with its special ids.
+
+Special tokens that are written out in plain text (``<|endoftext|>``) become their id, as in
+transformers; no others are added.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jlora.system.errors import UserError
+from jlora.system.files import atomic_path, read_text
+from jlora.formats.safetensors_file import one_line
+
+#: Files that make a tokenizer, in the order in which they are looked for.
+TOKENIZER_FILES = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("encoder.json", "vocab.bpe"),
+)
+DIGITS_BY_THREE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DIGITS_ALONE = DIGITS_BY_THREE.replace(r"\p{N}{1,3}", r"\p{N}")
+#: `tokenizer.ggml.pre` -> the kind of pre-tokenizer that `byte_level_bpe` builds.
+GGUF_PRE = {
+    "gpt-2": "gpt2",
+    "default": "gpt2",
+    "smollm": "smollm",
+    "llama-bpe": "llama3",
+    "llama3": "llama3",
+    "llama-v3": "llama3",
+    "qwen2": "qwen2",
+}
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # GGUF's token types
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` and the ids that end, begin and pad a sequence.
+
+    Attributes:
+        vocab_size: number of ids, special tokens included.
+        eos_token_id, bos_token_id: as the model's files say, or None.
+        pad_token_id: as the files say, else the end token, else 0 (a mask always covers padding).
+        chat_template: kept for other programs; jlora itself does not use it.
+    """
+
+    def __init__(
+        self,
+        backend: Any,
+        eos_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        chat_template: str | None = None,
+    ):
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.eos_token_id = eos_token_id
+        self.bos_token_id = bos_token_id
+        if pad_token_id is None:
+            pad_token_id = eos_token_id if eos_token_id is not None else 0
+        self.pad_token_id: int = pad_token_id
+        self.chat_template = chat_template
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; no begin or end token is added.
+
+        A byte that the vocabulary lacks (SmolLM2's has no U+0004) is left out, as in transformers.
+        """
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for many texts, in parallel."""
+        return [
+            e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids; incomplete UTF-8 sequences become U+FFFD."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> Tokenizer:
+        """Read tokenizer.json, vocab.json + merges.txt, or GPT-2's encoder.json + vocab.bpe.
+
+        Special ids come from tokenizer_config.json, then config.json.
+
+        Raises:
+            UserError: none of these files is there, or one is damaged.
+        """
+        folder = Path(path)
+        found = find_files(folder)
+        if found is None:
+            accepted = ", or ".join(" with ".join(names) for names in TOKENIZER_FILES)
+            raise UserError(f"{folder}: no tokenizer found; put {accepted} there")
+        settings = read_json_object(folder / "tokenizer_config.json")
+        if len(found) == 1:
+            backend = read_tokenizer_json(found[0])
+        else:
+            backend = read_vocab_and_merges(*found, settings=settings)
+        config = read_json_object(folder / "config.json")
+        ids = {key: special_id(backend, key, settings, config) for key in ("eos", "bos", "pad")}
+        if len(found) == 2 and ids["eos"] is None:
+            # GPT-2's own download has no settings: its one special token begins and ends a text.
+            ids["eos"] = ids["bos"] = backend.token_to_id("<|endoftext|>")
+        return cls(backend, ids["eos"], ids["bos"], ids["pad"], chat_template(folder, settings))
+
+    @classmethod
+    def from_gguf(cls, metadata: dict[str, Any], path: str | Path = "GGUF file") -> Tokenizer:
+        """Build the tokenizer that a GGUF file carries (`GGUFFile.metadata`).
+
+        Raises:
+            UserError: the file has none, or one that is not byte-level BPE of a known kind.
+        """
+        model = metadata.get("tokenizer.ggml.model")
+        pre = metadata.get("tokenizer.ggml.pre", "default")
+        if model != "gpt2" or pre not in GGUF_PRE:
+            kind = "none" if model is None else f"{model}/{pre}"
+            raise UserError(
+                f"{path}: its tokenizer ({kind}) is not read; put the model's tokenizer.json "
+                "into the same folder"
+            )
+        try:
+            tokens = metadata["tokenizer.ggml.tokens"]
+            merges = [tuple(pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
+            types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+            vocab = {token: index for index, token in enumerate(tokens)}
+            special = [t for t, kind in zip(tokens, types) if kind == CONTROL]
+            extra = [t for t, kind in zip(tokens, types) if kind == USER_DEFINED]
+            backend = byte_level_bpe(vocab, merges, GGUF_PRE[pre], special, extra)
+        except Exception as error:
+            raise UserError(
+                f"{path}: its tokenizer is damaged ({one_line(error)}); download it again"
+            ) from error
+        ids = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "bos", "padding")]
+        special_ids = (None if i is None else int(i) for i in ids)
+        return cls(backend, *special_ids, metadata.get("tokenizer.chat_template"))
+
+    def to_gguf(self, rows: int) -> dict[str, Any]:
+        """The metadata from which `from_gguf`, and llama.cpp, build this tokenizer.
+
+        Args:
+            rows: of the model's embedding; ids without a token are filled up to there.
+
+        Raises:
+            UserError: not a byte-level BPE of a kind that has a name in GGUF.
+        """
+        settings = json.loads(self.backend.to_str())
+        pre = gguf_pre(settings)
+        if pre is None:
+            raise UserError(
+                "the tokenizer is no byte-level BPE of a kind that GGUF has a name for "
+                f"({', '.join(dict.fromkeys(GGUF_PRE))}), so it cannot go into the file"
+            )
+        vocab = self.backend.get_vocab(with_added_tokens=True)
+        named = {index: token for token, index in vocab.items()}
+        tokens = [named.get(index, f"[PAD{index}]") for index in range(rows)]
+        types = [NORMAL if index in named else UNUSED for index in range(rows)]
+        for index, token in self.backend.get_added_tokens_decoder().items():
+            if index < rows:
+                types[index] = CONTROL if token.special else USER_DEFINED
+        merges = [m if isinstance(m, str) else " ".join(m) for m in settings["model"]["merges"]]
+        ids = {"bos": self.bos_token_id, "eos": self.eos_token_id, "padding": self.pad_token_id}
+        begins = self.backend.encode("a").ids[:1] == [self.bos_token_id]
+        metadata = {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": pre,
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.merges": merges,
+            **{f"tokenizer.ggml.{key}_token_id": index for key, index in ids.items()},
+            "tokenizer.ggml.add_bos_token": begins,
+            "tokenizer.chat_template": self.chat_template,
+        }
+        return {key: value for key, value in metadata.items() if value is not None}
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json (the special tokens) into a folder."""
+        folder = Path(folder)
+        with atomic_path(folder / "tokenizer.json") as temporary:
+            temporary.write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        for key in ("eos", "bos", "pad"):
+            index = getattr(self, f"{key}_token_id")
+            if index is not None:
+                settings[f"{key}_token"] = self.backend.id_to_token(index)
+        if self.chat_template is not None:
+            settings["chat_template"] = self.chat_template
+        with atomic_path(folder / "tokenizer_config.json") as temporary:
+            temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def gguf_pre(settings: dict[str, Any]) -> str | None:
+    """The name in GGUF of the way in which a tokenizer.json splits a text; None: it has none."""
+    if settings["model"]["type"] != "BPE":
+        return None
+    for name, kind in GGUF_PRE.items():
+        known = json.loads(byte_level_bpe({}, [], kind, []).to_str())
+        if split_settings(settings) == split_settings(known):
+            return name
+    return None
+
+
+def split_settings(settings: dict[str, Any]) -> list[Any]:
+    """What of a tokenizer.json says how a text is split before the merges."""
+    # trim_offsets only moves the places that tokens are said to come from, not the tokens.
+    text = re.sub(r'"trim_offsets": (true|false)', "", json.dumps(settings["pre_tokenizer"]))
+    return [text, settings["normalizer"], settings["model"].get("ignore_merges", False)]
+
+
+def chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
+    """A model's chat template, which transformers keeps in either of two files."""
+    if (folder / "chat_template.jinja").is_file():
+        return read_text(folder / "chat_template.jinja")
+    template = settings.get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def find_files(folder: Path) -> list[Path] | None:
+    """The first complete set of tokenizer files in a folder."""
+    for names in TOKENIZER_FILES:
+        paths = [folder / name for name in names]
+        if all(path.is_file() for path in paths):
+            return paths
+    return None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one when the file is not there."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object is expected, found {type(value).__name__}")
+    return value
+
+
+def read_tokenizer_json(path: Path) -> Any:
+    """A `tokenizers.Tokenizer` from Hugging Face's file."""
+    from tokenizers import Tokenizer as Backend
+
+    text = read_text(path)
+    try:
+        return Backend.from_str(text)
+    except Exception as error:  # the package raises plain Exception
+        raise UserError(
+            f"{path}: not a tokenizer file of Hugging Face's kind ({one_line(error)}); download it "
+            "again"
+        ) from error
+
+
+def read_vocab_and_merges(vocab_path: Path, merges_path: Path, settings: dict[str, Any]) -> Any:
+    """A `tokenizers.Tokenizer` from GPT-2's (or Qwen2's) older pair of files."""
+    vocab = read_json_object(vocab_path)
+    if not all(isinstance(index, int) for index in vocab.values()):
+        raise UserError(f"{vocab_path}: every token must map to a whole number")
+    merges = []
+    for number, line in enumerate(read_text(merges_path).split("\n"), start=1):
+        if not line.strip() or (number == 1 and line.startswith("#version")):
+            continue
+        parts = line.rstrip("\r").split(" ")
+        if len(parts) != 2:
+            raise UserError(f"{merges_path}:{number}: two tokens with one space are expected")
+        merges.append((parts[0], parts[1]))
+    added = added_tokens(settings)
+    special = [text for text, _, is_special in added if is_special]
+    extra = [text for text, _, is_special in added if not is_special]
+    if "<|endoftext|>" in vocab and "<|endoftext|>" not in special:
+        special.append("<|endoftext|>")
+    kind = "qwen2" if str(settings.get("tokenizer_class", "")).startswith("Qwen2") else "gpt2"
+    try:
+        backend = byte_level_bpe(vocab, merges, kind, special, extra)
+    except Exception as error:
+        raise UserError(
+            f"{vocab_path} and {merges_path} do not fit together ({one_line(error)}); take both "
+            "from one model"
+        ) from error
+    for text, index, _ in added:
+        if backend.token_to_id(text) != index:
+            raise UserError(
+                f"{vocab_path}: added token {text!r} has id {index} in tokenizer_config.json, "
+                "which does not follow the vocabulary; use the model's tokenizer.json"
+            )
+    return backend
+
+
+def added_tokens(settings: dict[str, Any]) -> list[tuple[str, int, bool]]:
+    """(text, id, special) of tokenizer_config.json's added tokens, in the order of their ids."""
+    entries = settings.get("added_tokens_decoder")
+    found = []
+    for index, entry in (entries if isinstance(entries, dict) else {}).items():
+        if index.isdecimal() and isinstance(entry, dict) and isinstance(entry.get("content"), str):
+            found.append((entry["content"], int(index), bool(entry.get("special", True))))
+    return sorted(found, key=lambda token: token[1])
+
+
+def byte_level_bpe(
+    vocab: dict[str, int],
+    merges: list[tuple[str, ...]],
+    kind: str,
+    special: Sequence[str],
+    extra: Sequence[str] = (),
+) -> Any:
+    """A byte-level BPE tokenizer of a kind: gpt2, smollm, llama3 or qwen2."""
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    # Llama 3's vocabulary has words that its merges do not reach.
+    backend = Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=kind == "llama3"))
+    if kind == "gpt2":
+        splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    elif kind == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        splitter = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(False)])
+    else:
+        pattern = Regex(DIGITS_BY_THREE if kind == "llama3" else DIGITS_ALONE)
+        splitter = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(pattern, behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    if kind == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = splitter
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in extra])
+    return backend
+
+
+def special_id(
+    backend: Any, key: str, settings: dict[str, Any], config: dict[str, Any]
+) -> int | None:
+    """The eos, bos or pad id: the token named in tokenizer_config.json, else config.json's id."""
+    token = settings.get(f"{key}_token")
+    if isinstance(token, dict):  # the long form: {"content": "</s>", "lstrip": false, ...}
+        token = token.get("content")
+    if isinstance(token, str):
+        index = backend.token_to_id(token)
+        if index is not None:
+            return index
+    index = config.get(f"{key}_token_id")
+    if isinstance(index, list):  # several end tokens: the first is the model's own
+        index = index[0] if index else None
+    return index if isinstance(index, int) else None

@@ -1,0 +1,146 @@
+"""What beam search and sampling share: prompts in rows of a batch, one token a row and step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jlora.decoding.native_decoder import NativeDecoder
+from jlora.decoding.native_weights import native_model
+from jlora.kernels.topk import log_softmax_topk
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One generated text.
+
+    ``ids`` holds the generated tokens, the end token included where ``finished``; ``logprob`` is
+    the sum of their log-probabilities and ``length`` their number.
+    """
+
+    ids: list[int]
+    logprob: float
+    length: int
+    finished: bool
+
+    @property
+    def text_ids(self) -> list[int]:
+        """The tokens without the end token."""
+        return self.ids[:-1] if self.finished else self.ids
+
+    def score(self, length_penalty: float) -> float:
+        """logprob / length ** length_penalty, in float32 as microsoft/LoRA computes it."""
+        return float(np.float32(self.logprob) / np.float32(self.length**length_penalty))
+
+
+# Jittor keeps freed memory by size, and the cache has another size at every step: decoding 32
+# inputs by 10 beams held 11 GB without giving it back now and then.
+STEPS_PER_CLEARING = 16
+
+
+class Decoder:
+    """Rows of a batch that grow by a token a step, through the model's own layers and its cache.
+
+    Attributes:
+        enters: whether `enter` may be called while there are rows.
+        hidden: (rows, C) float32 Var, the state from which each row's next token is predicted.
+    """
+
+    enters = False
+
+    def __init__(self, model):
+        self.model = model
+        self._steps = 0
+
+    def enter(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Run prompts, one row each, padded on the left to the longest."""
+        self.cache = self.model.new_cache()
+        longest = max(map(len, prompts))
+        ids = np.zeros((len(prompts), longest), dtype=np.int32)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = prompt
+            mask[row, longest - len(prompt) :] = 1
+        jt.gc()
+        self._run(ids, None if mask.all() else mask)
+
+    def advance(self, rows: np.ndarray, tokens: np.ndarray) -> None:
+        """Make row i what row ``rows[i]`` was and append ``tokens[i]``; rows repeat or vanish."""
+        if not len(rows):
+            return  # the next prompts begin anew
+        if not np.array_equal(rows, np.arange(self.hidden.shape[0])):
+            self.cache.reorder(rows)
+        self._steps += 1
+        if self._steps % STEPS_PER_CLEARING == 0:
+            jt.gc()
+        # The cache remembers which of its tokens are padding, so no mask is needed again.
+        self._run(np.asarray(tokens, dtype=np.int32)[:, None], None)
+
+    def best(self, k: int, banned=None, penalised=None, penalty: float = 1.0):
+        """The k likeliest next tokens of each row; see `jlora.kernels.topk.log_softmax_topk`."""
+        with jt.no_grad():
+            logits = self.model.lm_head_logits(self.hidden)
+        return log_softmax_topk(logits, k, banned, penalised, penalty)
+
+    def _run(self, ids: np.ndarray, mask: np.ndarray | None) -> None:
+        with jt.no_grad():
+            mask = None if mask is None else jt.array(mask)
+            self.hidden = self.model.hidden_states(jt.array(ids), mask, self.cache)[:, -1]
+
+
+def decoder_of(model) -> Decoder | NativeDecoder:
+    """The fastest decoder that can run the model as it is now."""
+    native = native_model(model)
+    return Decoder(model) if native is None else NativeDecoder(native, model)
+
+
+def check_prompts(model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Refuse prompts that the model cannot take.
+
+    Raises:
+        UserError: a prompt is empty, too long for the model's context together with the new
+            tokens, or holds ids outside the vocabulary.
+    """
+    context, vocabulary = model.config.max_positions, model.config.vocab_size
+    for number, prompt in enumerate(prompts, start=1):
+        if not len(prompt):
+            raise UserError(f"input {number} has no tokens; give a prompt of one token or more")
+        # The last new token is never read by the model, so it needs no position.
+        if len(prompt) + max_new_tokens - 1 > context:
+            raise UserError(
+                f"input {number} has {len(prompt)} tokens, which with {max_new_tokens} new ones "
+                f"exceed the model's context of {context}; shorten the input or ask for fewer "
+                "new tokens"
+            )
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise UserError(
+                f"input {number} has token ids outside the model's vocabulary of {vocabulary}; "
+                "the tokenizer belongs to another model"
+            )
+
+
+def check_finite(values: np.ndarray) -> None:
+    """Refuse to decode with a broken model.
+
+    Raises:
+        UserError: a row of log-probabilities is NaN.
+    """
+    if np.isnan(values).any():
+        raise UserError(
+            "the model's logits are not finite: the weights are damaged or the training diverged; "
+            "use an earlier adapter or train with a lower learning rate"
+        )
+
+
+def check_setting(holds: bool, name: str, value, rule: str) -> None:
+    """Refuse a setting.
+
+    Raises:
+        UserError: ``holds`` is false.
+    """
+    if not holds:
+        raise UserError(f"{name} is {value}, but must be {rule}")

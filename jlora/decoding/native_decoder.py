@@ -1,0 +1,126 @@
+"""Decoding without Jittor: whole steps in C++, keys and values in memory that is used again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jlora.decoding.native_weights import NativeModel
+from jlora.kernels.decoder import head_topk, run_prompts, run_step
+from jlora.kernels.topk import log_softmax_topk
+from jlora.system.runtime import jt
+
+SLAB = 1024  # tokens of a slab
+PROMPT_TOKENS = 1024  # tokens of prompts run together, about
+FUSED_K = 64  # for a larger k the lists of the fused head cost more than the logits
+
+
+class NativeDecoder:
+    """Rows that grow by a token a step, with the interface of `jlora.decoding.decoder.Decoder`.
+
+    Keys and values of a prompt are kept once for all its rows. Those of a generated token stand at
+    a place in a slab, and a table says the places of each row's tokens: rows are reordered by their
+    lines in the table alone, and a place that no line names is free again.
+    """
+
+    enters = True
+
+    def __init__(self, model: NativeModel, source):
+        self.model, self._source = model, source
+        self.hidden = np.zeros((0, int(model.model["C"][0])), np.float32)
+        self._slabs = _Slabs((model.layers, 2, SLAB, model.width))
+        self._prompts: dict[int, np.ndarray] = {}  # (layers, 2, tokens, width) by address
+        self._owner = np.zeros(0, np.int64)  # (R,) address of each row's prompt
+        self._prompt_lengths = np.zeros(0, np.int32)  # (R,)
+        self._table = np.zeros((0, 0), np.int32)  # (R, most), -1 where a row is shorter
+        self._lengths = np.zeros(0, np.int32)  # (R,) generated tokens
+
+    def enter(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Run prompts and add a row for each after the present ones."""
+        part: list[Sequence[int]] = []
+        for prompt in prompts:
+            if part and sum(map(len, part)) + len(prompt) > PROMPT_TOKENS:
+                self._enter(part)
+                part = []
+            part.append(prompt)
+        self._enter(part)
+
+    def _enter(self, prompts: Sequence[Sequence[int]]) -> None:
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        ids = np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts])
+        positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+        shape = (self.model.layers, 2, self.model.width)
+        kept = [np.empty((*shape[:2], length, shape[2]), np.float32) for length in lengths]
+        addresses = np.array([array.ctypes.data for array in kept], np.int64)
+        hidden = run_prompts(
+            self.model.model, self.model.blocks, ids, positions, lengths, addresses
+        )
+        self._prompts.update(zip(addresses.tolist(), kept))
+        self.hidden = np.concatenate([self.hidden, hidden])
+        self._owner = np.concatenate([self._owner, addresses])
+        self._prompt_lengths = np.concatenate([self._prompt_lengths, lengths])
+        empty = np.full((len(prompts), self._table.shape[1]), -1, np.int32)
+        self._table = np.concatenate([self._table, empty])
+        self._lengths = np.concatenate([self._lengths, np.zeros_like(lengths)])
+
+    def advance(self, rows: np.ndarray, tokens: np.ndarray) -> None:
+        """Make row i what row ``rows[i]`` was and append ``tokens[i]``; rows repeat or vanish.
+
+        It is fastest with the rows of a prompt together.
+        """
+        self._owner, self._prompt_lengths = self._owner[rows], self._prompt_lengths[rows]
+        lengths = self._lengths[rows]
+        most = int(lengths.max(initial=0)) + 1
+        table = np.full((len(rows), most), -1, np.int32)
+        width = min(most, self._table.shape[1])
+        table[:, :width] = self._table[rows, :width]
+        table[np.arange(len(rows)), lengths] = self._slabs.take(len(rows), table)
+        self._table, self._lengths = table, lengths + 1
+        live = set(self._owner.tolist())
+        self._prompts = {key: array for key, array in self._prompts.items() if key in live}
+        self.hidden = run_step(
+            self.model.model,
+            self.model.blocks,
+            np.ascontiguousarray(tokens, np.int32),
+            self._prompt_lengths + lengths,
+            self._owner,
+            self._prompt_lengths,
+            table,
+            self._lengths,
+            self._slabs.addresses,
+            SLAB,
+        )
+
+    def best(self, k: int, banned=None, penalised=None, penalty: float = 1.0):
+        """The k likeliest next tokens; see `jlora.kernels.topk.log_softmax_topk`."""
+        if self.model.head is not None and k <= FUSED_K:
+            return head_topk(self.hidden, self.model.head, k, banned, penalised, penalty)
+        with jt.no_grad():
+            logits = self._source.lm_head_logits(jt.array(self.hidden))
+        return log_softmax_topk(logits, k, banned, penalised, penalty)
+
+
+class _Slabs:
+    """Places for tokens in slabs of equal size, which are added as they are needed."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        self._shape = shape
+        self._slabs: list[np.ndarray] = []
+        self._free = np.zeros(0, np.int32)
+        self.addresses = np.zeros(0, np.int64)
+
+    def take(self, count: int, table: np.ndarray) -> np.ndarray:
+        """``count`` places, (count,) int32, that ``table`` does not name."""
+        if len(self._free) < count:
+            used = np.zeros(len(self._slabs) * SLAB, bool)
+            used[table[table >= 0]] = True
+            self._free = np.flatnonzero(~used).astype(np.int32)
+        while len(self._free) < count:
+            first = len(self._slabs) * SLAB
+            self._slabs.append(np.empty(self._shape, np.float32))
+            self.addresses = np.array([slab.ctypes.data for slab in self._slabs], np.int64)
+            new = np.arange(first, first + SLAB, dtype=np.int32)
+            self._free = np.concatenate([self._free, new])
+        taken, self._free = self._free[:count], self._free[count:]
+        return taken

@@ -1,0 +1,189 @@
+"""predictions.jsonl: what a model wrote for each input, with every beam hypothesis kept.
+
+One line an input::
+
+    {"prompt": "...", "prediction": "...", "hypotheses": [
+        {"text": "...", "ids": [...], "logprob": -3.2, "length": 21, "finished": true}, ...]}
+
+The length penalty of the reference's beam search only ranks hypotheses and never steers the search,
+so `rerank` gives the predictions of any penalty without decoding again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.data.readers import json_lines, string_field
+from jlora.system.errors import UserError
+from jlora.system.files import atomic_path, write_text
+
+
+@dataclass(frozen=True)
+class TextHypothesis:
+    """A beam hypothesis and its text.
+
+    Attributes:
+        text: the decoded tokens, without the end token, stripped.
+        ids: generated tokens, the end token included.
+        logprob: sum of their log-probabilities, natural logarithm.
+        length: number of generated tokens, the end token included.
+        finished: it ends with an end token.
+    """
+
+    text: str
+    ids: list[int]
+    logprob: float
+    length: int
+    finished: bool
+
+    def score(self, length_penalty: float) -> float:
+        """``logprob / length ** length_penalty``; higher is better.
+
+        In float32 as the reference and the search compute it, so that ties fall alike.
+        """
+        return float(np.float32(self.logprob) / np.float32(self.length**length_penalty))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The text chosen for one input and the hypotheses it was chosen from."""
+
+    prompt: str
+    prediction: str
+    hypotheses: list[TextHypothesis] = field(default_factory=list)
+
+
+def make_prediction(
+    prompt: str, hypotheses: Iterable, decode: Callable[[list[int]], str], length_penalty: float
+) -> Prediction:
+    """Decode the hypotheses of a beam search and choose the best one.
+
+    Args:
+        hypotheses: what `jlora.decoding.beam.beam_search` found for one input.
+        decode: token ids to text, without special tokens.
+    """
+    texts = [
+        TextHypothesis(
+            text=decode(list(hypothesis.text_ids)).strip(),
+            ids=[int(token) for token in hypothesis.ids],
+            logprob=float(hypothesis.logprob),
+            length=int(hypothesis.length),
+            finished=bool(hypothesis.finished),
+        )
+        for hypothesis in hypotheses
+    ]
+    return Prediction(prompt, best(texts, length_penalty).text, texts)
+
+
+def best(hypotheses: Sequence[TextHypothesis], length_penalty: float) -> TextHypothesis:
+    """The hypothesis with the highest score; of equals the first.
+
+    Finished and unfinished ones compete, as at the end of the reference's search.
+    """
+    return max(hypotheses, key=lambda hypothesis: hypothesis.score(length_penalty))
+
+
+def rerank(predictions: Sequence[Prediction], length_penalty: float) -> list[Prediction]:
+    """Choose again for another length penalty; hypotheses keep their stored order.
+
+    The result is what a new search would choose, unless the search was told to stop early
+    (`BeamConfig.rank_up_to`) and the penalty is above that number.
+
+    Raises:
+        UserError: a prediction has no hypotheses (it was not made by beam search), or the penalty
+            is no sensible number.
+    """
+    if not abs(length_penalty) <= 10:
+        raise UserError(f"length penalty {length_penalty}: give a number from -10 to 10, as 0.8")
+    for number, prediction in enumerate(predictions, start=1):
+        if not prediction.hypotheses:
+            raise UserError(
+                f"prediction {number} has no hypotheses to rank; generate with beam search"
+            )
+    return [
+        replace(prediction, prediction=best(prediction.hypotheses, length_penalty).text)
+        for prediction in predictions
+    ]
+
+
+def write_predictions(path: str | Path, predictions: Sequence[Prediction]) -> None:
+    """Write predictions.jsonl; whole or not at all.
+
+    Raises:
+        UserError: the file cannot be written, or a log-probability is not a finite number.
+    """
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as handle:
+        for number, prediction in enumerate(predictions, start=1):
+            try:
+                line = json.dumps(asdict(prediction), ensure_ascii=False, allow_nan=False)
+            except ValueError as error:
+                raise UserError(
+                    f"cannot write {path}: prediction {number} has a log-probability that is not "
+                    "a finite number; the model gives NaN or infinity, check its adapter"
+                ) from error
+            handle.write(line + "\n")
+
+
+def read_predictions(path: str | Path) -> list[Prediction]:
+    """Read predictions.jsonl.
+
+    Raises:
+        UserError: a line is not a prediction (with file and line), or the file has none.
+    """
+    predictions = []
+    for number, row in json_lines(path):
+        prompt = string_field(row, "prompt", path, number)
+        text = string_field(row, "prediction", path, number)
+        hypotheses = row.get("hypotheses", [])
+        if not isinstance(hypotheses, list):
+            raise UserError(f"{path}:{number}: 'hypotheses' is not a list")
+        parsed = [_hypothesis(item, f"{path}:{number}") for item in hypotheses]
+        predictions.append(Prediction(prompt, text, parsed))
+    return predictions
+
+
+def write_lines(path: str | Path, predictions: Sequence[Prediction]) -> None:
+    """Write the predicted texts one a line, as metric scripts read them.
+
+    Line ends inside a text become spaces, so that line n stays input n.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    lines = [" ".join(prediction.prediction.split()) + "\n" for prediction in predictions]
+    write_text(path, "".join(lines))
+
+
+def _hypothesis(item: Any, where: str) -> TextHypothesis:
+    checks: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "text": ("a string", lambda value: isinstance(value, str)),
+        "ids": (
+            "a list of token ids",
+            lambda value: isinstance(value, list) and all(map(_is_natural, value)),
+        ),
+        "logprob": (
+            "a finite number",
+            lambda value: type(value) in (int, float) and abs(value) < 1e30,
+        ),
+        "length": ("a number of tokens", lambda value: _is_natural(value) and value > 0),
+        "finished": ("true or false", lambda value: isinstance(value, bool)),
+    }
+    if not isinstance(item, dict):
+        raise UserError(f"{where}: a hypothesis is a {type(item).__name__}, not an object")
+    for key, (what, fits) in checks.items():
+        if key not in item:
+            raise UserError(f"{where}: a hypothesis has no key {key!r}")
+        if not fits(item[key]):
+            raise UserError(f"{where}: a hypothesis's {key!r} is not {what}")
+    return TextHypothesis(**{key: item[key] for key in checks})
+
+
+def _is_natural(value: Any) -> bool:
+    # bool is a kind of int in Python, and no token id; ids and lengths are int32 elsewhere.
+    return type(value) is int and 0 <= value < 2**31

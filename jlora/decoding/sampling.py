@@ -1,0 +1,154 @@
+"""Greedy decoding and sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jlora.decoding.decoder import (
+    Hypothesis,
+    check_finite,
+    check_prompts,
+    check_setting,
+    decoder_of,
+)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How to choose the next token.
+
+    Args:
+        eos_token_ids: tokens that end a text.
+        max_new_tokens: a text has no more tokens, the end token included.
+        temperature: 0 takes the likeliest token (greedy); above 0 draws one, the more freely the
+            higher.
+        top_k: draw among this many likeliest tokens; 0 among all.
+        top_p: draw among the likeliest tokens that together have this probability.
+        repetition_penalty: above 1 makes tokens of prompt and text less likely to come again.
+        seed: with the number of the prompt it alone decides the draws, whatever the batch.
+        batch_size: prompts decoded together.
+
+    Raises:
+        UserError: a setting is out of its range.
+    """
+
+    eos_token_ids: tuple[int, ...]
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    batch_size: int = 16
+
+    def __post_init__(self):
+        for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0),
+                            ("batch_size", 1)):  # fmt: skip
+            check_setting(getattr(self, name) >= least, name, getattr(self, name), f">= {least}")
+        check_setting(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        penalty = self.repetition_penalty
+        check_setting(penalty > 0, "repetition_penalty", penalty, "above 0")
+
+
+def generate(
+    model,
+    prompts: Sequence[Sequence[int]],
+    config: GenerateConfig,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Hypothesis]:
+    """One text for each prompt, in the order given.
+
+    Args:
+        model: a language model of `jlora.models` with its dropout off.
+        prompts: token ids.
+        config: how to choose.
+        progress: called with (prompts done, prompts) now and then.
+
+    Raises:
+        UserError: a prompt does not fit the model, or the model gives NaN.
+    """
+    check_prompts(model, prompts, config.max_new_tokens)
+    ids: list[list[int]] = [[] for _ in prompts]
+    logprobs = [0.0 for _ in prompts]
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(prompts), config.batch_size):
+        batch = by_length[start : start + config.batch_size]
+        for index, token, logprob in _tokens(model, prompts, batch, config):
+            ids[index].append(token)
+            logprobs[index] += logprob
+        if progress is not None:
+            progress(start + len(batch), len(prompts))
+    return [
+        Hypothesis(tokens, logprob, len(tokens), tokens[-1] in config.eos_token_ids)
+        for tokens, logprob in zip(ids, logprobs)
+    ]
+
+
+def stream(model, tokenizer, prompt: Sequence[int], config: GenerateConfig) -> Iterator[str]:
+    """Yield the text of one prompt piece by piece, as soon as its characters are complete.
+
+    Raises:
+        UserError: as `generate`.
+    """
+    check_prompts(model, [prompt], config.max_new_tokens)
+    ids: list[int] = []
+    shown = text = ""
+    for _, token, _ in _tokens(model, [prompt], [0], config):
+        if token in config.eos_token_ids:
+            break
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        # A character of several tokens shows as U+FFFD until its last one is there.
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    if len(text) > len(shown):
+        yield text[len(shown) :]
+
+
+def _tokens(
+    model, prompts: Sequence[Sequence[int]], batch: Sequence[int], config: GenerateConfig
+) -> Iterator[tuple[int, int, float]]:
+    """Decode ``prompts[i] for i in batch`` together; yields (i, token, log-probability).
+
+    The log-probability is the model's own, the repetition penalty counted in, temperature not.
+    """
+    decoder = decoder_of(model)
+    decoder.enter([prompts[index] for index in batch])
+    batch = list(batch)
+    vocabulary = model.config.vocab_size
+    draws = {index: np.random.default_rng([config.seed, index]) for index in batch}
+    texts = {index: list(prompts[index]) for index in batch}
+    for _ in range(config.max_new_tokens):
+        penalised = config.repetition_penalty != 1
+        values, ids = decoder.best(
+            1 if config.temperature == 0 else config.top_k or vocabulary,
+            penalised=[texts[index] for index in batch] if penalised else None,
+            penalty=config.repetition_penalty,
+        )  # (rows, k) each, likeliest first
+        check_finite(values)
+        chosen = []
+        for row, index in enumerate(batch):
+            place = 0 if config.temperature == 0 else _draw(values[row], config, draws[index])
+            chosen.append(int(ids[row, place]))
+            texts[index].append(chosen[-1])
+            yield index, chosen[-1], float(values[row, place])
+        live = [row for row, token in enumerate(chosen) if token not in config.eos_token_ids]
+        if not live:
+            return
+        decoder.advance(np.array(live), np.array([chosen[row] for row in live]))
+        batch = [batch[row] for row in live]
+
+
+def _draw(logprobs: np.ndarray, config: GenerateConfig, generator: np.random.Generator) -> int:
+    """Draw a place out of log-probabilities (k,), which stand in falling order."""
+    weights = np.exp((logprobs - logprobs[0]).astype(np.float64) / config.temperature)
+    cumulative = np.cumsum(weights)
+    # The token that carries the sum over top_p still counts, so one is always left.
+    count = int(np.searchsorted(cumulative, config.top_p * cumulative[-1])) + 1
+    cumulative = cumulative[: min(count, len(cumulative))]
+    place = np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")
+    return min(int(place), len(cumulative) - 1)

@@ -1,0 +1,221 @@
+"""Does a run fit this machine? `jlora estimate`, and the check before a run's weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from jlora.runs import pipeline
+from jlora.system import machine
+from jlora.runs.recipe import Recipe
+from jlora.data.batches import TokenExample
+from jlora.system.distributed import world
+from jlora.system.errors import UserError
+from jlora.runs.memory_estimate import MIB, Estimate, Texts, estimate
+from jlora.models.hub import outline, require_tokenizer
+from jlora.data.tasks import get_task
+
+JAVA_METRICS = {"METEOR", "METEOR-WebNLG"}
+GIB = 1 << 30
+#: A change of settings that lowers a stage's memory: ``KEY=VALUE`` for --set, as many as it takes.
+Change = tuple[str, ...]
+
+
+def measure_texts(recipe: Recipe, decodes: bool = True) -> Texts:
+    """Tokens of the recipe's data; without ``decodes`` there are no test inputs.
+
+    Raises:
+        UserError: data or model are not there, or do not fit each other.
+    """
+    model = outline(recipe.model).model
+    require_tokenizer(model)
+    groups = pipeline.test_groups(recipe) if decodes else []
+    prompts = pipeline.encode_groups(recipe, model, groups)
+    train, valid = pipeline.encode_splits(recipe, model)
+    by_length = sorted(valid, key=lambda example: example.input_length)
+    size = recipe.train.valid_batch_size
+    batches = [by_length[start : start + size] for start in range(0, len(valid), size)]
+    return Texts(
+        [example.input_length for example in train],
+        [targets_of(example) for example in train],
+        max((sum(map(targets_of, batch)) for batch in batches), default=0),
+        [len(prompt) for prompt in prompts],
+        sum(len(example.ids) for example in [*train, *valid]),
+    )
+
+
+def targets_of(example: TokenExample) -> int:
+    return len(example.ids) - example.prompt_length
+
+
+def assumed_texts(recipe: Recipe) -> Texts:
+    """What `measure_texts` might give, where the data are not at hand: the longest allowed."""
+    longest, train = recipe.train.max_length, recipe.train
+    return Texts(
+        [longest] * train.batch_size,
+        [longest // 2] * train.batch_size,
+        longest // 2 * train.valid_batch_size,
+        [longest] * recipe.decode.batch_size,
+        0,
+    )
+
+
+def estimate_recipe(recipe: Recipe, texts: Texts) -> Estimate:
+    """`estimate` of a recipe whose data are known."""
+    choices = get_task(recipe.data.task).choices
+    java = not choices and bool(JAVA_METRICS & set(pipeline.metric_names(recipe)))
+    return estimate(recipe, outline(recipe.model), texts, java)
+
+
+def changes(recipe: Recipe, found: Estimate) -> Iterator[tuple[Change, Recipe]]:
+    """What lowers the memory of the largest stage, what costs least first."""
+    train, decode, stage = recipe.train, recipe.decode, found.peak_stage
+    packs = found.precision in ("bf16", "int8", "int8-both")
+    if stage == "train":
+        if packs and recipe.method == "lora" and not recipe.checkpoint_activations:
+            yield ("checkpoint_activations=true",), replace(recipe, checkpoint_activations=True)
+        if train.batch_size > 1:
+            batch, parts = train.batch_size // 2, train.grad_accumulation * 2
+            yield (
+                (f"train.batch_size={batch}", f"train.grad_accumulation={parts}"),
+                replace(recipe, train=replace(train, batch_size=batch, grad_accumulation=parts)),
+            )
+    if stage in ("decode", "score") and decode.batch_size > 1:
+        batch = decode.batch_size // 2
+        yield (
+            (f"decode.batch_size={batch}",),
+            replace(recipe, decode=replace(decode, batch_size=batch)),
+        )
+    if not stage.startswith("load") and found.precision == "bf16":
+        yield ("precision=int8",), replace(recipe, precision="int8")
+    if stage in ("decode", "score") and decode.num_beams > 1:
+        beams = decode.num_beams // 2
+        yield (
+            (f"decode.num_beams={beams}",),
+            replace(recipe, decode=replace(decode, num_beams=beams)),
+        )
+
+
+def advise(recipe: Recipe, texts: Texts, limit: int) -> list[tuple[dict[str, str], Estimate]]:
+    """Settings step by step until the run fits ``limit`` bytes, or nothing lowers it any more.
+
+    Returns:
+        All settings changed so far and what they come to, for each step; the last is the advice.
+    """
+    found, steps, settings = estimate_recipe(recipe, texts), [], {}
+    while found.peak > limit:
+        tried = ((*each, estimate_recipe(each[1], texts)) for each in changes(recipe, found))
+        better = next((each for each in tried if each[2].peak < 0.99 * found.peak), None)
+        if better is None:
+            break
+        change, recipe, found = better
+        settings = {**settings, **dict(setting.split("=") for setting in change)}
+        steps.append((settings, found))
+    return steps
+
+
+def options(settings: dict[str, str]) -> str:
+    """``--set A=1 --set B=2``"""
+    return " ".join(f"--set {key}={value}" for key, value in settings.items())
+
+
+def way_out(found: Estimate, steps: list[tuple[dict[str, str], Estimate]], limit: int) -> str:
+    """What would make a run fit, in words."""
+    settings, last = steps[-1] if steps else ({}, found)
+    if last.peak <= limit:
+        return f"it fits with {options(settings)} ({gigabytes(last.peak)})"
+    least = f" (least: {gigabytes(last.peak)} with {options(settings)})" if settings else ""
+    return (
+        f"no settings make it fit{least}: to {last.peak_stage} takes that much; choose a smaller "
+        "model or a larger machine"
+    )
+
+
+def check_fits(recipe: Recipe, decodes: bool = True) -> None:
+    """See that a run fits this machine, before its weights are read.
+
+    Of several processes each has the weights, its share of the batch, and of the memory.
+
+    Args:
+        decodes: whether test inputs are answered after the training.
+
+    Raises:
+        UserError: it does not, with the settings that would make it fit.
+    """
+    here = world()
+    limit = machine.memory_limit() // here.local_size
+    share = -(-recipe.train.batch_size // here.size)
+    recipe = replace(recipe, train=replace(recipe.train, batch_size=share))
+    try:
+        texts = measure_texts(recipe, decodes)
+    except UserError:  # of data or model: the run says so in its own order
+        return
+    found = estimate_recipe(recipe, texts)
+    if found.peak <= limit:
+        return
+    each = " for each process" if here.size > 1 else ""
+    mend = way_out(found, advise(recipe, texts, limit), limit)
+    raise UserError(
+        f"this run takes about {gigabytes(found.peak)} of memory{each} (to {found.peak_stage}), "
+        f"and this machine has {gigabytes(limit)}{each}; {mend}. "
+        "`jlora estimate` shows the parts; --no-memory-check runs it all the same"
+    )
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def table(found: Estimate) -> str:
+    """Stages as columns, parts as rows, in MiB."""
+    stages = list(found.stages)
+    parts = list(dict.fromkeys(part for stage in stages for part in found.stages[stage]))
+    rows = [[part, *(_cell(found.stages[stage].get(part)) for stage in stages)] for part in parts]
+    rows.append(["together", *(_cell(found.total(stage)) for stage in stages)])
+    widths = [max(len(row[i]) for row in [["MiB", *stages], *rows]) for i in range(len(stages) + 1)]
+    lines = []
+    for row in [["MiB", *stages], *rows]:
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+def _cell(size: int | None) -> str:
+    return "" if size is None else f"{size / MIB:,.0f}"
+
+
+def report(recipe: Recipe) -> tuple[str, dict[str, Any]]:
+    """What `jlora estimate` says: as text, and as JSON."""
+    limit, assumed = machine.memory_limit(), None
+    try:
+        texts = measure_texts(recipe)
+    except UserError as error:
+        texts, assumed = assumed_texts(recipe), str(error)
+    found = estimate_recipe(recipe, texts)
+    steps = advise(recipe, texts, limit)
+    lines = [table(found), ""]
+    if assumed:
+        lines.append(
+            f"Data not at hand ({assumed}): all examples taken as {recipe.train.max_length} tokens."
+        )
+    lines.append(
+        f"precision {found.precision}; largest batch {found.batch.tokens:,} tokens. Peak "
+        f"{gigabytes(found.peak)}, to {found.peak_stage}; this machine has {gigabytes(limit)}."
+    )
+    fits = found.peak <= limit
+    for settings, smaller in steps:
+        lines.append(f"  {gigabytes(smaller.peak)} with {options(settings)}")
+    lines.append("It fits." if fits else f"It does not fit: {way_out(found, steps, limit)}.")
+    return "\n".join(lines), {
+        "fits": fits,
+        "peak_bytes": found.peak,
+        "process_peak_bytes": found.process_peak,
+        "peak_stage": found.peak_stage,
+        "memory_bytes": limit,
+        "precision": found.precision,
+        "batch_tokens": found.batch.tokens,
+        "data": assumed or "measured",
+        "stages": found.stages,
+        "advice": [{"set": settings, "peak_bytes": e.peak} for settings, e in steps],
+    }

@@ -1,0 +1,328 @@
+"""Recipes: one YAML file says everything about a run; these dataclasses say what it may say."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.resources
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jlora.adapters import METHODS, LoraConfig
+from jlora.decoding.beam import BeamConfig
+from jlora.engine import PRECISIONS
+from jlora.system.errors import UserError
+from jlora.system.files import read_text
+from jlora.training.loggers import LOGGERS
+from jlora.data.tasks import get_task
+from jlora.training.loop import TrainConfig
+
+
+@dataclass
+class DataConfig:
+    """Which dataset, and how its texts become tokens."""
+
+    task: str = "e2e"
+    metrics: list[str] | None = None  # scores to compute; None: the task's own
+    template: str | None = None  # prompt template of BoolQ, by name or as text; None: its first
+    folder: str | None = None  # a folder with the splits; None: the usual places
+    train: str | None = None  # a file instead of the folder's training split
+    valid: str | None = None
+    test: str | None = None
+    separator_id: int | None = None  # token after the prompt; None: the end token; -1: no token
+    end_id: int | None = None  # token after the completion; None: the tokenizer's end token
+    max_prompt: int | None = None  # most tokens of a prompt, in training and decoding; None: all
+    train_limit: int | None = None  # only the first so many examples
+    valid_stride: int = 1  # every n-th validation example, from the first
+    test_limit: int | None = None  # only so many test inputs, evenly spaced
+
+
+@dataclass
+class DecodeConfig:
+    """How the test inputs are answered; see `jlora.decoding.beam.BeamConfig`."""
+
+    adapter: str = "best"  # of the validations; or "last"
+    num_beams: int = 10
+    length_penalty: float = 0.8
+    no_repeat_ngram_size: int = 4
+    max_new_tokens: int = 64
+    min_length: int = 0
+    repetition_penalty: float = 1.0
+    batch_size: int = 32
+    rank_up_to: float | None = None
+    eos_token_ids: list[int] | None = None  # None: the end token of training
+
+    def beam_config(self, end_id: int) -> BeamConfig:
+        """The search's settings; ``end_id`` ends a text where `eos_token_ids` is None.
+
+        Raises:
+            UserError: a setting is out of its range.
+        """
+        settings = dataclasses.asdict(self)
+        del settings["adapter"]
+        eos_token_ids = tuple(settings.pop("eos_token_ids") or [end_id])
+        return BeamConfig(eos_token_ids=eos_token_ids, **settings)
+
+
+@dataclass
+class Recipe:
+    """A whole run."""
+
+    model: str
+    # lora, or what the paper compares with: full (everything), bitfit (biases), top-layers
+    method: str = "lora"
+    top_layers: int = 2  # blocks that top-layers trains
+    data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    # plain, fp32, bf16, int8, int8-both; auto: the fastest this machine does well
+    precision: str = "auto"
+    checkpoint_activations: bool = False  # less memory in training, a third more time
+    score_before: bool = False  # also score the untouched model on the test inputs
+    log: list[str] = field(default_factory=list)  # more loggers: wandb, tensorboard, swanlab
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe: a path, or the name of one that comes with jlora.
+
+    Raises:
+        UserError: there is none; shows the nearest names.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    folder = importlib.resources.files("jlora.runs") / "recipes"
+    names = sorted(p.name[: -len(".yaml")] for p in folder.iterdir() if p.name.endswith(".yaml"))
+    wanted = path.name[: -len(path.suffix)] if path.suffix in (".yaml", ".yml") else path.name
+    if wanted in names and path.parent.name in ("", "recipes"):
+        return Path(str(folder / f"{wanted}.yaml"))
+    near = difflib.get_close_matches(wanted, names, n=2, cutoff=0.4) or names
+    raise UserError(f"no recipe {name}: no such file; jlora comes with {', '.join(near)}")
+
+
+def find_sweep(name: str) -> Path:
+    """The file of a sweep's cases: a path, or the name of one that comes with jlora.
+
+    Raises:
+        UserError: there is none.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    folder = Path(str(importlib.resources.files("jlora.runs") / "recipes" / "sweeps"))
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        raise UserError(f"no cases {name}: no such file; jlora comes with {', '.join(names)}")
+    return folder / f"{name}.yaml"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with snares removed: 1e-3 is a number, a key may not stand twice, no aliases.
+
+    A few lines of lists of aliases of lists are larger than any memory once they are written out.
+    """
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "an alias; write the value again", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} stands there twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back as it was."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
+
+
+def parse_yaml(text: str, source: str, lines: bool = True) -> Any:
+    """A YAML text by `_Loader`; ``lines``: whether errors name a line of ``source``.
+
+    Raises:
+        UserError: it is not YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark and lines else source
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise UserError(f"{where}: not YAML ({_one_line(reason)}); mend it") from error
+    except (ValueError, RecursionError) as error:  # an impossible date, say
+        raise UserError(f"{source}: not YAML ({_one_line(error)}); put texts in quotes") from error
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply ``key.path=value`` overrides, whose values are YAML.
+
+    Raises:
+        UserError: not YAML, an unknown setting (with the nearest name), or a value of a wrong kind.
+    """
+    values = parse_yaml(read_text(path), str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a YAML mapping, such as `model: smollm2-135m`")
+    for override in overrides:
+        apply_override(values, override)
+    return make_recipe(values, f"{path} with the options given" if overrides else str(path))
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Put ``a.b=value`` into nested dicts.
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    key, equals, text = override.partition("=")
+    *parents, last = key.strip().split(".")
+    if not equals or not all([*parents, last]):
+        raise UserError(f"--set {override}: write KEY=VALUE, such as train.steps=100")
+    value = parse_yaml(text, f"--set {override}", lines=False)
+    for parent in parents:
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            raise UserError(
+                f"--set {override}: {parent} is one value and has no settings in it; "
+                f"write {parent}=VALUE"
+            )
+    values[last] = value
+
+
+def make_recipe(values: dict[str, Any], source: str) -> Recipe:
+    """Check nested dicts against the dataclasses.
+
+    Args:
+        values: as YAML gives them.
+        source: what to call them in an error, usually the file's path.
+
+    Raises:
+        UserError: an unknown setting (with the nearest name), a value of a wrong kind, or one that
+            makes no sense: all that can be known before anything is loaded.
+    """
+    import pydantic
+
+    values = _check_names(values, Recipe, "", source)
+    if values.get("model") is None:
+        raise UserError(f"{source}: no model given; add one, such as `model: smollm2-135m`")
+    try:
+        recipe = pydantic.TypeAdapter(Recipe).validate_python(values)
+        _check_values(recipe)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{source}: {_pydantic_message(error, values)}") from error
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    return recipe
+
+
+def _check_values(recipe: Recipe) -> None:
+    task = get_task(recipe.data.task)
+    task.find_template(recipe.data.template)
+    if recipe.data.metrics is not None:
+        if task.choices:
+            raise UserError(f"task {task.name} is scored by accuracy alone; leave data.metrics out")
+        from jlora.metrics import check_names
+
+        check_names(recipe.data.metrics)
+    recipe.train.check()
+    recipe.decode.beam_config(end_id=0)
+    _check_choice("decode.adapter", recipe.decode.adapter, ("best", "last"))
+    _check_choice("precision", recipe.precision, ("auto", *PRECISIONS))
+    _check_choice("method", recipe.method, ("lora", *METHODS))
+    if recipe.top_layers < 1:
+        raise UserError(f"top_layers must be at least 1, not {recipe.top_layers}")
+    for name in recipe.log:
+        _check_choice("log", name, LOGGERS)
+    if not recipe.model.strip():
+        raise UserError("model is empty; name one, such as smollm2-135m")
+    if recipe.data.valid_stride < 1:
+        raise UserError(f"data.valid_stride must be at least 1, not {recipe.data.valid_stride}")
+    for name in ("train_limit", "test_limit", "max_prompt"):
+        limit = getattr(recipe.data, name)
+        if limit is not None and limit < 1:
+            raise UserError(f"data.{name} must be at least 1, or null for all, not {limit}")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{name} {value!r} is not one of {', '.join(choices)}")
+
+
+def _check_names(values: Any, kind: type, path: str, source: str) -> dict[str, Any]:
+    """Refuse unknown settings; gives ``values`` back without groups that are left empty."""
+    if not isinstance(values, dict):
+        name = path[:-1]
+        raise UserError(f"{source}: {name} is a group of settings; write {name}.NAME=VALUE")
+    known = {item.name: item for item in dataclasses.fields(kind)}
+    checked = {}
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            hint = f"did you mean {path}{near[0]}?" if near else f"known are {', '.join(known)}"
+            raise UserError(f"{source}: unknown setting {path}{name}; {hint}")
+        group = known[name].default_factory
+        if dataclasses.is_dataclass(group):
+            if value is None:  # every line of the group is commented out
+                continue
+            value = _check_names(value, group, f"{path}{name}.", source)
+        elif isinstance(value, bool) and "bool" not in str(known[name].type):
+            # pydantic would make a 1 of it, and YAML makes true of yes and on.
+            raise UserError(f"{source}: {path}{name} is {value}; give a value, not true or false")
+        checked[name] = value
+    return checked
+
+
+def _pydantic_message(error: Any, values: dict[str, Any]) -> str:
+    """``train.steps is 'many': should be a valid integer``, for the first few settings."""
+    problems: dict[str, str] = {}
+    for item in error.errors():
+        # The place goes on with the kinds of a union; what is in `values` is the setting.
+        names, found = [], values
+        for part in item["loc"]:
+            if isinstance(found, dict) and part in found:
+                names, found = [*names, str(part)], found[part]
+            else:
+                break
+        name = ".".join(names)
+        rule = _one_line(item["msg"]).replace("Input should", "should")
+        if name in problems:
+            problems[name] += f", or {rule}"
+        else:
+            problems[name] = f"{name} is {_one_line(repr(found))[:60]}: {rule}"
+    return "; ".join(list(problems.values())[:3])
+
+
+def _one_line(text: Any) -> str:
+    return " ".join(str(text).split())
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every setting in it, defaults included."""
+    values = dataclasses.asdict(recipe)
+    text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    if re.search("[\x85\u2028\u2029\ufeff]", text):  # PyYAML reads these back as something else
+        text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=False)
+    return text

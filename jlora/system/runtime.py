@@ -1,0 +1,435 @@
+"""Makes Jittor importable and quiet. The only place that sets environment variables.
+
+    from jlora.system.runtime import jt
+
+imports Jittor at that line (``import jlora.system.runtime`` alone does not). What happens then:
+
+1. The environment is checked, so that a missing compiler is one line and not a traceback.
+2. Jittor's environment variables get defaults that work; what the user has set stays.
+3. If this machine has not compiled this Jittor yet, a child process does it while this one shows
+   the time that passes. A child, because a failed import of Jittor cannot be repeated in the same
+   process, and because Jittor may end the process when it finds its own cache outdated.
+4. Jittor is imported, and what it changes for the whole process (signal handlers, certificate
+   checks, the recursion limit) is put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jlora.system import distributed, machine
+from jlora.system.errors import UserError
+from jlora.system.import_errors import DOCTOR, cause, explain, install, last_line
+from jlora.system.lock import one_at_a_time
+
+_lock = threading.RLock()
+_verbose = os.environ.get("JLORA_VERBOSE", "0") not in ("", "0")
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("jt", "nn"):
+        with _lock:
+            if "jt" not in globals():
+                globals()["jt"] = _load()
+            return globals()["jt"] if name == "jt" else importlib.import_module("jittor.nn")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def set_verbose(verbose: bool = True) -> None:
+    """Show Jittor's own log lines (``-v``), or hide them again."""
+    global _verbose
+    _verbose = verbose
+    if "jt" in globals():
+        globals()["jt"].flags.log_silent = int(not verbose)
+
+
+def set_seed(seed: int) -> None:
+    """Seed Jittor, NumPy and Python's own random numbers.
+
+    Jittor's are others in each process of a run (its dropout must not drop the same of every
+    share of a batch); those of the other two are the same.
+    """
+    import random
+
+    import numpy as np
+
+    rank = distributed.world().rank
+    # It seeds the other two as well, so it comes first.
+    __getattr__("jt").set_global_seed((seed + 1_000_003_001 * rank) % 2**31 if rank else seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def release_memory() -> None:
+    """Give memory that is free inside this process back to the system.
+
+    Jittor keeps freed memory by size, and glibc keeps what lies between pieces that are in use:
+    after a model's weights were packed, as much as the weights took. Between two stages of a run
+    nobody wants it again; within one, taking it from the system anew costs time.
+    """
+    __getattr__("jt").gc()
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no such function
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def use_gpu(wanted: bool | None = None) -> bool:
+    """Compute on the GPU (True), on the CPU (False), or on the GPU if one works (None).
+
+    Returns:
+        Whether the GPU is used from now on.
+
+    Raises:
+        UserError: ``wanted`` is True and no GPU works.
+    """
+    jt = __getattr__("jt")
+    if wanted is False or not jt.has_cuda:
+        jt.flags.use_cuda = 0
+        if wanted:
+            reason = machine.gpu_problem() or "Jittor was compiled without CUDA"
+            raise UserError(f"no GPU to use: {reason}; {DOCTOR}")
+        return False
+    try:
+        jt.flags.use_cuda = 1
+        (jt.ones((2, 2)) + 1).numpy()
+    except RuntimeError as error:
+        jt.flags.use_cuda = 0
+        if wanted:
+            raise UserError(f"the GPU does not work: {last_line(str(error))}; {DOCTOR}") from error
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class OneDNN:
+    """A oneDNN to compile and link against: the folder of its headers and its library."""
+
+    include: Path
+    library: Path
+
+    def __str__(self) -> str:
+        return str(self.library)
+
+
+def find_onednn() -> OneDNN | None:
+    """Jittor's oneDNN, for jlora's own operators where there is no AMX, or None.
+
+    Imports Jittor, because the import is what installs it.
+    """
+    __getattr__("jt")
+    for home in installed_onednn():
+        return OneDNN(home / "include", next(iter(sorted((home / "lib").glob("libdnnl.*")))))
+    return None
+
+
+def installed_onednn() -> list[Path]:
+    """The folders of the oneDNN that Jittor has installed so far, without importing Jittor."""
+    try:
+        home = Path(os.environ.get("JITTOR_HOME") or Path.home())
+    except RuntimeError:
+        return []
+    if "jittor_utils" in sys.modules:  # it also knows a home kept from an earlier JITTOR_HOME
+        home = Path(sys.modules["jittor_utils"].home())
+    headers = sorted((home / ".cache" / "jittor" / "mkl").glob("dnnl*/include/dnnl.hpp"))
+    homes = [header.parent.parent for header in headers]
+    return [home for home in homes if any((home / "lib").glob("libdnnl.*"))]
+
+
+# --- 1. the environment ---------------------------------------------------------------------
+
+
+def check_environment() -> None:
+    """Look for what Jittor cannot do without, before it fails in its own words.
+
+    Raises:
+        UserError: Jittor, a C++ compiler, Python's headers or a writable home are missing.
+    """
+    if importlib.util.find_spec("jittor") is None:
+        raise UserError("Jittor is not installed: run `pip install jittor jittor-offline`")
+    home = home_problem()
+    if home:
+        raise UserError(home)
+    compiler = machine.compiler()
+    if compiler is None:
+        wanted = os.environ.get("cc_path")
+        if wanted:
+            raise UserError(f"cc_path={wanted}: no such compiler; unset cc_path or correct it")
+        raise UserError(f"no C++ compiler found, Jittor needs one: {install('compiler')}")
+    problem = machine.compiler_problem(compiler)
+    if problem:
+        raise UserError(f"the C++ compiler {compiler} does not run: {problem}; {DOCTOR}")
+    header = machine.python_header()
+    if not header.is_file() and "python_config_path" not in os.environ:
+        raise UserError(
+            f"Python's headers are missing ({header}), Jittor needs them: {install('headers')}"
+        )
+
+
+def home_problem() -> str | None:
+    """Why Jittor cannot keep its compiled code under the home folder; None if it can."""
+    mend = "set HOME to a folder that can be written, for example `export HOME=/tmp/home`"
+    try:
+        cache = Path.home() / ".cache" / "jittor"
+    except RuntimeError:
+        return f"there is no home folder for Jittor's compiled code; {mend}"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        return f"cannot write {cache} (Jittor's compiled code): {error.strerror}; {mend}"
+    return None
+
+
+# --- 2. the variables -----------------------------------------------------------------------
+
+
+def environment_defaults() -> dict[str, str]:
+    """Values for Jittor's environment variables, used where the user has set none."""
+    defaults = {
+        # Jittor imports torch at start to work around a clash that jlora does not have.
+        "FIX_TORCH_ERROR": "0",
+        # Otherwise the name is the git branch around the environment: another branch, another
+        # two minutes of compiling.
+        "cache_name": "default",
+        # Downloaded from Jittor's site whenever CUDA is used, needed by nothing.
+        "use_cutlass": "0",
+        "OMP_NUM_THREADS": str(distributed.world().threads(machine.processors())),
+        # Turns that a thread waits awake for the others, some ten microseconds. By default it is
+        # milliseconds, which on a busy machine keeps the thread it waits for from running.
+        "GOMP_SPINCOUNT": "10000",
+        # Compilers at a time for new operators; by default one for every 3 GiB of memory.
+        "use_parallel_op_compiler": str(max(1, min(16, machine.processors()))),
+    }
+    if not _verbose:
+        defaults["log_silent"] = "1"
+    if not distributed.started_by_mpi():
+        # Without mpirun an mpicc on the PATH only costs time and can only fail; and the processes
+        # of one run talk for themselves.
+        defaults["use_mpi"] = "0"
+    config = machine.python_config()
+    if config is not None:
+        # Jittor takes /usr/bin/python3.x-config first, which may be another Python's.
+        defaults["python_config_path"] = str(config)
+    if machine.gpu_problem() is None:
+        defaults["nvcc_path"] = str(machine.find_nvcc())
+    elif not (Path.home() / ".cache" / "jittor" / "jtcuda").is_dir():
+        # An empty path also keeps Jittor from downloading gigabytes of CUDA by itself.
+        defaults["nvcc_path"] = ""
+    return defaults
+
+
+# --- 3. the first compilation ---------------------------------------------------------------
+
+# Prints a marker at the end because Jittor may leave with exit code 0 half-way.
+_FIRST_IMPORT = """
+import json, socket, sys
+sys.path[:] = json.loads(sys.argv[1])
+socket.setdefaulttimeout(15)
+import jittor_utils
+jittor_utils.get_total_mem = lambda: int(sys.argv[2])
+import jittor
+print("\\njlora: imported", jittor.__version__)
+"""
+
+
+def _compile_once(cache: Path, ours: set[str]) -> None:
+    """Have a child process import Jittor, unless one has done so with these very settings.
+
+    Of several processes that start together one has it done, and the others wait.
+
+    Args:
+        cache: Jittor's folder for this compiler, Python and processor.
+        ours: names of the environment variables whose value is a default of ours.
+    """
+    stamp = cache / f"jlora-{_fingerprint()}.json"
+    if _is_compiled(cache, stamp):
+        return
+    with one_at_a_time(cache / "jlora.system.lock", "compiling Jittor"):
+        if not _is_compiled(cache, stamp):
+            _compile(stamp, ours)
+
+
+def _is_compiled(cache: Path, stamp: Path) -> bool:
+    """Whether Jittor has been compiled so; the environment gets what that has shown."""
+    if any(cache.glob("jittor_core*.so")) or any(cache.glob("cu*/jittor_core*.so")):
+        with contextlib.suppress(OSError, ValueError):
+            os.environ.update(json.loads(stamp.read_text()))
+            return True
+    return False
+
+
+def _compile(stamp: Path, ours: set[str]) -> None:
+    overrides: dict[str, str] = {}
+    output = _first_import()
+    if output is not None and os.environ.get("nvcc_path") and "nvcc_path" in ours:
+        _say(f"warning: Jittor does not work with CUDA here ({cause(output)}); using the CPU")
+        overrides["nvcc_path"] = ""
+        os.environ.update(overrides)
+        output = _first_import()
+    if output is not None:
+        raise explain(output)
+    with contextlib.suppress(OSError):  # a read-only shared cache is fine
+        stamp.write_text(json.dumps(overrides))
+
+
+def _fingerprint() -> str:
+    """A hash of what decides whether Jittor compiles itself anew, its cache folder aside."""
+    names = (
+        *("cc_path", "cc_flags", "nvcc_path", "nvcc_flags", "kernel_flags", "python_config_path"),
+        *("debug", "enable_lto", "use_mkl", "use_cutlass", "use_cutt", "use_data_gz"),
+    )
+    parts = [importlib.metadata.version("jittor"), sys.version]
+    parts += [f"{name}={os.environ.get(name)}" for name in names]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def _first_import() -> str | None:
+    """Import Jittor in a child process. Returns None if that went well, else its output."""
+    environment = {
+        # Seen by MPI as one of its ranks, the child would wait for the others for ever.
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("OMPI_", "PMIX_", "PRTE_"))
+    }
+    # With log_v 1 Jittor tells why its own library cannot be loaded (conda's libstdc++).
+    environment.update(use_mpi="0", log_silent="0", log_v="1", PYTHONUNBUFFERED="1")
+    # Jittor starts a g++ for every 3 GiB of memory it sees; this makes it one a core, and no more
+    # than fit into the container's memory.
+    workers = max(1, min(machine.processors(), machine.memory_limit() // 2**30))
+    arguments = [json.dumps(sys.path), str(workers * 3 * 2**30)]
+    for _ in range(3):
+        with tempfile.TemporaryFile() as output:
+            child = subprocess.Popen(
+                [sys.executable, "-c", _FIRST_IMPORT, *arguments],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=None if _verbose else output,
+                stderr=None if _verbose else subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                _wait(child, output)
+            except BaseException:  # Ctrl-C: the compilers must not go on in the background
+                with contextlib.suppress(OSError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+                raise
+            output.seek(0)
+            text = output.read().decode("utf-8", errors="replace")
+        if "jlora: imported" in text or (_verbose and child.returncode == 0):
+            return None
+        if child.returncode != 0:
+            return text or f"the first import of Jittor ended with exit code {child.returncode}"
+        # Exit code 0 without the last line: Jittor renewed its helper and asks to be run again.
+    return text
+
+
+def _wait(child: subprocess.Popen, output: Any) -> None:
+    """Wait for the child; once it compiles, show on stderr how long it has been at it."""
+    start = time.monotonic()
+    terminal = sys.stderr.isatty()
+    shown = 0.0
+    while True:
+        try:
+            child.wait(timeout=0.5)
+            break
+        except subprocess.TimeoutExpired:
+            pass
+        elapsed = time.monotonic() - start
+        compiling = elapsed > 10 or _compiles(output)
+        if compiling and (terminal or not shown or elapsed - shown >= 15):
+            shown = elapsed
+            _say(f"{_COMPILING} ... {elapsed:.0f} s", end="" if terminal else "\n")
+    if shown:
+        ending = "done" if child.returncode == 0 else "failed"
+        _say(f"{_COMPILING} ... {ending} after {time.monotonic() - start:.0f} s")
+
+
+_COMPILING = "compiling Jittor for this machine (once, about 2 minutes)"
+
+
+def _compiles(output: Any) -> bool:
+    """Whether Jittor's own progress line is in the child's output so far."""
+    return b"Compiling " in os.pread(output.fileno(), 1 << 20, 0)
+
+
+def _say(message: str, end: str = "\n") -> None:
+    """Write a status line to stderr; on a terminal it overwrites the one before."""
+    start = "\r\033[K" if sys.stderr.isatty() else ""
+    print(f"{start}jlora: {message}", end=end, file=sys.stderr, flush=True)
+
+
+# --- 4. the import --------------------------------------------------------------------------
+
+
+def _load() -> Any:
+    if "jittor" in sys.modules:  # the user imported it first, in their own way
+        return sys.modules["jittor"]
+    check_environment()
+    if distributed.world().size > 1:
+        for mark in distributed.MARKS:  # Jittor, and programs that this one starts, would take part
+            os.environ.pop(mark, None)
+    ours = set()
+    for name, value in environment_defaults().items():
+        if name not in os.environ:
+            os.environ[name] = value
+            ours.add(name)
+    try:
+        with _process_settings_kept():
+            import jittor_utils  # names the cache folder, compiles nothing
+
+            _compile_once(Path(jittor_utils.cache_path), ours)
+            import jittor
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise explain(f"{type(error).__name__}: {error}") from error
+    # Jittor links its operators with -Ofast, which makes the processor flush denormal numbers to
+    # zero; NumPy notices and warns. Nothing here depends on numbers that small.
+    warnings.filterwarnings("ignore", message="The value of the smallest subnormal")
+    return jittor
+
+
+@contextlib.contextmanager
+def _process_settings_kept() -> Iterator[None]:
+    """Undo what importing Jittor does to the whole process.
+
+    Its SIGINT handler ends the process at once, so that Ctrl-C could save nothing; its SIGCHLD
+    handler does the same when any child is killed (a Java that hangs). It also turns off the
+    certificate checks of urllib and raises the recursion limit so far that runaway recursion is a
+    crash.
+    """
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGCHLD, signal.SIGQUIT)
+    }
+    https_context = ssl._create_default_https_context
+    recursion = sys.getrecursionlimit()
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            # ValueError: not the main thread, where handlers cannot be set.
+            with contextlib.suppress(ValueError):
+                if handler is not None:
+                    signal.signal(number, handler)
+        ssl._create_default_https_context = https_context
+        sys.setrecursionlimit(recursion)

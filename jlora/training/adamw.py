@@ -1,0 +1,224 @@
+"""AdamW and the learning-rate schedule, over a list of trainable parameters.
+
+Jittor's own optimisers count steps in ``backward()``, which is wrong under gradient accumulation,
+so the step stands here: gradients in, parameters updated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jlora.kernels import native
+from jlora.layers import assign
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt
+
+SCHEDULES = ("linear", "cosine", "constant")
+SCHEDULE_UNITS = ("update", "batch")
+
+
+@dataclass
+class OptimConfig:
+    """Settings of AdamW and its schedule."""
+
+    lr: float = 2e-4
+    schedule: str = "linear"  # after the warm-up: linear to 0, cosine to 0, or constant
+    warmup_steps: int = 0  # linear from 0; counted in schedule_unit
+    schedule_unit: str = "update"  # what the schedule counts: update, or batch (microsoft/LoRA)
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    variant: str = "torch"  # torch (torch.optim.AdamW) or loralib (microsoft/LoRA's optimizer.py)
+    max_grad_norm: float = 0.0  # 0: no clipping
+
+    def check(self) -> None:
+        """Raises UserError for a value that makes no sense."""
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}")
+        if self.schedule_unit not in SCHEDULE_UNITS:
+            raise UserError(
+                f"schedule_unit {self.schedule_unit!r} is not one of {', '.join(SCHEDULE_UNITS)}"
+            )
+        if self.variant not in ("torch", "loralib"):
+            raise UserError(f"AdamW variant {self.variant!r} is not one of torch, loralib")
+        for name in ("lr", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} must be at least 0, not {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+
+
+def learning_rate(
+    config: OptimConfig, step: int, total_steps: int, grad_accumulation: int = 1
+) -> float:
+    """Learning rate of update ``step``, counted from 0.
+
+    The first update of a warm-up has rate 0, as in transformers and microsoft/LoRA. With the
+    `schedule_unit` "batch" everything is counted in batches, as in microsoft/LoRA's gpt2_ft.py: its
+    scheduler moves on after every batch, and an update takes the rate of its last one. So with
+    accumulation the first rate is above 0 there. Without accumulation the two are one.
+
+    Args:
+        total_steps: length of the run in the schedule's unit: updates, or batches.
+        grad_accumulation: batches an update.
+    """
+    if config.schedule_unit == "batch":
+        step = (step + 1) * grad_accumulation - 1
+    if step < config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    share = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
+    return config.lr * max(0.0, 1.0 - share)
+
+
+def _sum_of_squares(x: np.ndarray) -> float:
+    """Of (n,) float32, in float64 and in pieces, which need no memory to speak of."""
+    pieces = (x[start : start + (1 << 16)] for start in range(0, len(x), 1 << 16))
+    return sum(float(np.sum(np.square(piece, dtype=np.float64))) for piece in pieces)
+
+
+LARGE = 1 << 24  # parameters; copies of fewer cost nothing beside a training step
+
+
+class AdamW:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), outside Jittor's graph.
+
+    A parameter that is computed from a gradient in the graph holds on to the whole step that the
+    gradient came from. So the update is NumPy's, which serves adapters; a compiled operator with
+    the same roundings makes it in one pass where the parameters are many.
+
+    Two variants. "torch": weights decay before the update, eps is added to sqrt(v) after bias
+    correction. "loralib": eps is added to sqrt(v) before, and the decay comes after the update.
+
+    Attributes:
+        m, v: (P,) float32, running means of the gradient and its square, P all parameters.
+        updates: updates made so far.
+        large: whether copies of the parameters are to be avoided.
+    """
+
+    def __init__(self, parameters: Sequence[jt.Var], config: OptimConfig):
+        config.check()
+        self.parameters = list(parameters)
+        self.config = config
+        self.m = np.zeros(sum(int(np.prod(p.shape)) for p in self.parameters), np.float32)
+        self.v = np.zeros_like(self.m)
+        self.updates = 0
+        self.large = len(self.m) >= LARGE
+        compiled = self.large and not jt.flags.use_cuda and native.problem() is None
+        self._update = self._update_compiled if compiled else self._update_numpy
+
+    def arrays(self, tensors: Sequence[jt.Var]) -> list[np.ndarray]:
+        """Tensors as float32 arrays that share their memory, computed in one pass over the graph.
+
+        They are cut off from the graph, which else would keep the parameters' last values.
+        """
+        for tensor in tensors:
+            tensor.stop_grad()
+        jt.sync(list(tensors))
+        return [tensor.data for tensor in tensors]
+
+    def step(self, gradients: Sequence[np.ndarray], lr: float) -> None:
+        """Update all parameters.
+
+        Args:
+            gradients: float32, shaped as the parameters and in their order; see `arrays`.
+            lr: this update's learning rate.
+        """
+        c = self.config
+        self.updates += 1
+        clip = 1.0
+        if c.max_grad_norm:
+            norm = math.sqrt(sum(_sum_of_squares(gradient.reshape(-1)) for gradient in gradients))
+            clip = min(1.0, c.max_grad_norm / (norm + 1e-6))
+        for parameter, gradient, m, v in zip(self.parameters, gradients, *self._means()):
+            self._update(parameter, gradient.reshape(-1), m, v, lr, clip)
+
+    def _means(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """m and v of each parameter, flat."""
+        ends = np.cumsum([int(np.prod(p.shape)) for p in self.parameters])[:-1]
+        return np.split(self.m, ends), np.split(self.v, ends)
+
+    def _rates(self, lr: float) -> tuple[float, float, float]:
+        """What multiplies the change, what divides sqrt(v), and the decay."""
+        c = self.config
+        correct1 = 1 - c.beta1**self.updates
+        root2 = math.sqrt(1 - c.beta2**self.updates)
+        decay = 1 - lr * c.weight_decay
+        if c.variant == "torch":
+            return lr / correct1, root2, decay
+        return lr * root2 / correct1, 1.0, decay
+
+    def _update_numpy(self, parameter, gradient, m, v, lr: float, clip: float) -> None:
+        """The definition. Python floats do not widen float32 arrays."""
+        c = self.config
+        rate, root2, decay = self._rates(lr)
+        gradient = gradient * np.float32(clip)
+        m[:] = c.beta1 * m + (1 - c.beta1) * gradient
+        v[:] = c.beta2 * v + (1 - c.beta2) * gradient * gradient
+        change = rate * (m / (np.sqrt(v) / root2 + c.eps))
+        values = parameter.numpy().reshape(-1)
+        values = values * decay - change if c.variant == "torch" else (values - change) * decay
+        assign(parameter, jt.array(values.reshape(parameter.shape)))
+
+    def _update_compiled(self, parameter, gradient, m, v, lr: float, clip: float) -> None:
+        c = self.config
+        numbers = (c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, *self._rates(lr), c.eps, clip)
+        # Into new memory: Jittor's clones, and layers under another name, share a parameter's own.
+        values = jt.empty(parameter.shape, "float32")
+        inputs = [parameter.data, gradient, np.array(numbers, np.float32)]
+        native.run("adamw_op", inputs, [values.data, m, v], c.variant == "loralib")
+        assign(parameter, values)
+
+    def undo(self, lr: float) -> bool:
+        """Take back the parameters' last update, to rounding; m and v stay what they are.
+
+        Args:
+            lr: the update's learning rate.
+
+        Returns:
+            Whether all parameters are finite numbers again.
+        """
+        rate, root2, decay = self._rates(lr)
+        finite = True
+        for parameter, m, v in zip(self.parameters, *self._means()):
+            change = rate * (m / (np.sqrt(v) / root2 + self.config.eps))
+            values = parameter.numpy().reshape(-1)
+            torch = self.config.variant == "torch"
+            values = (values + change) / decay if torch else values / decay + change
+            assign(parameter, jt.array(values.astype("f").reshape(parameter.shape)))
+            finite = finite and bool(np.isfinite(values).all())
+        return finite
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What a resumed run needs, not copied: m, v and the number of updates."""
+        return {
+            "m": self.m,
+            "v": self.v,
+            "updates": np.array([self.updates], dtype=np.int64),
+        }
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        """Take back what `state` gave.
+
+        Raises:
+            UserError: it belongs to other parameters.
+        """
+        if state["m"].shape != self.m.shape:
+            raise UserError(
+                f"the checkpoint's optimiser holds {state['m'].size} parameters and this adapter "
+                f"has {self.m.size}; resume with the settings the run was started with"
+            )
+        self.m[:], self.v[:] = state["m"], state["v"]
+        self.updates = int(state["updates"][0])

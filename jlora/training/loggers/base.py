@@ -1,0 +1,90 @@
+"""What a logger is, and several of them as one."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from jlora.system.errors import UserError
+
+
+class Logger(Protocol):
+    """Anything that takes training records."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Take one record."""
+
+    def close(self) -> None:
+        """Finish; called once, after the last record."""
+
+
+# What a foreign library may raise; SystemExit because some call sys.exit where a login fails.
+FAILURES = (Exception, SystemExit)
+
+
+class Loggers:
+    """Several loggers as one; a logger that fails is switched off and training goes on.
+
+    The exception is a `UserError`: `MetricsLogger` raises it when the run folder can no longer be
+    written, and then the checkpoints cannot be written either.
+    """
+
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        self.loggers = list(loggers)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Give ``record`` to every logger still on."""
+        for logger in list(self.loggers):
+            try:
+                logger.log(record)
+            except UserError:
+                raise
+            except FAILURES as error:
+                self.loggers.remove(logger)
+                _warn(f"{_name(logger)} failed and is switched off ({_one_line(error)})")
+
+    def close(self) -> None:
+        """Close every logger, also when one of them fails to."""
+        loggers, self.loggers = self.loggers, []
+        failure = None
+        for logger in loggers:
+            try:
+                logger.close()
+            except UserError as error:
+                failure = error
+            except FAILURES as error:
+                _warn(f"{_name(logger)} did not close well ({_one_line(error)})")
+        if failure is not None:
+            raise failure
+
+    def __enter__(self) -> Loggers:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def plain(value: Any) -> Any:
+    """A JSON value: numpy scalars as Python numbers, NaN and infinity as None."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _name(logger: Logger) -> str:
+    return type(logger).__name__
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _warn(message: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a closed stderr must not stop training
+        print(f"jlora: warning: {message}", file=sys.stderr)
