@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jlora.system.errors import UserError
+from jlora.system.files import make_folder
 
 if TYPE_CHECKING:  # the command line is there before NumPy is read
     import numpy as np
@@ -165,7 +166,7 @@ class MPIWorld(World):
 
     def _take_log(self, folder: Path) -> None:
         """Send what this process prints to a file; errors go where they went, see `abort`."""
-        folder.mkdir(parents=True, exist_ok=True)  # on another machine it is not there yet
+        make_folder(folder)  # on another machine it does not exist yet
         self._log = log_file(folder, self.rank)
         self._stderr = os.fdopen(os.dup(2), "w")
         with open(self._log, "ab") as log:
@@ -230,7 +231,7 @@ class MPIWorld(World):
         if self._log is not None:
             with contextlib.suppress(OSError):
                 if self.is_first:
-                    shutil.rmtree(self._log)
+                    shutil.rmtree(self._log, ignore_errors=True)  # the others remove theirs
                 else:
                     self._log.unlink()
         # mpirun takes a process that ends with another code for one that failed.

@@ -37,6 +37,7 @@ from typing import Any
 
 from jlora.system import distributed, machine
 from jlora.system.errors import UserError
+from jlora.system.files import make_folder
 from jlora.system.import_errors import DOCTOR, cause, explain, install, last_line
 from jlora.system.lock import one_at_a_time
 
@@ -190,7 +191,7 @@ def home_problem() -> str | None:
     except RuntimeError:
         return f"there is no home folder for Jittor's compiled code; {mend}"
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        make_folder(cache)
         with tempfile.TemporaryFile(dir=cache):
             pass
     except OSError as error:
