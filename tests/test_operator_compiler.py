@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ def test_python_is_asked_only_for_marked_sources(marked, tmp_path):
         programs[name] = tmp_path / name
         programs[name].write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@"\n')
         programs[name].chmod(0o755)
-    command = ["sh", operator_compiler._SCRIPT, programs["python"], "/j/asm_tuner.py"]
+    command = ["sh", operator_compiler.SCRIPT, programs["python"], "/j/asm_tuner.py"]
     command += [f"--cc_path={programs['compiler']}", source, "-I/a b", "-o", "a_op.so"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")
     rest = [str(source), "-I/a b", "-o", "a_op.so", ""]
@@ -36,7 +35,7 @@ def test_python_is_asked_only_for_marked_sources(marked, tmp_path):
 def test_the_failure_of_the_compiler_is_the_script_s(tmp_path):
     source = tmp_path / "a_op.cc"
     source.write_text("")
-    command = ["sh", operator_compiler._SCRIPT, "python", "tuner", "--cc_path=false", source]
+    command = ["sh", operator_compiler.SCRIPT, "python", "tuner", "--cc_path=false", source]
     assert subprocess.run(command).returncode == 1
 
 
@@ -45,9 +44,14 @@ def test_operators_are_compiled_with_the_compiled_header(tmp_path):
         pytest.skip("no precompiled header with this compiler")
     source = tmp_path / "a.cc"
     source.write_text('#include "var.h"\n')
-    options = [f for f in shlex.split(jt.flags.cc_flags) if not operator_compiler._LINKER.match(f)]
     # -H lists the headers that are read: "!" marks a precompiled one that is used.
-    command = [jt.flags.cc_path, *options, "-H", "-fsyntax-only", str(source)]
+    command = [
+        jt.flags.cc_path,
+        *operator_compiler.compile_flags(jt.flags.cc_flags),
+        "-H",
+        "-fsyntax-only",
+        str(source),
+    ]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     read = [line for line in done.stderr.splitlines() if line.startswith(("!", ".", "x"))]
     assert [line[0] for line in read if "jlora-operators" in line] == ["!"]
