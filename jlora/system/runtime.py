@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jlora.system import distributed, machine
+from jlora.system import distributed, machine, operator_compiler
 from jlora.system.errors import UserError
 from jlora.system.files import make_folder
 from jlora.system.import_errors import DOCTOR, cause, explain, install, last_line
@@ -263,7 +263,7 @@ def _compile_once(cache: Path, ours: set[str]) -> None:
     stamp = cache / f"jlora-{_fingerprint()}.json"
     if _is_compiled(cache, stamp):
         return
-    with one_at_a_time(cache / "jlora.system.lock", "compiling Jittor"):
+    with one_at_a_time(cache / "jlora.lock", "compiling Jittor"):
         if not _is_compiled(cache, stamp):
             _compile(stamp, ours)
 
@@ -399,6 +399,8 @@ def _load() -> Any:
 
             _compile_once(Path(jittor_utils.cache_path), ours)
             import jittor
+
+            operator_compiler.set_up(jittor, Path(jittor_utils.cache_path))
     except UserError:
         raise
     except (Exception, SystemExit) as error:
