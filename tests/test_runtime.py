@@ -347,12 +347,12 @@ def test_failing_import_says_the_cause_and_the_way_out(stand_in, failure: str, e
 def test_processors_respect_the_affinity(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    monkeypatch.setattr(machine, "_cgroup_quota", lambda: None)
+    monkeypatch.setattr(machine.cgroup, "processor_quota", lambda: None)
     monkeypatch.setattr(machine, "_physical_cores", lambda: 16)
     assert machine.processors() == 4
     monkeypatch.setattr(machine, "_physical_cores", lambda: 8)  # two threads a core
     assert machine.processors() == 2
-    monkeypatch.setattr(machine, "_cgroup_quota", lambda: 1)
+    monkeypatch.setattr(machine.cgroup, "processor_quota", lambda: 1)
     assert machine.processors() == 1
 
 

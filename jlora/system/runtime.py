@@ -304,12 +304,8 @@ def _fingerprint() -> str:
 
 def _first_import() -> str | None:
     """Import Jittor in a child process. Returns None if that went well, else its output."""
-    environment = {
-        # Seen by MPI as one of its ranks, the child would wait for the others for ever.
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("OMPI_", "PMIX_", "PRTE_"))
-    }
+    # Seen by MPI as one of its ranks, the child would wait for the others without end.
+    environment = distributed.without_mpi()
     # With log_v 1 Jittor tells why its own library cannot be loaded (conda's libstdc++).
     environment.update(use_mpi="0", log_silent="0", log_v="1", PYTHONUNBUFFERED="1")
     # Jittor starts a g++ for every 3 GiB of memory it sees; this makes it one a core, and no more
