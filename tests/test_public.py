@@ -17,6 +17,7 @@ def test_every_public_name_is_there():
 
 def test_runtime_has_its_short_name():
     from jlora.runtime import jt, nn
+
     from jlora.system import runtime
 
     assert jt is runtime.jt and nn is jt.nn
