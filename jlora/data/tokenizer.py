@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jlora.system.errors import UserError
-from jlora.system.files import atomic_path, read_text
 from jlora.formats.safetensors_file import one_line
+from jlora.system.errors import UserError, kind_of
+from jlora.system.files import atomic_path, read_text
 
 #: Files that make a tokenizer, in the order in which they are looked for.
 TOKENIZER_FILES = (
@@ -241,7 +241,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); download it again") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object is expected, found {type(value).__name__}")
+        raise UserError(f"{path}: a JSON object is expected, found {kind_of(value)}")
     return value
 
 

@@ -150,7 +150,8 @@ def evaluate(
     Args:
         names: of `METRICS`.
         hypotheses: one text an input; an empty text is scored, not refused.
-        references: for each input its one or more reference texts.
+        references: for each input its one or more reference texts. An empty one beside others has
+            no effect on any score.
 
     Returns:
         the scores in the order of ``names``, not rounded.
@@ -188,6 +189,7 @@ def evaluate_parts(
     _check(hypotheses, references, parts)
     java = check_metrics(names)
     hypotheses, references = _each(_one_line, hypotheses, references)
+    references = [without_empty(group) for group in references]
     everything = range(len(hypotheses))
     chosen = {"": everything}
     for part in dict.fromkeys(part for part in parts if part is not None):
@@ -215,6 +217,8 @@ def _check(hypotheses: list[str], references: list[list[str]], parts: Sequence[s
         hint = "give one hypothesis for each group of references"
         if all(len(group) == 1 for group in references):
             hint += " (a reference file without empty lines has one reference for each input)"
+        if len(hypotheses) < len(references):
+            hint += "; in a table of references the rows of one input must follow one another"
         raise UserError(
             f"{len(hypotheses)} hypotheses but {len(references)} groups of references; {hint}"
         )
@@ -227,6 +231,15 @@ def _check(hypotheses: list[str], references: list[list[str]], parts: Sequence[s
         raise UserError(f"{len(parts)} parts for {len(hypotheses)} inputs; give one (or None) each")
     if "" in parts:
         raise UserError(f"input {parts.index('') + 1}: the name of its part is empty; give None")
+
+
+def without_empty(group: list[str]) -> list[str]:
+    """The references that have any text; one empty reference where none has.
+
+    Lists padded with empty references, as GenerationEval's files are, so have the scores of the
+    lists without them in every metric.
+    """
+    return [text for text in group if text.strip()] or [""]
 
 
 def _one_line(text: str) -> str:
