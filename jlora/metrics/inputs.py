@@ -1,4 +1,4 @@
-"""Reading hypotheses and references as the official E2E script does, and answers of a choice."""
+"""Reading hypotheses, references (as the official E2E script does) and the answers of a choice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jlora.system.text import lines_of
 
 SOURCE_HEADERS = {"mr", "src", "source", "meaning", "meaning rep", "meaning representation"}
 REFERENCE_HEADERS = {"ref", "reference", "trg", "tgt", "target", "human", "human ref"}
-# Wrongly decoded pound signs and accents that stand in the published CSV files.
+# Wrongly decoded pound signs and accents in the published CSV files.
 MOJIBAKE = (("Ł", "£"), ("Â£", "£"), ("Ã©", "é"), ("ã©", "é"))
 
 
@@ -76,10 +76,10 @@ def read_references(path: str | Path) -> list[list[str]]:
 
 
 def read_answers(path: str | Path, choices: Sequence[str]) -> list[str]:
-    """Read the right answers of a task that is a choice, one a line.
+    """Read the right answers of a task that is a choice between answers, one a line.
 
     Raises:
-        UserError: the file is unreadable or empty, or a line is none of ``choices``.
+        UserError: the file is unreadable or empty, or a line is not one of ``choices``.
     """
     answers = read_hypotheses(path)
     for number, answer in enumerate(answers, start=1):
