@@ -199,7 +199,7 @@ class Tokenizer:
 
 
 def gguf_pre(settings: dict[str, Any]) -> str | None:
-    """GGUF's name (`tokenizer.ggml.pre`) for how a tokenizer.json splits text; None: it has none."""
+    """GGUF's name (`tokenizer.ggml.pre`) for the way a tokenizer.json splits text, or None."""
     if settings["model"]["type"] != "BPE":
         return None
     for name, kind in GGUF_PRE.items():
