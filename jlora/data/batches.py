@@ -79,6 +79,8 @@ class Batch:
         mask: (B, T) float32, 1 where the target counts in the loss.
         lengths: (examples,) int32, real input tokens of each.
         is_stream: whether this is a stream.
+        first_row: tokens of the same batch that other processes have before these, padding
+            included; dropout numbers the tokens from here on.
     """
 
     input_ids: np.ndarray
@@ -86,6 +88,7 @@ class Batch:
     mask: np.ndarray
     lengths: np.ndarray
     is_stream: bool = False
+    first_row: int = 0
 
 
 # Encoding ------------------------------------------------------------------------------------
@@ -357,13 +360,16 @@ def shares(lengths: Sequence[int], processes: int) -> list[slice]:
     return [slice(start, end) for start, end in zip(cuts, cuts[1:])]
 
 
-def collate(token_examples: Sequence[TokenExample], pad_id: int, length: int = 0) -> Batch:
+def collate(
+    token_examples: Sequence[TokenExample], pad_id: int, length: int = 0, first_row: int = 0
+) -> Batch:
     """Pad rows on the right to the longest of them; see `Batch` for shapes and dtypes.
 
     Padded targets are ``pad_id`` too (a valid index), with mask 0.
 
     Args:
         length: the length to pad to, if it is larger than the longest row.
+        first_row: see `Batch`.
     """
     lengths = np.array([example.input_length for example in token_examples], dtype=np.int32)
     shape = (len(token_examples), max(length, int(lengths.max())))
@@ -376,11 +382,11 @@ def collate(token_examples: Sequence[TokenExample], pad_id: int, length: int = 0
         targets[row, :length] = example.ids[1:]
         # Target t is ids[t + 1], so the first completion token is target prompt_length - 1.
         mask[row, example.prompt_length - 1 : length] = 1.0
-    return Batch(input_ids, targets, mask, lengths)
+    return Batch(input_ids, targets, mask, lengths, first_row=first_row)
 
 
-def stream(token_examples: Sequence[TokenExample]) -> Batch:
-    """All examples one after another in a single row, without padding."""
+def stream(token_examples: Sequence[TokenExample], first_row: int = 0) -> Batch:
+    """All examples one after another in a single row, without padding; see `Batch`."""
     inputs = [example.ids[:-1] for example in token_examples]
     targets = [example.ids[1:] for example in token_examples]
     counts = [np.arange(len(e.ids) - 1) >= e.prompt_length - 1 for e in token_examples]
@@ -390,4 +396,5 @@ def stream(token_examples: Sequence[TokenExample]) -> Batch:
         np.concatenate(counts).astype(np.float32)[None],
         np.array([len(ids) for ids in inputs], dtype=np.int32),
         is_stream=True,
+        first_row=first_row,
     )

@@ -95,7 +95,8 @@ class _FusedBlock:
                 for joint, linears in zip(biases, layers)
                 if any(bias is not None for bias in joint)
             ]
-        seed = elementwise.dropout_seed() if any(branch.p for branch in branches) else 0
+        drops = any(branch.p for branch in branches)
+        seed = elementwise.dropout_seed() if drops else (0, 0)
         learns = [*adapters, *fixed, *(layer.product.weight for layer in flat)]
         # Neither in nor below this block is anything trained: no way back leads through it.
         idle = (self._bottom or x.is_stop_grad()) and all(p.is_stop_grad() for p in learns)

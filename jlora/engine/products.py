@@ -75,7 +75,8 @@ class FrozenProduct:
         if branch is None or self.trains_bias:
             return None
         if branch.p:
-            branch = replace(branch, seed=elementwise.dropout_seed())
+            seed, first_row = elementwise.dropout_seed()
+            branch = replace(branch, seed=seed, first_row=first_row)
         return self.packed.with_lora(x, self.bias, branch)
 
     def release(self, modules) -> None:
