@@ -17,6 +17,7 @@ from jlora.engine.products import (
     PACKED,
     FrozenProduct,
     PackedEmbedding,
+    PackedHead,
     PackedOnly,
     TrainedProduct,
 )
@@ -165,14 +166,17 @@ def _check(model, precision: str) -> None:
 def _pack(model, precision: str, keep_weights: bool) -> None:
     trainable, follows = _trainable(model), packed_linear.tiles() is not None
     head = getattr(model, "output_embedding", None)
+    head_layer = getattr(model, "head_layer", None)
     for module in model.modules():
         is_lora = type(module) in LORA
         if type(module) is LanguageHead:
+            if head_layer is not None:
+                continue  # the layer is called in its place
             weight, bias, transposed = head, None, False
         elif is_lora or type(module) in PACKED:
             weight, bias = module.weight, module.bias
             transposed = module.fan_in_fan_out if is_lora else isinstance(module, layers.Conv1D)
-            if weight is head:
+            if weight is head and module is not head_layer:
                 continue  # the models hand its weight to LanguageHead and never call the layer
         else:
             continue
@@ -190,7 +194,7 @@ def _pack(model, precision: str, keep_weights: bool) -> None:
             module._packed = product
             module.__class__ = PACKED[type(module)]
         if not keep_weights:
-            release = _release_head if weight is head else _release
+            release = _release_head if type(module) is PackedHead else _release
             release(model, product, module)
             del weight
             jt.gc()  # at once, so that the two copies of all weights are never there together

@@ -104,5 +104,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise UserError(f"{path}: not JSON: nested too deep; get the file anew") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds {type(value).__name__}, not settings; get the file anew")
+        kind = "null" if value is None else type(value).__name__
+        raise UserError(f"{path}: holds {kind}, not settings; get the file anew")
     return value
