@@ -16,9 +16,10 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from jlora.system.console import say
 from jlora.system.errors import UserError
 from jlora.system.files import atomic_path, check_writable, os_error, write_text
-from jlora.data.pull_models import WHEELS, cache_folder, pull, say
+from jlora.data.pull_models import WHEELS, cache_folder, pull
 
 #: No file of these datasets has half as much; a server that sends more sends something else.
 LARGEST = 100_000_000

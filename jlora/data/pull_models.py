@@ -20,6 +20,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from jlora.system.console import say
 from jlora.system.errors import UserError
 from jlora.system.files import (
     atomic_path,
@@ -266,8 +267,3 @@ def by_hand(name: str) -> str:
         f"download config.json, model.safetensors and tokenizer.json from "
         f"https://huggingface.co/{name}/tree/main and put them into {model_folder(name)}"
     )
-
-
-def say(message: str) -> None:
-    """A progress line; standard output stays free for results."""
-    print(f"jlora: {message}", file=sys.stderr, flush=True)
