@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jlora.system.errors import UserError
 from jlora.data.readers import shorten
+from jlora.system.errors import UserError
 
 NO_SEPARATOR = -1  # as a separator_id: the completion follows the prompt at once
 

@@ -16,10 +16,10 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from jlora.data.pull_models import WHEELS, cache_folder, pull
 from jlora.system.console import say
 from jlora.system.errors import UserError
 from jlora.system.files import atomic_path, check_writable, os_error, write_text
-from jlora.data.pull_models import WHEELS, cache_folder, pull
 
 #: No file of these datasets has half as much; a server that sends more sends something else.
 LARGEST = 100_000_000
@@ -121,7 +121,8 @@ def pull_any(name: str) -> Path:
     """Fetch a dataset or a model, whichever has that name; its folder.
 
     Raises:
-        UserError: see `pull_dataset` and `jlora.data.pull_models.pull`; a near miss of a known name is named.
+        UserError: see `pull_dataset` and `jlora.data.pull_models.pull`; the message has the nearest
+            known name.
     """
     if name in DATASETS:
         return pull_dataset(name)

@@ -20,6 +20,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from jlora.data.tokenizer import Tokenizer
+from jlora.formats.gguf_file import read_gguf
+from jlora.formats.safetensors_file import write_safetensors
 from jlora.system.console import say
 from jlora.system.errors import UserError
 from jlora.system.files import (
@@ -30,9 +33,6 @@ from jlora.system.files import (
     sha256_of,
     write_text,
 )
-from jlora.formats.gguf_file import read_gguf
-from jlora.formats.safetensors_file import write_safetensors
-from jlora.data.tokenizer import Tokenizer
 
 #: OpenAI's encoder.json and vocab.bpe, which all sizes of GPT-2 share.
 GPT2_TOKENIZER = "gpt2-tokenizer"

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jlora.system.console import say
-from jlora.system.errors import UserError
-from jlora.system.files import atomic_path, read_text
 from jlora.formats.safetensors_file import one_line
+from jlora.system.console import say
+from jlora.system.errors import UserError, kind_of
+from jlora.system.files import atomic_path, read_text
 
 #: Files that make a tokenizer, in the order in which they are looked for.
 TOKENIZER_FILES = (
@@ -41,7 +41,7 @@ GGUF_PRE = {
 #: Architecture -> `tokenizer.ggml.pre` of every model of it, for files that do not say it. Llama's
 #: models differ (Llama 3, SmolLM), so there nothing is assumed.
 ASSUMED_PRE = {"gpt2": "gpt-2", "qwen2": "qwen2"}
-#: Texts behind which another one is encoded, see `Tokenizer.encode_after`; nothing merges with them.
+#: Texts behind which another one is encoded, see `Tokenizer.encode_after`.
 ANCHORS = ("\n", "a", ".")
 #: jlora's own key in GGUF for `Tokenizer.separator_id`.
 GGUF_SEPARATOR = "jlora.separator_id"
@@ -338,7 +338,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); download it again") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object is expected, found {type(value).__name__}")
+        raise UserError(f"{path}: a JSON object is expected, found {kind_of(value)}")
     return value
 
 

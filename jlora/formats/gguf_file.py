@@ -22,6 +22,7 @@ import numpy as np
 from jlora.formats.safetensors_file import one_line, placeholder
 from jlora.system.errors import UserError
 from jlora.system.files import os_error
+from jlora.system.text import check_no_pointer
 
 QUANTIZATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
@@ -242,7 +243,9 @@ def open_gguf(path: Path) -> Any:
 
     try:
         with open(path, "rb") as handle:
-            if handle.read(4) != b"GGUF":
+            head = handle.read(64)
+            check_no_pointer(head, path)
+            if head[:4] != b"GGUF":
                 raise UserError(f"{path}: not a GGUF file (it does not begin with `GGUF`)")
         reader = Reader(path)
         if sum(int(tensor.n_bytes) for tensor in reader.tensors) > len(reader.data):

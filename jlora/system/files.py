@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jlora.system.errors import UserError
+from jlora.system.text import decode_text
 
 
 def os_error(action: str, path: str | Path, error: OSError) -> UserError:
@@ -181,24 +182,16 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 text file.
+    """Read a UTF-8 text file; a byte order mark is dropped.
 
     Raises:
-        UserError: the file is missing, unreadable, or not UTF-8 (with the line of the first bad
-            byte).
+        UserError: the file is missing or unreadable, or as `jlora.system.text.decode_text`.
     """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise os_error("read", path, error) from error
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}:{line}: not UTF-8 text (byte 0x{data[error.start]:02x}); "
-            "convert it, for example with `iconv -f LATIN1 -t UTF-8`"
-        ) from error
+    return decode_text(data, path)
 
 
 def check_writable(folder: str | Path) -> None:

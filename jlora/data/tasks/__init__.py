@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jlora.data.batches import Example
-from jlora.system.errors import UserError
 from jlora.data.pull_datasets import DATASETS, data_cache
+from jlora.system.errors import UserError
 
 # Modules are imported when their task is asked for.
 NAMES = ("e2e", "webnlg", "dart", "boolq", "jsonl", "restaurants")

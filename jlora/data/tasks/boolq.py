@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from jlora.data.batches import Example
-from jlora.system.errors import UserError
-from jlora.system.files import check_absent, write_text
 from jlora.data.readers import json_lines, string_field
 from jlora.data.tasks import Task
+from jlora.system.errors import UserError
+from jlora.system.files import check_absent, write_text
 
 #: "replication" is the prompt of an earlier Jittor replication (Brian-csh/ANN-Jittor-Lora).
 TEMPLATES = {
@@ -31,6 +31,7 @@ TEMPLATES = {
 }
 FIELDS = ("passage", "question", "title")
 LAYOUTS = ("superglue", "original")
+FORM = '{"question": "...", "passage": "...", "answer": true}'
 
 # Between title and passage in SuperGLUE's files.
 _DASH = " -- "
@@ -55,7 +56,7 @@ def read_rows(path: str | Path, need_answers: bool = False) -> list[Row]:
     """
     rows: list[Row] = []
     superglue = False
-    for number, row in json_lines(path):
+    for number, row in json_lines(path, FORM):
         if not rows:
             superglue = "label" in row or "idx" in row
         if superglue and "answer" in row or not superglue and "label" in row:
@@ -63,9 +64,9 @@ def read_rows(path: str | Path, need_answers: bool = False) -> list[Row]:
                 f"{path}:{number}: the original layout (answer) and SuperGLUE's (label) in one "
                 "file; keep to one, `jlora data convert` changes files"
             )
-        question = string_field(row, "question", path, number)
-        passage = string_field(row, "passage", path, number)
-        title = string_field(row, "title", path, number) if "title" in row else ""
+        question = string_field(row, "question", path, number, FORM)
+        passage = string_field(row, "passage", path, number, FORM)
+        title = string_field(row, "title", path, number, FORM) if "title" in row else ""
         if superglue and not title and _DASH in passage:
             title, passage = passage.split(_DASH, 1)
         if not question.strip() or not passage.strip():
@@ -74,7 +75,8 @@ def read_rows(path: str | Path, need_answers: bool = False) -> list[Row]:
         answer = row.get("label" if superglue else "answer")
         # The same in numbers is what Hugging Face's exports have, -1 being "not public".
         if answer is not None and not (isinstance(answer, int) and answer in (-1, 0, 1)):
-            raise UserError(f"{path}:{number}: the answer is {answer!r}, not true or false")
+            quotes = "; write it without quotes" if answer in ("true", "false") else ""
+            raise UserError(f"{path}:{number}: the answer is {answer!r}, not true or false{quotes}")
         if answer == -1:
             answer = None
         if answer is None and need_answers:

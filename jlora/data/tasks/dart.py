@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from jlora.data.batches import Example
-from jlora.system.errors import UserError
 from jlora.data.readers import json_document
 from jlora.data.tasks import Task
 from jlora.data.tasks.jsonl import holds_pairs, read_pairs
 from jlora.data.tasks.webnlg import METRICS, check_text, read_entries, triples_to_prompt
+from jlora.system.errors import UserError, kind_of
 
 
 def entry_prompt(entry: dict[str, Any]) -> str:
@@ -29,7 +29,10 @@ def entry_prompt(entry: dict[str, Any]) -> str:
         KeyError, TypeError, ValueError, AttributeError: the entry has another shape.
     """
     return triples_to_prompt(
-        [(subject, relation.lower(), value) for subject, relation, value in entry["tripleset"]]
+        [
+            (subject, check_text(relation).lower(), value)
+            for subject, relation, value in entry["tripleset"]
+        ]
     )
 
 
@@ -52,12 +55,10 @@ def read(path: str | Path) -> list[Example]:
     """
     if holds_pairs(path):
         return read_pairs(path)
-    document = json_document(path)
+    forms = "give DART's JSON, or prompt/completion JSON Lines named .jsonl"
+    document = json_document(path, forms)
     if not isinstance(document, list):
-        raise UserError(
-            f"{path}: no list of entries; give DART's JSON, or prompt/completion JSON Lines named "
-            ".jsonl"
-        )
+        raise UserError(f"{path}: no list of entries but {kind_of(document)}; {forms}")
     return read_entries(path, document, entry_examples)
 
 

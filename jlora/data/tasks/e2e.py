@@ -17,10 +17,10 @@ import re
 from pathlib import Path
 
 from jlora.data.batches import Example
-from jlora.system.errors import UserError
-from jlora.data.readers import csv_rows, text_lines
+from jlora.data.readers import csv_rows, looks_like, text_lines
 from jlora.data.tasks import Task
 from jlora.data.tasks.jsonl import read_pairs
+from jlora.system.errors import UserError
 
 KINDS = (
     "`context||target` text, CSV with the columns mr and ref, "
@@ -54,7 +54,8 @@ def read_text_pairs(path: str | Path) -> list[Example]:
         if len(parts) != 2:
             found = "no `||`" if len(parts) == 1 else f"{len(parts) - 1} times `||`"
             raise UserError(
-                f"{path}:{number}: {found} in the line; write `context||target` (read are: {KINDS})"
+                f"{path}:{number}: {found} in the line{looks_like(path) if not examples else ''}; "
+                f"write `context||target` (read are: {KINDS})"
             )
         context, target = parts[0], parts[1].strip()
         if not context.strip() or not target:
@@ -133,7 +134,9 @@ def detect_reader(path: str | Path):
     by_extension = {".csv": read_csv_pairs, ".jsonl": read_pairs, ".txt": read_text_pairs}
     reader = by_extension.get(Path(path).suffix.lower())
     if reader is None:
-        raise UserError(f"{path}:{number}: not a file of E2E data; read are: {KINDS}")
+        raise UserError(
+            f"{path}:{number}: not a file of E2E data{looks_like(path)}; read are: {KINDS}"
+        )
     return reader
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from jlora.data.batches import Example
-from jlora.system.errors import UserError
 from jlora.data.readers import json_lines, string_field, text_lines
 from jlora.data.tasks import Task
+from jlora.system.errors import UserError
 
 
 def read_pairs(path: str | Path) -> list[Example]:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jlora.data.batches import Example
+from jlora.data.tasks import Task, e2e
 from jlora.system.errors import UserError
 from jlora.system.files import write_text
-from jlora.data.tasks import Task, e2e
 
 # Inputs of each split; test and valid are drawn first, so that train may grow without moving them.
 INPUTS = {"test": 100, "valid": 60, "train": 600}

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jlora.data.readers import json_document, json_lines, looks_like, text_lines
+from jlora.data.tasks import dart, webnlg
 from jlora.system.errors import UserError
 from jlora.system.files import atomic_path, check_absent
-from jlora.data.readers import json_document, json_lines, text_lines
-from jlora.data.tasks import dart, webnlg
 
 PARTS = {2: ("train", "test"), 3: ("train", "valid", "test")}
 
@@ -84,8 +84,8 @@ def read_groups(path: str | Path) -> tuple[dict[Any, list[Any]], Any]:
         return group([(row_key(row), lines[n]) for n, row in json_lines(path)]), join_lines
     if not first.startswith(("{", "[")):
         raise UserError(
-            f"{path}: not of a kind that can be split: JSON Lines, `context||target` text, or the "
-            "JSON of WebNLG or DART"
+            f"{path}: not of a kind that can be split{looks_like(path)}; give JSON Lines, "
+            "`context||target` text, or the JSON of WebNLG or DART"
         )
     document = json_document(path)
     if isinstance(document, dict):

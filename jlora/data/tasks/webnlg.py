@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from jlora.data.batches import Example
-from jlora.system.errors import UserError
 from jlora.data.readers import json_document
 from jlora.data.tasks import Task
 from jlora.data.tasks.jsonl import holds_pairs, read_pairs
+from jlora.system.errors import UserError, kind_of
+
+FORMS = "give the JSON of the WebNLG challenge 2017, or prompt/completion JSON Lines named .jsonl"
 
 #: Categories of the training set; the test set has five more, whose entries are "unseen".
 SEEN = (
@@ -33,7 +35,7 @@ METRICS = ("multi-BLEU", "METEOR-WebNLG", "TER", "chrF++", "sacreBLEU")
 
 def triples_to_prompt(triples: list[tuple[str, str, str]]) -> str:
     """``[(subject, property, object), ...]`` -> ``subject : property : object | ...``."""
-    return check_text(" | ".join(" : ".join(triple) for triple in triples))
+    return " | ".join(" : ".join(map(check_text, triple)) for triple in triples)
 
 
 def entry_prompt(entry: dict[str, Any]) -> str:
@@ -63,13 +65,13 @@ def entry_examples(entry: dict[str, Any]) -> Iterator[Example]:
 
 
 def check_text(text: Any) -> str:
-    """The text itself, not even stripped, as the reference takes it.
+    """The text itself, not even stripped, as in the reference.
 
     Raises:
-        TypeError, ValueError: it is none, or holds half of a surrogate pair.
+        TypeError, ValueError: it is no string, or holds half of a surrogate pair.
     """
     if not isinstance(text, str):
-        raise TypeError(f"a text is a {type(text).__name__}")
+        raise TypeError(f"a text is {kind_of(text)}")
     text.encode("utf-8")
     return text
 
@@ -82,12 +84,9 @@ def read(path: str | Path) -> list[Example]:
     """
     if holds_pairs(path):
         return read_pairs(path)
-    document = json_document(path)
+    document = json_document(path, FORMS)
     if not isinstance(document, dict) or not isinstance(document.get("entries"), list):
-        raise UserError(
-            f'{path}: no {{"entries": [...]}}; give the JSON of the WebNLG challenge 2017, or '
-            "prompt/completion JSON Lines named .jsonl"
-        )
+        raise UserError(f'{path}: no {{"entries": [...]}} but {kind_of(document)}; {FORMS}')
     return read_entries(path, document["entries"], entry_examples)
 
 
@@ -108,7 +107,7 @@ def read_entries(path: str | Path, entries: list[Any], examples_of: Any) -> list
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(
-                f"{path}: entry {number} has not the shape of this dataset ({reason}); mend or "
+                f"{path}: entry {number} has not the shape of this dataset ({reason}); fix or "
                 "remove it"
             ) from error
     if not examples:
