@@ -181,7 +181,7 @@ def choice_logprobs(
         encoded: prompts as tokens, the separator included.
         choices: answers as texts.
     """
-    ends = model.tokenizer.encode_batch([" " + choice for choice in choices])
+    ends = model.tokenizer.encode_after([" " + choice for choice in choices])
     # Equal prompts with other answers stand together; like lengths too, as in training. The longest
     # come first: what Jittor keeps of freed memory serves smaller arrays, never larger ones.
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
