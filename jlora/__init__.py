@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import types
 
 _NAMES = {
     "load": "jlora.models.hub",
@@ -58,5 +59,11 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-# `from jlora.runtime import jt, nn` is what users write; the module stands in its folder.
-sys.modules["jlora.runtime"] = importlib.import_module("jlora.system.runtime")
+class _Runtime(types.ModuleType):
+    """`jlora.runtime`, as users write it; the module that it stands for is read when needed."""
+
+    def __getattr__(self, name: str):
+        return getattr(importlib.import_module(_MODULES["runtime"]), name)
+
+
+sys.modules["jlora.runtime"] = _Runtime("jlora.runtime", _Runtime.__doc__)

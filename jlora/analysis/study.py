@@ -25,7 +25,6 @@ from jlora.layers import Conv1D
 from jlora.models.hub import load
 from jlora.runs.adapter_file import AdapterFile, run_of, say
 from jlora.system.errors import UserError
-from jlora.system.files import check_writable, write_text
 from jlora.system.runtime import nn
 
 
@@ -248,16 +247,3 @@ def base_weight(base: nn.Module, update: Update, path: Path) -> np.ndarray:
             f"the model's is {W.shape}; give the adapter's own --model"
         )
     return W[update.rows]
-
-
-def write_study(study: Study, folder: Path) -> list[Path]:
-    """analysis.json and the figures.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    from jlora.analysis import figures
-
-    check_writable(folder)
-    write_text(folder / "analysis.json", study.to_json())
-    return [folder / "analysis.json", *figures.draw(study, folder)]

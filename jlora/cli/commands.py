@@ -254,7 +254,8 @@ def run_convert(arguments: argparse.Namespace) -> int:
 
 def run_analyze(arguments: argparse.Namespace) -> int:
     from jlora.adapters.loralib import is_loralib
-    from jlora.analysis.study import analyze, write_study
+    from jlora.analysis.figures import write_study
+    from jlora.analysis.study import analyze
     from jlora.analysis.tables import tables
     from jlora.runs.adapter_file import AdapterFile
     from jlora.system.files import check_writable
