@@ -81,7 +81,7 @@ def read_updates(
 
     Args:
         path: what to call the adapter.
-        folder: the adapter folder (of a run, see `opening.run_of`) or the .pt file.
+        folder: the adapter folder (of a run, see `jlora.runs.adapter_file.run_of`) or the .pt file.
         lora_alpha, enable_lora: of a .pt file, which says neither.
 
     Raises:
