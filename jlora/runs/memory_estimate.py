@@ -16,16 +16,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jlora.system.runtime import nn
 from jlora import engine, layers
 from jlora.adapters.model import add_adapter
 from jlora.adapters.partial import add_biases, trained_names
-from jlora.runs.recipe import Recipe
 from jlora.data.batches import epoch_batches
+from jlora.decoding.native_decoder import PROMPT_TOKENS, SLAB
 from jlora.kernels import packed_linear
 from jlora.models import llama
 from jlora.models.hub import Outline
-from jlora.decoding.native_decoder import PROMPT_TOKENS, SLAB
+from jlora.runs.recipe import Recipe
+from jlora.system.runtime import nn
 
 MIB = 1 << 20
 FLOAT = 4  # bytes
