@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jlora.system import machine, runtime
@@ -141,6 +143,25 @@ def test_seed_repeats_every_generator():
     assert draw() == first
     runtime.set_seed(8)
     assert draw() != first
+
+
+@pytest.mark.parametrize("seed", [0, 110, 4_294_012_882, 2**32 - 1])
+def test_seeds_that_numpy_takes_are_handed_on_as_they_are(seed):
+    runtime.set_seed(seed)
+    found = np.random.random(), random.random(), runtime.jt.rand(3).numpy().tolist()
+    np.random.seed(seed)
+    random.seed(seed)
+    runtime.jt.set_seed(seed)
+    assert found == (np.random.random(), random.random(), runtime.jt.rand(3).numpy().tolist())
+
+
+def test_larger_seeds_differ():
+    drawn = []
+    for seed in (7, 2**32 + 7, 2**33 + 7, 2**63, 2**63 * 1_000_003 + 5):
+        for _ in range(2):
+            runtime.set_seed(seed)
+            drawn.append((np.random.randint(2**31), random.random(), runtime.jt.rand(1).item()))
+    assert drawn[::2] == drawn[1::2] and len(set(drawn)) == 5
 
 
 def test_onednn_has_headers_and_library():

@@ -65,18 +65,25 @@ def set_verbose(verbose: bool = True) -> None:
 def set_seed(seed: int) -> None:
     """Seed Jittor, NumPy and Python's own random numbers.
 
-    Jittor's are others in each process of a run (its dropout must not drop the same of every
-    share of a batch); those of the other two are the same.
+    Of a run's processes each has other numbers from Jittor, whose dropout would otherwise drop the
+    same places in every share of a batch; those of the other two are the same.
+
+    Args:
+        seed: not negative, of any size. Jittor takes 32 bits; a larger seed is hashed to that.
     """
     import random
 
     import numpy as np
 
     rank = distributed.world().rank
+    jittors, numpys = seed, seed
+    if seed >= 2**32:
+        words = [seed >> shift & 0xFFFFFFFF for shift in range(0, seed.bit_length(), 32)]
+        jittors, numpys = int(np.random.SeedSequence(seed).generate_state(1)[0]), words
     # It seeds the other two as well, so it comes first.
-    __getattr__("jt").set_global_seed((seed + 1_000_003_001 * rank) % 2**31 if rank else seed)
+    __getattr__("jt").set_global_seed((jittors + 1_000_003_001 * rank) % 2**31 if rank else jittors)
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(numpys)
 
 
 def release_memory() -> None:
