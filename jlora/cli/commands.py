@@ -37,7 +37,7 @@ def refuse(arguments: argparse.Namespace, names: Iterable[str], why: str) -> Non
         UserError: one of them is given.
     """
     for name in names:
-        if getattr(arguments, name) not in (None, False):
+        if getattr(arguments, name) is not None and getattr(arguments, name) is not False:
             option = "--" + name.replace("_", "-")
             raise UserError(f"{option} {why}; leave it out")
 

@@ -167,9 +167,55 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = parse_yaml(read_text(path), str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a YAML mapping, such as `model: smollm2-135m`")
+    trainer = trainer_of(values)
+    if trainer is not None:
+        raise UserError(
+            f"{path}: this looks like a file of {trainer}, whose settings have other names here; "
+            "write a recipe (docs/recipes.md), or begin with `jlora finetune --model MODEL --data "
+            "FOLDER`"
+        )
     for override in overrides:
         apply_override(values, override)
     return make_recipe(values, f"{path} with the options given" if overrides else str(path))
+
+
+#: Settings by which a file of another trainer is known.
+TRAINERS = {
+    "mlx-lm": {
+        "lora_parameters", "fine_tune_type", "iters", "adapter_path", "num_layers", "val_batches",
+        "steps_per_report", "steps_per_eval", "grad_checkpoint", "mask_prompt", "lora_layers",
+        "max_seq_length", "save_every",
+    },
+    "Axolotl": {
+        "base_model", "datasets", "adapter", "sequence_len", "micro_batch_size", "lora_r",
+        "lora_target_modules", "lora_target_linear", "val_set_size", "num_epochs",
+    },
+    "LLaMA-Factory": {
+        "model_name_or_path", "stage", "do_train", "finetuning_type", "template", "cutoff_len",
+        "lora_rank", "lora_target", "dataset_dir", "overwrite_output_dir",
+    },
+    "LitGPT": {"checkpoint_dir", "lora_query", "lora_key", "lora_value", "lora_r", "lora_head"},
+    "torchtune": {"tokenizer", "checkpointer", "optimizer", "lr_scheduler", "lora_attn_modules"},
+}  # fmt: skip
+
+
+def trainer_of(values: dict[str, Any]) -> str | None:
+    """Whose file a mapping of settings looks like, and by what; None: it may be jlora's."""
+    found = {
+        trainer: [str(name) for name in values if name in names]
+        for trainer, names in TRAINERS.items()
+    }
+    if isinstance(values.get("data"), str) and isinstance(values.get("train", True), bool):
+        found["mlx-lm"].insert(0, "data: a path")
+    if isinstance(values.get("train"), bool):
+        found["mlx-lm"].insert(0, f"train: {str(values['train']).lower()}")
+    for name, value in values.items():
+        if isinstance(value, dict) and "_component_" in value:  # a class path
+            found["torchtune"].append(f"{name}._component_")
+    trainer, marks = max(found.items(), key=lambda item: len(item[1]))
+    if len(marks) >= 2 or isinstance(values.get("train"), bool):
+        return f"{trainer} ({', '.join(marks[:3])})"
+    return None
 
 
 def load_run_recipe(path: Path) -> Recipe | None:
