@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def packaged(monkeypatch) -> set[str]:
-    """The files that setuptools would put into a wheel, as pyproject.toml says; nothing is built."""
+    """The files that setuptools would put into a wheel by pyproject.toml; nothing is built."""
     dist_module = pytest.importorskip("setuptools.dist")
     monkeypatch.chdir(ROOT)
     dist = dist_module.Distribution({"script_name": "setup.py"})
