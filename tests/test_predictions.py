@@ -94,7 +94,7 @@ def line(**changes):
     [
         ({"prediction": "a"}, ":2: no key 'prompt'"),
         ({"prompt": "a"}, ":2: no key 'prediction'"),
-        ({"prompt": "a", "prediction": 3}, ":2: 'prediction' is a int"),
+        ({"prompt": "a", "prediction": 3}, ":2: 'prediction' is a number"),
         ({"hypotheses": {}}, ":2: 'hypotheses' is not a list"),
         ({"hypotheses": ["a"]}, ":2: a hypothesis is a string, not an object"),
         ({"hypotheses": [{"text": "a"}]}, ":2: a hypothesis has no key 'ids'"),

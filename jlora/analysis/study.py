@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jlora.adapters.storage import check_base
+from jlora.adapters.base_model import check_base
 from jlora.analysis.subspaces import (
     Amplification,
     amplification,

@@ -138,9 +138,10 @@ def read_predictions(path: str | Path) -> list[Prediction]:
         UserError: a line is not a prediction (with file and line), or the file has none.
     """
     predictions = []
-    for number, row in json_lines(path):
-        prompt = string_field(row, "prompt", path, number)
-        text = string_field(row, "prediction", path, number)
+    form = '{"prompt": "...", "prediction": "..."}'
+    for number, row in json_lines(path, form):
+        prompt = string_field(row, "prompt", path, number, form)
+        text = string_field(row, "prediction", path, number, form)
         hypotheses = row.get("hypotheses", [])
         if not isinstance(hypotheses, list):
             raise UserError(f"{path}:{number}: 'hypotheses' is not a list")

@@ -237,7 +237,7 @@ def choice_logprobs(
     Raises:
         UserError: a prompt leaves no room for an answer in the model's context.
     """
-    ends = model.tokenizer.encode_batch([" " + choice for choice in choices])
+    ends = model.tokenizer.encode_after([" " + choice for choice in choices])
     longest, context = max(map(len, ends)), model.config.max_positions
     for number, ids in enumerate(encoded, start=1):
         if len(ids) + longest - 1 > context:

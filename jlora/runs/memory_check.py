@@ -145,7 +145,7 @@ def check_fits(recipe: Recipe, data: RunData) -> None:
         UserError: it does not, with the settings that would make it fit.
     """
     here = world()
-    limit = machine.memory_limit() // here.local_size
+    limit = machine.usable_memory(here.local_size)
     share = -(-recipe.train.batch_size // here.size)
     recipe = replace(recipe, train=replace(recipe.train, batch_size=share))
     texts = texts_of(data)
@@ -156,7 +156,7 @@ def check_fits(recipe: Recipe, data: RunData) -> None:
     advice = way_out(found, advise(recipe, texts, limit), limit)
     raise UserError(
         f"this run takes about {gigabytes(found.peak)} of memory{each} (to {found.peak_stage}), "
-        f"and this machine has {gigabytes(limit)}{each}; {advice}. "
+        f"and this machine has {gigabytes(limit)} free{each}; {advice}. "
         "`jlora estimate` shows the parts; --no-memory-check runs it all the same"
     )
 
@@ -199,7 +199,8 @@ def report(recipe: Recipe) -> tuple[str, dict[str, Any]]:
         )
     lines.append(
         f"precision {found.precision}; largest batch {found.batch.tokens:,} tokens. Peak "
-        f"{gigabytes(found.peak)}, to {found.peak_stage}; this machine has {gigabytes(limit)}."
+        f"{gigabytes(found.peak)}, to {found.peak_stage}; this machine has {gigabytes(limit)}, "
+        f"{gigabytes(machine.available_memory())} of it free."
     )
     fits = found.peak <= limit
     for settings, smaller in steps:
