@@ -18,7 +18,7 @@ from jlora.system.errors import UserError
 from jlora.system.files import check_writable, read_text
 
 #: What the report of a sweep writes beside the runs.
-REPORT_FILES = ("report.html", "table.md", "table.png", "loss.png")
+REPORT_FILES = ("report.html", "table.md", "loss.png")
 
 
 def grid_cases(grid: Sequence[str]) -> dict[str, list[str]]:
