@@ -18,7 +18,7 @@ from jlora.data.tasks import get_task
 from jlora.decoding.beam import BeamConfig
 from jlora.engine import PRECISIONS
 from jlora.system.console import say, warn
-from jlora.system.errors import UserError
+from jlora.system.errors import UserError, one_line
 from jlora.system.files import read_text
 from jlora.training.loggers import LOGGERS
 from jlora.training.loop import TrainConfig
@@ -153,9 +153,9 @@ def parse_yaml(text: str, source: str, lines: bool = True) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark and lines else source
         reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-        raise UserError(f"{where}: not YAML ({_one_line(reason)}); mend it") from error
+        raise UserError(f"{where}: not YAML ({one_line(reason)}); fix it") from error
     except (ValueError, RecursionError) as error:  # an impossible date, say
-        raise UserError(f"{source}: not YAML ({_one_line(error)}); put texts in quotes") from error
+        raise UserError(f"{source}: not YAML ({one_line(error)}); put texts in quotes") from error
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -419,16 +419,12 @@ def _pydantic_message(error: Any, values: dict[str, Any]) -> str:
             else:
                 break
         name = ".".join(names)
-        rule = _one_line(item["msg"]).replace("Input should", "should")
+        rule = one_line(item["msg"]).replace("Input should", "should")
         if name in problems:
             problems[name] += f", or {rule}"
         else:
-            problems[name] = f"{name} is {_one_line(repr(found))[:60]}: {rule}"
+            problems[name] = f"{name} is {one_line(repr(found))[:60]}: {rule}"
     return "; ".join(list(problems.values())[:3])
-
-
-def _one_line(text: Any) -> str:
-    return " ".join(str(text).split())
 
 
 def dump_recipe(recipe: Recipe) -> str:
