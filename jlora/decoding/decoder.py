@@ -109,13 +109,3 @@ def check_finite(values: np.ndarray) -> None:
             "the model's logits are not finite: the weights are damaged or the training diverged; "
             "use an earlier adapter or train with a lower learning rate"
         )
-
-
-def check_setting(holds: bool, name: str, value, rule: str) -> None:
-    """Refuse a setting.
-
-    Raises:
-        UserError: ``holds`` is false.
-    """
-    if not holds:
-        raise UserError(f"{name} is {value}, but must be {rule}")

@@ -20,6 +20,7 @@ from jlora.engine import PRECISIONS
 from jlora.system.console import say, warn
 from jlora.system.errors import UserError, one_line
 from jlora.system.files import read_text
+from jlora.system.settings import check_choice, check_least
 from jlora.training.loggers import LOGGERS
 from jlora.training.loop import TrainConfig
 
@@ -42,6 +43,25 @@ class DataConfig:
     valid_stride: int = 1  # every n-th validation example, from the first
     test_limit: int | None = None  # only so many test inputs, evenly spaced
 
+    def __post_init__(self):
+        """Raises UserError for a value that makes no sense."""
+        task = get_task(self.task)
+        task.find_template(self.template)
+        if self.metrics is not None:
+            if task.choices:
+                raise UserError(
+                    f"task {task.name} is scored by accuracy alone; leave data.metrics out"
+                )
+            from jlora.metrics import check_names
+
+            check_names(self.metrics)
+        if self.valid_stride < 1:
+            raise UserError(f"data.valid_stride must be at least 1, not {self.valid_stride}")
+        for name in ("train_limit", "test_limit", "max_prompt"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                raise UserError(f"data.{name} must be at least 1, or null for all, not {limit}")
+
 
 @dataclass(frozen=True)
 class DecodeConfig(BeamConfig):
@@ -49,6 +69,10 @@ class DecodeConfig(BeamConfig):
 
     eos_token_ids: list[int] | None = None  # None: the end token of training
     adapter: str = "best"  # of the validations; or "last"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("decode.adapter", self.adapter, ("best", "last"))
 
 
 @dataclass
@@ -68,6 +92,21 @@ class Recipe:
     checkpoint_activations: bool = False  # less memory in training, a third more time
     score_before: bool = False  # also score the untouched model on the test inputs
     log: list[str] = field(default_factory=list)  # more loggers: wandb, tensorboard, swanlab
+
+    def __post_init__(self):
+        """Raises UserError for a value that makes no sense."""
+        if not self.model.strip():
+            raise UserError("model is empty; name one, such as smollm2-135m")
+        check_choice("method", self.method, ("lora", *METHODS))
+        check_least(self, 1, "top_layers")
+        check_precision(self.precision)
+        if self.checkpoint_activations and self.precision in ("plain", "fp32"):
+            raise UserError(
+                "checkpoint_activations works with precision bf16 or int8, not with "
+                f"{self.precision}"
+            )
+        for name in self.log:
+            check_choice("log", name, LOGGERS)
 
 
 def find_recipe(name: str) -> Path:
@@ -332,55 +371,16 @@ def make_recipe(values: dict[str, Any], source: str) -> Recipe:
     if values.get("model") is None:
         raise UserError(f"{source}: no model given; add one, such as `model: smollm2-135m`")
     try:
-        recipe = pydantic.TypeAdapter(Recipe).validate_python(values)
-        _check_values(recipe)
+        return pydantic.TypeAdapter(Recipe).validate_python(values)
     except pydantic.ValidationError as error:
         raise UserError(f"{source}: {_pydantic_message(error, values)}") from error
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    return recipe
-
-
-def _check_values(recipe: Recipe) -> None:
-    task = get_task(recipe.data.task)
-    task.find_template(recipe.data.template)
-    if recipe.data.metrics is not None:
-        if task.choices:
-            raise UserError(f"task {task.name} is scored by accuracy alone; leave data.metrics out")
-        from jlora.metrics import check_names
-
-        check_names(recipe.data.metrics)
-    recipe.train.check()
-    check_choice("decode.adapter", recipe.decode.adapter, ("best", "last"))
-    check_precision(recipe.precision)
-    if recipe.checkpoint_activations and recipe.precision in ("plain", "fp32"):
-        raise UserError(
-            f"checkpoint_activations works with precision bf16 or int8, not with {recipe.precision}"
-        )
-    check_choice("method", recipe.method, ("lora", *METHODS))
-    if recipe.top_layers < 1:
-        raise UserError(f"top_layers must be at least 1, not {recipe.top_layers}")
-    for name in recipe.log:
-        check_choice("log", name, LOGGERS)
-    if not recipe.model.strip():
-        raise UserError("model is empty; name one, such as smollm2-135m")
-    if recipe.data.valid_stride < 1:
-        raise UserError(f"data.valid_stride must be at least 1, not {recipe.data.valid_stride}")
-    for name in ("train_limit", "test_limit", "max_prompt"):
-        limit = getattr(recipe.data, name)
-        if limit is not None and limit < 1:
-            raise UserError(f"data.{name} must be at least 1, or null for all, not {limit}")
 
 
 def check_precision(precision: str) -> None:
     """Raises UserError for a precision that there is not."""
     check_choice("precision", precision, ("auto", *PRECISIONS))
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises UserError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise UserError(f"{name} {value!r} is not one of {', '.join(choices)}")
 
 
 def _check_names(values: Any, kind: type, path: str, source: str) -> dict[str, Any]:
