@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from jlora.formats.torch_file import read_torch
 from jlora.models.random_gpt2 import CONTEXT, SIZES, VOCABULARY
 from jlora.system.console import say
 from jlora.system.errors import UserError
-from jlora.system.files import read_text
+from jlora.system.json_files import read_object
 
 #: Buffers that older checkpoints saved beside the weights; the models compute them themselves.
 BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$|\.position_ids$")
@@ -339,11 +338,8 @@ def check_no_adapter(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json as a dictionary."""
-    try:
-        config = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); download it again") from error
-    if not isinstance(config, dict) or "model_type" not in config:
+    config = read_object(path, "download it again")
+    if "model_type" not in config:
         raise UserError(f"{path}: not a model's config.json (no model_type)")
     return config
 
