@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from jlora.system.distributed import world
 from jlora.system.errors import UserError
@@ -218,8 +219,8 @@ def run_merge(arguments: argparse.Namespace) -> int:
     from jlora.system.files import check_absent
 
     check_absent(arguments.out)  # before a minute of loading
-    model, _ = open_model(arguments.base, adapter_file(arguments))
-    print(write_merged(model, arguments.out, arguments.dtype))
+    model, recipe = open_model(arguments.base, adapter_file(arguments))
+    print(write_merged(model, arguments.out, arguments.dtype, trained_tokens(model, recipe)))
     return 0
 
 
@@ -229,9 +230,23 @@ def run_export(arguments: argparse.Namespace) -> int:
     from jlora.system.files import check_absent
 
     check_absent(arguments.gguf)
-    model, _ = open_model(arguments.model, adapter_file(arguments))
-    print(export_gguf(model, arguments.gguf, arguments.type, not arguments.no_tokenizer))
+    model, recipe = open_model(arguments.model, adapter_file(arguments))
+    tokens = trained_tokens(model, recipe)
+    print(export_gguf(model, arguments.gguf, arguments.type, not arguments.no_tokenizer, tokens))
     return 0
+
+
+def trained_tokens(model: Any, recipe: Any) -> Any:
+    """The tokens round the completions in the adapter's run, where it is known."""
+    from jlora.adapters.trained_tokens import TrainedTokens
+
+    if recipe is None:
+        return TrainedTokens()
+    end, data = model.tokenizer and model.tokenizer.eos_token_id, recipe.data
+    return TrainedTokens(
+        end if data.separator_id is None else data.separator_id,
+        end if data.end_id is None else data.end_id,
+    )
 
 
 def run_convert(arguments: argparse.Namespace) -> int:
@@ -243,11 +258,17 @@ def run_convert(arguments: argparse.Namespace) -> int:
     if to_file == is_loralib(arguments.adapter):
         raise UserError("give a folder and a .pt file, or a .pt file and a folder")
     check_absent(arguments.out)
-    model, _ = open_model(arguments.model, adapter_file(arguments))
+    model, recipe = open_model(arguments.model, adapter_file(arguments))
     if to_file:
         print(loralib_note(model.save_loralib(arguments.out), model.lora_layers()))
     else:
         model.save_pretrained(arguments.out)
+    tokens, own = trained_tokens(model, recipe), model.tokenizer and model.tokenizer.eos_token_id
+    if {tokens.separator, tokens.end} - {None, own}:
+        print(
+            "an adapter's files do not say which tokens it was trained with: give "
+            f"--separator-id {tokens.separator} --end-id {tokens.end} to generate"
+        )
     print(f"written: {arguments.out}")
     return 0
 

@@ -163,6 +163,8 @@ def add_value(writer: Any, key: str, value: Any) -> None:
         writer.add_bool(key, value)
     elif isinstance(value, str):
         writer.add_string(key, value)
+    elif value < 0:
+        writer.add_int32(key, value)
     else:
         writer.add_uint32(key, value)
 

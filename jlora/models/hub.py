@@ -281,6 +281,8 @@ def read_gguf_checkpoint(
         nonlocal tokenizer
         if tokenizer is None and "tokenizer.ggml.model" in file.metadata:
             tokenizer = Tokenizer.from_gguf(file.metadata, path)
+        elif tokenizer is not None and tokenizer.eos_token_id is None:  # a bare tokenizer.json
+            tokenizer.eos_token_id = file.config["eos_token_id"]
         return Checkpoint(path, file.config, "its metadata", file.tensors, tokenizer)
 
     early = None if check is None else lambda file: check(checkpoint(file))
