@@ -106,8 +106,11 @@ def test_no_separator_is_kept_too(tmp_path, base):
         tokenizer = jlora.load(path).tokenizer
         ids = encode_example(Example("a", "b"), tokenizer).ids
         assert ids == [*tokenizer.encode("a"), *tokenizer.encode(" b"), 0]
-    # A merged model that is trained and written again keeps none of this.
+    # The merged model is trained with the same tokens, or with others, and written again.
     again = jlora.load(tmp_path / "out")
+    assert TrainedTokens.of(again.tokenizer, None, None) == TrainedTokens(NO_SEPARATOR, 0)
+    assert TrainedTokens.of(again.tokenizer, 5, WORD) == TrainedTokens(5, WORD)
+    assert TrainedTokens.of(model.tokenizer, None, WORD) == TrainedTokens(0, WORD)
     write_merged(again, tmp_path / "again", trained=TrainedTokens(0, 0))
     assert "jlora" not in read(tmp_path / "again", "config.json")
 

@@ -31,6 +31,17 @@ class TrainedTokens:
     separator: int | None = None
     end: int | None = None
 
+    @classmethod
+    def of(
+        cls, tokenizer: Tokenizer | None, separator_id: int | None, end_id: int | None
+    ) -> TrainedTokens:
+        """The tokens that a recipe's settings mean with the base's tokenizer."""
+        if tokenizer is not None:
+            for own in (tokenizer.separator_id, tokenizer.eos_token_id):
+                separator_id = own if separator_id is None else separator_id
+            end_id = tokenizer.eos_token_id if end_id is None else end_id
+        return cls(separator_id, end_id)
+
     def write(self, folder: Path, tokenizer: Tokenizer | None) -> list[str]:
         """Change the files of a written model folder; notes of what was changed.
 

@@ -10,9 +10,20 @@ from typing import Any
 import numpy as np
 
 from jlora.analysis.study import Study
-from jlora.system.files import atomic_path
+from jlora.system.files import atomic_path, check_writable, write_text
 
 COLOURS = "viridis"
+
+
+def write_study(study: Study, folder: Path) -> list[Path]:
+    """analysis.json and the figures.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    check_writable(folder)
+    write_text(folder / "analysis.json", study.to_json())
+    return [folder / "analysis.json", *draw(study, folder)]
 
 
 def draw(study: Study, folder: Path) -> list[Path]:

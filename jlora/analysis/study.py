@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jlora.adapters.storage import check_base
+from jlora.adapters.base_model import check_base
 from jlora.analysis.subspaces import (
     Amplification,
     amplification,
@@ -23,9 +23,9 @@ from jlora.analysis.subspaces import (
 from jlora.analysis.updates import AdapterUpdates, Update, read_updates
 from jlora.layers import Conv1D
 from jlora.models.hub import load
-from jlora.runs.adapter_file import AdapterFile, run_of, say
+from jlora.runs.adapter_file import AdapterFile
+from jlora.system.console import say
 from jlora.system.errors import UserError
-from jlora.system.files import check_writable, write_text
 from jlora.system.runtime import nn
 
 
@@ -123,11 +123,10 @@ def analyze(
     """
     adapters, names = [], []
     for file in files:
-        folder, recipe = run_of(file.path)
-        file.check(folder)
-        adapter = read_updates(file.path, folder, file.lora_alpha, file.enable_lora)
+        file.check()
+        adapter = read_updates(file.path, file.folder, file.lora_alpha, file.enable_lora)
         adapters.append(keep_layers(adapter, layers))
-        names.append(recipe.model if recipe else None)
+        names.append(file.recipe.model if file.recipe else None)
     study = Study(
         paths=[str(file.path) for file in files],
         layers=[{each.key: measure(each) for each in a.updates} for a in adapters],
@@ -248,16 +247,3 @@ def base_weight(base: nn.Module, update: Update, path: Path) -> np.ndarray:
             f"the model's is {W.shape}; give the adapter's own --model"
         )
     return W[update.rows]
-
-
-def write_study(study: Study, folder: Path) -> list[Path]:
-    """analysis.json and the figures.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    from jlora.analysis import figures
-
-    check_writable(folder)
-    write_text(folder / "analysis.json", study.to_json())
-    return [folder / "analysis.json", *figures.draw(study, folder)]

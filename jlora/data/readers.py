@@ -1,4 +1,4 @@
-"""Text, JSON, JSON Lines and CSV files, line by line, with errors that name file and line."""
+"""Reading text, JSON, JSON Lines and CSV files; errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     Only ``\\n`` and ``\\r\\n`` end a line (see `jlora.system.text.lines_of`).
 
     Raises:
-        UserError: the file cannot be read, is not UTF-8, or has nothing in it.
+        UserError: the file cannot be read, is not UTF-8, or is empty.
     """
     for number, line in enumerate(lines_of(_text(path)), start=1):
         if line.strip():
@@ -67,7 +67,7 @@ def json_lines(path: str | Path, form: str = PAIRS) -> Iterator[tuple[int, dict[
 
 
 def json_document(path: str | Path, way_out: str = "fix the file") -> Any:
-    """The one JSON value that a file holds.
+    """The JSON value that a file consists of.
 
     Args:
         way_out: the end of the message: what to do, or which file to give.
@@ -89,8 +89,8 @@ def csv_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, li
     """Yield (line number from 1, values of ``columns``) for every row of a CSV file with a header.
 
     Raises:
-        UserError: as `text_lines`, or a column is missing, or a row has another number of fields
-            than the header.
+        UserError: as `text_lines`, or a column is missing, or the number of fields in a row is not
+            that of the header.
     """
     text = _text(path)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -99,7 +99,8 @@ def csv_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, li
     start = 1
     try:
         for row in reader:
-            # A quoted field may hold line ends; the row starts after the previous one's last line.
+            # Quoted fields may contain line ends: a row starts after the last line of the one
+            # before.
             number, start = start, reader.line_num + 1
             if not row:
                 continue
@@ -155,7 +156,7 @@ def string_field(
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        # JSON may spell half of a surrogate pair, which no tokenizer or file takes.
+        # JSON can contain half of a surrogate pair, which tokenizers and files cannot.
         raise UserError(
             f"{path}:{number}: {key!r} holds half of a surrogate pair "
             f"(\\u{ord(value[error.start]):04x}), which is no character; remove it"

@@ -150,8 +150,8 @@ def evaluate(
     Args:
         names: of `METRICS`.
         hypotheses: one text for each input; an empty text is scored, not refused.
-        references: for each input a list of one or more reference texts. An empty one beside others has
-            no effect on any score.
+        references: for each input a list of one or more reference texts. An empty one beside
+            others has no effect on any score.
 
     Returns:
         the scores in the order of ``names``, not rounded.

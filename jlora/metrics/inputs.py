@@ -112,7 +112,8 @@ def _table_references(path: str | Path) -> list[list[str]]:
     start = 1
     try:
         for row in reader:
-            # A quoted field may hold line ends; the row starts after the previous one's last line.
+            # Quoted fields may contain line ends: a row starts after the last line of the one
+            # before.
             number, start = start, reader.line_num + 1
             row = [field.strip() for field in row]
             if not any(row):

@@ -140,7 +140,7 @@ class JavaProcess:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 bufsize=0,
-                # A process group of its own, so that `close` also ends what a wrapper script started.
+                # A process group of its own, so that `close` also ends what a wrapper starts.
                 start_new_session=True,
             )
         except OSError as error:
@@ -168,7 +168,7 @@ class JavaProcess:
     def exchange(self, line: str, answers: int, patience: float = 1.0) -> list[str]:
         """Send one line and return the ``answers`` lines that come back.
 
-        ``patience`` multiplies the time limit, for the first answer, which waits for tables to load.
+        ``patience`` multiplies the time limit, for an answer that waits for tables to load.
         """
         data = line.encode("utf-8", errors="replace") + b"\n"
         seconds = self.timeout * patience

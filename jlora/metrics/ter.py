@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 def mean_ter(hypotheses: list[list[str]], references: list[list[list[str]]]) -> float:
     """Mean over the sentences of the TER to the nearest reference; 0 is best, above 1 possible.
 
-    As GenerationEval: for each sentence the smallest `ter` over its references, then the plain mean.
+    As GenerationEval: the smallest `ter` of each sentence over its references, and their plain
+        mean.
     (Snover's tercom and sacrebleu divide all edits by the mean reference lengths, and limit the
     phrases that move and how far, so their numbers differ.)
     """
@@ -17,7 +18,7 @@ def mean_ter(hypotheses: list[list[str]], references: list[list[list[str]]]) -> 
 
 
 def ter(hypothesis: list[str], reference: list[str]) -> float:
-    """Edits per reference word; moving a phrase, inserting, deleting or replacing a word is one edit.
+    """Edits per reference word; moving a phrase or inserting, deleting, replacing a word is one.
 
     Greedy, as in the reference implementation pyter: while moving one phrase reduces the edit
     distance, the move that reduces it most is made. A reference without words gives 1.

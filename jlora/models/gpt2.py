@@ -96,7 +96,8 @@ class GELU(nn.Module):
     """The tanh approximation of GELU that GPT-2 was trained with ("gelu_new")."""
 
     def execute(self, x: jt.Var) -> jt.Var:
-        return 0.5 * x * (1.0 + jt.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+        # 0.5 (1 + tanh z) = sigmoid(2 z); the gradient of Jittor's tanh is NaN beyond |z| of 45.
+        return x * jt.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x))
 
 
 class LayerNorm(nn.Module):

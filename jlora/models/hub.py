@@ -79,13 +79,22 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> Any:
     tensors = hugging_face_names(checkpoint.tensors, model.config.model_type)
     checkpoint.tensors.clear()  # `load_weights` frees them one by one
     load_weights(model, tensors, f"{checkpoint.source} ({checkpoint.config_source})")
-    tokenizer = checkpoint.tokenizer
-    model.tokenizer = tokenizer
+    model.tokenizer = checkpoint.tokenizer
     model.name_or_path = str(name_or_path)
     # For whoever writes the model again: see jlora.adapters.export_folder.
     model.source, model.source_config = checkpoint.source.absolute(), checkpoint.config
     model.eval()
     return model
+
+
+def check_tokenizer(checkpoint: Checkpoint, model: Any) -> None:
+    """Raises UserError: the tokenizer has tokens that the model does not know."""
+    tokenizer, rows = checkpoint.tokenizer, model.config.vocab_size
+    if tokenizer is not None and tokenizer.vocab_size > rows:
+        raise UserError(
+            f"{checkpoint.source}: the tokenizer has {tokenizer.vocab_size} tokens but the model "
+            f"only {rows}; they belong to different models, put the right tokenizer there"
+        )
 
 
 @dataclass
@@ -122,6 +131,7 @@ def outline(name_or_path: str | Path) -> Outline:
     else:
         checkpoint = read_checkpoint(source or find(name), shapes_only=True)
     model = build_model(checkpoint.config, checkpoint.config_source)
+    check_tokenizer(checkpoint, model)
     model.tokenizer, model.name_or_path = checkpoint.tokenizer, name
     if checkpoint.tensors:
         sizes = [array.nbytes for array in checkpoint.tensors.values()]
@@ -217,12 +227,7 @@ def check_before_weights(outline: Checkpoint) -> None:
     """
     check_sizes(outline)
     model = build_model(outline.config, outline.config_source)
-    tokenizer, rows = outline.tokenizer, model.config.vocab_size
-    if tokenizer is not None and tokenizer.vocab_size > rows:
-        raise UserError(
-            f"{outline.source}: the tokenizer has {tokenizer.vocab_size} tokens but the model "
-            f"only {rows}; they belong to different models, put the right tokenizer there"
-        )
+    check_tokenizer(outline, model)
     tensors = hugging_face_names(outline.tensors, model.config.model_type)
     check_fit(model, tensors, f"{outline.source} ({outline.config_source})", outline.config)
 

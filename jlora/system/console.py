@@ -1,4 +1,4 @@
-"""What is told on the way; standard output stays free for results."""
+"""What jlora tells its user: single lines on standard error, so that results can be piped."""
 
 from __future__ import annotations
 
@@ -6,5 +6,10 @@ import sys
 
 
 def say(message: str) -> None:
-    """Print a line for whoever watches, on standard error."""
+    """Print a line of progress."""
     print(f"jlora: {message}", file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """Print a line about something that may not be what the user wants."""
+    say(f"warning: {message}")

@@ -6,8 +6,8 @@ three::
 
     name : Blue Spice | Type : coffee shop | area : city centre
 
-The CSV's references are plain text, the text files' are tokenised (spaces round punctuation); both
-are kept as they are.
+References in the CSV are plain text, those in the text files are tokenised (spaces around
+punctuation); both are left as they are.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def read_text_pairs(path: str | Path) -> list[Example]:
     """Read microsoft/LoRA's text: the line is stripped and split at ``||``, the target stripped.
 
     Raises:
-        UserError: a line has not exactly one ``||``, or nothing on one side of it.
+        UserError: a line does not have exactly one ``||`` with text on both sides.
     """
     examples = []
     for number, line in text_lines(path):
@@ -72,7 +72,7 @@ def meaning_to_prompt(meaning: str) -> str:
     test sets the result equals the context of valid.txt and test.txt in every row.
 
     Raises:
-        ValueError: it has not that shape, or a slot that E2E does not have.
+        ValueError: it does not have this form, or has a slot that E2E does not have.
     """
     slots = []
     position = 0
@@ -117,7 +117,7 @@ def detect_reader(path: str | Path):
     """Choose the reader by the first line, then by the file's extension.
 
     Raises:
-        UserError: neither says that the file is of a kind that is read.
+        UserError: the file is of none of the three kinds.
     """
     number, first = next(text_lines(path))
     if first.lstrip().startswith("{"):
@@ -130,7 +130,7 @@ def detect_reader(path: str | Path):
         return read_csv_pairs
     if "||" in first:
         return read_text_pairs
-    # The first line is wrong for its kind: that kind's reader says how.
+    # The first line has an error: the reader for the file's extension says which.
     by_extension = {".csv": read_csv_pairs, ".jsonl": read_pairs, ".txt": read_text_pairs}
     reader = by_extension.get(Path(path).suffix.lower())
     if reader is None:
@@ -144,7 +144,7 @@ def read(path: str | Path) -> list[Example]:
     """Read a file of any of the three kinds.
 
     Raises:
-        UserError: it is of no such kind, has a malformed line, or no example.
+        UserError: it is of none of them, has a malformed line, or has no examples.
     """
     examples = detect_reader(path)(path)
     if not examples:

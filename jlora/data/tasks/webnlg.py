@@ -1,8 +1,8 @@
-"""WebNLG challenge 2017 (Gardent et al. 2017): texts that say RDF triples.
+"""WebNLG challenge 2017 (Gardent et al. 2017): texts for RDF triples.
 
-The JSON is read as microsoft/LoRA has it (one object an entry, the category beside its triples)
-and prepared as its `format_converting_webnlg.py` does: one example a text whose comment is "good",
-the prompt being the entry's modified triples as they are, underscores and quotes included::
+The JSON has microsoft/LoRA's form (one object for each entry) and is prepared as by its
+`format_converting_webnlg.py`: one example for each text whose comment is "good"; the prompt is the
+entry's modified triples, unchanged, with underscores and quotes::
 
     Aarhus : leaderName : Jacob_Bundsgaard | Aarhus_Airport : cityServed : Aarhus
 
@@ -23,13 +23,13 @@ from jlora.system.errors import UserError, kind_of
 
 FORMS = "give the JSON of the WebNLG challenge 2017, or prompt/completion JSON Lines named .jsonl"
 
-#: Categories of the training set; the test set has five more, whose entries are "unseen".
+#: Categories of the training set; the entries of the test set's five other ones are "unseen".
 SEEN = (
     "Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food", "Monument",
     "SportsTeam", "University", "WrittenWork",
 )  # fmt: skip
 
-#: The first three are the paper's columns. All but sacreBLEU take an input's first six references.
+#: The first three are the paper's columns. All but sacreBLEU use an input's first six references.
 METRICS = ("multi-BLEU", "METEOR-WebNLG", "TER", "chrF++", "sacreBLEU")
 
 
@@ -42,7 +42,7 @@ def entry_prompt(entry: dict[str, Any]) -> str:
     """The prompt of one entry, ``{"7": {"modifiedtripleset": [...], ...}}``.
 
     Raises:
-        KeyError, TypeError, ValueError: the entry has another shape.
+        KeyError, TypeError, ValueError: the entry has an unexpected shape.
     """
     (content,) = entry.values()
     return triples_to_prompt(
@@ -51,10 +51,10 @@ def entry_prompt(entry: dict[str, Any]) -> str:
 
 
 def entry_examples(entry: dict[str, Any]) -> Iterator[Example]:
-    """The examples of one entry; none where no text is good.
+    """The examples of one entry; none if none of its texts is marked "good".
 
     Raises:
-        KeyError, TypeError, ValueError: the entry has another shape.
+        KeyError, TypeError, ValueError: the entry has an unexpected shape.
     """
     (content,) = entry.values()
     prompt = entry_prompt(entry)
@@ -80,7 +80,7 @@ def read(path: str | Path) -> list[Example]:
     """Read the challenge's JSON, or prompt/completion JSON Lines.
 
     Raises:
-        UserError: it is neither, or an entry has another shape (with its number, from 1).
+        UserError: it is neither, or an entry has an unexpected shape (with its number, from 1).
     """
     if holds_pairs(path):
         return read_pairs(path)
@@ -94,11 +94,12 @@ def read_entries(path: str | Path, entries: list[Any], examples_of: Any) -> list
     """The examples of all entries of a JSON file.
 
     Args:
-        examples_of: one entry -> its examples; a KeyError, TypeError, ValueError or AttributeError
-            means that the entry has another shape.
+        examples_of: makes the examples of one entry; a KeyError, TypeError, ValueError or
+            AttributeError means that the entry has an unexpected shape.
 
     Raises:
-        UserError: an entry has another shape (with its number, from 1), or there is no example.
+        UserError: an entry has an unexpected shape (with its number, from 1), or there are no
+            examples.
     """
     examples: list[Example] = []
     for number, entry in enumerate(entries, start=1):
