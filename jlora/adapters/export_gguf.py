@@ -44,12 +44,19 @@ def export_gguf(
         raise UserError(f"type {kind.lower()!r} is not one of {kinds}")
     check_absent(path)
     base = model.get_base_model() if isinstance(model, TunedModel) else model
+    architecture = getattr(getattr(base, "family", None), "gguf", None)
+    if architecture is None:
+        raise UserError(
+            f"models of type {base.config.model_type} have no form in GGUF that is known here; "
+            "`jlora merge` writes a folder"
+        )
     metadata = tokenizer_metadata(base) if tokenizer else special_ids(base)
     notes = trained.gguf(metadata)
     weights = merged_weights(model)
     name = getattr(base, "name_or_path", None)
     errors = write_gguf(
         path,
+        architecture,
         base.config.to_dict(),
         weights.tensors,
         kind,

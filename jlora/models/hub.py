@@ -23,6 +23,7 @@ from jlora.formats.safetensors_file import (
     read_sharded,
 )
 from jlora.formats.torch_file import read_torch
+from jlora.models.families import FAMILIES, Family, gguf_architectures
 from jlora.models.random_gpt2 import CONTEXT, SIZES, VOCABULARY
 from jlora.system.console import say
 from jlora.system.errors import UserError
@@ -30,9 +31,6 @@ from jlora.system.files import read_text
 
 #: Buffers that older checkpoints saved beside the weights; the models compute them themselves.
 BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$|\.position_ids$")
-#: OpenAI's TensorFlow names for a layer's gain, weight and bias.
-TENSORFLOW_ENDINGS = {".g": ".weight", ".w": ".weight", ".b": ".bias"}
-BASE_PREFIXES = {"gpt2": "transformer.", "llama": "model.", "mistral": "model.", "qwen2": "model."}
 #: Sizes in a config.json of GPT-2 or Llama that say how large the weights are.
 WEIGHT_SIZES = (
     *("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"),
@@ -76,7 +74,7 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> Any:
         raise UserError(f"dtype {dtype!r} is not supported; weights are kept as float32")
     checkpoint = read_checkpoint(find(str(name_or_path)), check=check_before_weights)
     model = build_model(checkpoint.config, checkpoint.config_source)
-    tensors = hugging_face_names(checkpoint.tensors, model.config.model_type)
+    tensors = hugging_face_names(checkpoint.tensors, model.family)
     checkpoint.tensors.clear()  # `load_weights` frees them one by one
     load_weights(model, tensors, f"{checkpoint.source} ({checkpoint.config_source})")
     model.tokenizer = checkpoint.tokenizer
@@ -228,7 +226,7 @@ def check_before_weights(outline: Checkpoint) -> None:
     check_sizes(outline)
     model = build_model(outline.config, outline.config_source)
     check_tokenizer(outline, model)
-    tensors = hugging_face_names(outline.tensors, model.config.model_type)
+    tensors = hugging_face_names(outline.tensors, model.family)
     check_fit(model, tensors, f"{outline.source} ({outline.config_source})", outline.config)
 
 
@@ -259,7 +257,7 @@ def read_checkpoint(
     tensors = read_weights(weights, shapes_only=True)
     check_no_adapter(weights, tensors)
     if config is None:
-        config = gpt2_config_from_shapes(weights, hugging_face_names(tensors, "gpt2"))
+        config = gpt2_config_from_shapes(weights, hugging_face_names(tensors, FAMILIES["gpt2"]))
         config_source = "size found from its shapes"
         if tokenizer is None and config["eos_token_id"] is not None:
             tokenizer = gpt2_tokenizer()
@@ -291,7 +289,7 @@ def read_gguf_checkpoint(
         return Checkpoint(path, file.config, "its metadata", file.tensors, tokenizer)
 
     early = None if check is None else lambda file: check(checkpoint(file))
-    return checkpoint(read_gguf(path, shapes_only, early))
+    return checkpoint(read_gguf(path, shapes_only, early, gguf_architectures()))
 
 
 def gpt2_tokenizer() -> Tokenizer | None:
@@ -412,22 +410,18 @@ def gpt2_config(
     }
 
 
-def hugging_face_names(tensors: dict[str, np.ndarray], model_type: str) -> dict[str, np.ndarray]:
-    """The names of the language-model class: prefixes mended, buffers left out."""
-    mended = {}
-    base = BASE_PREFIXES[model_type]
+def hugging_face_names(tensors: dict[str, np.ndarray], family: Family) -> dict[str, np.ndarray]:
+    """The names of the language-model class: prefixes set right, buffers left out."""
+    renamed = {}
     for name, array in tensors.items():
         while name.startswith(("module.", "_orig_mod.")):  # DataParallel, torch.compile
             name = name.split(".", 1)[1]
-        if BUFFERS.search(name):
-            continue
-        if model_type == "gpt2" and name[-2:] in TENSORFLOW_ENDINGS:
-            name = name[:-2] + TENSORFLOW_ENDINGS[name[-2:]]
-        mended[name] = array
-    if any(name.startswith(base) for name in mended):
-        return mended
+        if not BUFFERS.search(name):
+            renamed[family.rename(name)] = array
+    if any(name.startswith(family.prefix) for name in renamed):
+        return renamed
     # A checkpoint of the bare model class, without the language-model head around it.
-    return {n if n.startswith("lm_head.") else base + n: a for n, a in mended.items()}
+    return {n if n.startswith("lm_head.") else family.prefix + n: a for n, a in renamed.items()}
 
 
 def build_model(config: dict[str, Any], source: str = "config.json") -> Any:
@@ -436,18 +430,14 @@ def build_model(config: dict[str, Any], source: str = "config.json") -> Any:
     Jittor makes arrays when they are asked for, so initial values that are replaced first cost
     nothing.
     """
-    from jlora.models.gpt2 import GPT2Config, GPT2LMHeadModel
-    from jlora.models.llama import LlamaConfig, LlamaForCausalLM
-
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in BASE_PREFIXES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
-            f"{source}: model_type {model_type!r} is not supported; only {', '.join(BASE_PREFIXES)}"
+            f"{source}: model_type {model_type!r} is not supported; only {', '.join(FAMILIES)}"
         )
+    family = FAMILIES[model_type]
     try:
-        if model_type == "gpt2":
-            return GPT2LMHeadModel(GPT2Config.from_dict(config))
-        return LlamaForCausalLM(LlamaConfig.from_dict(config))
+        return family.model(family.config.from_dict(config))
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise UserError(f"{source}: {one_line(error)}; this model cannot be used") from error
 
@@ -488,7 +478,7 @@ def check_fit(
     expected = {name: tuple(p.shape) for name, p in parameters.items()}
     drop_tied_head(model, parameters, tensors, source)
     problems = difference(expected, {name: tuple(a.shape) for name, a in tensors.items()})
-    problems += embedding_rows(expected, tensors)
+    problems += embedding_rows(model.family.embedding, expected, tensors)
     whole = [name for name, array in tensors.items() if array.dtype.kind != "f"]
     if whole and not problems:
         problems = [f"{whole[0]} holds {tensors[whole[0]].dtype} numbers"]
@@ -505,13 +495,13 @@ def check_fit(
     return parameters
 
 
-def embedding_rows(expected: dict[str, tuple], tensors: dict[str, np.ndarray]) -> list[str]:
+def embedding_rows(
+    name: str, expected: dict[str, tuple], tensors: dict[str, np.ndarray]
+) -> list[str]:
     """What else to say where the embedding has another number of rows than vocab_size."""
-    for name, array in tensors.items():
-        if re.search(r"(wte|embed_tokens)\.weight$", name) and name in expected and array.ndim == 2:
-            rows, vocabulary = array.shape[0], expected[name][0]
-            if rows != vocabulary and array.shape[1:] == expected[name][1:]:
-                return [f"the embedding has {rows:,} rows, and vocab_size is {vocabulary:,}"]
+    found, wanted = np.shape(tensors.get(name, ())), expected[name]
+    if found[1:] == wanted[1:] and found[:1] != wanted[:1]:
+        return [f"the embedding has {found[0]:,} rows, and vocab_size is {wanted[0]:,}"]
     return []
 
 
@@ -521,20 +511,19 @@ def drop_tied_head(
     """Remove lm_head.weight where the model uses its embedding instead, if they are equal."""
     if "lm_head.weight" not in tensors or "lm_head.weight" in parameters:
         return
-    base = BASE_PREFIXES[model.config.model_type]
-    names = {"transformer.": "transformer.wte.weight", "model.": "model.embed_tokens.weight"}
-    embedding = tensors.get(names[base])
+    name = model.family.embedding
+    embedding = tensors.get(name)
     head = tensors["lm_head.weight"]
     if embedding is not None and head.shape[0] != embedding.shape[0]:
         raise UserError(
-            f"{source}: lm_head.weight has {head.shape[0]:,} rows and {names[base]} "
+            f"{source}: lm_head.weight has {head.shape[0]:,} rows and {name} "
             f"{embedding.shape[0]:,}, although the configuration ties them; take the configuration "
             "and the weights of one model"
         )
     is_placeholder = not any(head.strides)  # their values are compared once they are read
     if embedding is not None and not is_placeholder and not np.array_equal(head, embedding):
         raise UserError(
-            f"{source}: lm_head.weight differs from {names[base]} although the configuration ties "
+            f"{source}: lm_head.weight differs from {name} although the configuration ties "
             "them; set tie_word_embeddings to false in config.json (Llama family only)"
         )
     del tensors["lm_head.weight"]
