@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,13 @@ from jlora.formats.safetensors_file import (
     read_sharded,
 )
 from jlora.formats.torch_file import read_torch
-from jlora.models.families import FAMILIES, Family, gguf_architectures
+from jlora.models.families import FAMILIES, gguf_architectures
 from jlora.models.random_gpt2 import CONTEXT, SIZES, VOCABULARY
+from jlora.models.weights import check_fit, hugging_face_names, load_weights
 from jlora.system.console import say
 from jlora.system.errors import UserError
 from jlora.system.files import read_text
 
-#: Buffers that older checkpoints saved beside the weights; the models compute them themselves.
-BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$|\.position_ids$")
 #: Sizes in a config.json of GPT-2 or Llama that say how large the weights are.
 WEIGHT_SIZES = (
     *("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"),
@@ -85,16 +83,6 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> Any:
     return model
 
 
-def check_tokenizer(checkpoint: Checkpoint, model: Any) -> None:
-    """Raises UserError: the tokenizer has tokens that the model does not know."""
-    tokenizer, rows = checkpoint.tokenizer, model.config.vocab_size
-    if tokenizer is not None and tokenizer.vocab_size > rows:
-        raise UserError(
-            f"{checkpoint.source}: the tokenizer has {tokenizer.vocab_size} tokens but the model "
-            f"only {rows}; they belong to different models, put the right tokenizer there"
-        )
-
-
 @dataclass
 class Outline:
     """What is known of a model before its weights are read.
@@ -127,9 +115,8 @@ def outline(name_or_path: str | Path) -> Outline:
             Path(f"{name}-pytorch_model.bin"), gpt2_config(*size), "its name", {}, gpt2_tokenizer()
         )
     else:
-        checkpoint = read_checkpoint(source or find(name), shapes_only=True)
+        checkpoint = read_checkpoint(source or find(name), True, check_before_weights)
     model = build_model(checkpoint.config, checkpoint.config_source)
-    check_tokenizer(checkpoint, model)
     model.tokenizer, model.name_or_path = checkpoint.tokenizer, name
     if checkpoint.tensors:
         sizes = [array.nbytes for array in checkpoint.tensors.values()]
@@ -225,7 +212,12 @@ def check_before_weights(outline: Checkpoint) -> None:
     """
     check_sizes(outline)
     model = build_model(outline.config, outline.config_source)
-    check_tokenizer(outline, model)
+    tokenizer, rows = outline.tokenizer, model.config.vocab_size
+    if tokenizer is not None and tokenizer.vocab_size > rows:
+        raise UserError(
+            f"{outline.source}: the tokenizer has {tokenizer.vocab_size} tokens but the model "
+            f"only {rows}; they belong to different models, put the right tokenizer there"
+        )
     tensors = hugging_face_names(outline.tensors, model.family)
     check_fit(model, tensors, f"{outline.source} ({outline.config_source})", outline.config)
 
@@ -410,20 +402,6 @@ def gpt2_config(
     }
 
 
-def hugging_face_names(tensors: dict[str, np.ndarray], family: Family) -> dict[str, np.ndarray]:
-    """The names of the language-model class: prefixes set right, buffers left out."""
-    renamed = {}
-    for name, array in tensors.items():
-        while name.startswith(("module.", "_orig_mod.")):  # DataParallel, torch.compile
-            name = name.split(".", 1)[1]
-        if not BUFFERS.search(name):
-            renamed[family.rename(name)] = array
-    if any(name.startswith(family.prefix) for name in renamed):
-        return renamed
-    # A checkpoint of the bare model class, without the language-model head around it.
-    return {n if n.startswith("lm_head.") else family.prefix + n: a for n, a in renamed.items()}
-
-
 def build_model(config: dict[str, Any], source: str = "config.json") -> Any:
     """A model of the right family, its parameters still to be given.
 
@@ -440,118 +418,3 @@ def build_model(config: dict[str, Any], source: str = "config.json") -> Any:
         return family.model(family.config.from_dict(config))
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise UserError(f"{source}: {one_line(error)}; this model cannot be used") from error
-
-
-def load_weights(model: Any, tensors: dict[str, np.ndarray], source: str = "checkpoint") -> None:
-    """Give every parameter of a model its values, as float32.
-
-    ``tensors`` is emptied on the way, so that a large model is not in memory twice. A head that
-    repeats the tied embedding is accepted.
-
-    Raises:
-        UserError: keys are missing, unexpected or of another shape: all kinds in one message.
-    """
-    from jlora.system.runtime import jt
-
-    parameters = check_fit(model, tensors, source)
-    for name, parameter in parameters.items():
-        parameter.assign(jt.array(tensors.pop(name).astype(np.float32, copy=False)))
-
-
-def check_fit(
-    model: Any, tensors: dict[str, np.ndarray], source: str, config: Mapping[str, Any] = {}
-) -> dict[str, Any]:
-    """Check that there is one tensor of the right shape for every parameter.
-
-    A head that repeats the tied embedding is removed from ``tensors``, which may be `placeholder`.
-
-    Args:
-        config: config.json, which says whether the weights are quantised.
-
-    Returns:
-        The model's parameters by name.
-
-    Raises:
-        UserError: see `load_weights`.
-    """
-    parameters = dict(model.named_parameters())
-    expected = {name: tuple(p.shape) for name, p in parameters.items()}
-    drop_tied_head(model, parameters, tensors, source)
-    problems = difference(expected, {name: tuple(a.shape) for name, a in tensors.items()})
-    problems += embedding_rows(model.family.embedding, expected, tensors)
-    whole = [name for name, array in tensors.items() if array.dtype.kind != "f"]
-    if whole and not problems:
-        problems = [f"{whole[0]} holds {tensors[whole[0]].dtype} numbers"]
-    if problems and config.get("quantization_config"):
-        raise UserError(
-            f"{source}: {problems[0]}, and quantization_config says that the weights are "
-            "quantised, which are not read; take the model that this one was made of"
-        )
-    if problems:
-        raise UserError(
-            f"{source}: the weights do not fit the model: {'; '.join(problems)}; take the "
-            "configuration and the weights of one model, downloaded whole"
-        )
-    return parameters
-
-
-def embedding_rows(
-    name: str, expected: dict[str, tuple], tensors: dict[str, np.ndarray]
-) -> list[str]:
-    """What else to say where the embedding has another number of rows than vocab_size."""
-    found, wanted = np.shape(tensors.get(name, ())), expected[name]
-    if found[1:] == wanted[1:] and found[:1] != wanted[:1]:
-        return [f"the embedding has {found[0]:,} rows, and vocab_size is {wanted[0]:,}"]
-    return []
-
-
-def drop_tied_head(
-    model: Any, parameters: dict[str, Any], tensors: dict[str, np.ndarray], source: str
-) -> None:
-    """Remove lm_head.weight where the model uses its embedding instead, if they are equal."""
-    if "lm_head.weight" not in tensors or "lm_head.weight" in parameters:
-        return
-    name = model.family.embedding
-    embedding = tensors.get(name)
-    head = tensors["lm_head.weight"]
-    if embedding is not None and head.shape[0] != embedding.shape[0]:
-        raise UserError(
-            f"{source}: lm_head.weight has {head.shape[0]:,} rows and {name} "
-            f"{embedding.shape[0]:,}, although the configuration ties them; take the configuration "
-            "and the weights of one model"
-        )
-    is_placeholder = not any(head.strides)  # their values are compared once they are read
-    if embedding is not None and not is_placeholder and not np.array_equal(head, embedding):
-        raise UserError(
-            f"{source}: lm_head.weight differs from {name} although the configuration ties "
-            "them; set tie_word_embeddings to false in config.json (Llama family only)"
-        )
-    del tensors["lm_head.weight"]
-
-
-def difference(expected: dict[str, tuple], found: dict[str, tuple]) -> list[str]:
-    """Say what is missing, unexpected and misshapen, the first few of each."""
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    misshapen = [n for n in expected if n in found and expected[n] != found[n]]
-    problems = []
-    if missing:
-        named = [name + nearest(name, unexpected) for name in missing[:3]]
-        problems.append(listing("missing", missing, named))
-    if unexpected:
-        problems.append(listing("unexpected", unexpected, unexpected[:3]))
-    if misshapen:
-        named = [f"{n} is {found[n]} instead of {expected[n]}" for n in misshapen[:3]]
-        problems.append(listing("misshapen", misshapen, named))
-    return problems
-
-
-def nearest(name: str, candidates: list[str]) -> str:
-    """The most similar unexpected name, as a hint."""
-    close = difflib.get_close_matches(name, candidates, n=1)
-    return f" (nearest: {close[0]})" if close else ""
-
-
-def listing(word: str, names: list[str], shown: list[str]) -> str:
-    """``3 missing: a, b, c`` or ``7 missing: a, b, c, ...``."""
-    return f"{len(names)} {word}: {', '.join(shown)}" + (", ..." if len(names) > 3 else "")
