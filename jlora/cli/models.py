@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from jlora.cli.options import (
     ADAPTER_HELP,
@@ -31,8 +32,9 @@ def run_merge(arguments: argparse.Namespace) -> int:
     from jlora.system.files import check_absent
 
     check_absent(arguments.out)  # before a minute of loading
-    model = open_model(arguments.base, adapter_file(arguments))
-    print(write_merged(model, arguments.out, arguments.dtype))
+    adapter = adapter_file(arguments)
+    model = open_model(arguments.base, adapter)
+    print(write_merged(model, arguments.out, arguments.dtype, trained_tokens(model, adapter)))
     return 0
 
 
@@ -57,9 +59,21 @@ def run_export(arguments: argparse.Namespace) -> int:
     from jlora.system.files import check_absent
 
     check_absent(arguments.gguf)
-    model = open_model(arguments.model, adapter_file(arguments))
-    print(export_gguf(model, arguments.gguf, arguments.type, not arguments.no_tokenizer))
+    adapter = adapter_file(arguments)
+    model = open_model(arguments.model, adapter)
+    tokens = trained_tokens(model, adapter)
+    print(export_gguf(model, arguments.gguf, arguments.type, not arguments.no_tokenizer, tokens))
     return 0
+
+
+def trained_tokens(model: Any, adapter: Any) -> Any:
+    """The tokens around the completions in the run of an `AdapterFile`, where it is known."""
+    from jlora.adapters.trained_tokens import UNKNOWN, TrainedTokens
+
+    if adapter is None or adapter.recipe is None:
+        return UNKNOWN
+    data = adapter.recipe.data
+    return TrainedTokens.of(model.tokenizer, data.separator_id, data.end_id)
 
 
 def add_convert(verb: Verb) -> None:
@@ -79,11 +93,18 @@ def run_convert(arguments: argparse.Namespace) -> int:
     if to_file == is_loralib(arguments.adapter):
         raise UserError("give a folder and a .pt file, or a .pt file and a folder")
     check_absent(arguments.out)
-    model = open_model(arguments.model, adapter_file(arguments))
+    adapter = adapter_file(arguments)
+    model = open_model(arguments.model, adapter)
     if to_file:
         print(loralib_note(model.save_loralib(arguments.out), model.lora_layers()))
     else:
         model.save_pretrained(arguments.out)
+    tokens, own = trained_tokens(model, adapter), model.tokenizer and model.tokenizer.eos_token_id
+    if {tokens.separator, tokens.end} - {None, own}:
+        print(
+            "an adapter's files do not say which tokens it was trained with: give "
+            f"--separator-id {tokens.separator} --end-id {tokens.end} to generate"
+        )
     print(f"written: {arguments.out}")
     return 0
 
