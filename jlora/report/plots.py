@@ -31,10 +31,10 @@ def series(metrics: Sequence[Mapping[str, Any]], key: str) -> Points:
 
 
 def smooth(points: Points, window: int | None = None) -> Points:
-    """Centred moving mean over ``window`` points (a fortieth of them unless told).
+    """Centred moving mean over ``window`` points (default: a fortieth of all points).
 
-    At the start the window narrows to both sides, to keep the steep fall of a loss; at the end it
-    keeps its left half, or the last points would be as noisy as the raw ones.
+    At the start the window is smaller on both sides, to keep the steep fall of a loss; at the end
+    only the right side is cut, or the last points would be as noisy as the raw ones.
     """
     half = (window or len(points) // 40) // 2
     sums = [0.0]
@@ -49,7 +49,7 @@ def smooth(points: Points, window: int | None = None) -> Points:
 
 
 def thin(points: Points, buckets: int = 300) -> Points:
-    """At most ``2 * buckets`` points that keep every bucket's least and greatest value."""
+    """At most ``2 * buckets`` points: the minimum and maximum of each bucket."""
     if len(points) <= 2 * buckets:
         return points
     kept = []
@@ -104,7 +104,7 @@ def loss_curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: s
         raise UserError(f"no loss to draw into {path}: the metrics hold none; train first")
     _dress(axes[0], "training loss, moving mean (nats per token)")
     _dress(axes[1], "validation loss (nats per token)")
-    # matplotlib leaves out what begins with an underscore.
+    # matplotlib's legend omits labels that begin with an underscore.
     labels = [f" {name}" if name.startswith("_") else name for name in handles]
     legend = figure.legend(
         list(handles.values()), labels, loc="outside lower center", ncols=3, frameon=False
@@ -115,7 +115,7 @@ def loss_curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: s
 
 
 def table_picture(tables: Sequence[Sequence[Sequence[str]]], path: str | Path) -> Path:
-    """Draw tables, one under the other, into a PNG: rows of cells, the first row the head.
+    """Draw tables, one below the other, into a PNG; the first row of cells is the header.
 
     Raises:
         UserError: the file cannot be written.
@@ -128,7 +128,7 @@ def table_picture(tables: Sequence[Sequence[Sequence[str]]], path: str | Path) -
     width = max(map(sum, widths)) + 0.3
     height = 0.28 * sum(len(table) + 1 for table in tables) + 0.1
     figure, axes = _figure(width, height)
-    figure.set_layout_engine(None)  # all places are known, and arranging them takes long
+    figure.set_layout_engine(None)  # all positions are known, and a layout engine is slow
     axes.set_position((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
@@ -149,12 +149,12 @@ def table_picture(tables: Sequence[Sequence[Sequence[str]]], path: str | Path) -
     return _save(figure, path)
 
 
-# Of the lines of several runs; the page's style sheet has the same order.
+# Colours of the lines of several runs, in the order of the page's style sheet.
 COLORS = ("#1f5fa8", "#b4510f", "#17693a", "#8a3ffc", "#b3266b", "#0f7c86", "#7a6200", "#59616b")
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
-    # Figure and Agg by hand: pyplot would look for a display and keep every figure alive.
+    # Not pyplot, which would look for a display and keep every figure in memory.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -172,7 +172,7 @@ def _dress(axes: Any, label: str) -> None:
 
 def _save(figure: Any, path: str | Path) -> Path:
     with atomic_path(path) as temporary, warnings.catch_warnings():
-        # A name in letters that matplotlib's font has not is drawn as boxes, without a word.
+        # Characters that matplotlib's font lacks are drawn as boxes; its warning is suppressed.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(temporary, format="png")
     return Path(path)
@@ -187,7 +187,7 @@ class Line:
     markers: bool = False
 
 
-# A chart's coordinates: the page scales the drawing to the room it has.
+# Size in the chart's own coordinates; the page scales it.
 WIDTH, HEIGHT = 480, 250
 LEFT, RIGHT, TOP, BOTTOM = 64, 30, 12, 34
 
@@ -196,9 +196,9 @@ def svg_chart(lines: Sequence[Line], label: str, number: Callable[[float], str])
     """A line chart over the steps as inline SVG.
 
     Args:
-        lines: drawn in this order; those without points are left out.
-        label: what a screen reader says.
-        number: prints a value of the vertical axis.
+        lines: drawn in this order; lines without points are omitted.
+        label: the description for screen readers.
+        number: formats a value of the vertical axis.
     """
     lines = [line for line in lines if line.points]
     steps = [step for line in lines for step, _ in line.points]
