@@ -10,8 +10,8 @@ from markupsafe import Markup
 from jlora.report.plots import COLORS, Line, Points, series, smooth, svg_chart
 from jlora.report.runs import RunSummary
 
-STEEP = 0.1  # share of the longest run's steps that is left out: the steep start would flatten the
-rest
+# Share of the longest run's steps that is left out: the steep start would flatten the rest.
+STEEP = 0.1
 
 
 @dataclass(frozen=True)

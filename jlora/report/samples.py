@@ -87,7 +87,7 @@ def shown_samples(
 
 
 def marked(text: str, reference: str) -> Markup:
-    """``text`` with ``<ins>`` around words not in the reference, and its missing words in ``<del>``.
+    """``text`` with ``<ins>`` around words that the reference lacks, and ``<del>`` for missing ones.
 
     Words are compared without regard to case and spacing. A text that has little in common with
     the reference, or is very long, is not marked.

@@ -223,7 +223,7 @@ def _field(label: str, text: str, width: int) -> list[str]:
 
 
 def plain_table(cells: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows with aligned columns, the first ``left`` of them to the left; ``cells[0]`` is the header."""
+    """Rows with aligned columns, the first ``left`` to the left; ``cells[0]`` is the header."""
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = []
     for row in cells:
