@@ -87,7 +87,7 @@ def shown_samples(
 
 
 def marked(text: str, reference: str) -> Markup:
-    """``text`` with ``<ins>`` around words that the reference lacks, and ``<del>`` for missing ones.
+    """``text`` with ``<ins>`` around words not in the reference, and ``<del>`` for missing words.
 
     Words are compared without regard to case and spacing. A text that has little in common with
     the reference, or is very long, is not marked.
