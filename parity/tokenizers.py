@@ -80,9 +80,10 @@ def inputs(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def _one_normal_form(line: str) -> bool:
-    """Whether NFC is the same by Python's tables and by those of `tokenizers`, which both sides use.
+    """Whether NFC is the same by Python's tables and by those of `tokenizers`.
 
-    The latter are of Unicode 9 and do not reorder about a hundred later combining marks.
+    Both sides use this package, whose tables are of Unicode 9 and do not reorder about a hundred
+    later combining marks.
     """
     from tokenizers import normalizers
 

@@ -1,4 +1,4 @@
-"""Hugging Face names, shapes and config.json -> a GGUF file: `gguf_file` the other way round.
+"""Hugging Face names, shapes and config.json -> a GGUF file: the inverse of `gguf_file`.
 
 Names, layouts, metadata and the choice of types follow llama.cpp's ``convert_hf_to_gguf.py``.
 """
@@ -40,10 +40,10 @@ def write_gguf(
     Args:
         config: config.json with every field that `GPT2Config.to_dict` or `LlamaConfig.to_dict`
             has, for one of `ARCHITECTURES`.
-        tensors: float32 arrays by Hugging Face's names; a tied head is left out.
-        kind: of the matrices, one of `gguf_file.QUANTIZATIONS`. Vectors, position embeddings and
-            rotary factors stay F32; matrices whose rows do not divide into blocks become F16.
-        tokenizer: metadata as `Tokenizer.to_gguf` gives it.
+        tensors: float32 arrays by Hugging Face's names, without a tied head.
+        kind: type of the matrices, one of `gguf_file.QUANTIZATIONS`. Vectors, position embeddings
+            and rotary factors stay F32; matrices whose rows do not divide into blocks become F16.
+        tokenizer: metadata from `Tokenizer.to_gguf`.
         name: ``general.name``.
 
     Returns:
@@ -100,14 +100,14 @@ def stored_layout(
 
 
 def permute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's row order of q_proj and k_proj, the inverse of `gguf_file.unpermute`."""
+    """Put the rows of q_proj and k_proj in llama.cpp's order; inverse of `gguf_file.unpermute`."""
     half = rows.shape[0] // heads // 2
     halves = rows.reshape(heads, 2, half, *rows.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
 
 
 def kind_of(name: str, array: np.ndarray, kind: str) -> str:
-    """The type in which a tensor is stored where ``kind`` is asked for."""
+    """The type in which a tensor is stored if ``kind`` is requested."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if array.ndim == 1 or name == "position_embd.weight":
@@ -117,7 +117,7 @@ def kind_of(name: str, array: np.ndarray, kind: str) -> str:
 
 
 def add_metadata(writer: Any, config: Mapping[str, Any], kind: str, name: str | None) -> None:
-    """What llama.cpp wants to know of a model, tokenizer aside."""
+    """Add the metadata that llama.cpp needs, except for the tokenizer."""
     from gguf import GGML_QUANT_VERSION, GGUFType, LlamaFileType, RopeScalingType
 
     writer.add_type(GGUFType.MODEL)
@@ -152,7 +152,7 @@ def add_metadata(writer: Any, config: Mapping[str, Any], kind: str, name: str | 
 
 
 def add_value(writer: Any, key: str, value: Any) -> None:
-    """One key-value pair of a plain Python value."""
+    """Add one key with a plain Python value."""
     if isinstance(value, list):
         writer.add_array(key, value)
     elif isinstance(value, bool):
@@ -170,7 +170,7 @@ def rope_scaling(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 
 def rope_factors(config: Mapping[str, Any]) -> np.ndarray | None:
-    """The tensor in which GGUF keeps Llama 3's rotary scaling, float32 (head_dim / 2,)."""
+    """The tensor that represents Llama 3's rotary scaling in GGUF, float32 (head_dim / 2,)."""
     kind, scaling = rope_scaling(config)
     if kind != "llama3":
         return None
