@@ -206,6 +206,35 @@ def test_weights_loaded_into_a_merged_layer_are_kept(rng):
     np.testing.assert_allclose(layer.weight.numpy(), plain, atol=1e-5)
 
 
+@pytest.mark.parametrize("way", ["load", "in place"])
+def test_other_weights_are_known_by_all_their_numbers(rng, way):
+    """They have the same largest number as the merged ones; a small one differs."""
+    layer = Linear(5, 6, r=2)
+    random_lora(layer, rng)
+    change = layer.delta_weight().numpy()
+    layer.eval()
+    other = layer.weight.numpy().copy()
+    least = np.unravel_index(other.argmin(), other.shape)
+    other[least] -= 1.0
+    if way == "load":
+        layer.load_state_dict({"weight": other})
+    else:
+        layer.weight.data[least] -= 1.0
+    layer.train()
+    np.testing.assert_allclose(layer.weight.numpy(), other - change, atol=1e-6)
+
+
+def test_a_restarted_gradient_is_no_other_weight(rng):
+    """start_grad() gives a Var another id; unmerging leaves no rounding error even so."""
+    layer = Linear(5, 6, r=2)
+    random_lora(layer, rng)
+    start = layer.weight.numpy()
+    layer.eval()
+    layer.weight.start_grad()
+    layer.train()
+    np.testing.assert_array_equal(layer.weight.numpy(), start)
+
+
 class Model(nn.Module):
     def __init__(self, merge_weights=True):
         self.first = nn.Linear(5, 5)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jlora.system import machine, runtime
@@ -142,6 +144,25 @@ def test_seed_repeats_every_generator():
     assert draw() != first
 
 
+@pytest.mark.parametrize("seed", [0, 110, 4_294_012_882, 2**32 - 1])
+def test_seeds_that_numpy_takes_are_handed_on_as_they_are(seed):
+    runtime.set_seed(seed)
+    found = np.random.random(), random.random(), runtime.jt.rand(3).numpy().tolist()
+    np.random.seed(seed)
+    random.seed(seed)
+    runtime.jt.set_seed(seed)
+    assert found == (np.random.random(), random.random(), runtime.jt.rand(3).numpy().tolist())
+
+
+def test_larger_seeds_differ():
+    drawn = []
+    for seed in (7, 2**32 + 7, 2**33 + 7, 2**63, 2**63 * 1_000_003 + 5):
+        for _ in range(2):
+            runtime.set_seed(seed)
+            drawn.append((np.random.randint(2**31), random.random(), runtime.jt.rand(1).item()))
+    assert drawn[::2] == drawn[1::2] and len(set(drawn)) == 5
+
+
 def test_onednn_has_headers_and_library():
     onednn = runtime.find_onednn()
     if onednn is not None:
@@ -256,23 +277,20 @@ def test_cuda_that_does_not_work_falls_back_to_the_cpu_and_is_remembered(stand_i
     assert (second.stdout, second.stderr) == ("''\n", "")
 
 
-def test_ctrl_c_ends_the_compilers_too(stand_in, tmp_path: Path):
+def test_ctrl_c_ends_the_compilers_too(stand_in, tmp_path: Path, popen):
     folder = stand_in(
         f"import subprocess\nchild = subprocess.Popen(['sleep', '100'])\n"
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid)); time.sleep(100)"
     )
     env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
-    with subprocess.Popen(
-        [sys.executable, "-c", "from jlora.system.runtime import jt"],
-        env=env,
-        stderr=subprocess.PIPE,
-    ) as process:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+    command = [sys.executable, "-c", "from jlora.system.runtime import jt"]
+    process = popen(command, env=env, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
     compiler = int((tmp_path / "pid").read_text())
     state = Path(f"/proc/{compiler}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
@@ -350,12 +368,12 @@ def test_failing_import_says_the_cause_and_the_way_out(stand_in, failure: str, e
 def test_processors_respect_the_affinity(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    monkeypatch.setattr(machine, "_cgroup_quota", lambda: None)
+    monkeypatch.setattr(machine.cgroup, "processor_quota", lambda: None)
     monkeypatch.setattr(machine, "_physical_cores", lambda: 16)
     assert machine.processors() == 4
     monkeypatch.setattr(machine, "_physical_cores", lambda: 8)  # two threads a core
     assert machine.processors() == 2
-    monkeypatch.setattr(machine, "_cgroup_quota", lambda: 1)
+    monkeypatch.setattr(machine.cgroup, "processor_quota", lambda: 1)
     assert machine.processors() == 1
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -16,16 +15,21 @@ import numpy as np
 import pytest
 from test_beam import padded, reference_case
 
+from jlora import engine
 from jlora.adapters import LoraConfig, get_peft_model
 from jlora.data.batches import TokenExample
 from jlora.decoding.beam import beam_search
+from jlora.kernels import native
 from jlora.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from jlora.models.hub import load
+from jlora.system.distributed import World
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt, set_seed
+from jlora.training import loop
 from jlora.training.adamw import AdamW, OptimConfig, learning_rate
+from jlora.training.checkpoint import Progress
 from jlora.training.loggers import read_metrics
-from jlora.training.loop import TrainConfig, train, validation_loss
+from jlora.training.loop import TrainConfig, target_losses, train, validation_loss
 
 # --- microsoft/LoRA's run ---
 
@@ -285,7 +289,7 @@ def test_ctrl_c_saves_and_the_resumed_run_is_bit_for_bit_the_whole_one(whole_run
         assert np.array_equal(tensor, whole_run[1][name]), name
 
 
-def test_a_killed_run_resumes_bit_for_bit(whole_run, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(whole_run, tmp_path, popen):
     code = textwrap.dedent(
         f"""
         import sys, time
@@ -299,7 +303,7 @@ def test_a_killed_run_resumes_bit_for_bit(whole_run, tmp_path):
                 Path({str(tmp_path)!r}), lambda total, start: [Slow()])
         """
     )
-    process = subprocess.Popen([sys.executable, "-c", code])
+    process = popen([sys.executable, "-c", code])
     kill_after = 5 + os.getpid() % 5  # any step after the first checkpoint
     deadline = time.monotonic() + 120
     metrics = tmp_path / "metrics.jsonl"
@@ -337,6 +341,110 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
     np.testing.assert_allclose([x[2] for x in one[0]], [x[2] for x in four[0]], rtol=1e-5)
     for name, tensor in one[1].items():
         np.testing.assert_allclose(four[1][name], tensor, rtol=2e-3, atol=2e-5)
+
+
+class OneOf(World):
+    """One process of several, whose sums are its own; what it would have added is kept."""
+
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size = rank, size
+
+    def sum_arrays(self, arrays):
+        self.summed = [array.copy() for array in arrays]
+
+
+@pytest.mark.skipif(native.problem() is not None, reason="dropout by the row is the operators'")
+def test_dropout_does_not_depend_on_a_process_without_a_share(tmp_path, monkeypatch):
+    """The first batch has one example, so one of two processes gets nothing of it."""
+
+    class Order:
+        per_epoch = 2
+
+        def batch(self, number):
+            return [[0], [1, 2, 3]][number]
+
+    def gradients(rank, size):
+        here = OneOf(rank, size)
+        monkeypatch.setattr(loop, "world", lambda: here)
+        model = tiny_model(dropout=0.5)
+        engine.prepare(model, "fp32")
+        config = TrainConfig(steps=1, grad_accumulation=2, optim=OptimConfig(lr=1e-2))
+        train(model, tiny_examples(), [], config, tmp_path / f"{rank}of{size}", order=Order())
+        return here.summed
+
+    whole, parts = gradients(0, 1), [gradients(rank, 2) for rank in range(2)]
+    for expected, *found in zip(whole, *parts):
+        np.testing.assert_allclose(sum(found), expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_another_loss_and_another_order(tmp_path):
+    seen = []
+
+    class Order:
+        per_epoch = 3
+
+        def batch(self, number):
+            seen.append(number)
+            return [number]
+
+    def twice(model, batch, label_smoothing):
+        return 2 * target_losses(model, batch, label_smoothing)
+
+    config = TrainConfig(batch_size=1, epochs=1, shuffle=False, optim=OptimConfig(lr=1e-2))
+    examples, valid = tiny_examples(5), tiny_examples(6)
+    config.log_every, found = 1, []
+    for run, keywords in (("plain", {}), ("twice", {"loss": twice, "order": Order()})):
+        train(tiny_model(0.0), examples, valid, config, tmp_path / run, **keywords)
+        found.append({key: value for _, key, value in losses(tmp_path / run)[:1]})
+    assert seen == [0, 1, 2]
+    np.testing.assert_allclose(found[1]["loss"], 2 * found[0]["loss"], rtol=1e-6)
+
+
+# --- numbers that are none ---
+
+
+def test_a_validation_loss_that_is_no_number_is_not_the_best(tmp_path):
+    calls = itertools.count()
+
+    def broken_at_first(model, batch, label_smoothing):
+        losses = target_losses(model, batch, label_smoothing)
+        # Of 6 examples in one batch: validated once at step 5, once at 10 and once at 12.
+        return losses * float("nan") if label_smoothing == 0 and next(calls) == 0 else losses
+
+    result = train(
+        tiny_model(), tiny_examples(), tiny_examples(6), TINY, tmp_path, loss=broken_at_first
+    )
+    found = [value for _, key, value in losses(tmp_path) if key == "valid_loss"]
+    assert found[0] is None and result.progress.best_valid_loss == min(found[1:])
+    assert result.progress.best_step in (10, 12) and (tmp_path / "best").is_dir()
+
+
+@pytest.mark.parametrize("before", [None, float("nan"), 2.0])
+def test_the_best_so_far(before):
+    progress = Progress(best_valid_loss=before)
+    assert progress.improves(1.5) and progress.improves(2.5) == (before != 2.0)
+    assert not progress.improves(float("nan")) and not progress.improves(float("-inf"))
+
+
+def test_an_update_that_runs_away_is_found_before_it_is_saved(tmp_path):
+    """The last update of a run, whose loss nobody computes; the first one here."""
+    model = tiny_model()
+    before = model.adapter_tensors()
+    config = TrainConfig(batch_size=4, steps=1, optim=OptimConfig(lr=1e40))
+    with pytest.raises(UserError, match=r"not finite after step 1; the last good adapter is in"):
+        train(model, tiny_examples(), tiny_examples(6), config, tmp_path)
+    assert not (tmp_path / "checkpoint").exists() and not (tmp_path / "best").exists()
+    saved = load_tensors(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name, tensor in model.adapter_tensors().items():
+        np.testing.assert_array_equal(tensor, before[name])
+    assert saved and all(np.isfinite(tensor).all() for tensor in saved.values())
+
+
+@pytest.mark.parametrize("seed", [4294, 4295, 2**32 - 1, 2**63])
+def test_any_seed(tmp_path, seed):
+    config = TrainConfig(batch_size=4, steps=2, seed=seed, log_every=1)
+    train(tiny_model(), tiny_examples(), [], config, tmp_path)
+    assert len(losses(tmp_path)) == 2
 
 
 def test_memory_does_not_grow_with_the_steps(tmp_path):

@@ -22,12 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     processes = getattr(arguments, "nproc", None)
     try:
-        if distributed.started_by_mpi():
-            if processes is None:
+        size = distributed.announced_size()
+        if processes is None:
+            if distributed.started_by_mpi() and size is not None:
                 raise UserError("this command is for one process; leave mpirun out")
-            distributed.join()
-        elif processes is not None and processes > 1:
+        elif processes > 1 and (size is None or not distributed.started_by_mpi()):
             return distributed.launch(processes, list(sys.argv[1:] if argv is None else argv))
+        else:
+            distributed.join()
         if arguments.verbose:
             from jlora.system import runtime
 
@@ -210,18 +212,19 @@ def parser() -> argparse.ArgumentParser:
     source = generate.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="a prompt; may be given several times")
     source.add_argument("--data", help="a file of the task; its distinct inputs are the prompts")
-    generate.add_argument("--task", default="e2e", help="how --data is read (default: e2e)")
+    generate.add_argument("--task", help="how --data is read (default: e2e)")
     generate.add_argument("--out", help="predictions.jsonl to write; default: print the texts")
     generate.add_argument("--method", choices=("beam", "greedy", "sample"), default="beam")
-    generate.add_argument("--max-new-tokens", type=int, default=64)
-    generate.add_argument("--batch-size", type=int, default=16, help="prompts decoded together")
-    generate.add_argument("--beams", type=int, default=10)
-    generate.add_argument("--length-penalty", type=float, default=0.8)
-    generate.add_argument("--no-repeat-ngram-size", type=int, default=4)
-    generate.add_argument("--temperature", type=float, default=1.0, help="of sampling")
-    generate.add_argument("--top-k", type=int, default=0, help="of sampling; 0: all words")
-    generate.add_argument("--top-p", type=float, default=1.0, help="of sampling")
-    generate.add_argument("--seed", type=int, default=0, help="of sampling")
+    run = "default: as the adapter's run says, else"
+    generate.add_argument("--max-new-tokens", type=int, help=f"{run} 64")
+    generate.add_argument("--batch-size", type=int, help=f"prompts decoded together; {run} 32")
+    generate.add_argument("--beams", type=int, help=f"of beam search; {run} 10")
+    generate.add_argument("--length-penalty", type=float, help=f"of beam search; {run} 0.8")
+    generate.add_argument("--no-repeat-ngram-size", type=int, help=f"of beam search; {run} 4")
+    generate.add_argument("--temperature", type=float, help="of sampling (default: 1)")
+    generate.add_argument("--top-k", type=int, help="of sampling (default: all words)")
+    generate.add_argument("--top-p", type=float, help="of sampling (default: 1)")
+    generate.add_argument("--seed", type=int, help="of sampling (default: 0)")
     generate.add_argument("--separator-id", type=int, help="token after the prompt")
     generate.add_argument("--end-id", type=int, action="append", help="end token; may repeat")
     generate.add_argument(

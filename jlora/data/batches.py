@@ -2,7 +2,7 @@
 
 The layout is microsoft/LoRA's (`examples/NLG/src/data_utils.py`)::
 
-    ids     = encode(prompt) + [separator] + encode(" " + completion) + [end]
+    ids     = encode(prompt) + [separator] + encode_after(" " + completion) + [end]
     inputs  = ids[:-1]
     targets = ids[1:]        # shifted here, not in the model
     mask    = 1 where the target is a completion token or the end, 0 over the prompt
@@ -79,6 +79,8 @@ class Batch:
         mask: (B, T) float32, 1 where the target counts in the loss.
         lengths: (examples,) int32, real input tokens of each.
         is_stream: whether this is a stream.
+        first_row: tokens of the same batch that other processes have before these, padding
+            included; dropout numbers the tokens from here on.
     """
 
     input_ids: np.ndarray
@@ -86,6 +88,7 @@ class Batch:
     mask: np.ndarray
     lengths: np.ndarray
     is_stream: bool = False
+    first_row: int = 0
 
 
 # Encoding ------------------------------------------------------------------------------------
@@ -135,7 +138,7 @@ def encode_examples(
     distinct = list(dict.fromkeys(example.prompt for example in examples))
     ids_of = dict(zip(distinct, tokenizer.encode_batch(distinct)))
     prompts = [ids_of[example.prompt] for example in examples]
-    completions = tokenizer.encode_batch([" " + example.completion for example in examples])
+    completions = _encode_after(tokenizer, [" " + example.completion for example in examples])
     encoded = []
     for number, (example, prompt, completion) in enumerate(
         zip(examples, prompts, completions), start=1
@@ -220,7 +223,8 @@ def _cut_prompt(
         return ids
     if keep <= 0:
         return ids[:room]
-    front, end = tokenizer.encode_batch([prompt[:-keep], prompt[-keep:]])
+    (front,) = tokenizer.encode_batch([prompt[:-keep]])
+    (end,) = _encode_after(tokenizer, [prompt[-keep:]])
     if len(end) > room:
         raise UserError(
             f"prompt {number}: its end ({shorten(prompt[-keep:])!r}), which must stay, has "
@@ -228,6 +232,11 @@ def _cut_prompt(
             "data.max_prompt) or drop the example"
         )
     return [*front[: room - len(end)], *end]
+
+
+def _encode_after(tokenizer, texts: list[str]) -> list[list[int]]:
+    """`Tokenizer.encode_after`; a tokenizer of someone else's may have `encode_batch` alone."""
+    return getattr(tokenizer, "encode_after", tokenizer.encode_batch)(texts)
 
 
 def _check_max_prompt(max_prompt: int | None) -> None:
@@ -251,6 +260,9 @@ def check_vocabulary(token_examples: Sequence[TokenExample], vocab_size: int) ->
 
 
 def _separator(separator_id: int | None, tokenizer) -> list[int]:
+    if separator_id is None:
+        # A merged model knows with which it was trained.
+        separator_id = getattr(tokenizer, "separator_id", None)
     if separator_id == NO_SEPARATOR:
         return []
     return [_special_id(separator_id, tokenizer, "separator_id")]
@@ -357,13 +369,16 @@ def shares(lengths: Sequence[int], processes: int) -> list[slice]:
     return [slice(start, end) for start, end in zip(cuts, cuts[1:])]
 
 
-def collate(token_examples: Sequence[TokenExample], pad_id: int, length: int = 0) -> Batch:
+def collate(
+    token_examples: Sequence[TokenExample], pad_id: int, length: int = 0, first_row: int = 0
+) -> Batch:
     """Pad rows on the right to the longest of them; see `Batch` for shapes and dtypes.
 
     Padded targets are ``pad_id`` too (a valid index), with mask 0.
 
     Args:
         length: the length to pad to, if it is larger than the longest row.
+        first_row: see `Batch`.
     """
     lengths = np.array([example.input_length for example in token_examples], dtype=np.int32)
     shape = (len(token_examples), max(length, int(lengths.max())))
@@ -376,11 +391,11 @@ def collate(token_examples: Sequence[TokenExample], pad_id: int, length: int = 0
         targets[row, :length] = example.ids[1:]
         # Target t is ids[t + 1], so the first completion token is target prompt_length - 1.
         mask[row, example.prompt_length - 1 : length] = 1.0
-    return Batch(input_ids, targets, mask, lengths)
+    return Batch(input_ids, targets, mask, lengths, first_row=first_row)
 
 
-def stream(token_examples: Sequence[TokenExample]) -> Batch:
-    """All examples one after another in a single row, without padding."""
+def stream(token_examples: Sequence[TokenExample], first_row: int = 0) -> Batch:
+    """All examples one after another in a single row, without padding; see `Batch`."""
     inputs = [example.ids[:-1] for example in token_examples]
     targets = [example.ids[1:] for example in token_examples]
     counts = [np.arange(len(e.ids) - 1) >= e.prompt_length - 1 for e in token_examples]
@@ -390,4 +405,5 @@ def stream(token_examples: Sequence[TokenExample]) -> Batch:
         np.concatenate(counts).astype(np.float32)[None],
         np.array([len(ids) for ids in inputs], dtype=np.int32),
         is_stream=True,
+        first_row=first_row,
     )

@@ -8,31 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jlora.kernels import structs
 from jlora.kernels.native import FusedFunction, call, operator, retire
 from jlora.kernels.packed_linear import Branch, PackedWeight, TrainedWeight
 from jlora.system.runtime import jt
 
 ROWS = 256
-i64, address, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = [("weight", address), ("r", i64), ("blocks", i64), ("flags", i64),
-                ("scale", real), ("p", real), ("trained", i64)]  # fmt: skip
-
-
-class _Joint(ctypes.Structure):
-    _fields_ = [("count", i64), ("linears", _Linear * 3), ("bias", address)]
-
-
-class _Spec(ctypes.Structure):
-    _fields_ = [
-        *((name, i64) for name in ("width", "heads", "key_heads", "head_size", "inner", "gated")),
-        ("eps", real),
-        *((name, address) for name in ("norm1", "norm1_bias", "norm2", "norm2_bias")),
-        *((name, _Joint) for name in ("qkv", "out", "up", "down")),
-        ("given", i64),
-    ]
 
 
 @dataclass(frozen=True)
@@ -79,24 +60,25 @@ class BlockPlan:
         self._kept = [norms, joints]  # the operator has their addresses
         self.width = joints[0][0].weight.k
         self.branches = sum(layer.branch is not None for joint in joints for layer in joint)
-        self.spec = _Spec(
+        first, first_bias, second, second_bias = map(_pointer, norms)
+        self.spec = structs.BlockSpec(
             self.width, shape.heads, shape.key_heads, shape.head_size, joints[2][0].weight.n,
-            shape.gated, shape.eps, *(_pointer(norm) for norm in norms),
+            shape.gated, shape.eps, (first, first_bias), (second, second_bias),
             *(self._joint(joint) for joint in joints), given,
         )  # fmt: skip
         self.trained = [x.weight for j in joints for x in j if isinstance(x.weight, TrainedWeight)]
         self.address = ctypes.addressof(self.spec)
         self.gated = shape.gated
 
-    def _joint(self, layers: Sequence[Layer]) -> _Joint:
-        joint = _Joint(count=len(layers))
+    def _joint(self, layers: Sequence[Layer]) -> structs.JointSpec:
+        joint = structs.JointSpec(count=len(layers))
         for i, layer in enumerate(layers):
             linear = joint.linears[i]
             linear.weight = layer.weight.address
             if isinstance(layer.weight, TrainedWeight):
                 linear.trained = 2 if layer.weight.transposed else 1
             if layer.branch is not None:
-                r, blocks, flags, scale, p, _ = layer.branch.numbers
+                r, blocks, flags, scale, p = layer.branch.numbers
                 linear.r, linear.blocks, linear.flags = r, blocks, flags
                 linear.scale, linear.p = scale, p
         if any(layer.bias is not None for layer in layers):
@@ -112,7 +94,7 @@ class BlockPlan:
         For a multiple of `ROWS`: Jittor's allocator uses freed memory again where sizes are
         equal, and pages that nobody touches are not there.
         """
-        return call("saved_bytes", i64, self.address, -(-rows // ROWS) * ROWS)
+        return call("saved_bytes", ctypes.c_int64, self.address, -(-rows // ROWS) * ROWS)
 
     def __del__(self, retire=retire):  # see PackedWeight
         if hasattr(self, "address"):
@@ -125,13 +107,14 @@ def _pointer(array: np.ndarray | None) -> int | None:
 
 class _Block(FusedFunction):
     def execute(self, x, plan, keep, seed, fixed, adapters, parameters, *differentiated):
-        self.numbers = (plan.address, plan.branches, seed, keep, len(plan.trained))
+        self.numbers = (plan.branches, keep, len(plan.trained))
+        self.integers = (plan.address, *seed)
         # Of trained weights the operator reads the packed copies, and so does the backward pass.
         self.read = [*fixed, *adapters, *parameters, *(w.packed() for w in plan.trained)]
         size = plan.saved_bytes(x.numel() // plan.width) if keep else 1
         y, self.saved = operator(
             [x.shape, (size,)], ["float32", "uint8"], [x, *self.read], "block_forward_op",
-            *self.numbers,
+            *self.numbers, integers=self.integers,
         )  # fmt: skip
         return y
 
@@ -144,7 +127,7 @@ class _Block(FusedFunction):
         shapes = [v.shape if w else (1,) for v, w in zip((x, *differentiated), wanted)]
         gradients = operator(
             shapes, ["float32"] * len(shapes), [x, *self.read, self.saved, dy],
-            "block_backward_op", *self.numbers,
+            "block_backward_op", *self.numbers, integers=self.integers,
         )  # fmt: skip
         dx, *rest = (g if w else None for g, w in zip(gradients, wanted))
         return dx, *[None] * 6, *rest
@@ -157,7 +140,7 @@ def run_block(
     rotation: Sequence[jt.Var],
     adapters: Sequence[jt.Var],
     keep: bool,
-    seed: int,
+    seed: tuple[int, int],
     parameters: Sequence[jt.Var] = (),
 ) -> jt.Var:
     """Run a block; differentiable in x, the adapters, the parameters and the trained weights.

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from jlora.kernels import structs
 from jlora.kernels.native import run
 from jlora.kernels.topk import rectangle
 
 # Kinds of weights: a `PackedWeight`, plain floats (n, k), plain floats (k, n).
 PACKED, ROWS_FIRST, COLUMNS_FIRST = 1, 2, 3
 
-LINEAR = np.dtype(
-    [("kind", "i8"), ("weight", "u8"), ("n", "i8"), ("k", "i8"), ("bias", "u8"),
-     ("A", "u8"), ("B", "u8"), ("r", "i8"), ("blocks", "i8"), ("flags", "i8"), ("scale", "f8")]
-)  # fmt: skip
-NORM = np.dtype([("weight", "u8"), ("bias", "u8")])
-BLOCK = np.dtype(
-    [("before_attention", NORM), ("before_mlp", NORM), ("qkv", LINEAR, 3), ("out", LINEAR),
-     ("in", LINEAR, 2), ("down", LINEAR)]
-)  # fmt: skip
-MODEL = np.dtype(
-    [*((name, "i8") for name in ("layers", "C", "H", "G", "D", "inner")), ("eps", "f8"),
-     *((name, "u8") for name in ("tokens", "packed_tokens", "positions", "frequencies")),
-     ("last", NORM)]
-)  # fmt: skip
+LINEAR, NORM = np.dtype(structs.Linear), np.dtype(structs.Norm)
+BLOCK, MODEL = np.dtype(structs.Block), np.dtype(structs.Model)
 
 
 def run_prompts(model, blocks, ids, positions, lengths, prompts) -> np.ndarray:
@@ -74,10 +63,10 @@ def head_topk(
     Args:
         hidden: (rows, C) float32.
         head: address of the head's packed weight.
-        k: at most the size of the vocabulary.
+        k: how many; V where the vocabulary V is smaller.
     """
-    rows = len(hidden)
+    rows, k = len(hidden), min(k, structs.Weight.from_address(head).n)
     values, ids = np.empty((rows, k), np.float32), np.empty((rows, k), np.int32)
     edits = [np.ascontiguousarray(rectangle(lists, rows)) for lists in (penalised, banned)]
-    run("head_topk_op", [hidden, *edits], [values, ids], head, penalty)
+    run("head_topk_op", [hidden, *edits], [values, ids], penalty, integers=[head])
     return values, ids

@@ -117,13 +117,13 @@ inline void rotate(const float* x, const float* cos, const float* sin, float* y,
         }
     }
 }
-// What decides a dropout: a seed below 2^31, and the number of the first row among the rows of all
-// processes that share a batch. They come as one number, first_row * 2^31 + seed.
+// What decides a dropout: a seed, and the number of the first row among the rows of all processes that
+// share a batch.
 struct Seed {
     uint64_t value = 0;
     int64_t first_row = 0;
     Seed() = default;
-    explicit Seed(double number) : value((uint64_t)number & 0x7FFFFFFF), first_row((int64_t)number >> 31) {}
+    explicit Seed(const int64_t* both) : value(both[0]), first_row(both[1]) {}
 };
 // Keeps x[i] with probability 1 - p, scaled by 1 / (1 - p). The choice is a hash of (seed, i), so
 // that the backward pass makes the same one without a stored mask, on any number of threads.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import numpy as np
 
 from jlora.kernels.native import FusedFunction, operator
@@ -91,31 +95,36 @@ class _Dropout(FusedFunction):
         return self.drop(x)
 
     def drop(self, x):
-        return operator(x.shape, "float32", [x], "dropout_op", *self.inputs[1:], x.shape[-1])
+        p, seed = self.inputs[1:]
+        return operator(x.shape, "float32", [x], "dropout_op", p, x.shape[-1], integers=seed)
 
     def grad(self, dy):
         return self.drop(dy), None, None
 
 
-_first_row = 0
+_first_row = ContextVar("first_row", default=0)
 
 
-def count_rows_from(row: int) -> None:
-    """Say which row of a batch is the first one here, where processes share the batch's stream.
+@contextmanager
+def rows_from(first_row: int) -> Iterator[None]:
+    """Number the rows from ``first_row`` on in the dropouts of a forward pass.
 
-    What is dropped of a row is a function of the seed and its number, so that it does not depend on
-    how many processes there are.
+    Processes that share a batch each have some of its rows. What is dropped of a row is a function
+    of the seed and its number in the whole batch, so it does not depend on how many they are.
     """
-    global _first_row
-    _first_row = row
+    token = _first_row.set(first_row)
+    try:
+        yield
+    finally:
+        _first_row.reset(token)
 
 
-def dropout_seed() -> int:
-    """The seed of the next dropout, from NumPy's global generator, which `set_seed` seeds.
+def dropout_seed() -> tuple[int, int]:
+    """What decides the next dropout, as ``Seed`` in elementwise.h: a seed, and the first row.
 
-    As ``Seed`` in elementwise.h reads it: below 2**31, and above that the number of the first row.
+    The seed comes from NumPy's global generator, which `set_seed` seeds.
     """
-    return int(np.random.randint(2**31)) + (_first_row << 31)
+    return int(np.random.randint(2**31)), _first_row.get()
 
 
 class FusedDropout(nn.Dropout):

@@ -1,4 +1,5 @@
 // The library of jlora's operators: each takes its arrays and numbers as native.h says.
+#include <mutex>
 #include "native.h"
 #include "adamw.h"
 #include "attention.h"
@@ -12,8 +13,25 @@
 #include "head_topk.h"
 #include "target_loss.h"
 #endif
+#include "layouts.h"
 
 using namespace jlora;
+
+// Operators keep scratch memory from call to call (`Buffer`), and each takes all processors, so they
+// run one at a time: another thread of Python, whose interpreter lock a call lets go, waits here.
+static std::mutex running;
+#define JLORA_OPERATOR(name) \
+    static Operator name##_alone; \
+    extern "C" void name(const Array* in, const Array* out, const int64_t* integer, const double* number) { \
+        const std::lock_guard<std::mutex> alone(running); \
+        name##_alone(in, out, integer, number); \
+    } \
+    static void name##_alone(const Array* in, const Array* out, const int64_t* integer, const double* number)
+
+extern "C" const char* struct_layouts() {
+    static const std::string text = layouts();
+    return text.c_str();
+}
 
 // Attention: q (..., H, D), k and v (..., G, D), sequences (n, 5) -> out, lse (H, rows); number: scale.
 static Batch batch(const Array* in, double scale) {
@@ -115,9 +133,9 @@ JLORA_OPERATOR(rotate_op) {
     const int64_t H = number[0], D = number[1];
     rotate(in[0].in(), in[1].in(), in[2].in(), out[0].out(), in[0].size / (H * D), H, D, number[2]);
 }
-// number: p, seed, width of a row.
+// integer: seed, first row; number: p, width of a row.
 JLORA_OPERATOR(dropout_op) {
-    dropout(in[0].in(), out[0].out(), in[0].size, number[2], Seed(number[1]), number[0]);
+    dropout(in[0].in(), out[0].out(), in[0].size, number[1], Seed(integer), number[0]);
 }
 
 // logits (rows, V), penalised and banned ids (rows, any) -> values, ids (rows, k); number: penalty.
@@ -133,17 +151,26 @@ extern "C" int64_t tile_products() { return tiles::permitted() ? JLORA_TILES : 0
 #endif
 #ifdef JLORA_PRODUCTS
 // Packed weights: Python owns the memory, a `Weight` describes it.
-extern "C" int64_t packed_bytes(int64_t n, int64_t k, int64_t kind) { return weight_bytes(n, k, kind); }
+extern "C" int64_t packed_bytes(int64_t n, int64_t k, int64_t kind) {
+    const std::lock_guard<std::mutex> alone(running);
+    return weight_bytes(n, k, kind);
+}
 extern "C" void pack_weight(const float* w, char* memory, Weight* out, int64_t n, int64_t k, int64_t kind, int64_t transposed) {
+    const std::lock_guard<std::mutex> alone(running);
     *out = weight_in(memory, n, k, kind);
     pack(w, *out, transposed != 0);
 }
-extern "C" void unpack_weight(const Weight* w, float* out, int64_t transposed) { unpack(*w, out, transposed != 0); }
+extern "C" void unpack_weight(const Weight* w, float* out, int64_t transposed) {
+    const std::lock_guard<std::mutex> alone(running);
+    unpack(*w, out, transposed != 0);
+}
 
+// The first integer is the address of a weight.
+static const Weight& weight_at(const int64_t* integer) { return *(const Weight*)(uintptr_t)integer[0]; }
 #ifdef JLORA_TILES
-// ids (...) -> rows of the weight (..., k); ids outside give NaN. number: address of the weight
+// ids (...) -> rows of the weight (..., k); ids outside give NaN. integer: address of the weight
 JLORA_OPERATOR(rows_op) {
-    const Weight& w = *(const Weight*)(uintptr_t)number[0];
+    const Weight& w = weight_at(integer);
     #pragma omp parallel for
     for (int64_t i = 0; i < in[0].size; i++) {
         const int64_t n = in[0].as<int>()[i];
@@ -165,15 +192,16 @@ struct StoreRows {
         store_some(y + m * width + n, left + l, right + r, count);
     }
 };
-// x (..., k), bias (n,) if there is one -> y (..., n); number: address of the weight, back
+// x (..., k), bias (n,) if there is one -> y (..., n). integer: address of the weight; number: back,
+// whether there is a bias
 JLORA_OPERATOR(multiply_op) {
-    const Weight& w = *(const Weight*)(uintptr_t)number[0];
+    const Weight& w = weight_at(integer);
     static Buffer<uint16_t> memory;
-    const bool back = number[1] != 0;
+    const bool back = number[0] != 0;
     const int64_t from = back ? w.n : w.k, to = back ? w.k : w.n;
     const Rows x = rows_in(memory, in[0].size / from, from);
     round_rows(in[0].in(), x);
-    const float* bias = number[2] != 0 ? in[1].in() : nullptr;
+    const float* bias = number[1] != 0 ? in[1].in() : nullptr;
     const StoreRows sink{out[0].out(), to, bias};
     if (back) product_back(x, {{&w}, 1}, sink); else product(x, {{&w}, 1}, sink);
 }
@@ -219,25 +247,25 @@ JLORA_OPERATOR(trained_loss_back_op) {
         out[0].out(), out[1].out(), shape[0], number[1]);
 }
 #endif
-// A linear layer with its low-rank branch. number: address of the weight, r, blocks, flags, scale, p,
-// seed and whether there is a bias.
+// A linear layer with its low-rank branch. integer: address of the weight, seed, first row; number: r,
+// blocks, flags, scale, p, whether there is a bias.
 struct LoraCall {
     const Weight& w;
     int64_t rows;
     LowRank low;
-    LoraCall(const Array* in, const double* number, float* dA, float* dB)
-        : w(*(const Weight*)(uintptr_t)number[0]), rows(in[0].size / w.k),
-          low(w.k, w.n, {{in[1].in(), in[2].in(), dA, dB, 0, w.n, (int64_t)number[1], (int64_t)number[2],
-              (int64_t)number[3], (float)number[4], number[5], Seed(number[6])}}) {}
+    LoraCall(const Array* in, const int64_t* integer, const double* number, float* dA, float* dB)
+        : w(weight_at(integer)), rows(in[0].size / w.k),
+          low(w.k, w.n, {{in[1].in(), in[2].in(), dA, dB, 0, w.n, (int64_t)number[0], (int64_t)number[1],
+              (int64_t)number[2], (float)number[3], number[4], Seed(integer + 1)}}) {}
 };
 // x, A, B, bias if there is one -> y, low (rows, rank)
 JLORA_OPERATOR(lora_forward_op) {
-    LoraCall call(in, number, nullptr, nullptr);
+    LoraCall call(in, integer, number, nullptr, nullptr);
     static Buffer<uint16_t> memory;
     const Rows x = rows_in(memory, call.rows, call.w.k);
     round_rows(in[0].in(), x);
     call.low.forward(x, out[1].out());
-    const StoreRows sink{out[0].out(), call.w.n, number[7] != 0 ? in[3].in() : nullptr};
+    const StoreRows sink{out[0].out(), call.w.n, number[5] != 0 ? in[3].in() : nullptr};
     product(x, {{&call.w}, 1}, [&](int64_t m, int64_t n, F16 left, F16 right) {
         call.low.add(m, n, left, right);
         sink(m, n, left, right);
@@ -245,7 +273,7 @@ JLORA_OPERATOR(lora_forward_op) {
 }
 // x, A, B, low, dy -> dx, dA, dB
 JLORA_OPERATOR(lora_backward_op) {
-    LoraCall call(in, number, out[1].out(), out[2].out());
+    LoraCall call(in, integer, number, out[1].out(), out[2].out());
     static Buffer<uint16_t> for_x, for_dy;
     static Buffer<float> for_low;
     const Rows x = rows_in(for_x, call.rows, call.w.k), dy = rows_in(for_dy, call.rows, call.w.n);
@@ -258,28 +286,29 @@ JLORA_OPERATOR(lora_backward_op) {
         sink(m, k, left, right);
     });
 }
-// hidden (N, C), targets (N,) -> losses (N,), d hidden; number: address of the head, smoothing,
-// whether the gradient is wanted.
+// hidden (N, C), targets (N,) -> losses (N,), d hidden. integer: address of the head; number:
+// smoothing, whether the gradient is wanted.
 JLORA_OPERATOR(target_loss_op) {
     std::vector<float> log_sums(in[0].shape[0]);
-    target_loss(in[0].in(), *(const Weight*)(uintptr_t)number[0], in[1].as<int>(), out[0].out(), log_sums.data(),
-        number[2] != 0 ? out[1].out() : nullptr, in[0].shape[0], number[1]);
+    target_loss(in[0].in(), weight_at(integer), in[1].as<int>(), out[0].out(), log_sums.data(),
+        number[1] != 0 ? out[1].out() : nullptr, in[0].shape[0], number[0]);
 }
 
 // Blocks. in: x, starts, cos and sin if there are, A and B of each branch; where `given`, weights and
 // biases of the norms, biases of the joints that have some, trained weights packed.
-// number: address of the BlockSpec, branches, seed, whether `saved` is kept, trained weights.
+// integer: address of the BlockSpec, seed, first row; number: branches, whether `saved` is kept, trained
+// weights.
 // A gradient that is not wanted is an array of one number.
 static float* wanted(const Array& array) { return wanted(array, array.size > 1); }
 struct BlockArrays {
     const BlockSpec& s;
     BlockCall call;
     int64_t next = 2;  // input after all these
-    BlockArrays(const Array* in, const double* number)
-        : s(*(const BlockSpec*)(uintptr_t)number[0]), call{in[0].size / s.width, in[1].size - 1, in[0].in(), in[1].as<int>()} {
-        call.seed = Seed(number[2]);
+    BlockArrays(const Array* in, const int64_t* integer, const double* number)
+        : s(*(const BlockSpec*)(uintptr_t)integer[0]), call{in[0].size / s.width, in[1].size - 1, in[0].in(), in[1].as<int>()} {
+        call.seed = Seed(integer + 1);
         if (s.gated) call.cos = in[next++].in(), call.sin = in[next++].in();
-        for (int64_t i = 0; i < 2 * (int64_t)number[1]; i++) call.adapters.push_back(in[next++].in());
+        for (int64_t i = 0; i < 2 * (int64_t)number[0]; i++) call.adapters.push_back(in[next++].in());
         call.norm1 = s.norm1, call.norm2 = s.norm2;
         for (int64_t i = 0; i < joints; i++) call.biases[i] = joint(i).bias;
         if (!s.given) return;
@@ -288,7 +317,7 @@ struct BlockArrays {
             if (norm->bias) norm->bias = in[next++].in();
         }
         for (int64_t i = 0; i < joints; i++) if (joint(i).bias) call.biases[i] = in[next++].in();
-        for (int64_t i = 0; i < (int64_t)number[4]; i++) call.packed.push_back(in[next++].data);
+        for (int64_t i = 0; i < (int64_t)number[2]; i++) call.packed.push_back(in[next++].data);
     }
     const JointSpec& joint(int64_t i) const { return (&s.qkv)[i]; }
     // Gradients go to outputs in the order of the inputs, after that of x.
@@ -308,19 +337,19 @@ extern "C" int64_t saved_bytes(const BlockSpec* s, int64_t rows) { return Saved(
 static Buffer<char> block_memory;
 // -> y, saved
 JLORA_OPERATOR(block_forward_op) {
-    const BlockArrays all(in, number);
+    const BlockArrays all(in, integer, number);
     const int64_t rows = all.call.rows;
-    char* memory = number[3] != 0 ? out[1].as<char>() : block_memory.of(saved_bytes(&all.s, rows));
+    char* memory = number[1] != 0 ? out[1].as<char>() : block_memory.of(saved_bytes(&all.s, rows));
     Block(all.s, all.call).forward(Saved(memory, all.s, rows), out[0].out());
 }
 // As above, then saved and dy -> gradients of x, of A and B of each branch and of what was given
 JLORA_OPERATOR(block_backward_op) {
-    BlockArrays all(in, number);
+    BlockArrays all(in, integer, number);
     const BlockSpec& s = all.s;
     const int64_t rows = all.call.rows;
     all.gradients(out);
     Block block(s, all.call);
-    const bool kept = number[3] != 0;
+    const bool kept = number[1] != 0;
     const Saved saved(kept ? in[all.next].as<char>() : block_memory.of(saved_bytes(&s, rows)), s, rows);
     static Buffer<float> again;
     if (!kept) block.forward(saved, again.of(rows * s.width));
@@ -340,11 +369,11 @@ JLORA_OPERATOR(run_step_op) {
         in[3].as<int>(), in[4].as<float*>(), in[5].as<int>(), in[6].as<int>(), in[6].shape[1], in[7].as<int>(),
         in[8].as<float*>(), (int64_t)number[0], in[8].size, out[0].out());
 }
-// hidden (rows, C), penalised and banned ids (rows, any) -> values, ids (rows, k); number: address of
-// the head's weight, penalty.
+// hidden (rows, C), penalised and banned ids (rows, any) -> values, ids (rows, k). integer: address of
+// the head's weight; number: penalty.
 JLORA_OPERATOR(head_topk_op) {
-    const Edits edits{in[1].as<int>(), in[2].as<int>(), in[1].shape[1], in[2].shape[1], (float)number[1]};
-    head_topk(in[0].in(), in[0].shape[0], *(const Weight*)(uintptr_t)number[0], edits, out[0].shape[1],
+    const Edits edits{in[1].as<int>(), in[2].as<int>(), in[1].shape[1], in[2].shape[1], (float)number[0]};
+    head_topk(in[0].in(), in[0].shape[0], weight_at(integer), edits, out[0].shape[1],
         out[0].out(), out[1].as<int>());
 }
 #endif

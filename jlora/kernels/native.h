@@ -1,4 +1,5 @@
-// How an operator of this library is called: arrays in, arrays out, numbers. See native.py.
+// How an operator of this library is called: arrays in, arrays out, integers, numbers. See native.py,
+// which also puts this file at the head of what Jittor compiles.
 #pragma once
 #include <cstdint>
 
@@ -11,6 +12,7 @@
 #endif
 
 namespace jlora {
+// Mirrored in structs.py.
 struct Array {
     void* data;
     int64_t size;      // elements
@@ -20,7 +22,5 @@ struct Array {
     const float* in() const { return (const float*)data; }
     float* out() const { return (float*)data; }
 };
+using Operator = void(const Array* in, const Array* out, const int64_t* integer, const double* number);
 }  // namespace jlora
-
-#define JLORA_OPERATOR(name) \
-    extern "C" void name(const jlora::Array* in, const jlora::Array* out, const double* number)

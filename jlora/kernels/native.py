@@ -15,10 +15,12 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from ctypes import c_double, c_int64
 from pathlib import Path
 
 import numpy as np
 
+from jlora.kernels import structs
 from jlora.system import machine
 from jlora.system.errors import UserError
 from jlora.system.files import atomic_path
@@ -33,16 +35,18 @@ FLAGS = (
     "-std=c++17 -O3 -fPIC -shared -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros "
     "-fassociative-math -freciprocal-math -ffp-contract=fast"
 ).split()
-NUMBERS = 8  # most numbers that an operator takes
+NUMBERS, INTEGERS = 6, 3  # most that an operator takes
 
-_HEADER = """
-struct JloraArray { void* data; int64_t size; int64_t shape[6]; int64_t dims; };
-static inline JloraArray jlora_array(jittor::Var* v) {
-    JloraArray a{v->mem_ptr, v->num, {0}, (int64_t)v->shape.size()};
+_HEADER = (
+    (FOLDER / "native.h").read_text(encoding="utf-8").replace("#pragma once\n", "")
+    + """
+static inline jlora::Array jlora_array(jittor::Var* v) {
+    jlora::Array a{v->mem_ptr, v->num, {0}, (int64_t)v->shape.size()};
     for (int i = 0; i < (int)v->shape.size() && i < 6; i++) a.shape[i] = v->shape[i];
     return a;
 }
 """
+)
 
 
 @functools.cache
@@ -60,11 +64,14 @@ def library() -> ctypes.CDLL:
             if not path.is_file():
                 _compile(command, path)
     try:
-        return ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
+        loaded = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
     except OSError as error:
         raise UserError(
             f"the compiled operators cannot be loaded: {error}; remove {path} and start again"
         ) from error
+    loaded.struct_layouts.restype = ctypes.c_char_p
+    structs.check(loaded.struct_layouts().decode())
+    return loaded
 
 
 @functools.cache
@@ -132,23 +139,35 @@ def _address(function: str) -> int:
 
 @functools.cache
 def _stub(inputs: int, outputs: int) -> str:
-    """Statements that describe the arrays and call the operator whose address comes as a number."""
+    """Statements that describe the arrays and call the operator whose address comes with them."""
     lists = [
-        f"JloraArray {name}[] = {{{', '.join(f'jlora_array({v}{i})' for i in range(count))}}};"
+        f"jlora::Array {name}[] = {{{', '.join(f'jlora_array({v}{i})' for i in range(count))}}};"
         for name, v, count in (("ins", "in", max(inputs, 1)), ("outs", "out", outputs))
     ]
     numbers = ", ".join(f'data["{i}"]' for i in range(NUMBERS))
+    # Jittor hands over doubles alone, which do not hold every int64; see `_halves`.
+    integers = ", ".join(
+        f'(int64_t)data["high{i}"] << 32 | (int64_t)data["low{i}"]' for i in range(INTEGERS + 1)
+    )
     return "\n".join(
         [
             *lists,
             f"double numbers[] = {{{numbers}}};",
-            "((void (*)(JloraArray*, JloraArray*, double*))(uintptr_t)data[\"address\"])"
-            "(ins, outs, numbers);",
+            f"int64_t integers[] = {{{integers}}};",
+            "((jlora::Operator*)(uintptr_t)integers[0])(ins, outs, integers + 1, numbers);",
         ]
-    )  # fmt: skip
+    )
 
 
-def operator(shapes, dtypes, inputs, function: str, *numbers: float):
+def _halves(integers: Sequence[int]) -> dict[str, float]:
+    """Integers below 2**63 as the two doubles each that a stub puts together."""
+    data = {}
+    for i, integer in enumerate(integers):
+        data[f"high{i}"], data[f"low{i}"] = float(integer >> 32), float(integer & 0xFFFFFFFF)
+    return data
+
+
+def operator(shapes, dtypes, inputs, function: str, *numbers: float, integers: Sequence[int] = ()):
     """Add an operator of the library to Jittor's graph.
 
     Args:
@@ -156,50 +175,55 @@ def operator(shapes, dtypes, inputs, function: str, *numbers: float):
         dtypes: likewise.
         inputs: Vars, at least one.
         function: its name in the library (``JLORA_OPERATOR(name)``).
-        numbers: what it reads as ``number[0]``, ``number[1]``, ...
+        numbers: what it reads as ``number[0]``, ``number[1]``, ...: float64.
+        integers: likewise as ``integer[0]``, ...: int64, for addresses and seeds.
 
     Returns:
         A Var, or a list of Vars for several outputs.
     """
-    data = {str(i): float(number) for i, number in enumerate(numbers)}
-    data.update({str(i): 0.0 for i in range(len(numbers), NUMBERS)}, address=_address(function))
+    data = {str(i): float(number) for i, number in enumerate(_filled(numbers, NUMBERS))}
+    data.update(_halves([_address(function), *_filled(integers, INTEGERS)]))
     outputs = len(dtypes) if isinstance(dtypes, list) else 1
     return jt.code(
         shapes, dtypes, inputs, cpu_header=_HEADER, cpu_src=_stub(len(inputs), outputs), data=data
     )
 
 
+def _filled(given: Sequence, count: int) -> list:
+    return [*given, *[0] * (count - len(given))]
+
+
 def call(function: str, result: type, *numbers: int) -> int:
     """Ask the library something at once, outside Jittor's graph; all arguments are int64."""
     found = getattr(library(), function)
     found.restype = result
-    return found(*(ctypes.c_int64(int(number)) for number in numbers))
-
-
-class _Array(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("size", ctypes.c_int64),
-        ("shape", ctypes.c_int64 * 6),
-        ("dims", ctypes.c_int64),
-    ]
+    return found(*(c_int64(int(number)) for number in numbers))
 
 
 def run(
-    function: str, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray], *numbers: float
+    function: str,
+    inputs: Sequence[np.ndarray],
+    outputs: Sequence[np.ndarray],
+    *numbers: float,
+    integers: Sequence[int] = (),
 ) -> None:
-    """Run an operator of the library at once on numpy arrays, outside Jittor's graph."""
+    """Run an operator of the library at once on numpy arrays, outside Jittor's graph.
+
+    Several threads may: operators run one at a time, and the others wait. (Jittor itself must be
+    used by one thread at a time, so this does not hold for `operator`.)
+    """
     found = getattr(library(), function)
     found.restype = None
-    found(_described(inputs), _described(outputs), (ctypes.c_double * NUMBERS)(*numbers))
+    arguments = (c_int64 * INTEGERS)(*integers), (c_double * NUMBERS)(*numbers)
+    found(_described(inputs), _described(outputs), *arguments)
 
 
 def _described(arrays: Sequence[np.ndarray]) -> ctypes.Array:
     for array in arrays:
         if not array.flags.c_contiguous:
             raise ValueError("the operators read arrays row by row")
-    return (_Array * len(arrays))(
-        *((a.ctypes.data, a.size, (ctypes.c_int64 * 6)(*a.shape), a.ndim) for a in arrays)
+    return (structs.Array * len(arrays))(
+        *((a.ctypes.data, a.size, (c_int64 * 6)(*a.shape), a.ndim) for a in arrays)
     )
 
 

@@ -1,6 +1,7 @@
 // What product.h says, by oneDNN, with a packing of a weight for each direction.
 #pragma once
 #include <algorithm>
+#include <cstddef>
 #include "lanes.h"
 #include "onednn.h"
 #include "weights.h"
@@ -19,6 +20,7 @@ struct Weight {
     int64_t n, k;     // outputs and inputs
     char* backward;   // packed as (k, n)
 };
+static_assert(sizeof(Weight) <= 48 && offsetof(Weight, n) == 8 && offsetof(Weight, k) == 16, "Weight of structs.py");
 inline int64_t weight_bytes(int64_t n, int64_t k, int64_t kind) {
     if (kind) return 0;  // bf16 alone
     const int64_t forward = onednn::bytes(n, k), backward = onednn::bytes(k, n);

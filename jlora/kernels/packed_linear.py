@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jlora.kernels import structs
 from jlora.kernels.native import (
     FusedFunction,
     call,
@@ -19,12 +20,6 @@ from jlora.system.errors import UserError
 from jlora.system.runtime import jt
 
 LINE = 64  # bytes; packed weights begin on a line of the cache
-
-
-class _Weight(ctypes.Structure):
-    """`Weight` of product.h; what the fields mean is the library's business."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("data", "n", "k", "more", "scales", "back")]
 
 
 # What packed weights are kept in, by the numbers of product.h. "int8" multiplies activations in
@@ -73,7 +68,7 @@ class PackedWeight:
         free_retired()
         self._memory = np.empty(size + LINE, np.uint8)
         begin = -(-self._memory.ctypes.data // LINE) * LINE
-        self._weight = _Weight()
+        self._weight = structs.Weight()
         self.address = ctypes.addressof(self._weight)
         values = np.ascontiguousarray(weight.data)  # no copy of Jittor's memory
         sizes = (self.n, self.k, KINDS[kind], transposed)
@@ -98,7 +93,8 @@ class PackedWeight:
     def rows(self, ids: jt.Var) -> jt.Var:
         """Rows of the weight: int32 (...) -> (..., K) float32. Not by oneDNN."""
         shape = (*ids.shape, self.k)
-        return operator(shape, "float32", [ids], "rows_op", self.address).stop_grad()
+        rows = operator(shape, "float32", [ids], "rows_op", integers=[self.address])
+        return rows.stop_grad()
 
     def unpack(self, transposed: bool) -> np.ndarray:
         """The weight as it was given, to the precision kept; float32."""
@@ -120,7 +116,7 @@ class TrainedWeight:
         self.weight, self.transposed = weight, transposed
         self.n, self.k = shape[::-1] if transposed else shape
         self.bytes = call("trained_bytes", ctypes.c_int64, self.n, self.k)
-        self._shape = _Weight(n=self.n, k=self.k)
+        self._shape = structs.Weight(n=self.n, k=self.k)
         self.address = ctypes.addressof(self._shape)  # what a plan reads of it
         self._copy, self._copied = None, None
 
@@ -146,7 +142,7 @@ class SettledWeight:
     """A `TrainedWeight` at one moment; ``address`` is good as long as this is held."""
 
     def __init__(self, trained: TrainedWeight):
-        self._copy, self._weight = trained.packed(), _Weight()
+        self._copy, self._weight = trained.packed(), structs.Weight()
         self.address = ctypes.addressof(self._weight)
         call("describe_trained", None, self._copy.raw_ptr, self.address, trained.n, trained.k)
 
@@ -158,7 +154,8 @@ class Branch:
     Attributes:
         A: (r * enabled, K); B: (N / blocks * enabled, r), the enabled blocks one after the other.
         enabled: one flag for each of the equal blocks of outputs.
-        p, seed: of dropout; p 0 drops nothing.
+        p: of dropout; 0 drops nothing.
+        seed, first_row: what decides the dropout, see `elementwise.dropout_seed`.
     """
 
     A: jt.Var
@@ -167,6 +164,7 @@ class Branch:
     scale: float
     p: float = 0.0
     seed: int = 0
+    first_row: int = 0
 
     @property
     def flags(self) -> int:
@@ -175,19 +173,22 @@ class Branch:
     @property
     def numbers(self) -> tuple[float, ...]:
         r, blocks = self.B.shape[1], len(self.enabled)
-        return r, blocks, self.flags, self.scale, self.p, self.seed
+        return r, blocks, self.flags, self.scale, self.p
 
 
 class _PackedProduct(FusedFunction):
     def execute(self, x, weight, bias):
         inputs = [x] if bias is None else [x, bias]
-        numbers = (weight.address, False, bias is not None)
-        return operator((*x.shape[:-1], weight.n), "float32", inputs, "multiply_op", *numbers)
+        shape = (*x.shape[:-1], weight.n)
+        numbers = (False, bias is not None)
+        return operator(
+            shape, "float32", inputs, "multiply_op", *numbers, integers=[weight.address]
+        )
 
     def grad(self, dy):
         weight = self.inputs[1]
-        numbers = (weight.address, True, False)
-        dx = operator((*dy.shape[:-1], weight.k), "float32", [dy], "multiply_op", *numbers)
+        shape = (*dy.shape[:-1], weight.k)
+        dx = operator(shape, "float32", [dy], "multiply_op", True, False, integers=[weight.address])
         return dx, None, None
 
 
@@ -197,7 +198,8 @@ class _LoraProduct(FusedFunction):
         rows = x.numel() // weight.k
         y, self.low = operator(
             [(*x.shape[:-1], weight.n), (rows, A.shape[0])], ["float32"] * 2, inputs,
-            "lora_forward_op", weight.address, *branch.numbers, bias is not None,
+            "lora_forward_op", *branch.numbers, bias is not None,
+            integers=[weight.address, branch.seed, branch.first_row],
         )  # fmt: skip
         return y
 
@@ -205,7 +207,8 @@ class _LoraProduct(FusedFunction):
         x, weight, _, branch, A, B = self.inputs
         dx, dA, dB = operator(
             [x.shape, A.shape, B.shape], ["float32"] * 3, [x, A, B, self.low, dy],
-            "lora_backward_op", weight.address, *branch.numbers,
+            "lora_backward_op", *branch.numbers,
+            integers=[weight.address, branch.seed, branch.first_row],
         )  # fmt: skip
         return dx, None, None, None, dA, dB
 

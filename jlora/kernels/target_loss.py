@@ -15,9 +15,9 @@ class _TargetLoss(FusedFunction):
             ["float32", "float32"],
             [hidden, targets],
             "target_loss_op",
-            head.address,
             smoothing,
             wanted,
+            integers=[head.address],
         )
         return losses
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 from jlora.system.errors import UserError
@@ -114,7 +115,7 @@ class LoRALayer:
                 self._unmerged = self.weight.clone().stop_grad()
                 merged = self.weight.float32() + self.delta_weight()
                 self.weight.update(merged.cast(self.weight.dtype))
-                self._merged_mark = self.weight.max().stop_grad()
+                self._merged_digest = _digest(self.weight)
         self.merged = True
 
     def unmerge(self) -> None:
@@ -127,13 +128,20 @@ class LoRALayer:
             return
         if self.has_adapter:
             with jt.no_grad():
-                if (self._merged_mark == self.weight.max()).item():
+                if not isinstance(self.weight, jt.Var):  # an engine has packed what was merged
+                    self.weight = self._unmerged
+                elif _digest(self.weight) == self._merged_digest:
                     self.weight.update(self._unmerged)
                 else:
                     plain = self.weight.float32() - self.delta_weight()
                     self.weight.update(plain.cast(self.weight.dtype))
-            self._unmerged = self._merged_mark = None
+            self._unmerged = self._merged_digest = None
         self.merged = False
+
+
+def _digest(weight: jt.Var) -> bytes:
+    """Of all the numbers. A Var's id would not do: start_grad() changes it, writing into it not."""
+    return hashlib.sha256(weight.data).digest()
 
 
 def assign(parameter: jt.Var, values: jt.Var) -> None:

@@ -37,6 +37,7 @@ from typing import Any
 
 from jlora.system import distributed, machine, operator_compiler
 from jlora.system.errors import UserError
+from jlora.system.files import make_folder
 from jlora.system.import_errors import DOCTOR, cause, explain, install, last_line
 from jlora.system.lock import one_at_a_time
 
@@ -64,18 +65,25 @@ def set_verbose(verbose: bool = True) -> None:
 def set_seed(seed: int) -> None:
     """Seed Jittor, NumPy and Python's own random numbers.
 
-    Jittor's are others in each process of a run (its dropout must not drop the same of every
-    share of a batch); those of the other two are the same.
+    Of a run's processes each has other numbers from Jittor, whose dropout would otherwise drop the
+    same places in every share of a batch; those of the other two are the same.
+
+    Args:
+        seed: not negative, of any size. Jittor takes 32 bits; a larger seed is hashed to that.
     """
     import random
 
     import numpy as np
 
     rank = distributed.world().rank
+    jittors, numpys = seed, seed
+    if seed >= 2**32:
+        words = [seed >> shift & 0xFFFFFFFF for shift in range(0, seed.bit_length(), 32)]
+        jittors, numpys = int(np.random.SeedSequence(seed).generate_state(1)[0]), words
     # It seeds the other two as well, so it comes first.
-    __getattr__("jt").set_global_seed((seed + 1_000_003_001 * rank) % 2**31 if rank else seed)
+    __getattr__("jt").set_global_seed((jittors + 1_000_003_001 * rank) % 2**31 if rank else jittors)
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(numpys)
 
 
 def release_memory() -> None:
@@ -190,7 +198,7 @@ def home_problem() -> str | None:
     except RuntimeError:
         return f"there is no home folder for Jittor's compiled code; {mend}"
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        make_folder(cache)
         with tempfile.TemporaryFile(dir=cache):
             pass
     except OSError as error:
@@ -303,12 +311,8 @@ def _fingerprint() -> str:
 
 def _first_import() -> str | None:
     """Import Jittor in a child process. Returns None if that went well, else its output."""
-    environment = {
-        # Seen by MPI as one of its ranks, the child would wait for the others for ever.
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("OMPI_", "PMIX_", "PRTE_"))
-    }
+    # Seen by MPI as one of its ranks, the child would wait for the others without end.
+    environment = distributed.without_mpi()
     # With log_v 1 Jittor tells why its own library cannot be loaded (conda's libstdc++).
     environment.update(use_mpi="0", log_silent="0", log_v="1", PYTHONUNBUFFERED="1")
     # Jittor starts a g++ for every 3 GiB of memory it sees; this makes it one a core, and no more

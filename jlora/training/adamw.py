@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jlora.kernels import native
+from jlora.kernels import native, structs
 from jlora.layers import assign
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt
@@ -174,10 +174,14 @@ class AdamW:
 
     def _update_compiled(self, parameter, gradient, m, v, lr: float, clip: float) -> None:
         c = self.config
-        numbers = (c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, *self._rates(lr), c.eps, clip)
+        rate, root2, decay = self._rates(lr)
+        numbers = structs.AdamWNumbers(
+            beta1=c.beta1, rest1=1 - c.beta1, beta2=c.beta2, rest2=1 - c.beta2, rate=rate,
+            root2=root2, decay=decay, eps=c.eps, clip=clip,
+        )  # fmt: skip
         # Into new memory: Jittor's clones, and layers under another name, share a parameter's own.
         values = jt.empty(parameter.shape, "float32")
-        inputs = [parameter.data, gradient, np.array(numbers, np.float32)]
+        inputs = [parameter.data, gradient, np.frombuffer(numbers, np.float32)]
         native.run("adamw_op", inputs, [values.data, m, v], c.variant == "loralib")
         assign(parameter, values)
 

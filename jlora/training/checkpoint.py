@@ -8,6 +8,7 @@ from the other and does the steps between again, with the same result.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,6 +49,12 @@ class Progress:
     best_step: int | None = None
     seconds: float = 0.0
     fingerprint: str = ""
+
+    def improves(self, valid_loss: float) -> bool:
+        """Whether a validation loss is the best so far; one that is not finite never is."""
+        best = self.best_valid_loss
+        first = best is None or math.isnan(best)  # older versions kept a NaN
+        return math.isfinite(valid_loss) and (first or valid_loss < best)
 
 
 Checkpoint = tuple[Progress, dict[str, np.ndarray], dict[str, np.ndarray]]
@@ -149,7 +156,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def check_sums(folder: Path) -> None:
-    """See that a checkpoint's files are the ones that were written."""
+    """Check that a checkpoint's files are the ones that were written."""
     names = (ADAPTER, OPTIMIZER, PROGRESS)
     if not (folder / SUMS).is_file():
         # Versions of jlora before the checksums wrote none.

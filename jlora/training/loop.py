@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jlora.adapters import TunedModel
 from jlora.data.batches import Batch, BatchOrder, TokenExample, collate, shares, stream
-from jlora.kernels.elementwise import count_rows_from
+from jlora.kernels.elementwise import rows_from
 from jlora.models.attention import Stream
 from jlora.system.distributed import World, world
 from jlora.system.errors import UserError
@@ -72,22 +73,8 @@ class TrainResult:
     interrupted: bool
 
 
-def batch_loss(
-    model, batch: Batch, label_smoothing: float = 0.0, targets: int | None = None
-) -> jt.Var:
-    """Mean loss over the targets that count, a scalar Var.
-
-    The small constant in the denominator is microsoft/LoRA's.
-
-    Args:
-        targets: how many to divide by where the batch is one process's share; None: its own.
-    """
-    losses = target_losses(model, batch, label_smoothing)
-    return losses.sum() / ((targets or losses.shape[0]) + 1e-4)
-
-
 def target_losses(model, batch: Batch, label_smoothing: float = 0.0) -> jt.Var:
-    """Losses of the targets that count, (N,), in the order of the batch's rows.
+    """Losses of the targets that count, (N,) float32, in the order of the batch's rows.
 
     The head is applied at those positions alone.
     """
@@ -99,23 +86,45 @@ def target_losses(model, batch: Batch, label_smoothing: float = 0.0) -> jt.Var:
     return model.target_losses(picked, targets, label_smoothing)
 
 
+#: What `train` minimises: (model, batch, label smoothing) -> losses of the targets, (N,) float32.
+Loss = Callable[[Any, Batch, float], jt.Var]
+
+
+def batch_loss(
+    model,
+    batch: Batch,
+    label_smoothing: float = 0.0,
+    targets: int | None = None,
+    loss: Loss = target_losses,
+) -> jt.Var:
+    """Mean loss over the targets that count, a scalar Var.
+
+    The small constant in the denominator is microsoft/LoRA's.
+
+    Args:
+        targets: how many to divide by where the batch is one process's share; None: its own.
+    """
+    with rows_from(batch.first_row):
+        losses = loss(model, batch, label_smoothing)
+    return losses.sum() / ((targets or losses.shape[0]) + 1e-4)
+
+
 def make_batch(model, examples: Sequence[TokenExample], share: slice = slice(None)) -> Batch:
     """A stream where the model reads those at no extra cost, so that nothing is padded.
 
     Args:
         share: which of the examples the batch is to have.
     """
-    mine = examples[share]
-    before, longest = examples[: share.start or 0], max(e.input_length for e in examples)
-    # Rows of tokens are numbered over all shares, for dropout.
+    mine, before = examples[share], examples[: share.start or 0]
     if model.reads_streams:
-        count_rows_from(sum(example.input_length for example in before))
-        return stream(mine)
-    count_rows_from(len(before) * longest)
-    return collate(mine, pad_id=0, length=longest)
+        return stream(mine, sum(example.input_length for example in before))
+    longest = max(example.input_length for example in examples)
+    return collate(mine, pad_id=0, length=longest, first_row=len(before) * longest)
 
 
-def validation_loss(model, examples: Sequence[TokenExample], batch_size: int) -> float:
+def validation_loss(
+    model, examples: Sequence[TokenExample], batch_size: int, loss: Loss = target_losses
+) -> float:
     """Mean loss over all target tokens of ``examples``, without dropout and label smoothing.
 
     Of several processes each computes some of the batches; the result is the same.
@@ -127,10 +136,10 @@ def validation_loss(model, examples: Sequence[TokenExample], batch_size: int) ->
     with jt.no_grad():
         for start in world().mine(starts):
             batch = make_batch(model, [examples[row] for row in rows[start : start + batch_size]])
-            targets = int(batch.mask.sum())
-            sums.append((batch_loss(model, batch).item() * (targets + 1e-4), targets))
-    losses, counts = zip(*world().interleave(sums))
-    return sum(losses) / sum(counts)
+            losses = loss(model, batch, 0.0)
+            sums.append((losses.sum().item(), losses.shape[0]))
+    totals, counts = zip(*world().interleave(sums))
+    return sum(totals) / sum(counts)
 
 
 def train(
@@ -141,6 +150,8 @@ def train(
     run: Path,
     make_loggers: Callable[[int, int], list] = lambda total, start: [],
     resume: bool = False,
+    loss: Loss = target_losses,
+    order: BatchOrder | None = None,
 ) -> TrainResult:
     """Train the adapter of ``model``, or whatever else of it is to be trained.
 
@@ -158,10 +169,13 @@ def train(
         make_loggers: gives more loggers for (total steps, first step); metrics.jsonl is always
             written.
         resume: go on from the newest good checkpoint.
+        loss: what to minimise.
+        order: which examples each batch has; anything with a `BatchOrder`'s ``batch(number)`` and
+            ``per_epoch``. None: as ``config`` says.
 
     Raises:
         UserError: a setting makes no sense, nothing is trainable, the loss is not a number, the
-            adapter does not move, or the checkpoint does not fit.
+            adapter does not move or is not finite, or the checkpoint does not fit.
     """
     config.check()
     here = world()
@@ -172,13 +186,14 @@ def train(
         raise UserError("nothing is trainable: the adapter has no parameters (is r above 0?)")
     parameters = [parameter for _, parameter in named]
     optimizer = AdamW(parameters, config.optim)
-    order = BatchOrder(
-        [example.input_length for example in examples],
-        config.batch_size,
-        config.seed,
-        group_by_length=config.group_by_length,
-        shuffle=config.shuffle,
-    )
+    if order is None:
+        order = BatchOrder(
+            [example.input_length for example in examples],
+            config.batch_size,
+            config.seed,
+            group_by_length=config.group_by_length,
+            shuffle=config.shuffle,
+        )
     accumulate = config.grad_accumulation
     batches = (config.steps or 0) * accumulate or math.ceil(config.epochs * order.per_epoch)
     total = math.ceil(batches / accumulate)
@@ -207,51 +222,26 @@ def train(
         metrics = MetricsLogger(run / "metrics.jsonl", progress.step if resume else None)
         loggers = Loggers([metrics, *make_loggers(total, progress.step)])
 
-    def save() -> None:
-        check_same_adapter(model, here)
-        if here.is_first:
-            model.save_pretrained(run / "adapter")
-            save_checkpoint(run, progress, model.adapter_tensors(), optimizer.state())
-
-    def validate() -> None:
-        release_memory()  # batches of validation and of training have other sizes
-        loss = validation_loss(model, valid_examples, config.valid_batch_size)
-        loggers.log({"step": progress.step, "valid_loss": loss})
-        if progress.best_valid_loss is None or loss < progress.best_valid_loss:
-            progress.best_valid_loss, progress.best_step = loss, progress.step
-            if here.is_first:
-                model.save_pretrained(run / "best")
-
-    def stop_at_nan(loss: float, step: int) -> UserError:
-        kept = "no adapter was good yet"
-        if good is not None:
-            model.set_adapter_tensors(good)
-        if good is not None or (optimizer.large and lr is not None and optimizer.undo(lr)):
-            if here.is_first:
-                model.save_pretrained(run / "adapter")
-            kept = f"the last good adapter is in {run / 'adapter'}"
-        return UserError(
-            f"the loss is {loss} at step {step}; {kept}. Lower the learning rate (train.optim.lr) "
-            "or clip the gradient (train.optim.max_grad_norm=1), and start a new run"
-        )
-
-    # The adapter of the newest step with a finite loss, unless it is large: then the update that
-    # followed is taken back. lr: that update's.
+    # For the case that the numbers run away: the adapter of the newest step with a finite loss or,
+    # where copies of it are too large, the learning rate of the update to take back.
     good = lr = None
     largest = 0  # numbers of the largest batch since memory was last given back
+    stopped = False
     stop = StopRequest()
     with loggers, stop:
-        while progress.step < total and not stop.agreed:
+        while progress.step < total and not stopped:
             started = time.monotonic()
             step = progress.step
             # Dropout's random numbers are a function of the seed and the step, nothing else.
             set_seed(config.seed * 1_000_003 + step)
             model.train()
-            loss, gradients, tokens = 0.0, None, 0
+            mean_loss, gradients, tokens = 0.0, None, 0
             for micro in range(step * accumulate, (step + 1) * accumulate):
                 rows = [examples[row] for row in order.batch(micro)]
                 share = shares([example.input_length for example in rows], here.size)[here.rank]
                 if not rows[share]:
+                    # The random numbers are drawn as everywhere, by a graph that is never run.
+                    batch_loss(model, make_batch(model, rows[:1]), loss=loss)
                     continue
                 batch = make_batch(model, rows, share)
                 if batch.input_ids.size > largest:
@@ -260,22 +250,24 @@ def train(
                     largest = batch.input_ids.size
                     release_memory()
                 targets = sum(len(example.ids) - example.prompt_length for example in rows)
-                batch_mean = batch_loss(model, batch, config.label_smoothing, targets) / accumulate
+                batch_mean = batch_loss(model, batch, config.label_smoothing, targets, loss)
+                batch_mean = batch_mean / accumulate
                 new = optimizer.arrays(jt.grad(batch_mean, parameters))
                 if gradients is None:
                     gradients = new
                 else:
                     for sum_so_far, array in zip(gradients, new):
                         sum_so_far += array
-                loss += batch_mean.item()
+                mean_loss += batch_mean.item()
                 del batch_mean, new  # with them goes the graph, and what it holds
                 tokens += int(batch.lengths.sum())
             if gradients is None:  # fewer examples than processes
                 gradients = [np.zeros(parameter.shape, "f") for parameter in parameters]
-            loss, tokens = here.total([loss, tokens])
+            mean_loss, tokens = here.total([mean_loss, tokens])
             here.sum_arrays(gradients)
-            if not math.isfinite(loss):
-                raise stop_at_nan(loss, step + 1)
+            if not math.isfinite(mean_loss):
+                found = f"the loss is {mean_loss} at step {step + 1}"
+                raise diverged(found, model, optimizer, good, lr, run)
             # A finite loss shows that these are good; what the update makes of them, the next.
             if not optimizer.large:
                 good = model.adapter_tensors()
@@ -292,24 +284,74 @@ def train(
                 loggers.log(
                     {
                         "step": progress.step,
-                        "loss": loss,
+                        "loss": mean_loss,
                         "lr": lr,
                         "tokens_per_s": round(tokens / elapsed, 1),
                         "seconds": round(progress.seconds, 3),
                     }
                 )
-            last = progress.step == total
-            due = config.valid_every and progress.step % config.valid_every == 0
-            if valid_examples and (due or last):
-                validate()
+
+            last, stopped = progress.step == total, stop.agree()
+            validates = bool(valid_examples) and (last or is_due(progress.step, config.valid_every))
+            saves = last or stopped or is_due(progress.step, config.save_every)
+            if (validates or saves) and not all_finite(parameters):
+                found = f"the adapter holds numbers that are not finite after step {progress.step}"
+                raise diverged(found, model, optimizer, good, lr, run)
+            if validates:
+                release_memory()  # batches of validation and of training have other sizes
                 largest = 0
-            if progress.step % config.save_every == 0 or last:
-                save()
+                valid_loss = validation_loss(model, valid_examples, config.valid_batch_size, loss)
+                loggers.log({"step": progress.step, "valid_loss": valid_loss})
+                if progress.improves(valid_loss):
+                    progress.best_valid_loss, progress.best_step = valid_loss, progress.step
+                    if here.is_first:
+                        model.save_pretrained(run / "best")
+            if saves:
                 largest = 0
-        if progress.step < total:
-            save()
+                check_same_adapter(model, here)
+                if here.is_first:
+                    model.save_pretrained(run / "adapter")
+                    save_checkpoint(run, progress, model.adapter_tensors(), optimizer.state())
     model.eval()
     return TrainResult(progress, total, interrupted=progress.step < total)
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps, or never (0), happens after this one."""
+    return every > 0 and step % every == 0
+
+
+def all_finite(parameters: Sequence[jt.Var]) -> bool:
+    """Whether no parameter holds NaN or infinity."""
+    return all(bool(np.isfinite(parameter.data).all()) for parameter in parameters)
+
+
+def diverged(
+    found: str,
+    model: TunedModel,
+    optimizer: AdamW,
+    good: dict[str, np.ndarray] | None,
+    lr: float | None,
+    run: Path,
+) -> UserError:
+    """The error that ends a run whose numbers ran away; the last good adapter is written before.
+
+    Args:
+        found: what was found, and at which step.
+        good: the last good adapter's tensors, None where there is none or they are too large.
+        lr: learning rate of the last update, None before the first; a large adapter's is undone.
+    """
+    kept = "no adapter was good yet"
+    if good is not None:
+        model.set_adapter_tensors(good)
+    if good is not None or (optimizer.large and lr is not None and optimizer.undo(lr)):
+        if world().is_first:
+            model.save_pretrained(run / "adapter")
+        kept = f"the last good adapter is in {run / 'adapter'}"
+    return UserError(
+        f"{found}; {kept}. Lower the learning rate (train.optim.lr) or clip the gradient "
+        "(train.optim.max_grad_norm=1), and start a new run"
+    )
 
 
 def check_adapter_moves(model: TunedModel) -> None:
@@ -339,7 +381,7 @@ def departed(model: TunedModel, here: World) -> list[int]:
 
 
 def check_same_adapter(model: TunedModel, here: World) -> None:
-    """See that all processes hold the same numbers, as they do after equal sums of gradients.
+    """Check that all processes hold the same numbers, as they do after equal sums of gradients.
 
     Raises:
         UserError: they do not.
@@ -366,7 +408,7 @@ def fingerprint(config: TrainConfig, examples: Sequence[TokenExample], named) ->
 
 
 class StopRequest:
-    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 into a wish; a second Ctrl-C stops at once.
+    """Notes the first Ctrl-C, SIGTERM or SIGUSR1 for the loop; a second Ctrl-C stops at once.
 
     SIGUSR1 is what mpirun passes on, and what batch systems can send before the time is up.
     """
@@ -383,9 +425,8 @@ class StopRequest:
                 break
         return self
 
-    @property
-    def agreed(self) -> bool:
-        """Whether any process of the run was asked; all get the same answer."""
+    def agree(self) -> bool:
+        """Whether any process of the run was asked; every process must ask, and gets one answer."""
         return world().total([self.requested])[0] > 0
 
     def _note(self, number, frame) -> None:
