@@ -18,7 +18,7 @@ PRECISIONS = "auto, bf16, int8, int8-both (gradients too), fp32 or plain"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code is 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Run a command; the exit code is 0, 2 for an error that the user can fix, 130 after Ctrl-C."""
     arguments = parser().parse_args(argv)
     processes = getattr(arguments, "nproc", None)
     try:

@@ -1,11 +1,11 @@
 """GGUF files -> Hugging Face names, shapes and config.json, as numpy arrays.
 
-The names and layouts are those of llama.cpp's ``convert_hf_to_gguf.py``, undone:
+This is the inverse of llama.cpp's ``convert_hf_to_gguf.py``:
 
 * Llama: the rows of q_proj and k_proj are stored in the order of interleaved rotary pairs
-  (0, d/2, 1, d/2+1, ...) of each head; Hugging Face keeps the two halves one after the other.
+  (0, d/2, 1, d/2+1, ...) of each head; Hugging Face has the two halves one after another.
 * GPT-2: Conv1D weights are stored as (out, in); Hugging Face has them as (in, out).
-* Qwen2: stored as they are.
+* Qwen2: stored unchanged.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from jlora.system.text import check_no_pointer
 
 QUANTIZATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
-#: Texts in lists of the metadata; each becomes some objects. 256,000 tokens with their merges make
-#: a million.
+#: Limit of strings in lists of the metadata, each of which becomes several objects. 256,000 tokens
+#: and their merges are about a million.
 MOST_ENTRIES = 2**21
 
-#: The tensor in which GGUF keeps Llama 3's rotary scaling, one divisor a frequency.
+#: The tensor with Llama 3's rotary scaling in GGUF: a divisor for each frequency.
 ROPE_FACTORS = "rope_freqs.weight"
-#: jlora's own key: Llama 3's scaling as config.json has it, where it is not Meta's own.
+#: jlora's own key: Llama 3's scaling as in config.json, if it does not have Meta's values.
 ROPE_SCALING = "jlora.rope_scaling"
-#: Settings under ``<architecture>.`` that change results and are not computed here, with the values
-#: that change nothing.
+#: Settings under ``<architecture>.`` that change results and are not supported, with the values
+#: that have no effect.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
@@ -50,7 +50,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.attn_factor": (1,),
     "use_parallel_residual": (False,),
 }
-#: Settings that are one number for all layers here.
+#: Settings that must be one number for all layers.
 COUNTS = (
     "attention.head_count",
     "attention.head_count_kv",
@@ -92,7 +92,7 @@ GPT2_NAMES = {
 
 @dataclass
 class GGUFFile:
-    """What a GGUF file holds, in Hugging Face's terms.
+    """The content of a GGUF file, with Hugging Face's names.
 
     ``tensors``: name -> float32 array; ``config``: as in config.json; ``metadata``: the file's own
     key-value pairs (tokenizer included).
@@ -113,12 +113,12 @@ def read_gguf(
 
     Args:
         shapes_only: read no weights; the arrays are `placeholder`.
-        check: called before the weights are read, with what ``shapes_only`` would give; an error
-            that it raises ends the reading.
+        check: called before the weights are read, with the result of ``shapes_only``; an error that
+            it raises stops the reading.
 
     Raises:
-        UserError: no GGUF file, truncated, an unknown architecture or tensor, or a quantization
-            other than F32, F16, BF16, Q8_0, Q4_0, Q4_1.
+        UserError: the file is not GGUF or truncated, or has an unknown architecture or tensor, or a
+            quantization other than F32, F16, BF16, Q8_0, Q4_0, Q4_1.
     """
     path = Path(path)
     reader = open_gguf(path)
@@ -198,9 +198,9 @@ def read_tensors(path: Path, reader: Any, shapes_only: bool = False) -> dict[str
             tensors[tensor.name] = placeholder(shape)
             continue
         try:
-            with np.errstate(all="ignore"):  # NaN and infinity are the file's own
+            with np.errstate(all="ignore"):  # NaN and infinity come from the file
                 array = dequantize(tensor.data, kind).astype(np.float32)
-            # The copy lets go of the mapped file.
+            # A copy, so that the mapped file can be closed.
             tensors[tensor.name] = np.array(array.reshape(shape))
         except Exception as error:
             raise damaged(path, error) from error
@@ -208,10 +208,10 @@ def read_tensors(path: Path, reader: Any, shapes_only: bool = False) -> dict[str
 
 
 def open_gguf(path: Path) -> Any:
-    """The gguf package's reader of a file, which finds fault with what the package overlooks.
+    """The gguf package's reader of a file, with checks that the package lacks.
 
     Raises:
-        UserError: the file cannot be read, or is no GGUF file or a damaged one.
+        UserError: the file cannot be read, is not GGUF, or is damaged.
     """
     from gguf import GGUFReader, GGUFValueType
 
@@ -219,7 +219,7 @@ def open_gguf(path: Path) -> Any:
         entries = 0
 
         def _get(self, offset, dtype, count=1, override_order=None):
-            # The package takes as much as there is, and counts on for ever where nothing is left.
+            # The package reads past the end of the file without an error, and can loop forever.
             end = int(offset) + int(count) * np.dtype(dtype).itemsize
             if end > len(self.data):
                 raise ValueError(f"it ends at byte {len(self.data):,} of {end:,}")
@@ -232,7 +232,7 @@ def open_gguf(path: Path) -> Any:
             kind, count = self._get(start, np.uint32), self._get(start + 4, np.uint64)
             scalar = self.gguf_scalar_to_np.get(int(kind[0]))
             if scalar is not None:
-                # The package makes two objects of every number; this makes one of all.
+                # The package makes two objects for every number; this makes one array of all.
                 values = self._get(start + 12, scalar, count[0])
                 types = [GGUFValueType.ARRAY, GGUFValueType(int(kind[0]))]
                 return 12 + values.nbytes, [kind, count, values], [2], types
@@ -254,13 +254,13 @@ def open_gguf(path: Path) -> Any:
         raise os_error("read", path, error) from error
     except UserError:
         raise
-    except Exception as error:  # the reader indexes into the file without checks of its own
+    except Exception as error:  # the reader indexes into the file without checks
         raise damaged(path, error) from error
     return reader
 
 
 def main_kind(path: Path) -> str:
-    """The type in which a GGUF file holds most of its numbers, such as Q4_1."""
+    """The type of most numbers in a GGUF file, such as Q4_1."""
     sizes: Counter[str] = Counter()
     for tensor in open_gguf(path).tensors:
         sizes[tensor.tensor_type.name] += int(tensor.n_elements)
@@ -268,7 +268,7 @@ def main_kind(path: Path) -> str:
 
 
 def damaged(path: Path, error: BaseException) -> UserError:
-    """The error for a file that the gguf package cannot walk through."""
+    """The error for a file that the gguf package cannot read."""
     return UserError(
         f"{path}: a damaged or incomplete GGUF file ({one_line(error)[:200]}); download it again"
     )
@@ -295,11 +295,11 @@ def rename(
 
 
 def check_metadata(path: Path, architecture: str, metadata: Mapping[str, Any]) -> None:
-    """Refuse settings that would change results and are not computed here.
+    """Refuse settings that change results and are not supported.
 
     Raises:
         UserError: one of `NEUTRAL` has another value, a sliding window is shorter than the context,
-            or a number of `COUNTS` is something else, such as a list with one for each layer.
+            or one of `COUNTS` is not a number, but for example a list with one for each layer.
     """
 
     def get(key: str) -> Any:
@@ -334,7 +334,7 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def shortest(value: float) -> float:
-    """A float32 of the metadata as the number someone wrote: 9.99999974e-06 -> 1e-05."""
+    """The shortest number that has the same float32 value: 9.99999974e-06 -> 1e-05."""
     return float(str(np.float32(value)))
 
 
@@ -400,11 +400,11 @@ def llama3_scaling(
     head_dim: int,
     known: str | None = None,
 ) -> dict[str, Any]:
-    """Llama 3's rope_scaling entry from the per-frequency divisors that GGUF keeps instead.
+    """Llama 3's rope_scaling entry, from the divisor of each frequency that GGUF has instead.
 
-    Every Llama 3.x has low 1, high 4 and 8192 original positions, only the factor differs (8 or
-    32). The divisors are computed again from that, or from what jlora wrote beside them
-    (``known``, JSON), and must agree: otherwise nothing is guessed.
+    Every Llama 3.x has low 1, high 4 and 8192 original positions; only the factor differs (8 or
+    32). The divisors are computed from that, or from the settings that jlora wrote (``known``,
+    JSON), and must be equal to those in the file.
     """
     scaling = {
         "rope_type": "llama3",
@@ -428,7 +428,7 @@ def llama3_scaling(
 
 
 def llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> np.ndarray:
-    """The divisor of each rotary frequency that a llama3 rope_scaling means, (head_dim / 2,)."""
+    """The divisor of each rotary frequency for a llama3 rope_scaling, (head_dim / 2,)."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     turns = scaling["original_max_position_embeddings"] / wavelengths
@@ -437,7 +437,7 @@ def llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> n
 
 
 def gpt2_config(metadata: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, Any]:
-    """config.json of a GPT-2 model; a repeated embedding under ``output`` is dropped."""
+    """config.json of a GPT-2 model; a copy of the embedding under ``output`` is dropped."""
     for name, key in (
         ("transformer.wte.weight", "token_embd"),
         ("transformer.wpe.weight", "position_embd"),
@@ -446,7 +446,7 @@ def gpt2_config(metadata: dict[str, Any], tensors: dict[str, np.ndarray]) -> dic
             raise KeyError(f"{key}.weight")
     embedding = tensors["transformer.wte.weight"]
     head = tensors.get("lm_head.weight")
-    # Quantizers may store the two copies with different precision; GPT-2 has only one.
+    # Quantizers may store the two copies in different precision; GPT-2 has only one matrix.
     if head is not None and head.shape == embedding.shape:
         del tensors["lm_head.weight"]
     return {
