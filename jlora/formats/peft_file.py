@@ -109,10 +109,10 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path}:{error.lineno}: not JSON: {error.msg}; get the file anew"
+            f"{path}:{error.lineno}: not JSON: {error.msg}; get a new copy of the file"
         ) from error
     except RecursionError as error:
-        raise UserError(f"{path}: not JSON: nested too deep; get the file anew") from error
+        raise UserError(f"{path}: not JSON: nested too deep; get a new copy of the file") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds {kind_of(value)}, not settings; get the file anew")
+        raise UserError(f"{path}: holds {kind_of(value)}, not settings; get a new copy of the file")
     return value

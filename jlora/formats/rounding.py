@@ -78,7 +78,7 @@ class PrecisionLoss:
             return (
                 f"{self.kind} rounds the changed weights by {self.overall:.1f} times the adapter's "
                 f"change (rms; worst {self.worst:.1f} times, in {self.tensor}): take a wider type, "
-                "or keep the adapter beside its base"
+                "or keep the adapter separate from its base model"
             )
         return (
             f"{self.kind} keeps {kept(self.overall)} of the adapter's change (the rounding error "

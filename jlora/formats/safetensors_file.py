@@ -57,7 +57,7 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
                     tensors[name] = to_array(path, name, entry, handle.read(last - first))
                 except ValueError as error:  # one dimension is 0, others exceed NumPy's
                     raise UserError(
-                        f"{path}: tensor {name} of shape {entry['shape']} cannot be: {error}"
+                        f"{path}: tensor {name} has the impossible shape {entry['shape']}: {error}"
                     ) from error
     except OSError as error:
         raise os_error("read", path, error) from error

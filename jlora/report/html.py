@@ -89,7 +89,7 @@ def _healthy(folder: str | Path) -> RunSummary:
         raise UserError(run.problems[0])
     if not run.records:
         raise UserError(
-            f"{run.folder / METRICS_NAME} holds no training records; train first with "
+            f"{run.folder / METRICS_NAME} has no training records; train first with "
             "`jlora finetune`, or check the folder"
         )
     return run

@@ -370,7 +370,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
 
 
 def _signal_name(number: int) -> str:
-    names = {9: "killed, most often for want of memory", 11: "a crash"}
+    names = {9: "killed, usually because memory ran out", 11: "a crash"}
     with contextlib.suppress(ValueError):
         return names.get(number) or signal.Signals(number).name
     return "unknown"
@@ -382,7 +382,7 @@ def _last_words(log: Path) -> str:
     except OSError:  # the first process has no log: its output goes to the terminal
         return ""
     said = [line.strip() for line in lines if line.strip()]
-    return f"; it was {said[0]}, and the last it said: {' / '.join(said[1:][-3:]) or 'nothing'}"
+    return f"; it was {said[0]}, and its last output is: {' / '.join(said[1:][-3:]) or 'nothing'}"
 
 
 class _Messages(threading.Thread):
