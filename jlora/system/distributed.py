@@ -370,7 +370,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
 
 
 def _signal_name(number: int) -> str:
-    names = {9: "killed, usually because memory ran out", 11: "a crash"}
+    names = {9: "killed, most often for want of memory", 11: "a crash"}
     with contextlib.suppress(ValueError):
         return names.get(number) or signal.Signals(number).name
     return "unknown"
