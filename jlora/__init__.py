@@ -43,6 +43,7 @@ _MODULES = {
         for name in ("adapters", "data", "engine", "layers", "metrics", "models")
     },
     "runtime": "jlora.system.runtime",
+    "distributed": "jlora.system.distributed",
     "generate": "jlora.decoding.sampling",
     "pull": "jlora.data.pull_models",
     "tasks": "jlora.data.tasks",
