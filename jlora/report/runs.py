@@ -204,17 +204,17 @@ def read_config(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         # Aliases, which jlora never writes, can make a small file endless.
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise UserError(f"{path}: a YAML alias (*name) in it; mend or remove the file")
+            raise UserError(f"{path}: a YAML alias (*name) in it; fix or remove the file")
         config = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise UserError(f"{where}: not YAML ({problem}); mend or remove the file") from error
+        raise UserError(f"{where}: not YAML ({problem}); fix or remove the file") from error
     except ValueError as error:  # an impossible date, say
-        raise UserError(f"{path}: not YAML ({error}); mend or remove the file") from error
+        raise UserError(f"{path}: not YAML ({error}); fix or remove the file") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path}: not a mapping of settings; mend or remove the file")
+        raise UserError(f"{path}: not a mapping of settings; fix or remove the file")
     return text, config
 
 
