@@ -28,14 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     processes = getattr(arguments, "nproc", None)
     try:
-        size = distributed.announced_size()
         if processes is None:
-            if distributed.started_by_mpi() and size is not None:
+            if distributed.is_one_of_several():
                 raise UserError("this command is for one process; leave mpirun out")
-        elif processes > 1 and (size is None or not distributed.started_by_mpi()):
-            return distributed.launch(processes, list(sys.argv[1:] if argv is None else argv))
-        else:
+        elif distributed.started_by_mpi():
             distributed.join()
+        elif processes > 1:
+            return distributed.launch(processes, list(sys.argv[1:] if argv is None else argv))
         if arguments.verbose:
             from jlora.system import runtime
 
