@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
+import traceback
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,31 @@ import pytest
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and the processes that
 # they start inherit that; some tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Let go of what a failed test had open.
+
+    Its traceback keeps the files, pipes and processes alive until some later test, which would
+    then fail with their ResourceWarning.
+    """
+    yield
+    if call.excinfo is not None and not item.config.option.usepdb:
+        traceback.clear_frames(call.excinfo.tb)
+
+
+@pytest.fixture
+def popen():
+    """`subprocess.Popen`; the process and its pipes end with the test, whatever happens."""
+    with contextlib.ExitStack() as started:
+
+        def start(*arguments, **options) -> subprocess.Popen:
+            process = started.enter_context(subprocess.Popen(*arguments, **options))
+            started.callback(process.kill)  # called before the pipes are closed
+            return process
+
+        yield start
 
 
 @pytest.fixture(scope="session")

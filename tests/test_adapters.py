@@ -422,7 +422,7 @@ def test_tensors_that_do_not_fit(folder, change, message):
     [
         (lambda f: (f / "adapter_config.json").unlink(), "holds no adapter_config.json"),
         (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json:1: not JSON"),
-        (lambda f: (f / "adapter_config.json").write_text("[]"), "holds list, not settings"),
+        (lambda f: (f / "adapter_config.json").write_text("[]"), "holds a list, not settings"),
         (lambda f: (f / "jlora_adapter.json").write_text('{"base_model": 3}'), "damaged"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), "holds neither"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\0" * 9), "adapter_model"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from benchmarks import lora_code, scale, sides, training, work
+from benchmarks import lora_code, scale, sides, size, training, work
 
 
 def test_flops_of_a_step_counted_one_product_at_a_time():
@@ -108,3 +110,37 @@ def test_without_network_the_clone_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(lora_code, "ADDRESS", str(tmp_path / "nowhere"))
     with pytest.raises(SystemExit, match="could not be cloned.*--lora-code"):
         lora_code.clone(tmp_path / "LoRA")
+
+
+def test_lines_by_folder_and_their_change_since_main(tmp_path):
+    def commit(message):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        for words in (["add", "-A"], [*identity, "commit", "-qm", message]):
+            subprocess.run(["git", *words], cwd=tmp_path, check=True)
+
+    def shown():
+        base = size.base_commit(tmp_path)
+        before = size.committed_lines(tmp_path, base) if base else None
+        table = size.table(size.working_lines(tmp_path), before)
+        return [" ".join(line.split()) for line in table.splitlines()]
+
+    (tmp_path / "jlora" / "kernels").mkdir(parents=True)
+    (tmp_path / "jlora" / "__init__.py").write_text("one = 1\n")
+    (tmp_path / "jlora" / "kernels" / "a.py").write_text("x\ny\n")
+    (tmp_path / "jlora" / "kernels" / "b.h").write_text("1\n2\n3")
+    counts = ["lines Python C++", "jlora 1", "jlora/kernels 2 3", "the package 3 3"]
+    assert shown() == counts  # no repository
+    if shutil.which("git") is None:
+        pytest.skip("no git")
+    subprocess.run(["git", "init", "-q", "-b", "main"], cwd=tmp_path, check=True)
+    commit("first")
+    assert shown() == counts  # no commit before it, as in a shallow clone
+    (tmp_path / "jlora" / "kernels" / "a.py").write_text("x\n")
+    (tmp_path / "jlora" / "kernels" / "c.cc").write_text("4\n")
+    changed = ["lines Python C++", "jlora 1", "jlora/kernels 1 (-1) 4 (+1)"]
+    changed.append("the package 2 (-1) 4 (+1)")
+    assert shown() == changed  # the working tree against main
+    commit("second")
+    assert shown() == changed  # main against the commit before it
+    shutil.rmtree(tmp_path / ".git")
+    assert shown()[-1] == "the package 2 4"

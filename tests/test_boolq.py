@@ -145,12 +145,15 @@ def test_exported_labels_and_hidden_answers(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({**ORIGINAL[1], "answer": "false"}, ":2: the answer is 'false', not true or false"),
+        (
+            {**ORIGINAL[1], "answer": "false"},
+            ":2: the answer is 'false', not true or false; write it without quotes",
+        ),
         ({**ORIGINAL[1], "answer": 2}, ":2: the answer is 2"),
         ({**ORIGINAL[1], "answer": 1.0}, ":2: the answer is 1.0"),
         ({**ORIGINAL[1], "question": " "}, ":2: the question is empty"),
         ({**ORIGINAL[1], "passage": ""}, ":2: the passage is empty"),
-        ({**ORIGINAL[1], "title": None}, ":2: 'title' is a NoneType"),
+        ({**ORIGINAL[1], "title": None}, ":2: 'title' is null, not a string"),
         ({"question": "q", "answer": True}, ":2: no key 'passage'"),
         (SUPERGLUE[1], ":2: the original layout .* and SuperGLUE's .* in one file"),
     ],

@@ -327,7 +327,9 @@ def test_text_lines_end_at_newlines_only_and_keep_their_numbers(tmp_path):
     assert list(text_lines(path)) == [(1, "one"), (4, "two\u2028three\x0bfour")]
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n \n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n", b"\n\xef\xbb\xbf"]
+)
 def test_empty_files(tmp_path, content):
     with pytest.raises(UserError, match=r"data.txt: the file is empty"):
         list(text_lines(write(tmp_path, content)))
@@ -352,7 +354,7 @@ def test_a_folder_or_nothing_instead_of_a_file(tmp_path):
     [
         ('{"a": 1', r":2: not JSON \(Expecting"),
         ("[1, 2]", r":2: a JSON list, not an object"),
-        ("null", r":2: a JSON NoneType"),
+        ("null", r":2: a JSON null"),
         ("[" * 100_000, r":2: not JSON"),
     ],
 )
@@ -380,7 +382,7 @@ def test_string_field():
     assert string_field({"a": "é"}, "a", "f", 3) == "é"
     with pytest.raises(UserError, match=r"f:3: no key 'a' \(found: b, c\)"):
         string_field({"b": 1, "c": 2}, "a", "f", 3)
-    with pytest.raises(UserError, match="f:3: 'a' is a int, not a string"):
+    with pytest.raises(UserError, match="f:3: 'a' is a number, not a string"):
         string_field({"a": 1}, "a", "f", 3)
     with pytest.raises(UserError, match="f:3: 'a' holds half of a surrogate pair"):
         string_field(json.loads('{"a": "x\\ud800"}'), "a", "f", 3)

@@ -111,7 +111,7 @@ precision: {precision}
 
 
 @pytest.fixture
-def start(tiny_model, tmp_path):
+def start(tiny_model, tmp_path, popen):
     """Starts ``jlora VERB RECIPE --out tmp_path/NAME --nproc N``; the process."""
     started = []
     precision = "plain" if engine.native.problem() else "fp32"
@@ -122,9 +122,7 @@ def start(tiny_model, tmp_path):
         given = [] if "--resume" in options else ["--recipe"] * (verb != "run") + [str(recipe)]
         command = [sys.executable, "-m", "jlora.cli", verb, *given, *options]
         command += ["--out", str(tmp_path / name), "--nproc", str(processes)]
-        started.append(
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
+        started.append(popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         return started[-1]
 
     yield begin
@@ -132,7 +130,8 @@ def start(tiny_model, tmp_path):
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)
             process.send_signal(signal.SIGTERM)  # the second ends all at once
-        process.communicate()
+        with contextlib.suppress(subprocess.TimeoutExpired, ValueError):  # else `popen` kills it
+            process.communicate(timeout=30)
 
 
 def ended(process: subprocess.Popen) -> str:

@@ -70,18 +70,16 @@ def whole_run(tiny_model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("sign", ["predictions.jsonl.partial", "predictions.jsonl"])
-def test_a_kill_while_decoding_or_scoring_loses_nothing(sign, whole_run, tmp_path):
+def test_a_kill_while_decoding_or_scoring_loses_nothing(sign, whole_run, tmp_path, popen):
     command, whole = whole_run
     run = tmp_path / "run"
-    process = subprocess.Popen([*command, str(run)], stderr=subprocess.DEVNULL)
-    try:
-        until = time.monotonic() + 120
-        while not (run / sign).exists():
-            assert process.poll() is None and time.monotonic() < until
-            time.sleep(0.001)
-    finally:
-        process.kill()
-        process.wait()
+    process = popen([*command, str(run)], stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not (run / sign).exists():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
     assert not (run / "scores.json").exists()
     kept = run / "predictions.jsonl.partial"
     before = kept.read_text() if kept.exists() else ""

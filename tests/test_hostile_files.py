@@ -282,7 +282,7 @@ def test_names_with_dots_in_an_adapter_write_nothing_elsewhere(tmp_path, tiny_mo
 
 
 def test_a_wheel_with_dots_in_its_names(tmp_path, monkeypatch):
-    from jlora.data.batches import pull_models
+    from jlora.data import pull_models
 
     cache = tmp_path / "a" / "cache"
     monkeypatch.setenv("JLORA_CACHE", str(cache))

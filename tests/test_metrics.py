@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 import jlora.metrics
-from jlora.metrics import E2E_METRICS, evaluate, evaluate_e2e, read_hypotheses, read_references
+from jlora.metrics import (
+    E2E_METRICS,
+    METRICS,
+    evaluate,
+    evaluate_e2e,
+    read_hypotheses,
+    read_references,
+)
 from jlora.metrics.bleu import bleu
 from jlora.metrics.cider import cider
 from jlora.metrics.meteor import Meteor
@@ -212,9 +219,26 @@ def test_line_breaks_inside_texts_do_not_shift_lines():
     assert scores["CIDEr"] == pytest.approx(10.0)
 
 
+def test_empty_references_beside_others_change_no_score(meteor, monkeypatch):
+    monkeypatch.setattr(jlora.metrics, "Meteor", lambda java: contextlib.nullcontext(meteor))
+    hypotheses = ["The Mill is a cheap pub .", "The Blue Door is by the river ."]
+    references = [
+        ["The Mill is a pub .", "A cheap pub is The Mill ."],
+        ["The Door is at the river ."],
+    ]
+    padded = [["", *references[0], " "], [references[1][0], "", "\t"]]
+    plain = evaluate(METRICS, hypotheses, references)
+    assert evaluate(METRICS, hypotheses, padded) == plain
+    assert plain["NIST"] > 0  # was changed most by an empty reference
+    # The first six are those with text.
+    many = [["", *["x y z"] * 5, "a b c d e"]]
+    assert evaluate(["TER"], ["a b c d e"], many) == {"TER": 0.0}
+
+
 @pytest.mark.parametrize(
     ("hypotheses", "references", "message"),
     [
+        (["a"], [["a"], ["b", "c"]], "rows of one input must follow one another"),
         (["a"], [["a"], ["b", "c"]], "1 hypotheses but 2 groups of references"),
         (["a"], [["a"], ["b"]], "without empty lines"),
         ([], [], "no hypotheses"),

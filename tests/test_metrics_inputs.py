@@ -38,6 +38,11 @@ def test_csv_groups_consecutive_rows(write):
     assert read_references(write("r.csv", table)) == [["A is in B, yes.", "£5 A"], ["C"]]
 
 
+def test_quoted_fields_keep_their_line_ends_and_rows_without_text_are_skipped(write):
+    table = 'mr,ref\na,"one\ntwo"\n,\n\na," b "\nb,\n'
+    assert read_references(write("r.csv", table)) == [["one\ntwo", "b"], [""]]
+
+
 def test_tsv_with_other_columns(write):
     table = "id\tMeaning_Representations\tReferences\n1\tx\ta\n2\ty\tb\n"
     assert read_references(write("r.tsv", table)) == [["a"], ["b"]]

@@ -94,9 +94,9 @@ def line(**changes):
     [
         ({"prediction": "a"}, ":2: no key 'prompt'"),
         ({"prompt": "a"}, ":2: no key 'prediction'"),
-        ({"prompt": "a", "prediction": 3}, ":2: 'prediction' is a int"),
+        ({"prompt": "a", "prediction": 3}, ":2: 'prediction' is a number"),
         ({"hypotheses": {}}, ":2: 'hypotheses' is not a list"),
-        ({"hypotheses": ["a"]}, ":2: a hypothesis is a str, not an object"),
+        ({"hypotheses": ["a"]}, ":2: a hypothesis is a string, not an object"),
         ({"hypotheses": [{"text": "a"}]}, ":2: a hypothesis has no key 'ids'"),
         ({"hypotheses": [line(text=None)]}, "'text' is not a string"),
         ({"hypotheses": [line(ids=[1.5])]}, "'ids' is not a list of token ids"),

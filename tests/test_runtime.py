@@ -277,23 +277,20 @@ def test_cuda_that_does_not_work_falls_back_to_the_cpu_and_is_remembered(stand_i
     assert (second.stdout, second.stderr) == ("''\n", "")
 
 
-def test_ctrl_c_ends_the_compilers_too(stand_in, tmp_path: Path):
+def test_ctrl_c_ends_the_compilers_too(stand_in, tmp_path: Path, popen):
     folder = stand_in(
         f"import subprocess\nchild = subprocess.Popen(['sleep', '100'])\n"
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid)); time.sleep(100)"
     )
     env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
-    with subprocess.Popen(
-        [sys.executable, "-c", "from jlora.system.runtime import jt"],
-        env=env,
-        stderr=subprocess.PIPE,
-    ) as process:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+    command = [sys.executable, "-c", "from jlora.system.runtime import jt"]
+    process = popen(command, env=env, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
     compiler = int((tmp_path / "pid").read_text())
     state = Path(f"/proc/{compiler}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
@@ -371,12 +368,12 @@ def test_failing_import_says_the_cause_and_the_way_out(stand_in, failure: str, e
 def test_processors_respect_the_affinity(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    monkeypatch.setattr(machine, "_cgroup_quota", lambda: None)
+    monkeypatch.setattr(machine.cgroup, "processor_quota", lambda: None)
     monkeypatch.setattr(machine, "_physical_cores", lambda: 16)
     assert machine.processors() == 4
     monkeypatch.setattr(machine, "_physical_cores", lambda: 8)  # two threads a core
     assert machine.processors() == 2
-    monkeypatch.setattr(machine, "_cgroup_quota", lambda: 1)
+    monkeypatch.setattr(machine.cgroup, "processor_quota", lambda: 1)
     assert machine.processors() == 1
 
 

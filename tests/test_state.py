@@ -135,6 +135,44 @@ def test_a_reader_between_the_two_renames(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("when", ["before it is moved away", "after"])
+def test_two_writers_of_one_folder(tmp_path, monkeypatch, when):
+    """Both pull the same model: one of the two folders is there at the end, whole."""
+    path = tmp_path / "model"
+    write_folder(path, "old")
+    real, crossed = os.rename, []
+
+    def rename(source, target):
+        ours = source == path and not crossed and target.name.endswith(".old")
+        if ours and when == "before it is moved away":
+            crossed.append(True)
+            write_folder(path, "other")
+            shutil.rmtree(path)  # and a third has begun to replace it again
+        real(source, target)
+        if ours and when == "after":
+            crossed.append(True)
+            write_folder(path, "other")
+
+    monkeypatch.setattr(os, "rename", rename)
+    write_folder(path, "new")
+    assert crossed
+    assert (path / "a").read_text() == (path / "b").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_another_process_removes_first(tmp_path, monkeypatch):
+    (tmp_path / "old").mkdir()
+    real = os.rename
+
+    def rename(source, target):
+        source.rmdir()
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    files.discard(tmp_path / "old")
+    assert not list(tmp_path.iterdir())
+
+
 def test_recovering_what_is_not_there(tmp_path):
     recover_directory(tmp_path / "nothing")
     assert not list(tmp_path.iterdir())

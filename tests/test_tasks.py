@@ -109,7 +109,7 @@ def test_meaning_to_prompt():
         ('{"prompt": "a", "completion": "b"}\n{"prompt\n', "d.jsonl", "d.jsonl:2: not JSON"),
         ("not json\n", "d.jsonl", "d.jsonl:1: not JSON"),
         ('{"prompt": "a"}\n', "d.jsonl", r"d.jsonl:1: no key 'completion' \(found: prompt\)"),
-        ('{"prompt": 1, "completion": "b"}\n', "d.jsonl", "d.jsonl:1: 'prompt' is a int"),
+        ('{"prompt": 1, "completion": "b"}\n', "d.jsonl", "d.jsonl:1: 'prompt' is a number"),
         ('{"prompt": "a", "completion": " "}\n', "d.jsonl", "d.jsonl:1: the completion is empty"),
     ],
 )

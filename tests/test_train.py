@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -290,7 +289,7 @@ def test_ctrl_c_saves_and_the_resumed_run_is_bit_for_bit_the_whole_one(whole_run
         assert np.array_equal(tensor, whole_run[1][name]), name
 
 
-def test_a_killed_run_resumes_bit_for_bit(whole_run, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(whole_run, tmp_path, popen):
     code = textwrap.dedent(
         f"""
         import sys, time
@@ -304,7 +303,7 @@ def test_a_killed_run_resumes_bit_for_bit(whole_run, tmp_path):
                 Path({str(tmp_path)!r}), lambda total, start: [Slow()])
         """
     )
-    process = subprocess.Popen([sys.executable, "-c", code])
+    process = popen([sys.executable, "-c", code])
     kill_after = 5 + os.getpid() % 5  # any step after the first checkpoint
     deadline = time.monotonic() + 120
     metrics = tmp_path / "metrics.jsonl"

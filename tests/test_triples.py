@@ -131,9 +131,9 @@ def without(entry, key):
         (without(ENTRY, "category"), "entry 2 .*no 'category'"),
         (without(ENTRY, "modifiedtripleset"), "entry 2 .*no 'modifiedtripleset'"),
         ({**ENTRY, "lexicalisations": [{"lex": "x"}]}, "entry 2 .*no 'comment'"),
-        ({**ENTRY, "lexicalisations": [text(3)]}, "entry 2 .*a text is a int"),
+        ({**ENTRY, "lexicalisations": [text(3)]}, "entry 2 .*a text is a number"),
         ({**ENTRY, "lexicalisations": [text("\ud800")]}, "entry 2 .*surrogates not allowed"),
-        ({**ENTRY, "modifiedtripleset": [triple("a", "b", None)]}, "entry 2 .*NoneType"),
+        ({**ENTRY, "modifiedtripleset": [triple("a", "b", None)]}, "entry 2 .*a text is null"),
         ("text", "entry 2 "),
     ],
 )
@@ -147,7 +147,7 @@ def test_bad_webnlg_entries(tmp_path, entry, message):
     [
         (without(TABLE, "tripleset"), "entry 2 .*no 'tripleset'"),
         ({**TABLE, "tripleset": [["a", "b"]]}, "entry 2 .*not enough values"),
-        ({**TABLE, "tripleset": [["a", 3, "b"]]}, "entry 2 .*no attribute 'lower'"),
+        ({**TABLE, "tripleset": [["a", 3, "b"]]}, "entry 2 .*a text is a number"),
         ({**TABLE, "annotations": ["x"]}, "entry 2 "),
         (7, "entry 2 "),
     ],

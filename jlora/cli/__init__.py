@@ -22,12 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     processes = getattr(arguments, "nproc", None)
     try:
-        if distributed.started_by_mpi():
-            if processes is None:
+        size = distributed.announced_size()
+        if processes is None:
+            if distributed.started_by_mpi() and size is not None:
                 raise UserError("this command is for one process; leave mpirun out")
-            distributed.join()
-        elif processes is not None and processes > 1:
+        elif processes > 1 and (size is None or not distributed.started_by_mpi()):
             return distributed.launch(processes, list(sys.argv[1:] if argv is None else argv))
+        else:
+            distributed.join()
         if arguments.verbose:
             from jlora.system import runtime
 

@@ -1,4 +1,4 @@
-"""From (prompt, completion) texts to padded token batches with loss masks.
+"""From (prompt, completion) texts to token batches with loss masks.
 
 The layout is microsoft/LoRA's (`examples/NLG/src/data_utils.py`)::
 
@@ -7,10 +7,14 @@ The layout is microsoft/LoRA's (`examples/NLG/src/data_utils.py`)::
     targets = ids[1:]        # shifted here, not in the model
     mask    = 1 where the target is a completion token or the end, 0 over the prompt
 
-Differences, each on purpose: batches are padded to their own longest row, not to 512; examples of
-like length stand together; and an input that is too long loses the end of its *prompt* (or of what
-stands before the part that must stay, as a question behind its passage), where the reference cuts
-on the right and so loses the answer.
+Differences, all intended:
+
+- A batch is one row with all examples (`stream`) where the model can read this, without padding;
+  else rows are padded to the longest of the batch (`collate`), not to 512.
+- A batch has examples of similar length.
+- An input that is too long loses tokens from its *prompt*, where the reference cuts on the right
+  and so loses the answer. They are cut from the prompt's end, or from in front of the part that
+  must be kept, such as a question after its passage (`Example.keep`).
 """
 
 from __future__ import annotations
@@ -20,8 +24,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jlora.system.errors import UserError
 from jlora.data.readers import shorten
+from jlora.system.errors import UserError
 
 NO_SEPARATOR = -1  # as a separator_id: the completion follows the prompt at once
 
@@ -31,9 +35,9 @@ class Example:
     """One training pair as text.
 
     Attributes:
-        part: the part of the dataset it belongs to where scores are told apart by parts ("seen").
-        keep: characters at the prompt's end that stay when the prompt is too long (a question
-            behind its passage); 0: the end of the prompt is what goes.
+        part: the part of the dataset that it belongs to ("seen"), for scores of each part.
+        keep: number of characters at the prompt's end that are kept if the prompt is too long (a
+            question after its passage); 0: a long prompt is cut at its end.
     """
 
     prompt: str
@@ -48,9 +52,9 @@ class TokenExample:
 
     Attributes:
         ids: prompt, separator, completion and end token.
-        prompt_length: tokens before the completion, the separator included; the loss counts
+        prompt_length: tokens before the completion, including the separator; the loss counts
             ``ids[prompt_length:]``.
-        cut: prompt tokens that were dropped so that the example fits ``max_length``.
+        cut: number of prompt tokens that were dropped to fit the example into ``max_length``.
     """
 
     ids: list[int]
@@ -65,16 +69,16 @@ class TokenExample:
 
 @dataclass
 class Batch:
-    """Rows padded on the right, T being the longest of them, or all rows as one stream.
+    """Rows padded on the right to the length T of the longest, or one stream.
 
-    A stream is a single row (B = 1) in which the examples stand one after the other.
+    A stream is a single row (B = 1) with the examples one after another.
 
     Attributes:
         input_ids: (B, T) int32.
         targets: (B, T) int32, ``input_ids`` shifted by one.
         mask: (B, T) float32, 1 where the target counts in the loss.
         lengths: (examples,) int32, real input tokens of each.
-        is_stream: whether the rows stand in one stream.
+        is_stream: whether this is a stream.
         first_row: tokens of the same batch that other processes have before these, padding
             included; dropout numbers the tokens from here on.
     """
@@ -113,23 +117,24 @@ def encode_examples(
     """Encode examples in the reference's layout.
 
     Args:
-        max_length: most input tokens (``len(ids) - 1``) that an example may have, at most the
-            model's context. A longer one loses tokens from its prompt: from its end, or, where
-            `Example.keep` says so, from the end of what stands before the kept characters. The
-            separator and the whole completion stay. `TokenExample.cut` says how many were dropped.
+        max_length: maximum of input tokens (``len(ids) - 1``), not above the model's context. A
+            longer example loses tokens from its prompt: from the prompt's end, or from before the
+            characters that `Example.keep` protects. Separator and completion are never cut.
+            `TokenExample.cut` is the number of dropped tokens.
         separator_id: token between prompt and completion; default the tokenizer's end token;
             `NO_SEPARATOR` for none.
         end_id: token after the completion; default the tokenizer's end token.
-        max_prompt: most tokens of a prompt, the separator not counted; cut in the same way.
+        max_prompt: maximum of prompt tokens, without the separator; longer prompts are cut
+            likewise.
 
     Raises:
-        UserError: a completion, or what must stay of a prompt, is too long alone; ``max_prompt`` is
-            below 1; there is no end token.
+        UserError: a completion, or the part of a prompt that must be kept, does not fit;
+            ``max_prompt`` is below 1; there is no end token.
     """
     separator = _separator(separator_id, tokenizer)
     end_id = _special_id(end_id, tokenizer, "end_id")
     _check_max_prompt(max_prompt)
-    # Prompts repeat (E2E's 42,061 training rows have 4,862); completions hardly do.
+    # Prompts repeat (E2E's 42,061 training rows have 4,862 prompts); completions hardly do.
     distinct = list(dict.fromkeys(example.prompt for example in examples))
     ids_of = dict(zip(distinct, tokenizer.encode_batch(distinct)))
     prompts = [ids_of[example.prompt] for example in examples]
@@ -140,7 +145,7 @@ def encode_examples(
     ):
         room = len(prompt) if max_prompt is None else max_prompt
         if max_length is not None:
-            # ids = kept + separator + completion + end, and the model reads all but the end.
+            # ids = prompt + separator + completion + end, and the model reads all but the end.
             room = min(room, max_length - 1 - len(completion))
             if room < min(1, len(prompt)):
                 raise UserError(
@@ -175,14 +180,14 @@ def encode_prompts(
     """Encode prompts for generation: ``encode(prompt) + [separator]``, as in training.
 
     Args:
-        max_length: most tokens of a prompt, the separator included: the model's context less the
+        max_length: maximum of prompt tokens with the separator: the model's context minus the
             tokens to be generated.
-        max_prompt: most tokens of a prompt, the separator not counted, as in training.
-        keeps: `Example.keep` of each prompt. One that says what must stay is cut as in training.
+        max_prompt: maximum of prompt tokens without the separator, as in training.
+        keeps: `Example.keep` of each prompt. Prompts with a part to keep are cut as in training.
 
     Raises:
-        UserError: a prompt is longer and nothing says what must stay of it: what a prompt without
-            its end yields is an answer to another question. Or what must stay is too long alone.
+        UserError: a prompt is too long and has no `Example.keep`: without its end it would be a
+            different question. Or the part that must be kept does not fit.
     """
     separator = _separator(separator_id, tokenizer)
     _check_max_prompt(max_prompt)
@@ -210,9 +215,9 @@ def encode_prompts(
 def _cut_prompt(
     ids: list[int], prompt: str, keep: int, room: int, tokenizer, number: int
 ) -> list[int]:
-    """A prompt's tokens, at most ``room``; its last ``keep`` characters stay whole.
+    """A prompt's tokens, cut to ``room`` tokens; its last ``keep`` characters are never cut.
 
-    They are tokenised apart only where something is cut, so a prompt that fits is encoded as ever.
+    These are tokenised separately only if something is cut: a prompt that fits is not changed.
     """
     if len(ids) <= room:
         return ids
@@ -234,10 +239,10 @@ def _check_max_prompt(max_prompt: int | None) -> None:
 
 
 def check_vocabulary(token_examples: Sequence[TokenExample], vocab_size: int) -> None:
-    """Fail before an embedding look-up reads past its table.
+    """Check the ids before an embedding look-up reads outside its table.
 
     Raises:
-        UserError: an id is outside the model's vocabulary: the tokenizer is another model's.
+        UserError: an id is not in the model's vocabulary: the tokenizer belongs to another model.
     """
     for number, example in enumerate(token_examples, start=1):
         if max(example.ids) >= vocab_size or min(example.ids) < 0:
@@ -263,8 +268,8 @@ def _special_id(given: int | None, tokenizer, name: str) -> int:
 
 # Order and batches -----------------------------------------------------------------------------
 
-# Rows are sorted by length inside windows of this many batches: wide enough that almost nothing is
-# padded, narrow enough that a batch is still a random draw.
+# Rows are sorted by length within windows of this many batches: enough that the lengths of a batch
+# are almost equal, few enough that a batch is still close to a random draw.
 WINDOW_BATCHES = 50
 
 
@@ -276,19 +281,20 @@ def epoch_batches(
     group_by_length: bool = True,
     shuffle: bool = True,
 ) -> list[list[int]]:
-    """The batches of one epoch as lists of row numbers; every row stands in exactly one.
+    """The batches of one epoch as lists of row numbers; every row is in exactly one.
 
-    A function of its arguments alone (NumPy's PCG64 seeded by ``(seed, epoch)``), so a resumed run
-    sees the batches that an uninterrupted one would have seen. The last, shorter batch is kept.
+    The result depends on the arguments alone (NumPy's PCG64 seeded by ``(seed, epoch)``), so a
+    resumed run gets the batches that an uninterrupted one would have got. The last batch may be
+    shorter.
 
     Args:
         lengths: tokens of each row.
-        group_by_length: put rows of like length in a batch; the batches are then shuffled.
-        shuffle: False gives the rows in the file's order (microsoft/LoRA shuffles);
-            ``group_by_length`` has no effect then.
+        group_by_length: put rows of similar length in a batch; the batches are then shuffled.
+        shuffle: False keeps the rows in the file's order (microsoft/LoRA shuffles);
+            ``group_by_length`` then has no effect.
 
     Raises:
-        UserError: no rows, or a batch size or seed that makes no sense.
+        UserError: no rows, a batch size below 1, or a negative seed.
     """
     if len(lengths) == 0:
         raise UserError("no examples to make batches of; check the data file")
@@ -315,9 +321,9 @@ def _chunks(rows: Sequence[int], size: int) -> list[list[int]]:
 
 
 class BatchOrder:
-    """Which rows the batch of a step has, over as many epochs as asked for.
+    """The rows of the batch of each step, over all epochs.
 
-    A resumed run asks for its next step and gets what the uninterrupted run would have got.
+    For a resumed run the batches are those that the uninterrupted run would have got.
     """
 
     def __init__(
@@ -344,7 +350,7 @@ class BatchOrder:
 
 
 def shares(lengths: Sequence[int], processes: int) -> list[slice]:
-    """A batch cut into one run of neighbours a process, with about as many tokens each.
+    """Cut a batch into one slice for each process, with about equally many tokens in each.
 
     Args:
         lengths: tokens of each example.
@@ -362,7 +368,7 @@ def collate(
     Padded targets are ``pad_id`` too (a valid index), with mask 0.
 
     Args:
-        length: pad to this one if it is larger.
+        length: the length to pad to, if it is larger than the longest row.
         first_row: see `Batch`.
     """
     lengths = np.array([example.input_length for example in token_examples], dtype=np.int32)
@@ -380,7 +386,7 @@ def collate(
 
 
 def stream(token_examples: Sequence[TokenExample], first_row: int = 0) -> Batch:
-    """The examples one after the other in a single row, without padding; see `Batch`."""
+    """All examples one after another in a single row, without padding; see `Batch`."""
     inputs = [example.ids[:-1] for example in token_examples]
     targets = [example.ids[1:] for example in token_examples]
     counts = [np.arange(len(e.ids) - 1) >= e.prompt_length - 1 for e in token_examples]

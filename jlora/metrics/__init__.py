@@ -11,7 +11,7 @@ sacreBLEU:
 All are fractions (0 to 1), except NIST (no upper bound), CIDEr (0 to 10) and TER (0 is best, above
 1 possible). Tasks that are a choice between a few answers: `jlora.metrics.accuracy`.
 
-Java is watched, so a broken one is an error within seconds.
+Every exchange with Java has a time limit: a broken Java is an error within seconds, not a hang.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ __all__ = [
 
 
 class _Texts:
-    """Hypotheses and references in the forms that metrics take, each made when first asked for."""
+    """Hypotheses and references in the forms that metrics need, each computed at its first use."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class _Texts:
 
     @cached_property
     def mteval(self) -> tuple[list, list]:
-        """Words as mteval-v13a has them, in lower case."""
+        """Lower-case words, split as mteval-v13a does."""
         return _each(tokenize, *self.plain)
 
     @cached_property
@@ -116,20 +116,20 @@ _NEED_JAVA = {*_METEORS, "ROUGE_L", "CIDEr"}
 
 
 def check_metrics(names: Sequence[str]) -> str | None:
-    """Make sure that these scores can be computed here: ask before hours of training.
+    """Check that these scores can be computed on this machine, before hours of training.
 
     Returns:
         the path of the Java that they need; None if they need none.
 
     Raises:
-        UserError: no name is given, one is no metric (shows the nearest), or Java does not work.
+        UserError: no name is given, a name is unknown (shows the nearest), or Java does not work.
     """
     check_names(names)
     return find_java() if _NEED_JAVA.intersection(names) else None
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises: UserError: no name is given, or one is no metric (shows the nearest)."""
+    """Raises: UserError: no name is given, or a name is unknown (shows the nearest)."""
     if isinstance(names, str) or not names:
         raise UserError(f"no list of metrics: {names!r}; there are {', '.join(METRICS)}")
     for name in names:
@@ -149,14 +149,15 @@ def evaluate(
 
     Args:
         names: of `METRICS`.
-        hypotheses: one text an input; an empty text is scored, not refused.
-        references: for each input its one or more reference texts.
+        hypotheses: one text for each input; an empty text is scored, not refused.
+        references: for each input a list of one or more reference texts. An empty one beside
+            others has no effect on any score.
 
     Returns:
         the scores in the order of ``names``, not rounded.
 
     Raises:
-        UserError: a name is no metric, the numbers of hypotheses and groups differ, there are none,
+        UserError: a name is unknown, the numbers of hypotheses and groups differ, there are none,
             a group is empty, or Java does not work.
     """
     return evaluate_parts(names, hypotheses, references, [None] * len(hypotheses))
@@ -173,21 +174,22 @@ def evaluate_parts(
     references: list[list[str]],
     parts: Sequence[str | None],
 ) -> dict[str, float]:
-    """Score all texts, and beside that each part of the data on its own; see `evaluate`.
+    """Score all texts together, and then each part of the data by itself; see `evaluate`.
 
     Args:
-        parts: for each input the part it belongs to ("seen", "unseen"), None for none.
+        parts: for each input the part that it belongs to ("seen", "unseen"), or None.
 
     Returns:
         the scores of all under the plain names, then those of each part under ``NAME/part``
         (``TER/unseen``), parts in the order in which they are first seen.
 
     Raises:
-        UserError: as `evaluate`; the number of parts is another; or a part's name is empty.
+        UserError: as `evaluate`; the number of parts differs; or a part's name is empty.
     """
     _check(hypotheses, references, parts)
     java = check_metrics(names)
     hypotheses, references = _each(_one_line, hypotheses, references)
+    references = [without_empty(group) for group in references]
     everything = range(len(hypotheses))
     chosen = {"": everything}
     for part in dict.fromkeys(part for part in parts if part is not None):
@@ -195,7 +197,7 @@ def evaluate_parts(
 
     scores = {}
     with contextlib.ExitStack() as stack:
-        # It reads its tables while the others are computed, so it comes last below.
+        # METEOR loads its tables while the other scores are computed; below it is therefore last.
         meteor = stack.enter_context(Meteor(java)) if _METEORS.intersection(names) else None
         for suffix, indices in chosen.items():
             texts = _Texts(
@@ -215,6 +217,8 @@ def _check(hypotheses: list[str], references: list[list[str]], parts: Sequence[s
         hint = "give one hypothesis for each group of references"
         if all(len(group) == 1 for group in references):
             hint += " (a reference file without empty lines has one reference for each input)"
+        if len(hypotheses) < len(references):
+            hint += "; in a table of references the rows of one input must follow one another"
         raise UserError(
             f"{len(hypotheses)} hypotheses but {len(references)} groups of references; {hint}"
         )
@@ -227,6 +231,15 @@ def _check(hypotheses: list[str], references: list[list[str]], parts: Sequence[s
         raise UserError(f"{len(parts)} parts for {len(hypotheses)} inputs; give one (or None) each")
     if "" in parts:
         raise UserError(f"input {parts.index('') + 1}: the name of its part is empty; give None")
+
+
+def without_empty(group: list[str]) -> list[str]:
+    """The references that have any text; one empty reference where none has.
+
+    Lists padded with empty references, as GenerationEval's files are, so have the scores of the
+    lists without them in every metric.
+    """
+    return [text for text in group if text.strip()] or [""]
 
 
 def _one_line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Tasks that are a choice between a few answers: reading the answer of a text, and the accuracy."""
+"""Tasks that are a choice between a few answers: finding the answer in a text, and accuracy."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _WORD = re.compile(r"[^\W_]+")
 def parse_choice(text: str, choices: Sequence[str]) -> str | None:
     """The choice that a freely written text begins with, or None.
 
-    Only letters and digits count, in any case, and the choice has to end where a word ends: of
-    "true" and "false", ``" True, because ..."`` is true; ``"truthful"``, ``"It is true"`` and
-    ``"yes"`` are none. Where one choice continues another ("New", "New York"), the longer one wins.
+    Only letters and digits are compared, without regard to case, and the choice has to end at the
+    end of a word. With the choices "true" and "false", ``" True, because ..."`` gives true, and
+    ``"truthful"``, ``"It is true"`` and ``"yes"`` give None. If one choice is the beginning of
+    another ("New", "New York"), the longer one wins.
 
     Raises:
         UserError: there are no two different choices.
@@ -48,11 +49,11 @@ def accuracy(
     Returns:
         - ``accuracy``: share of right answers; ``accuracy_low`` and ``accuracy_high``: the ends of
           its 95 % interval (Wilson 1927).
-        - ``majority``: the share of the commonest right answer, which is the accuracy of a model
-          that gives nothing else.
+        - ``majority``: the share of the most common right answer, which is the accuracy of a model
+          that always gives this answer.
         - ``unparseable``: how many predictions are None (an int).
-        - ``confusion/GOLD->PREDICTED``: how many inputs whose right answer is GOLD were given
-          PREDICTED (ints, for every pair); ``confusion/GOLD->unparseable`` for None.
+        - ``confusion/GOLD->PREDICTED``: the number of inputs with the right answer GOLD for which
+          PREDICTED was given (ints, for every pair); ``confusion/GOLD->unparseable`` for None.
 
     Raises:
         UserError: the numbers of answers differ, there are none, one is none of the choices, or
@@ -90,10 +91,10 @@ def accuracy(
 
 
 def wilson_interval(right: int, total: int, z: float = Z_95) -> tuple[float, float]:
-    """The interval of a share that was seen as ``right`` of ``total`` (Wilson 1927).
+    """The confidence interval of a share of which ``right`` of ``total`` were seen (Wilson 1927).
 
-    The true shares p with ``|right / total - p| <= z sqrt(p (1 - p) / total)``. It stays between 0
-    and 1 and has a width where all or none are right.
+    It holds the true shares p with ``|right / total - p| <= z sqrt(p (1 - p) / total)``, stays
+    between 0 and 1, and is not empty even where all or none are right.
     """
     share = right / total
     centre = share + z * z / (2 * total)

@@ -13,11 +13,11 @@ def bleu(hypotheses: list[list[str]], references: list[list[list[str]]]) -> floa
     """Corpus BLEU-4 between 0 and 1 of tokenised sentences.
 
     Args:
-        hypotheses: one list of words an input.
+        hypotheses: one list of words for each input.
         references: for each input the list of its references, each a list of words.
 
-    Reference implementation: tuetschek/e2e-metrics with ``-p``. Of equally near reference lengths
-    the shorter one counts for the brevity penalty.
+    Reference implementation: tuetschek/e2e-metrics with ``-p``. Where two reference lengths are
+    equally near, the shorter one counts for the brevity penalty.
     """
     hits = [0] * MAX_ORDER
     possible = [0] * MAX_ORDER
@@ -26,7 +26,7 @@ def bleu(hypotheses: list[list[str]], references: list[list[list[str]]]) -> floa
         length = len(hypothesis)
         for index in range(MAX_ORDER):
             hits[index] += sum(matches(hypothesis, group, index + 1).values())
-            # A sentence shorter than n words counts negatively, in the reference script as here.
+            # As in the reference script, a sentence of fewer than n words counts negatively.
             possible[index] += length - index
         hypothesis_length += length
         reference_length += min((abs(len(words) - length), len(words)) for words in group)[1]

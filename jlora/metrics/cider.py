@@ -6,8 +6,8 @@ from __future__ import annotations
 def cider(hypotheses: list[str], references: list[list[str]]) -> float:
     """Corpus CIDEr of PTB-tokenised sentences, between 0 and 10.
 
-    The inverse document frequencies are these references' own, so a single input always scores 0.
-    Computed by pycocoevalcap, whose code is the E2E challenge's own.
+    The inverse document frequencies are those of these references, so a single input always scores
+    0. Computed by pycocoevalcap, the code that the E2E challenge uses.
     """
     from pycocoevalcap.cider.cider_scorer import CiderScorer
 

@@ -1,18 +1,20 @@
-"""The texts that WebNLG's and DART's metrics see in microsoft/LoRA.
+"""The texts that WebNLG's and DART's metrics are computed on in microsoft/LoRA.
 
-There `gpt2_decode.py --tokenize --lower --ref_num 6` writes the outputs and references (`prepare`,
-the first `MAX_REFERENCES` of each input), and WebNLG's GenerationEval scores those files:
+There `gpt2_decode.py --tokenize --lower --ref_num 6` writes the outputs and the first
+`MAX_REFERENCES` references of each input (see `prepare`), and WebNLG's GenerationEval scores those
+files:
 
 - multi-BLEU by Moses' ``multi-bleu-detok.perl`` on the prepared texts,
 - METEOR 1.5 (``-l en -norm``) and TER (pyter) on the prepared texts after NLTK's tokeniser,
 - chrF++ by Popović's script on the prepared texts.
 
-An input with fewer than six references has its first one repeated in the missing files, which
-changes none of the four. (GenerationEval itself would have empty lines there; those count as a
+For an input with fewer than six references the first one is repeated in the missing files, which
+changes none of the four scores. (GenerationEval itself would write empty lines; those count as a
 reference in multi-BLEU's nearest length and as an error rate of 1 in TER.)
 
-Not followed: GenerationEval takes the line break at the end of its files for one more, empty input.
-That adds an error rate of 1 to TER's mean, and makes METEOR refuse files of several references.
+One thing is not followed: GenerationEval takes the line break at the end of its files for one more,
+empty input. That adds an error rate of 1 to TER's mean, and makes METEOR refuse files with several
+references.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ _CONTRACTION = re.compile(r"\b(?:(can)(not)|(gim|lem)(me)|(gon|wan)(na)|(got)(ta
 
 
 def prepare(text: str) -> str:
-    """The text in lower case, with a space on each side of every character that is not of a word.
+    """The text in lower case, with spaces around every character that belongs to no word.
 
     ``"Don't, 3.5"`` -> ``"don ' t , 3 . 5"``. A prepared text stays as it is.
     """
@@ -36,8 +38,9 @@ def prepare(text: str) -> str:
 def word_tokenize(prepared: str) -> list[str]:
     """The words that NLTK's ``word_tokenize`` makes of a prepared text.
 
-    Punctuation stands apart already, so that two of its rules are left: a straight quotation mark
-    becomes two backquotes, and contractions written as one word are split (``cannot``).
+    Punctuation is separated already, so only two of NLTK's rules have an effect: a straight
+    quotation mark becomes two backquotes, and contractions written as one word (``cannot``) are
+    split.
     """
     split = _CONTRACTION.sub(lambda match: " ".join(filter(None, match.groups())), prepared)
     return split.replace('"', "``").split()

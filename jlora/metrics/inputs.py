@@ -1,18 +1,20 @@
-"""Reading hypotheses and references as the official E2E script does, and answers of a choice."""
+"""Reading hypotheses, references (as the official E2E script does) and the answers of a choice."""
 
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from jlora.system.errors import UserError
 from jlora.system.files import read_text
+from jlora.system.text import lines_of
 
 SOURCE_HEADERS = {"mr", "src", "source", "meaning", "meaning rep", "meaning representation"}
 REFERENCE_HEADERS = {"ref", "reference", "trg", "tgt", "target", "human", "human ref"}
-# Wrongly decoded pound signs and accents that stand in the published CSV files.
+# Wrongly decoded pound signs and accents in the published CSV files.
 MOJIBAKE = (("Ł", "£"), ("Â£", "£"), ("Ã©", "é"), ("ã©", "é"))
 
 
@@ -20,11 +22,18 @@ def read_hypotheses(path: str | Path) -> list[str]:
     """Read one hypothesis a line; an empty line is an empty hypothesis.
 
     Raises:
-        UserError: the file is unreadable, empty, or a table.
+        UserError: the file is unreadable or empty, or by its name a table or JSON.
     """
-    if Path(path).suffix.lower() in (".csv", ".tsv"):
+    kind = Path(path).suffix.lower()
+    if kind in (".csv", ".tsv"):
         raise UserError(
             f"{path}: hypotheses are read from plain text, one a line, not from a table"
+        )
+    if kind in (".json", ".jsonl"):
+        # Read as plain text, the JSON itself would be scored.
+        raise UserError(
+            f"{path}: read from here is plain text, one text a line, not JSON; `jlora generate "
+            "--out` writes the texts of NAME.jsonl to NAME.txt"
         )
     return [line.strip() for line in _lines(path)]
 
@@ -37,9 +46,14 @@ def read_references(path: str | Path) -> list[list[str]]:
     ``mr`` and ``ref`` (or source and reference); consecutive rows of the same ``mr`` are a group.
 
     Raises:
-        UserError: the file is unreadable or empty, a group has no reference, or a table has no such
-            columns or a broken row, with the line.
+        UserError: the file is unreadable or empty, by its name JSON, a group has no reference, or a
+            table has no such columns or a broken row, with the line.
     """
+    if Path(path).suffix.lower() in (".json", ".jsonl"):
+        raise UserError(
+            f"{path}: references are read from plain text (one a line, inputs separated by an "
+            "empty line) or from a .csv or .tsv table with the columns mr and ref, not from JSON"
+        )
     if Path(path).suffix.lower() in (".csv", ".tsv"):
         return _table_references(path)
     lines = [line.strip() for line in _lines(path)]
@@ -62,10 +76,10 @@ def read_references(path: str | Path) -> list[list[str]]:
 
 
 def read_answers(path: str | Path, choices: Sequence[str]) -> list[str]:
-    """Read the right answers of a task that is a choice, one a line.
+    """Read the right answers of a task that is a choice between answers, one a line.
 
     Raises:
-        UserError: the file is unreadable or empty, or a line is none of ``choices``.
+        UserError: the file is unreadable or empty, or a line is not one of ``choices``.
     """
     answers = read_hypotheses(path)
     for number, answer in enumerate(answers, start=1):
@@ -77,35 +91,43 @@ def read_answers(path: str | Path, choices: Sequence[str]) -> list[str]:
 
 
 def _lines(path: str | Path) -> list[str]:
-    # splitlines also ends a line at the rarer separators (U+2028 and so on), as the official
-    # script and the Java tokeniser do.
-    lines = read_text(path).splitlines()
+    lines = lines_of(read_text(path))
     if not lines:
         raise UserError(f"{path}: the file is empty")
     return lines
 
 
 def _table_references(path: str | Path) -> list[list[str]]:
-    numbered = [
-        (number, _repair(line.strip()))
-        for number, line in enumerate(_lines(path), start=1)
-        if line.strip("\ufeff \t")
-    ]
-    if not numbered:
+    text = read_text(path).replace("\ufeff", "")
+    for wrong, right in MOJIBAKE:
+        text = text.replace(wrong, right)
+    first = next((line for line in lines_of(text) if line.strip()), None)
+    if first is None:
         raise UserError(f"{path}: the file is empty")
-    numbers, lines = zip(*numbered)
-    reader = csv.reader(lines, delimiter="\t" if "\t" in lines[0] else ",", strict=True)
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines, delimiter="\t" if "\t" in first else ",", strict=True)
+    header: list[str] = []
     groups: list[list[str]] = []
     previous = None
+    start = 1
     try:
-        header = next(reader)
-        source, reference = (
-            _column(path, header, names) for names in (SOURCE_HEADERS, REFERENCE_HEADERS)
-        )
         for row in reader:
+            # Quoted fields may contain line ends: a row starts after the last line of the one
+            # before.
+            number, start = start, reader.line_num + 1
+            row = [field.strip() for field in row]
+            if not any(row):
+                continue
+            if not header:
+                header = row
+                source, reference = (
+                    _column(f"{path}:{number}", header, names)
+                    for names in (SOURCE_HEADERS, REFERENCE_HEADERS)
+                )
+                continue
             if len(row) != len(header):
                 raise UserError(
-                    f"{path}:{numbers[reader.line_num - 1]}: {len(row)} columns where the header "
+                    f"{path}:{number}: {len(row)} columns where the header "
                     f"has {len(header)}; quote fields that contain the separator"
                 )
             if row[source] != previous or not groups:
@@ -113,26 +135,18 @@ def _table_references(path: str | Path) -> list[list[str]]:
                 previous = row[source]
             groups[-1].append(row[reference])
     except csv.Error as error:
-        line = numbers[max(reader.line_num, 1) - 1]
-        raise UserError(f"{path}:{line}: not a readable CSV row ({error})") from error
+        raise UserError(f"{path}:{start}: not a readable CSV row ({error})") from error
     if not groups:
         raise UserError(f"{path}: a header but no references")
     return groups
 
 
-def _repair(line: str) -> str:
-    line = line.replace("\ufeff", "")
-    for wrong, right in MOJIBAKE:
-        line = line.replace(wrong, right)
-    return line
-
-
-def _column(path: str | Path, header: list[str], names: set[str]) -> int:
+def _column(where: str, header: list[str], names: set[str]) -> int:
     plain = [re.sub(r"[_ .-]+", " ", field.strip().lower()) for field in header]
     found = [index for index, field in enumerate(plain) if field.rstrip("s") in names]
     if len(found) != 1:
         raise UserError(
-            f"{path}:1: {len(found)} columns named like {' or '.join(sorted(names)[:3])} in the "
+            f"{where}: {len(found)} columns named like {' or '.join(sorted(names)[:3])} in the "
             f"header {','.join(header)[:80]}; the header of an E2E table is mr,ref"
         )
     return found[0]

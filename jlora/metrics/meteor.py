@@ -14,8 +14,8 @@ LOADING_PATIENCE = 2.0
 class Meteor:
     """A running METEOR process; a context manager.
 
-    It reads its paraphrase table (several seconds) from the moment it is made, so make it early and
-    do something else before `score`.
+    It starts to load its paraphrase table (several seconds) when it is created: create it early and
+    do other work before calling `score`.
     """
 
     def __init__(self, java: str | None = None) -> None:
@@ -33,9 +33,9 @@ class Meteor:
     def score(self, hypotheses: list[str], references: list[list[str]]) -> float:
         """Corpus METEOR of tokenised sentences, between 0 and 1.
 
-        The protocol: a line ``SCORE ||| reference ||| ... ||| hypothesis`` is answered by the
-        match statistics of that pair, and ``EVAL ||| statistics ||| ...`` by a score a sentence and
-        then the score of all.
+        The protocol: METEOR answers a line ``SCORE ||| reference ||| ... ||| hypothesis`` with the
+        match statistics of that pair, and ``EVAL ||| statistics ||| ...`` with one score for each
+        sentence and then the score of all.
 
         Raises:
             UserError: the process ends, does not answer in time, or answers something else.

@@ -7,7 +7,7 @@ import string
 from collections import Counter
 from collections.abc import Iterable
 
-# Apostrophe, comma, hyphen and full stop are no separators of their own: they depend on digits.
+# Without apostrophe, comma, hyphen and full stop: whether these separate depends on digits.
 PUNCTUATION = re.compile(
     "([" + re.escape("".join(sorted(set(string.punctuation) - set("',-.")))) + "])"
 )
@@ -35,14 +35,14 @@ def tokenize(text: str) -> list[str]:
 
 
 def ngram_counts(words: list[str], n: int) -> Counter:
-    """How often each n-gram (a tuple of n words) stands in one sentence."""
+    """How often each n-gram (a tuple of n words) occurs in one sentence."""
     return Counter(zip(*(words[start:] for start in range(n))))
 
 
 def matches(hypothesis: list[str], references: Iterable[list[str]], n: int) -> Counter:
-    """The hypothesis's n-grams that a reference has too.
+    """Counts of the hypothesis's n-grams that some reference has too.
 
-    Each counts at most as often as in the reference that has it most often (clipped counts).
+    Each count is limited to that of the reference that has the n-gram most often (clipped counts).
     """
     most: Counter = Counter()
     for reference in references:

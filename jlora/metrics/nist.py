@@ -8,7 +8,7 @@ from collections import Counter
 from jlora.metrics.ngrams import matches, ngram_counts
 
 MAX_ORDER = 5
-# The penalty is one half where the hypotheses have two thirds of the references' mean length.
+# Makes the penalty one half where the hypotheses have two thirds of the references' mean length.
 BETA = -math.log(0.5) / math.log(1.5) ** 2
 
 
@@ -16,7 +16,7 @@ def nist(hypotheses: list[list[str]], references: list[list[list[str]]]) -> floa
     """Corpus NIST-5 of tokenised sentences: matched n-grams weighted by how informative they are.
 
     Args:
-        hypotheses: one list of words an input.
+        hypotheses: one list of words for each input.
         references: for each input the list of its references, each a list of words.
 
     Reference implementation: tuetschek/e2e-metrics with ``-p``, which differs from mteval-v13a.pl
@@ -36,7 +36,7 @@ def nist(hypotheses: list[list[str]], references: list[list[list[str]]]) -> floa
     for hypothesis, group in zip(hypotheses, references):
         reference_length += sum(len(words) for words in group) / len(group)
         for index in range(MAX_ORDER):
-            # A sentence shorter than n words counts negatively, in the reference script as here.
+            # As in the reference script, a sentence of fewer than n words counts negatively.
             possible[index] += len(hypothesis) - index
             for ngram, count in matches(hypothesis, group, index + 1).items():
                 information[index] += count * math.log2(

@@ -12,14 +12,14 @@ DROPPED = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".spl
 def ptb_tokenize(sentences: list[str], java: str | None = None) -> list[str]:
     """Lower-case, split into Penn Treebank tokens, drop punctuation, join with single spaces.
 
-    The bracket names stay: the tokeniser prints ``-lrb-`` under ``-lowerCase``, and the MS-COCO
-    script only drops ``-LRB-``.
+    Bracket names are not dropped: with ``-lowerCase`` the tokeniser prints ``-lrb-``, and the
+    MS-COCO script only drops ``-LRB-``.
 
     Args:
         sentences: one line each, without line breaks.
 
     Raises:
-        UserError: Java does not work, or its answer has another number of lines.
+        UserError: Java does not work, or it returns a different number of lines.
     """
     arguments = [
         *ARGUMENTS,
@@ -32,7 +32,7 @@ def ptb_tokenize(sentences: list[str], java: str | None = None) -> list[str]:
     with JavaProcess("the PTB tokeniser", arguments, java=java) as process:
         output = process.finish("\n".join(sentences).encode("utf-8", errors="replace"))
     lines = output.decode("utf-8", errors="replace").split("\n")
-    # The last line ends with a line break in the answer, unless the last sentence is empty.
+    # The answer ends with a line break, unless the last sentence is empty.
     if len(lines) - len(sentences) not in (0, 1):
         raise UserError(
             f"the PTB tokeniser ({process.java}) gave {len(lines)} lines for {len(sentences)} "

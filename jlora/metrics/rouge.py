@@ -7,7 +7,7 @@ def rouge_l(hypotheses: list[str], references: list[list[str]]) -> float:
     """Mean ROUGE-L of PTB-tokenised sentences, between 0 and 1.
 
     The F-measure with beta 1.2 of the longest common subsequence's best precision and best recall
-    over the references. Computed by pycocoevalcap, whose code is the E2E challenge's own.
+    over the references. Computed by pycocoevalcap, the code that the E2E challenge uses.
     """
     from pycocoevalcap.rouge.rouge import Rouge
 

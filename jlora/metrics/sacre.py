@@ -1,6 +1,6 @@
-"""What sacrebleu computes: BLEU as Moses' script and in its own standard form, and chrF++.
+"""Scores that sacrebleu computes: BLEU as Moses' script, sacreBLEU's standard form, and chrF++.
 
-All scores are fractions. References are a list an input, of any number each.
+All scores are fractions. References are one list for each input, of any length.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def multi_bleu(hypotheses: list[str], references: list[list[str]]) -> float:
 def sacre_bleu(hypotheses: list[str], references: list[list[str]]) -> float:
     """sacreBLEU (Post 2018) of plain texts, between 0 and 1.
 
-    Its signature is ``case:mixed|eff:no|tok:13a|smooth:exp``: cased text as it is, all references,
-    precisions of zero smoothed as in mteval-v13a.
+    Its signature is ``case:mixed|eff:no|tok:13a|smooth:exp``: the text with its case, all
+    references, zero precisions smoothed as in mteval-v13a.
     """
     return _bleu(hypotheses, references, smoothing="exp")
 

@@ -8,19 +8,20 @@ from collections.abc import Callable, Iterator
 def mean_ter(hypotheses: list[list[str]], references: list[list[list[str]]]) -> float:
     """Mean over the sentences of the TER to the nearest reference; 0 is best, above 1 possible.
 
-    As GenerationEval: `ter` of each sentence and reference, the least of each, their plain mean.
-    (Snover's tercom and sacrebleu divide all edits by the mean reference lengths, and restrict
-    phrases and how far they move, so that their numbers differ.)
+    As GenerationEval: the smallest `ter` of each sentence over its references, and their plain
+        mean.
+    (Snover's tercom and sacrebleu divide all edits by the mean reference lengths, and limit the
+    phrases that move and how far, so their numbers differ.)
     """
     least = [min(ter(words, one) for one in group) for words, group in zip(hypotheses, references)]
     return sum(least) / len(least)
 
 
 def ter(hypothesis: list[str], reference: list[str]) -> float:
-    """Edits per reference word: moved phrases, insertions, deletions and replacements, one each.
+    """Edits per reference word; moving a phrase or inserting, deleting, replacing a word is one.
 
-    Greedy, as the reference implementation pyter: as long as moving one phrase makes the edit
-    distance smaller, the move that makes it smallest is done. A reference without words gives 1.
+    Greedy, as in the reference implementation pyter: while moving one phrase reduces the edit
+    distance, the move that reduces it most is made. A reference without words gives 1.
     """
     if not reference:
         return 1.0
@@ -43,7 +44,7 @@ def ter(hypothesis: list[str], reference: list[str]) -> float:
 def _moves(words: tuple[str, ...], reference: list[str]) -> Iterator[tuple[str, ...]]:
     """The words with one phrase moved to where the reference has it, for each such phrase.
 
-    From each pair of equal words at different places the phrase goes on as long as both agree.
+    A phrase begins at a pair of equal words at different places and is as long as both agree.
     """
     for start, word in enumerate(words):
         for target, other in enumerate(reference):
@@ -63,8 +64,9 @@ def _moves(words: tuple[str, ...], reference: list[str]) -> Iterator[tuple[str, 
 def edit_distance_to(reference: list[str]) -> Callable[[tuple[str, ...]], int]:
     """A function that gives the Levenshtein distance of words to ``reference``.
 
-    Bit-parallel (Myers 1999, in the form of Hyyrö 2003): a column of the distance matrix is held as
-    the bits of two integers that say where it rises and where it falls by one from row to row.
+    Bit-parallel (Myers 1999, in the form of Hyyrö 2003): a column of the distance matrix is stored
+    in the bits of two integers: in which rows it is one more, and in which one less, than in the
+    row above.
     """
     places: dict[str, int] = {}
     for index, word in enumerate(reference):

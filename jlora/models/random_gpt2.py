@@ -8,6 +8,7 @@ import numpy as np
 
 from jlora.formats.torch_write import write_torch
 from jlora.system.errors import UserError
+from jlora.system.files import make_folder
 
 #: Width and number of blocks of the four sizes (Radford et al. 2019, table 2).
 SIZES = {
@@ -51,5 +52,5 @@ def write_random_gpt2(name: str, path: Path, seed: int = 0) -> None:
             tensors[f"{block}.{linear}.bias"] = np.zeros(outputs, np.float32)
     tensors["ln_f.weight"] = np.ones(width, np.float32)
     tensors["ln_f.bias"] = np.zeros(width, np.float32)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_torch(path, tensors)

@@ -144,7 +144,7 @@ def check_fits(recipe: Recipe, decodes: bool = True) -> None:
         UserError: it does not, with the settings that would make it fit.
     """
     here = world()
-    limit = machine.memory_limit() // here.local_size
+    limit = machine.usable_memory(here.local_size)
     share = -(-recipe.train.batch_size // here.size)
     recipe = replace(recipe, train=replace(recipe.train, batch_size=share))
     try:
@@ -155,10 +155,10 @@ def check_fits(recipe: Recipe, decodes: bool = True) -> None:
     if found.peak <= limit:
         return
     each = " for each process" if here.size > 1 else ""
-    mend = way_out(found, advise(recipe, texts, limit), limit)
+    advice = way_out(found, advise(recipe, texts, limit), limit)
     raise UserError(
         f"this run takes about {gigabytes(found.peak)} of memory{each} (to {found.peak_stage}), "
-        f"and this machine has {gigabytes(limit)}{each}; {mend}. "
+        f"and this machine has {gigabytes(limit)} free{each}; {advice}. "
         "`jlora estimate` shows the parts; --no-memory-check runs it all the same"
     )
 
@@ -201,7 +201,8 @@ def report(recipe: Recipe) -> tuple[str, dict[str, Any]]:
         )
     lines.append(
         f"precision {found.precision}; largest batch {found.batch.tokens:,} tokens. Peak "
-        f"{gigabytes(found.peak)}, to {found.peak_stage}; this machine has {gigabytes(limit)}."
+        f"{gigabytes(found.peak)}, to {found.peak_stage}; this machine has {gigabytes(limit)}, "
+        f"{gigabytes(machine.available_memory())} of it free."
     )
     fits = found.peak <= limit
     for settings, smaller in steps:

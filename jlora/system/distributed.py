@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jlora.system.errors import UserError
+from jlora.system.files import make_folder
 
 if TYPE_CHECKING:  # the command line is there before NumPy is read
     import numpy as np
@@ -33,6 +34,8 @@ if TYPE_CHECKING:  # the command line is there before NumPy is read
 T = TypeVar("T")
 #: Set by Open MPI's mpirun, by MPICH's and Intel's, and by Slurm's srun --mpi=pmix.
 MARKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+#: How many processes there are; srun --mpi=pmix says it in Slurm's own variable alone.
+SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 INSTALL = "run `pip install 'jlora[mpi]'`"
 LOGS = "JLORA_RANK_LOGS"  # folder of the logs of all processes but the first, set by `launch`
 JOINED = 1 << 16  # gradients with fewer numbers travel together
@@ -105,23 +108,44 @@ def world() -> World:
 
 
 def started_by_mpi() -> bool:
-    """Whether this process is one of several that MPI has started."""
-    return any(mark in os.environ for mark in MARKS)
+    """Whether this process may be one of several that MPI has started; `join` finds out."""
+    return any(mark in os.environ for mark in MARKS) and announced_size() != 1
+
+
+def announced_size() -> int | None:
+    """How many processes the environment says that MPI has started; None: it does not say.
+
+    ``mpirun -n 1`` and ``srun --pty`` start one. A variable of MPI's without a number may be left
+    over from an outer program; its rank, if not 0, says that there are others.
+    """
+    for name in SIZES:
+        value = os.environ.get(name, "")
+        if value.isdecimal():
+            return int(value)
+    return 2 if os.environ.get("PMIX_RANK", "0") not in ("", "0") else None
+
+
+def without_mpi() -> dict[str, str]:
+    """The environment for a program that must not take part in this process's MPI job."""
+    ours = ("OMPI_", "PMIX_", "PRTE_", "PMI_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
 
 
 def join() -> World:
     """Find the other processes; to be called before Jittor is imported.
 
     Raises:
-        UserError: mpi4py, or the MPI that it needs, is not there.
+        UserError: mpi4py, or the MPI that it needs, is missing.
     """
     global _world
     if _world.size == 1 and started_by_mpi():
         try:
             from mpi4py import MPI
-        except ImportError as error:
-            raise UserError(f"several processes need mpi4py ({error}); {INSTALL}") from error
-        except RuntimeError as error:
+        except (ImportError, RuntimeError) as error:
+            if announced_size() is None:  # nothing says that there are others
+                return _world
+            if isinstance(error, ImportError):
+                raise UserError(f"several processes need mpi4py ({error}); {INSTALL}") from error
             raise UserError(f"mpi4py finds no MPI ({error}); {INSTALL}") from error
         if MPI.COMM_WORLD.size > 1:
             _world = MPIWorld(MPI)
@@ -165,7 +189,7 @@ class MPIWorld(World):
 
     def _take_log(self, folder: Path) -> None:
         """Send what this process prints to a file; errors go where they went, see `abort`."""
-        folder.mkdir(parents=True, exist_ok=True)  # on another machine it is not there yet
+        make_folder(folder)  # on another machine it does not exist yet
         self._log = log_file(folder, self.rank)
         self._stderr = os.fdopen(os.dup(2), "w")
         with open(self._log, "ab") as log:
@@ -230,7 +254,7 @@ class MPIWorld(World):
         if self._log is not None:
             with contextlib.suppress(OSError):
                 if self.is_first:
-                    shutil.rmtree(self._log)
+                    shutil.rmtree(self._log, ignore_errors=True)  # the others remove theirs
                 else:
                     self._log.unlink()
         # mpirun takes a process that ends with another code for one that failed.
@@ -311,7 +335,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="jlora-") as logs:
         job = subprocess.Popen(
             command,
-            env={**os.environ, LOGS: logs},
+            env={**without_mpi(), LOGS: logs},
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,  # so that Ctrl-C comes here alone

@@ -1,18 +1,32 @@
-"""The one exception that reaches a user as a single line."""
+"""The one exception that reaches a user as a single line, and words for its messages."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 
 class UserError(Exception):
-    """Something the user can mend: a bad file, a bad setting, a missing program.
+    """Something the user can fix: a bad file, a bad setting, a missing program.
 
     The message is one line that names what is wrong, where, and the way out. The command line
     prints it as ``jlora: error: MESSAGE`` and exits with code 2; library users can catch it.
     """
 
     def __init__(self, message: str = ""):
-        # Names out of a damaged or hostile file may hold anything; it is one line all the same, and
-        # moves no cursor.
+        # Names from a damaged or hostile file may hold control characters: the message stays one
+        # line, and cannot move the terminal's cursor.
         super().__init__(re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", str(message)))
+
+
+def kind_of(value: Any) -> str:
+    """What a value out of a JSON or YAML file is, in a user's words: "a number", "null"."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    kinds = {
+        str: "a string", dict: "an object", list: "a list", tuple: "a list",
+        int: "a number", float: "a number",
+    }  # fmt: skip
+    return kinds.get(type(value), f"of type {type(value).__name__}")

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
+import re
+import secrets
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from jlora.system.errors import UserError
+from jlora.system.text import decode_text
 
 
 def os_error(action: str, path: str | Path, error: OSError) -> UserError:
@@ -48,11 +54,10 @@ def atomic_path(
     path = Path(path)
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         temporary = temporary_name(path)
-        remove(temporary)
         if directory:
-            temporary.mkdir()
+            make_folder(temporary)
         yield temporary
         sync(temporary)
         if directory:
@@ -68,9 +73,44 @@ def atomic_path(
                 remove(temporary)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder with its parents, unless it exists.
+
+    Other processes may make and remove the same folders meanwhile (`lock_run` removes the ones
+    that stayed empty). ``Path.mkdir`` then fails between two of its own calls, so it is repeated.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    attempts = 100  # far more than there are crossings; a lasting error costs a millisecond
+    for attempt in range(1, attempts + 1):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return
+        except (FileExistsError, FileNotFoundError):
+            if attempt == attempts:
+                raise
+
+
 def temporary_name(path: Path) -> Path:
-    """Where ``path`` is written or removed; the pid keeps two processes apart."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A new name beside ``path``, under which it is written or removed.
+
+    It tells `remove_leftovers` whose it is. The pid alone would not do: two containers that share
+    a volume number their processes alike.
+    """
+    return path.with_name(
+        f".{path.name}.{_processes_here()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    )
+
+
+@functools.cache
+def _processes_here() -> str:
+    """Names the machine, its boot and the container: within all three a pid means one process."""
+    marks = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # not Linux: the machine alone
+        marks.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        marks.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256("\n".join(marks).encode()).hexdigest()[:8]
 
 
 def replace_directory(new: Path, path: Path, keep: Path | None = None) -> None:
@@ -84,17 +124,26 @@ def replace_directory(new: Path, path: Path, keep: Path | None = None) -> None:
     while True:
         if path.is_dir():
             discard(old)
-            os.rename(path, old)
-        try:
-            os.rename(new, path)
-        except OSError as error:
-            # A reader that came between the two renames has put the old one back.
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        else:
+            # Another process that replaces the same folder has moved it away, or filled `old`.
+            if not _renamed(path, old):
+                continue
+        # A reader that came between the two renames has put the old one back.
+        if _renamed(new, path, missing_ok=False):
             break
     if keep is None:
         discard(old)
+
+
+def _renamed(source: Path, target: Path, missing_ok: bool = True) -> bool:
+    """Rename a folder; False if another process put something at ``target`` or took ``source``."""
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        crossed = (errno.ENOTEMPTY, errno.EEXIST, *([errno.ENOENT] * missing_ok))
+        if error.errno not in crossed:
+            raise
+        return False
+    return True
 
 
 def recover_directory(path: str | Path) -> None:
@@ -111,21 +160,34 @@ def _moved_away(path: Path) -> Path:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder if it is there; a process that dies in the midst leaves no part of it."""
+    """Remove a folder if it is there; a process that dies meanwhile leaves no part of it."""
     if folder.is_dir():
         doomed = temporary_name(folder)
-        remove(doomed)
-        os.rename(folder, doomed)
-        remove(doomed)
+        if _renamed(folder, doomed):
+            remove(doomed)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that killed processes of this machine have left in a folder."""
+    """Remove the temporary files that killed processes have left in a folder.
+
+    Whether another machine's or container's process lives cannot be known here: its files are
+    left alone unless nobody has touched them for a day.
+    """
     for path in folder.glob(".*.tmp"):
-        pid = path.name.split(".")[-2]
-        if pid.isdecimal() and not is_alive(int(pid)):
-            with contextlib.suppress(OSError):  # tidying stops nobody
+        if (found := _TEMPORARY.search(path.name)) is None:
+            continue
+        with contextlib.suppress(OSError):  # a failed cleaning up stops nobody
+            if found["here"] == _processes_here():
+                stale = not is_alive(int(found["pid"]))
+            else:
+                stale = time.time() - path.lstat().st_mtime > DAY
+            if stale:
                 remove(path)
+
+
+DAY = 24 * 3600
+# As `temporary_name` makes them; earlier versions wrote the pid alone.
+_TEMPORARY = re.compile(r"^\..+?\.((?P<here>[0-9a-f]{8})\.)?(?P<pid>\d+)(\.[0-9a-f]{8})?\.tmp$")
 
 
 def is_alive(pid: int) -> bool:
@@ -167,7 +229,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder if it is there."""
+    """Remove a file or folder if it is there, whoever else removes it at the same time."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -181,24 +243,16 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 text file.
+    """Read a UTF-8 text file; a byte order mark is dropped.
 
     Raises:
-        UserError: the file is missing, unreadable, or not UTF-8 (with the line of the first bad
-            byte).
+        UserError: the file is missing or unreadable, or as `jlora.system.text.decode_text`.
     """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise os_error("read", path, error) from error
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}:{line}: not UTF-8 text (byte 0x{data[error.start]:02x}); "
-            "convert it, for example with `iconv -f LATIN1 -t UTF-8`"
-        ) from error
+    return decode_text(data, path)
 
 
 def check_writable(folder: str | Path) -> None:
@@ -209,7 +263,7 @@ def check_writable(folder: str | Path) -> None:
     """
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:

@@ -17,9 +17,10 @@ from typing import BinaryIO
 
 from jlora.system.distributed import world
 from jlora.system.errors import UserError
-from jlora.system.files import os_error, remove_leftovers
+from jlora.system.files import make_folder, os_error, remove_leftovers
 
 NAME = ".lock"
+ATTEMPTS = 10  # a hundredth of a second apart
 
 
 @contextlib.contextmanager
@@ -55,7 +56,7 @@ def lock_run(run: str | Path) -> Iterator[None]:
     try:
         handle = None
         while handle is None:
-            run.mkdir(parents=True, exist_ok=True)
+            make_folder(run)
             # The one before may have taken an empty folder away again meanwhile.
             with contextlib.suppress(FileNotFoundError):
                 handle = _take(run / NAME)
@@ -99,7 +100,7 @@ def one_at_a_time(path: Path, work: str) -> Iterator[None]:
         work: what the others are doing, for the message of the one that waits.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         handle = open(path, "ab")  # noqa: SIM115  (held for the caller's block)
     except OSError:
         yield
@@ -116,6 +117,7 @@ def one_at_a_time(path: Path, work: str) -> Iterator[None]:
 
 def _take(path: Path) -> BinaryIO:
     """The locked file, open, with this process in it."""
+    attempts = 0
     while True:
         handle = open(path, "ab+")  # noqa: SIM115  (held as long as the run)
         try:
@@ -123,6 +125,10 @@ def _take(path: Path) -> BinaryIO:
         except BlockingIOError:
             holder = _holder(path)
             handle.close()
+            attempts += 1
+            if attempts < ATTEMPTS:  # it may be `is_held`, which only looks
+                time.sleep(0.01)
+                continue
             raise UserError(
                 f"{path.parent} is in use by {holder}; wait until it has ended, or choose another "
                 "--out"

@@ -13,6 +13,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from jlora.system import cgroup
+
 # What each package manager calls the things Jittor needs.
 PACKAGES = {
     "compiler": {"apt-get": "g++", "dnf": "gcc-c++", "apk": "g++", "pacman": "gcc"},
@@ -116,7 +118,7 @@ def processors() -> int:
     physical = _physical_cores() or total
     # Matrix products gain nothing from a second thread on the same core; keep the same share.
     cores = max(1, round(available * min(1.0, physical / total)))
-    quota = _cgroup_quota()
+    quota = cgroup.processor_quota()
     return max(1, min(cores, quota)) if quota else cores
 
 
@@ -126,25 +128,48 @@ def _physical_cores() -> int | None:
     return psutil.cpu_count(logical=False)
 
 
-def _cgroup_quota() -> int | None:
-    """The container's processor limit (``docker run --cpus``), rounded up."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            return -(-int(quota) // int(period))
-    except (OSError, ValueError):
-        pass
-    return None
+def memory_limit(root: Path = Path("/")) -> int:
+    """Bytes of memory this process may use: the machine's, or its control group's if less.
+
+    Args:
+        root: where /proc and /sys are; another one is for tests.
+    """
+    total = _meminfo(root, "MemTotal", "total")
+    return min(total, cgroup.memory_limit(root) or total)
 
 
-def memory_limit() -> int:
-    """Bytes of memory this process may use: the machine's, or the container's limit if smaller."""
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take before the system or its control group runs out.
+
+    What caches of files take counts as available.
+    """
+    available = _meminfo(root, "MemAvailable", "available")
+    left = cgroup.memory_left(root)
+    return available if left is None else min(available, left)
+
+
+def _meminfo(root: Path, key: str, otherwise: str) -> int:
+    """A value of /proc/meminfo in bytes, or psutil's of another name where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == key:
+                return int(value.split()[0]) * 1024  # "16384256 kB"
     import psutil
 
-    limit = psutil.virtual_memory().total
-    with contextlib.suppress(OSError, ValueError):
-        limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return limit
+    return getattr(psutil.virtual_memory(), otherwise)
+
+
+def usable_memory(processes: int = 1) -> int:
+    """Bytes that this process can have in all: what it has and its share of what is available.
+
+    Args:
+        processes: how many on this machine share it.
+    """
+    import psutil
+
+    own = psutil.Process().memory_info().rss
+    return min(memory_limit() // processes, own + available_memory() // processes)
 
 
 def cpu_model() -> str:

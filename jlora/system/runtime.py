@@ -37,6 +37,7 @@ from typing import Any
 
 from jlora.system import distributed, machine, operator_compiler
 from jlora.system.errors import UserError
+from jlora.system.files import make_folder
 from jlora.system.import_errors import DOCTOR, cause, explain, install, last_line
 from jlora.system.lock import one_at_a_time
 
@@ -197,7 +198,7 @@ def home_problem() -> str | None:
     except RuntimeError:
         return f"there is no home folder for Jittor's compiled code; {mend}"
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        make_folder(cache)
         with tempfile.TemporaryFile(dir=cache):
             pass
     except OSError as error:
@@ -310,12 +311,8 @@ def _fingerprint() -> str:
 
 def _first_import() -> str | None:
     """Import Jittor in a child process. Returns None if that went well, else its output."""
-    environment = {
-        # Seen by MPI as one of its ranks, the child would wait for the others for ever.
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("OMPI_", "PMIX_", "PRTE_"))
-    }
+    # Seen by MPI as one of its ranks, the child would wait for the others without end.
+    environment = distributed.without_mpi()
     # With log_v 1 Jittor tells why its own library cannot be loaded (conda's libstdc++).
     environment.update(use_mpi="0", log_silent="0", log_v="1", PYTHONUNBUFFERED="1")
     # Jittor starts a g++ for every 3 GiB of memory it sees; this makes it one a core, and no more

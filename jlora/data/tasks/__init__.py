@@ -1,6 +1,6 @@
-"""Datasets: how to read one, which references belong together, which metrics judge it.
+"""Tasks: how a dataset is read, how its references are grouped, and which metrics score it.
 
-A task is a file here with a `TASK`; `get_task` finds it by name.
+A task is a module of this folder with a `TASK`; `get_task` finds it by name.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jlora.data.batches import Example
-from jlora.system.errors import UserError
 from jlora.data.pull_datasets import DATASETS, data_cache
+from jlora.system.errors import UserError
 
-# Modules are imported when their task is asked for.
+# A module is imported when its task is requested.
 NAMES = ("e2e", "webnlg", "dart", "boolq", "jsonl", "restaurants")
 
 
 @dataclass(frozen=True)
 class ReferenceGroup:
-    """One distinct input with all the texts that answer it; `part` and `keep` as in `Example`."""
+    """One distinct input and all its reference texts; `part` and `keep` as in `Example`."""
 
     prompt: str
     references: list[str]
@@ -32,19 +32,19 @@ class ReferenceGroup:
 
 @dataclass(frozen=True)
 class Task:
-    """What a dataset has to say about itself.
+    """What jlora has to know about a dataset.
 
     Attributes:
         name: as in `get_task`.
-        read_file: reads one file, ``read_file(path)``, or ``read_file(path, template)`` where there
-            are `templates`; raises UserError (with file and line) where it cannot.
-        metrics: names of the scores that this dataset is judged by.
-        splits: for each split the file names that may hold it, best first.
-        built_in: gives a split's examples without any file.
-        choices: the answers of a task that is a choice between a few ("true", "false"); empty for
-            texts.
-        templates: named format strings that make a prompt out of a row's fields; the first is the
-            default. Empty: the prompt is what it is.
+        read_file: reads the examples of a file: ``read_file(path)``, or ``read_file(path,
+            template)`` if the task has `templates`. Raises UserError with file and line.
+        metrics: names of the scores that are computed for this dataset.
+        splits: for each split the possible names of its file; the first that exists is read.
+        built_in: returns a split's examples without any file.
+        choices: the possible answers of a task that is a choice ("true", "false"); empty for tasks
+            that are answered by free text.
+        templates: named format strings that make a prompt from a row's fields; the first is the
+            default. Empty: prompts are not configurable.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Task:
         """The examples of one file.
 
         Args:
-            template: a name out of `templates`, or a format string of one's own; None: the default.
+            template: a name from `templates`, or a format string; None: the default.
 
         Raises:
             UserError: the file cannot be read, or the template cannot be used.
@@ -70,7 +70,7 @@ class Task:
     def load(
         self, data: str | Path | None, split: str, template: str | None = None
     ) -> list[Example]:
-        """The examples of a split, from ``data`` or the usual places; see `find_data` and `read`.
+        """The examples of a split, from ``data`` or the default folders; see `find_data`, `read`.
 
         Raises:
             UserError: no data, or it cannot be read.
@@ -81,7 +81,7 @@ class Task:
         return self.read(self.find_data(data, split), template)
 
     def find_template(self, template: str | None) -> str | None:
-        """The format string that ``template`` means; None: this task has none.
+        """The format string of a template's name; None: this task has no templates.
 
         Raises:
             UserError: there is no template of that name.
@@ -128,16 +128,17 @@ def find_data(
 ) -> Path:
     """Find the file of a split.
 
-    ``explicit`` (``--data``) is a file, or a folder and then the only place looked in. Without it:
-    ``$JLORA_DATA``, ``./data``, ``../shared/data``, then what `jlora pull` fetched. A folder holds
-    the files itself or in a folder named after the task.
+    ``explicit`` (``--data``) is a file, or the only folder that is searched. Without it these are
+    searched in order: ``$JLORA_DATA``, ``./data``, ``../shared/data``, and what `jlora pull`
+        fetched.
+    The file may be in the folder itself or in its subfolder with the task's name.
 
     Raises:
-        UserError: nothing found; lists the places looked in.
+        UserError: nothing found; lists the folders that were searched.
     """
     if split not in splits:
         raise UserError(f"task {name} has no split {split!r}; it has {', '.join(splits)}")
-    # os.path answers False where Path.is_file raises (a folder that may not be entered).
+    # os.path.isfile returns False where Path.is_file raises (no permission for the folder).
     if explicit is not None:
         explicit = Path(explicit)
         if os.path.isfile(explicit):
@@ -151,7 +152,7 @@ def find_data(
             folders.insert(0, Path(os.environ["JLORA_DATA"]))
     looked = []
     for folder in folders:
-        # The task's own folder first: data/test.txt may be another task's.
+        # The task's own folder comes first: data/test.txt may belong to another task.
         for place in (folder / name, folder):
             for file_name in splits[split]:
                 if os.path.isfile(place / file_name):
@@ -168,7 +169,7 @@ def get_task(name: str) -> Task:
     """The task of that name.
 
     Raises:
-        UserError: there is none; shows the nearest names.
+        UserError: there is no such task; shows the nearest names.
     """
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, n=2, cutoff=0.5)

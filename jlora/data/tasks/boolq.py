@@ -5,8 +5,8 @@ Two layouts of JSON Lines are read, told apart by a file's first row:
 - the original release: question, title, answer, passage
 - SuperGLUE's: question, passage, idx, label; its passage is ``TITLE -- PASSAGE``
 
-Both give the same prompts: title and passage are taken apart, and a template puts together what it
-wants. The answers are ``true`` and ``false``.
+Both give the same prompts: title and passage are separated, and a template selects and arranges the
+fields. The answers are ``true`` and ``false``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from jlora.data.batches import Example
-from jlora.system.errors import UserError
-from jlora.system.files import check_absent, write_text
 from jlora.data.readers import json_lines, string_field
 from jlora.data.tasks import Task
+from jlora.system.errors import UserError
+from jlora.system.files import check_absent, write_text
 
 #: "replication" is the prompt of an earlier Jittor replication (Brian-csh/ANN-Jittor-Lora).
 TEMPLATES = {
@@ -31,6 +31,7 @@ TEMPLATES = {
 }
 FIELDS = ("passage", "question", "title")
 LAYOUTS = ("superglue", "original")
+FORM = '{"question": "...", "passage": "...", "answer": true}'
 
 # Between title and passage in SuperGLUE's files.
 _DASH = " -- "
@@ -55,7 +56,7 @@ def read_rows(path: str | Path, need_answers: bool = False) -> list[Row]:
     """
     rows: list[Row] = []
     superglue = False
-    for number, row in json_lines(path):
+    for number, row in json_lines(path, FORM):
         if not rows:
             superglue = "label" in row or "idx" in row
         if superglue and "answer" in row or not superglue and "label" in row:
@@ -63,18 +64,19 @@ def read_rows(path: str | Path, need_answers: bool = False) -> list[Row]:
                 f"{path}:{number}: the original layout (answer) and SuperGLUE's (label) in one "
                 "file; keep to one, `jlora data convert` changes files"
             )
-        question = string_field(row, "question", path, number)
-        passage = string_field(row, "passage", path, number)
-        title = string_field(row, "title", path, number) if "title" in row else ""
+        question = string_field(row, "question", path, number, FORM)
+        passage = string_field(row, "passage", path, number, FORM)
+        title = string_field(row, "title", path, number, FORM) if "title" in row else ""
         if superglue and not title and _DASH in passage:
             title, passage = passage.split(_DASH, 1)
         if not question.strip() or not passage.strip():
             empty = "passage" if question.strip() else "question"
             raise UserError(f"{path}:{number}: the {empty} is empty; remove the line")
         answer = row.get("label" if superglue else "answer")
-        # The same in numbers is what Hugging Face's exports have, -1 being "not public".
+        # Hugging Face's exports have numbers: 0, 1, and -1 for an answer that is not public.
         if answer is not None and not (isinstance(answer, int) and answer in (-1, 0, 1)):
-            raise UserError(f"{path}:{number}: the answer is {answer!r}, not true or false")
+            quotes = "; write it without quotes" if answer in ("true", "false") else ""
+            raise UserError(f"{path}:{number}: the answer is {answer!r}, not true or false{quotes}")
         if answer == -1:
             answer = None
         if answer is None and need_answers:
@@ -108,23 +110,23 @@ def convert_rows(rows: Sequence[Row], to: str) -> list[dict[str, Any]]:
 
 
 def convert_file(path: str | Path, out: str | Path, to: str) -> int:
-    """Write a file of either layout in the layout ``to``; the number of its rows.
+    """Write a file of either layout in the layout ``to``; returns the number of rows.
 
     The original development set becomes SuperGLUE's byte for byte, and the other way round.
 
     Raises:
-        UserError: it cannot be read, ``out`` is there already, or there is no such layout.
+        UserError: it cannot be read, ``out`` exists, or there is no such layout.
     """
     check_absent(out)
     rows = convert_rows(read_rows(path), to)
-    # As the two releases spell what is not ASCII.
+    # SuperGLUE's release escapes characters outside ASCII, the original does not.
     lines = [json.dumps(row, ensure_ascii=to == "superglue") + "\n" for row in rows]
     write_text(out, "".join(lines))
     return len(rows)
 
 
 def read(path: str | Path, template: str = TEMPLATES["jlora"]) -> list[Example]:
-    """Read a file of either layout; `Example.keep` covers all that stands behind the passage.
+    """Read a file of either layout; `Example.keep` covers what follows the passage.
 
     Args:
         template: a format string with {question} and, at most once, {passage}; {title} if wanted.
@@ -143,10 +145,10 @@ def read(path: str | Path, template: str = TEMPLATES["jlora"]) -> list[Example]:
 
 
 def split_template(template: str) -> tuple[str, str]:
-    """A template up to its passage, and what stands behind it; ("", all) where it has none.
+    """Split a template after its passage; ("", template) if it has no passage.
 
     Raises:
-        UserError: it is no format string, has another field, no question, or two passages.
+        UserError: it is not a format string, or has an unknown field, no question or two passages.
     """
     try:
         parts = list(string.Formatter().parse(template))

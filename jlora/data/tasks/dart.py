@@ -1,7 +1,7 @@
-"""DART v1.1.1 (Nan et al. 2021): texts that say triples taken out of tables and other datasets.
+"""DART v1.1.1 (Nan et al. 2021): texts for triples from tables and other datasets.
 
-Prepared as microsoft/LoRA's `format_converting_dart.py` does: one example an annotation, the prompt
-being the triples with the relation in lower case::
+Prepared as by microsoft/LoRA's `format_converting_dart.py`: one example for each annotation; the
+prompt is the triples with the relation in lower case::
 
     Mars Hill College : joined : 1973 | Mars Hill College : location : Mars Hill, North Carolina
 
@@ -15,21 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from jlora.data.batches import Example
-from jlora.system.errors import UserError
 from jlora.data.readers import json_document
 from jlora.data.tasks import Task
 from jlora.data.tasks.jsonl import holds_pairs, read_pairs
 from jlora.data.tasks.webnlg import METRICS, check_text, read_entries, triples_to_prompt
+from jlora.system.errors import UserError, kind_of
 
 
 def entry_prompt(entry: dict[str, Any]) -> str:
     """The prompt of one entry, ``{"tripleset": [[subject, relation, object], ...], ...}``.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: the entry has another shape.
+        KeyError, TypeError, ValueError, AttributeError: the entry has an unexpected shape.
     """
     return triples_to_prompt(
-        [(subject, relation.lower(), value) for subject, relation, value in entry["tripleset"]]
+        [
+            (subject, check_text(relation).lower(), value)
+            for subject, relation, value in entry["tripleset"]
+        ]
     )
 
 
@@ -37,7 +40,7 @@ def entry_examples(entry: dict[str, Any]) -> Iterator[Example]:
     """The examples of one entry.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: the entry has another shape.
+        KeyError, TypeError, ValueError, AttributeError: the entry has an unexpected shape.
     """
     prompt = entry_prompt(entry)
     for annotation in entry["annotations"]:
@@ -48,16 +51,14 @@ def read(path: str | Path) -> list[Example]:
     """Read DART's JSON, or prompt/completion JSON Lines.
 
     Raises:
-        UserError: it is neither, or an entry has another shape (with its number, from 1).
+        UserError: it is neither, or an entry has an unexpected shape (with its number, from 1).
     """
     if holds_pairs(path):
         return read_pairs(path)
-    document = json_document(path)
+    forms = "give DART's JSON, or prompt/completion JSON Lines named .jsonl"
+    document = json_document(path, forms)
     if not isinstance(document, list):
-        raise UserError(
-            f"{path}: no list of entries; give DART's JSON, or prompt/completion JSON Lines named "
-            ".jsonl"
-        )
+        raise UserError(f"{path}: no list of entries but {kind_of(document)}; {forms}")
     return read_entries(path, document, entry_examples)
 
 

@@ -6,8 +6,8 @@ three::
 
     name : Blue Spice | Type : coffee shop | area : city centre
 
-The CSV's references are plain text, the text files' are tokenised (spaces round punctuation); both
-are kept as they are.
+References in the CSV are plain text, those in the text files are tokenised (spaces around
+punctuation); both are left as they are.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import re
 from pathlib import Path
 
 from jlora.data.batches import Example
-from jlora.system.errors import UserError
-from jlora.data.readers import csv_rows, text_lines
+from jlora.data.readers import csv_rows, looks_like, text_lines
 from jlora.data.tasks import Task
 from jlora.data.tasks.jsonl import read_pairs
+from jlora.system.errors import UserError
 
 KINDS = (
     "`context||target` text, CSV with the columns mr and ref, "
@@ -46,7 +46,7 @@ def read_text_pairs(path: str | Path) -> list[Example]:
     """Read microsoft/LoRA's text: the line is stripped and split at ``||``, the target stripped.
 
     Raises:
-        UserError: a line has not exactly one ``||``, or nothing on one side of it.
+        UserError: a line does not have exactly one ``||`` with text on both sides.
     """
     examples = []
     for number, line in text_lines(path):
@@ -54,7 +54,8 @@ def read_text_pairs(path: str | Path) -> list[Example]:
         if len(parts) != 2:
             found = "no `||`" if len(parts) == 1 else f"{len(parts) - 1} times `||`"
             raise UserError(
-                f"{path}:{number}: {found} in the line; write `context||target` (read are: {KINDS})"
+                f"{path}:{number}: {found} in the line{looks_like(path) if not examples else ''}; "
+                f"write `context||target` (read are: {KINDS})"
             )
         context, target = parts[0], parts[1].strip()
         if not context.strip() or not target:
@@ -71,7 +72,7 @@ def meaning_to_prompt(meaning: str) -> str:
     test sets the result equals the context of valid.txt and test.txt in every row.
 
     Raises:
-        ValueError: it has not that shape, or a slot that E2E does not have.
+        ValueError: it does not have this form, or has a slot that E2E does not have.
     """
     slots = []
     position = 0
@@ -116,7 +117,7 @@ def detect_reader(path: str | Path):
     """Choose the reader by the first line, then by the file's extension.
 
     Raises:
-        UserError: neither says that the file is of a kind that is read.
+        UserError: the file is of none of the three kinds.
     """
     number, first = next(text_lines(path))
     if first.lstrip().startswith("{"):
@@ -129,11 +130,13 @@ def detect_reader(path: str | Path):
         return read_csv_pairs
     if "||" in first:
         return read_text_pairs
-    # The first line is wrong for its kind: that kind's reader says how.
+    # The first line has an error: the reader for the file's extension says which.
     by_extension = {".csv": read_csv_pairs, ".jsonl": read_pairs, ".txt": read_text_pairs}
     reader = by_extension.get(Path(path).suffix.lower())
     if reader is None:
-        raise UserError(f"{path}:{number}: not a file of E2E data; read are: {KINDS}")
+        raise UserError(
+            f"{path}:{number}: not a file of E2E data{looks_like(path)}; read are: {KINDS}"
+        )
     return reader
 
 
@@ -141,7 +144,7 @@ def read(path: str | Path) -> list[Example]:
     """Read a file of any of the three kinds.
 
     Raises:
-        UserError: it is of no such kind, has a malformed line, or no example.
+        UserError: it is of none of them, has a malformed line, or has no examples.
     """
     examples = detect_reader(path)(path)
     if not examples:

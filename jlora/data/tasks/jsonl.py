@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from jlora.data.batches import Example
-from jlora.system.errors import UserError
 from jlora.data.readers import json_lines, string_field, text_lines
 from jlora.data.tasks import Task
+from jlora.system.errors import UserError
 
 
 def read_pairs(path: str | Path) -> list[Example]:
@@ -17,7 +17,7 @@ def read_pairs(path: str | Path) -> list[Example]:
     other keys are ignored.
 
     Raises:
-        UserError: a line is not such an object, or a completion is empty (with file and line).
+        UserError: a line is not such an object, or its completion is empty (with file and line).
     """
     examples = []
     for number, row in json_lines(path):
@@ -34,7 +34,7 @@ def holds_pairs(path: str | Path) -> bool:
     """Whether a file is prompt/completion JSON Lines, by its name or its first line.
 
     Raises:
-        UserError: it cannot be read, or has nothing in it.
+        UserError: it cannot be read, or is empty.
     """
     _, first = next(text_lines(path))
     return Path(path).suffix.lower() == ".jsonl" or first.lstrip().startswith('{"prompt"')

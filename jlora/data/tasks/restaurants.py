@@ -1,8 +1,8 @@
-"""The built-in corpus: restaurant descriptions from a small grammar, in E2E's slots and format.
+"""The built-in corpus: restaurant descriptions from a small grammar, with E2E's slots and format.
 
-It serves the demo and the tests where E2E itself is not at hand. Names, words and sentences were
-made up for this project. Every input has `REFERENCES` different texts, no input stands in two
-splits, and the corpus is the same on every machine.
+The demo and the tests use it where E2E itself is not available. Names, words and sentences were
+made up for this project. Every input has `REFERENCES` different texts, no input is in two splits,
+and the corpus is the same on every machine.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jlora.data.batches import Example
+from jlora.data.tasks import Task, e2e
 from jlora.system.errors import UserError
 from jlora.system.files import write_text
-from jlora.data.tasks import Task, e2e
 
-# Inputs of each split; test and valid are drawn first, so that train may grow without moving them.
+# Inputs of each split; test and valid are drawn first: they stay the same if train grows.
 INPUTS = {"test": 100, "valid": 60, "train": 600}
 REFERENCES = 5
 
@@ -41,12 +41,12 @@ VALUES = {
     ),
 }  # fmt: skip
 
-# How many slots an input has beside its name, drawn evenly from this list.
+# The number of slots of an input besides its name is drawn from this list.
 _SLOT_COUNTS = (2, 3, 3, 4, 4, 4, 5, 5, 5, 6, 7)
 
 
 class _Dice:
-    """Draws that are the same on every Python: only ``random()`` itself is promised to be."""
+    """Random draws, from ``random()`` alone: no other method is the same in all Python versions."""
 
     def __init__(self, seed: int):
         self._random = random.Random(seed)
@@ -63,7 +63,7 @@ class _Dice:
 
 
 def corpus(split: str, seed: int = 0) -> list[Example]:
-    """The examples of one split, references of an input together.
+    """The examples of one split, with the references of an input next to each other.
 
     Raises:
         UserError: there is no such split.
@@ -116,7 +116,7 @@ def _draw_input(dice: _Dice) -> dict[str, str]:
 
 
 def describe(slots: dict[str, str], dice: _Dice) -> str:
-    """One text that says every slot: an opening sentence, then what it left unsaid."""
+    """One text with all slots: an opening sentence, then sentences for the slots not in it."""
     left = {slot: value for slot, value in slots.items() if slot not in ("name", "Type")}
     noun = _noun_phrase(slots, left, dice)
     place = _place_phrase(left, dice)
@@ -150,7 +150,7 @@ def _opening(name: str, noun: str, place: str, dice: _Dice) -> str:
 
 
 def _noun_phrase(slots: dict[str, str], left: dict[str, str], dice: _Dice) -> str:
-    """``an expensive Thai pub``; takes what it says out of ``left``."""
+    """``an expensive Thai pub``; removes its slots from ``left``."""
     words = []
     if left.get("family friendly") == "yes" and dice.below(3) == 0:
         del left["family friendly"]
@@ -170,7 +170,7 @@ def _noun_phrase(slots: dict[str, str], left: dict[str, str], dice: _Dice) -> st
 
 
 def _place_phrase(left: dict[str, str], dice: _Dice) -> str:
-    """``in the old town near Rope Walk``, or nothing; takes what it says out of ``left``."""
+    """``in the old town near Rope Walk``, or nothing; removes its slots from ``left``."""
     parts = []
     if "area" in left and dice.below(3):
         parts.append(_area(left.pop("area"), dice))

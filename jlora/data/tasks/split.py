@@ -1,4 +1,4 @@
-"""Seeded splits of one file of a dataset, so that no input stands in two parts."""
+"""Seeded splits of a dataset's file, such that no input is in two parts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jlora.data.readers import json_document, json_lines, looks_like, text_lines
+from jlora.data.tasks import dart, webnlg
 from jlora.system.errors import UserError
 from jlora.system.files import atomic_path, check_absent
-from jlora.data.readers import json_document, json_lines, text_lines
-from jlora.data.tasks import dart, webnlg
 
 PARTS = {2: ("train", "test"), 3: ("train", "valid", "test")}
 
@@ -31,17 +31,17 @@ def split_file(
 ) -> list[Part]:
     """Split a file into train, valid and test (two sizes: train and test).
 
-    Read are JSON Lines (BoolQ's, prompt/completion), ``context||target`` text, and the JSON of
-    WebNLG and DART. Inputs are drawn evenly, a function of the file and the seed; all rows of an
-    input stay together, in the file's order, and are written as they were. WebNLG's entries are
-    numbered anew in each part.
+    The file may be JSON Lines (BoolQ's, prompt/completion), ``context||target`` text, or the JSON
+    of WebNLG or DART. Inputs are drawn with equal probability, as a function of the file and the
+    seed. All rows of an input go to the same part, in the file's order, and are written unchanged,
+    but WebNLG's entries are numbered anew in each part.
 
     Args:
-        folder: new or empty; gets the parts, all or none.
-        sizes: distinct inputs of each part. What remains is left out.
+        folder: new or empty; either all parts are written to it or none.
+        sizes: the number of distinct inputs of each part. Remaining inputs are left out.
 
     Raises:
-        UserError: the file is of no such kind, has fewer inputs, or ``folder`` is in use.
+        UserError: the file is of no such kind or has fewer inputs, or ``folder`` is not empty.
     """
     if len(sizes) not in PARTS or any(size < 1 for size in sizes):
         raise UserError(
@@ -55,7 +55,7 @@ def split_file(
             f"{path} has {len(rows_of):,} distinct inputs, fewer than the {sum(sizes):,} asked for "
             f"({' + '.join(map(str, sizes))}); ask for fewer"
         )
-    # random() is the one draw that is the same on every Python.
+    # Only random() gives the same numbers in every Python version.
     dice = random.Random(seed)
     order = sorted(rows_of, key=lambda _: dice.random())
     parts = []
@@ -70,10 +70,10 @@ def split_file(
 
 
 def read_groups(path: str | Path) -> tuple[dict[Any, list[Any]], Any]:
-    """Rows by their input, and the function that makes a file's text of rows.
+    """The rows of each input, and the function that joins rows to the text of a file.
 
     Raises:
-        UserError: the file is of no kind that can be split.
+        UserError: the file is of a kind that cannot be split.
     """
     first = next(text_lines(path))[1].strip()
     if "||" in first and not first.startswith(("{", "[")):
@@ -84,12 +84,12 @@ def read_groups(path: str | Path) -> tuple[dict[Any, list[Any]], Any]:
         return group([(row_key(row), lines[n]) for n, row in json_lines(path)]), join_lines
     if not first.startswith(("{", "[")):
         raise UserError(
-            f"{path}: not of a kind that can be split: JSON Lines, `context||target` text, or the "
-            "JSON of WebNLG or DART"
+            f"{path}: not of a kind that can be split{looks_like(path)}; give JSON Lines, "
+            "`context||target` text, or the JSON of WebNLG or DART"
         )
     document = json_document(path)
     if isinstance(document, dict):
-        webnlg.read(path)  # says what is wrong, if anything is
+        webnlg.read(path)  # raises if anything is wrong
         rows = [(webnlg.entry_prompt(entry), entry) for entry in document["entries"]]
         return group(rows), join_webnlg
     dart.read(path)
@@ -105,7 +105,7 @@ def is_object(line: str) -> bool:
 
 
 def row_key(row: dict[str, Any]) -> str:
-    """What of a JSON Lines row is its input: all but the answer and what only counts rows."""
+    """The part of a JSON Lines row that is its input: all but the answer and the row's number."""
     if "prompt" in row:
         return str(row["prompt"])
     return json.dumps({k: v for k, v in row.items() if k not in ("answer", "label", "idx")})

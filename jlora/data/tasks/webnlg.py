@@ -1,8 +1,8 @@
-"""WebNLG challenge 2017 (Gardent et al. 2017): texts that say RDF triples.
+"""WebNLG challenge 2017 (Gardent et al. 2017): texts for RDF triples.
 
-The JSON is read as microsoft/LoRA has it (one object an entry, the category beside its triples)
-and prepared as its `format_converting_webnlg.py` does: one example a text whose comment is "good",
-the prompt being the entry's modified triples as they are, underscores and quotes included::
+The JSON has microsoft/LoRA's form (one object for each entry) and is prepared as by its
+`format_converting_webnlg.py`: one example for each text whose comment is "good"; the prompt is the
+entry's modified triples, unchanged, with underscores and quotes::
 
     Aarhus : leaderName : Jacob_Bundsgaard | Aarhus_Airport : cityServed : Aarhus
 
@@ -16,31 +16,33 @@ from pathlib import Path
 from typing import Any
 
 from jlora.data.batches import Example
-from jlora.system.errors import UserError
 from jlora.data.readers import json_document
 from jlora.data.tasks import Task
 from jlora.data.tasks.jsonl import holds_pairs, read_pairs
+from jlora.system.errors import UserError, kind_of
 
-#: Categories of the training set; the test set has five more, whose entries are "unseen".
+FORMS = "give the JSON of the WebNLG challenge 2017, or prompt/completion JSON Lines named .jsonl"
+
+#: Categories of the training set; the entries of the test set's five other ones are "unseen".
 SEEN = (
     "Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food", "Monument",
     "SportsTeam", "University", "WrittenWork",
 )  # fmt: skip
 
-#: The first three are the paper's columns. All but sacreBLEU take an input's first six references.
+#: The first three are the paper's columns. All but sacreBLEU use an input's first six references.
 METRICS = ("multi-BLEU", "METEOR-WebNLG", "TER", "chrF++", "sacreBLEU")
 
 
 def triples_to_prompt(triples: list[tuple[str, str, str]]) -> str:
     """``[(subject, property, object), ...]`` -> ``subject : property : object | ...``."""
-    return check_text(" | ".join(" : ".join(triple) for triple in triples))
+    return " | ".join(" : ".join(map(check_text, triple)) for triple in triples)
 
 
 def entry_prompt(entry: dict[str, Any]) -> str:
     """The prompt of one entry, ``{"7": {"modifiedtripleset": [...], ...}}``.
 
     Raises:
-        KeyError, TypeError, ValueError: the entry has another shape.
+        KeyError, TypeError, ValueError: the entry has an unexpected shape.
     """
     (content,) = entry.values()
     return triples_to_prompt(
@@ -49,10 +51,10 @@ def entry_prompt(entry: dict[str, Any]) -> str:
 
 
 def entry_examples(entry: dict[str, Any]) -> Iterator[Example]:
-    """The examples of one entry; none where no text is good.
+    """The examples of one entry; none if none of its texts is marked "good".
 
     Raises:
-        KeyError, TypeError, ValueError: the entry has another shape.
+        KeyError, TypeError, ValueError: the entry has an unexpected shape.
     """
     (content,) = entry.values()
     prompt = entry_prompt(entry)
@@ -63,13 +65,13 @@ def entry_examples(entry: dict[str, Any]) -> Iterator[Example]:
 
 
 def check_text(text: Any) -> str:
-    """The text itself, not even stripped, as the reference takes it.
+    """The text itself, not even stripped, as in the reference.
 
     Raises:
-        TypeError, ValueError: it is none, or holds half of a surrogate pair.
+        TypeError, ValueError: it is no string, or holds half of a surrogate pair.
     """
     if not isinstance(text, str):
-        raise TypeError(f"a text is a {type(text).__name__}")
+        raise TypeError(f"a text is {kind_of(text)}")
     text.encode("utf-8")
     return text
 
@@ -78,16 +80,13 @@ def read(path: str | Path) -> list[Example]:
     """Read the challenge's JSON, or prompt/completion JSON Lines.
 
     Raises:
-        UserError: it is neither, or an entry has another shape (with its number, from 1).
+        UserError: it is neither, or an entry has an unexpected shape (with its number, from 1).
     """
     if holds_pairs(path):
         return read_pairs(path)
-    document = json_document(path)
+    document = json_document(path, FORMS)
     if not isinstance(document, dict) or not isinstance(document.get("entries"), list):
-        raise UserError(
-            f'{path}: no {{"entries": [...]}}; give the JSON of the WebNLG challenge 2017, or '
-            "prompt/completion JSON Lines named .jsonl"
-        )
+        raise UserError(f'{path}: no {{"entries": [...]}} but {kind_of(document)}; {FORMS}')
     return read_entries(path, document["entries"], entry_examples)
 
 
@@ -95,11 +94,12 @@ def read_entries(path: str | Path, entries: list[Any], examples_of: Any) -> list
     """The examples of all entries of a JSON file.
 
     Args:
-        examples_of: one entry -> its examples; a KeyError, TypeError, ValueError or AttributeError
-            means that the entry has another shape.
+        examples_of: makes the examples of one entry; a KeyError, TypeError, ValueError or
+            AttributeError means that the entry has an unexpected shape.
 
     Raises:
-        UserError: an entry has another shape (with its number, from 1), or there is no example.
+        UserError: an entry has an unexpected shape (with its number, from 1), or there are no
+            examples.
     """
     examples: list[Example] = []
     for number, entry in enumerate(entries, start=1):
@@ -108,7 +108,7 @@ def read_entries(path: str | Path, entries: list[Any], examples_of: Any) -> list
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(
-                f"{path}: entry {number} has not the shape of this dataset ({reason}); mend or "
+                f"{path}: entry {number} has not the shape of this dataset ({reason}); fix or "
                 "remove it"
             ) from error
     if not examples:

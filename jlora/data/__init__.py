@@ -1,0 +1,1 @@
+"""Texts from files and datasets, and token batches with loss masks."""
