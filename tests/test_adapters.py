@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny_models import round_bf16
 
 from jlora.adapters import LoraConfig, PeftModel, get_peft_model
+from jlora.adapters.base_model import check_family
 from jlora.adapters.storage import block_matrix, find_blocks, from_block_matrix, from_peft_key
 from jlora.adapters.targets import is_target
 from jlora.layers import Linear, MergedLinear
@@ -261,8 +265,6 @@ def test_llama_targets():
     )
     ends = {name.rpartition(".")[2] for name in linear.lora_layers()}
     assert ends == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"}
-    with pytest.raises(UserError, match="LoRA on the output head"):
-        get_peft_model(llama(), LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(UserError, match="no target layer has 3 times as many"):
         get_peft_model(llama(), LoraConfig(enable_lora=QV))
 
@@ -306,6 +308,32 @@ def test_matching_names(name, settings, expected):
         ({"target_modules": 3}, "target_modules must be"),
         ({"modules_to_save": "wte"}, "modules_to_save must be"),
         ({"target_modules": "x", "layers_to_transform": 1}, "layers_to_transform needs"),
+        # Patterns without effect: in training a slip.
+        ({"target_modules": ["c_attn", "c_fcc"]}, r"'c_fcc' fits no module .*nearest: c_fc"),
+        ({"target_modules": ["c_attn", "mpl.c_fc"]}, r"'mpl.c_fc' .*nearest: mlp.c_fc"),
+        (
+            {"target_modules": ["c_attn"], "alpha_pattern": {"^c_attn": 100}},
+            r"alpha_pattern '\^c_attn' fits none of the modules with LoRA; nearest: c_attn",
+        ),
+        (
+            {"target_modules": ["c_attn"], "rank_pattern": {"c_attn": 2, "c_fc": 4}},
+            "rank_pattern 'c_fc' fits none of the modules with LoRA",
+        ),
+        (
+            {"rank_pattern": {"c_attn": 2, r"h\.1\.attn\.c_attn": 4}},
+            "has no effect: patterns before it fit all its modules; put it first",
+        ),
+        ({"exclude_modules": ["mlp.c_porj"]}, r"'mlp.c_porj' .*nearest: mlp.c_proj"),
+        ({"layers_to_transform": [0, 2]}, "layers_to_transform 2 is no layer .* they are 0 to 1"),
+        # jlora's own inner modules are none to train or to name.
+        ({"modules_to_save": ["act"]}, r"modules_to_save \['act'\] fits no module"),
+        # GPT-2's head is its embedding.
+        (
+            {"target_modules": ["c_attn", "lm_head"]},
+            "output head of this model is tied to transformer.wte.weight and no module; leave it",
+        ),
+        ({"modules_to_save": ["head"]}, r"\['head'\]: the output head of this model is tied"),
+        ({"modules_to_save": ["lm_head"]}, r"\['lm_head'\]: the output head .* is tied"),
     ],
 )
 def test_wrong_settings(settings, message):
@@ -314,6 +342,27 @@ def test_wrong_settings(settings, message):
     with pytest.raises(UserError, match=message):
         get_peft_model(base, LoraConfig(**settings))
     assert [name for name, _ in base.named_parameters()] == names
+
+
+def test_inner_modules_are_never_offered():
+    with pytest.raises(UserError) as caught:
+        get_peft_model(llama(), LoraConfig(modules_to_save=["hed"]))
+    assert str(caught.value).endswith("nearest: lm_head")
+    with pytest.raises(UserError) as caught:
+        get_peft_model(llama(), LoraConfig(modules_to_save=["zzz"]))
+    offered = str(caught.value).rpartition(": ")[2].split(", ")
+    assert "lm_head" in offered and not {"head", "act", "rotary", "attention"} & set(offered)
+
+
+def test_patterns_are_passed_over_when_an_adapter_is_loaded(folder):
+    """PEFT does so: the adapter computes what it computed there."""
+    path = folder / "adapter_config.json"
+    expected = logits(PeftModel.from_pretrained(gpt2(), folder))
+    config = json.loads(path.read_text())
+    config.update(rank_pattern={"v_proj": 3}, alpha_pattern={"^c_attn": 100})
+    config.update(target_modules=["c_attn", "q_proj"], exclude_modules=["nothing"])
+    path.write_text(json.dumps(config))
+    np.testing.assert_array_equal(logits(PeftModel.from_pretrained(gpt2(), folder)), expected)
 
 
 PEFT_0_21 = {
@@ -357,8 +406,65 @@ def test_config_that_asks_for_more_is_refused_by_name(field, value):
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (
+            "alpha",
+            16,
+            r"somewhere: alpha=16 is no setting .*\(nearest: lora_alpha\), and",
+        ),
+        ("lora_rank", 4, "somewhere: lora_rank=4 is no setting"),
+        ("a_field_of_the_future", 3, "or upgrade jlora if a newer PEFT wrote it"),
+        ("use_dora", True, "asks for something jlora lacks; merge this adapter"),
+        ("enable_lora", 3, "enable_lora must be a list of true and false, not 3"),
+    ],
+)
+def test_a_field_that_peft_does_not_have_is_told_apart(field, value, message):
+    with pytest.raises(UserError, match=message):
+        LoraConfig.from_dict({**PEFT_0_21, field: value}, source="somewhere")
+
+
+def test_every_field_of_peft_is_known():
+    """PEFT 0.21's fields, each of which `from_dict` reads, passes over or refuses by its name."""
+    for field in PEFT_0_21:
+        with contextlib.suppress(UserError):
+            LoraConfig.from_dict({**PEFT_0_21, field: "x"}, source="somewhere")
+            continue
+        with pytest.raises(UserError) as caught:
+            LoraConfig.from_dict({**PEFT_0_21, field: "x"}, source="somewhere")
+        assert "is no setting" not in str(caught.value), field
+
+
+def test_an_adapter_of_peft_0_2(tmp_path):
+    """Fused layers as loralib has them, their B a convolution of width 1, and merge_weights."""
+    model = get_peft_model(gpt2(), LoraConfig(r=2, lora_alpha=4, enable_lora=QV))
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    config = {
+        "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": ["c_attn"], "bias": "none",
+        "merge_weights": True, "enable_lora": QV, "fan_in_fan_out": True, "peft_type": "LORA",
+        "modules_to_save": None, "task_type": "CAUSAL_LM", "base_model_name_or_path": "gpt2",
+    }  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "jlora_adapter.json").unlink()
+    tensors = {
+        f"base_model.model.{name}.weight": array[..., None] if name.endswith("B") else array
+        for name, array in model.adapter_tensors().items()
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    loaded = PeftModel.from_pretrained(gpt2(), tmp_path)
+    np.testing.assert_array_equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize(
     ("key", "name"),
     [
+        ("_orig_mod.base_model.model.h.0.q.lora_A.weight", "h.0.q.lora_A"),
+        ("module.base_model.model.h.0.q.lora_A.weight", "h.0.q.lora_A"),
+        ("module._orig_mod.base_model.model.h.0.q.lora_A.default.weight", "h.0.q.lora_A"),
+        ("base_model.model._orig_mod.h.0.q.lora_A.weight", "h.0.q.lora_A"),
+        ("base_model.model.module.h.0.q.lora_A.weight", "h.0.q.lora_A"),
+        ("model.layers.0.module.lora_A.weight", "model.layers.0.module.lora_A"),
         ("base_model.model.h.0.q.lora_A.weight", "h.0.q.lora_A"),
         ("base_model.model.h.0.q.lora_B.default.weight", "h.0.q.lora_B"),
         ("base_model.model.wte.lora_embedding_A", "wte.lora_A"),
@@ -403,7 +509,23 @@ KEY = "base_model.model.transformer.h.1.attn.c_attn.lora_A.weight"
         ),
         (
             lambda t: t.update({"base_model.model.transformer.wte.weight": np.ones((97, 12), "f")}),
-            "brings its own transformer.wte.weight",
+            "brings its own transformer.wte.weight, which differs",
+        ),
+        (
+            lambda t: t.update({"base_model.model.transformer.wte.weight": np.ones((99, 12), "f")}),
+            "brings its own transformer.wte.weight of 99 rows, and the base model's has 97; merge",
+        ),
+        (
+            lambda t: t.update({"base_model.model.transformer.wte.weight": np.ones((97, 8), "f")}),
+            r"of shape \(97, 8\), and the base model's has \(97, 12\)",
+        ),
+        (
+            lambda t: t.update({f"module.{KEY}": t[KEY]}),
+            f"{KEY} and module.{KEY} are both transformer.h.1.attn.c_attn.lora_A",
+        ),
+        (
+            lambda t: t.update({"base_model.model.lm_head.lora_A.weight": t[KEY]}),
+            "changes lm_head: the output head of this model is tied to transformer.wte.weight",
         ),
     ],
 )
@@ -417,12 +539,28 @@ def test_tensors_that_do_not_fit(folder, change, message):
     np.testing.assert_array_equal(logits(base), before)
 
 
+@pytest.mark.parametrize("name", ["transformer.wte.weight", "lm_head.weight"])
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+def test_the_bases_own_embedding_in_a_narrower_type_is_no_other(folder, name, kind):
+    own = gpt2().transformer.wte.weight.numpy()
+    stored = round_bf16(own) if kind == "bfloat16" else own.astype(kind)
+    assert kind == "float32" or not np.array_equal(stored, own)
+    expected = logits(PeftModel.from_pretrained(gpt2(), folder))
+    edit(folder, lambda t: t.update({f"base_model.model.{name}": stored}))
+    np.testing.assert_array_equal(logits(PeftModel.from_pretrained(gpt2(), folder)), expected)
+    stored[5, 7] *= 1.25
+    edit(folder, lambda t: t.update({f"base_model.model.{name}": stored}))
+    with pytest.raises(UserError, match=f"brings its own {name}, which differs"):
+        PeftModel.from_pretrained(gpt2(), folder)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda f: (f / "adapter_config.json").unlink(), "holds no adapter_config.json"),
         (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json:1: not JSON"),
         (lambda f: (f / "adapter_config.json").write_text("[]"), "holds a list, not settings"),
+        (lambda f: (f / "adapter_config.json").write_text("null"), "holds null, not settings"),
         (lambda f: (f / "jlora_adapter.json").write_text('{"base_model": 3}'), "damaged"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), "holds neither"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\0" * 9), "adapter_model"),
@@ -445,6 +583,53 @@ def test_another_base_is_refused(folder):
     PeftModel.from_pretrained(gpt2(seed=1), folder, force=True)
     with pytest.raises(UserError, match="this one is of type llama"):
         PeftModel.from_pretrained(llama(), folder)
+
+
+@pytest.mark.parametrize(
+    ("named", "model_type", "name", "expected"),
+    [
+        ("google/gemma-2b", "llama", "TinyLlama-1.1B", "refused"),
+        ("models--google--gemma-2b/snapshots/9cf48e52b224239de00d483ec8eb84fb8d0f3a3a", "llama",
+         "x", "refused"),
+        ("meta-llama/Llama-2-7b-hf", "gpt2", "gpt2", "refused"),
+        ("Qwen/Qwen2.5-0.5B", "llama", "x", "refused"),
+        ("gpt2-medium", "llama", "smollm2-135m", "refused"),
+        ("mistralai/Mistral-7B-v0.1", "llama", "TinyLlama-1.1B", "warned"),
+        ("HuggingFaceTB/SmolLM2-135M", "llama", "TinyLlama-1.1B", "warned"),
+        ("mistralai/Mistral-7B-v0.1", "llama", "/models/mistral.gguf", "silent"),
+        ("mistralai/Mistral-7B-v0.1", "llama", "/models/mine.gguf", "silent"),
+        ("HuggingFaceTB/SmolLM2-135M", "llama", "smollm2-135m", "silent"),
+        ("/data/LLaMA-Factory/bases/mine", "qwen2", "Qwen2.5-0.5B", "silent"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "qwen2", None, "silent"),
+        ("cognitivecomputations/dolphin-2.9", "llama", "x", "silent"),
+        ("openai-community/gpt2", "gpt2", "/my/other/path", "silent"),
+        ("", "gpt2", "gpt2", "silent"),
+        (None, "gpt2", "gpt2", "silent"),
+        (["gemma"], "gpt2", "gpt2", "silent"),
+    ],
+)  # fmt: skip
+def test_the_family_that_an_adapter_names(named, model_type, name, expected, caplog):
+    model = SimpleNamespace(config=SimpleNamespace(model_type=model_type), name_or_path=name)
+    if expected == "refused":
+        with pytest.raises(UserError, match=r"adapter: its settings name .*--force"):
+            check_family(named, model, "adapter")
+        return
+    with caplog.at_level(logging.WARNING):
+        check_family(named, model, "adapter")
+    assert ("are they one?" in caplog.text) == (expected == "warned")
+
+
+def test_an_adapter_of_another_family_needs_force(folder):
+    (folder / "jlora_adapter.json").unlink()  # PEFT's own folders have no record of the base
+    path = folder / "adapter_config.json"
+    config = {**json.loads(path.read_text()), "base_model_name_or_path": "google/gemma-2b"}
+    path.write_text(json.dumps(config))
+    base = gpt2()
+    before = logits(base)
+    with pytest.raises(UserError, match="name the base model google/gemma-2b, and this is a model"):
+        PeftModel.from_pretrained(base, folder)
+    np.testing.assert_array_equal(logits(base), before)
+    assert np.abs(logits(PeftModel.from_pretrained(base, folder, force=True)) - before).max() > 0.05
 
 
 def test_the_base_in_another_type_is_the_same_base(folder):

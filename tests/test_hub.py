@@ -14,7 +14,7 @@ import pytest
 from test_formats import LLAMA, keyed, write_arrays, write_gguf
 from test_tokenizer import END, TOKENS, gguf_metadata, write_pair
 
-from jlora.data.batches import pull_models as pull_module
+from jlora.data import pull_models as pull_module
 from jlora.data.pull_models import Wheel, cache_folder, pull, pulled
 from jlora.formats.safetensors_file import read_safetensors, write_safetensors
 from jlora.models.hub import build_model, load, load_weights, require_tokenizer

@@ -20,7 +20,7 @@ from tiny_models import (
 from jlora import engine
 from jlora.adapters import LoraConfig, get_peft_model
 from jlora.models.attention import KeyRange, Stream
-from jlora.models.gpt2 import GPT2Config
+from jlora.models.gpt2 import GELU, GPT2Config
 from jlora.models.llama import LlamaConfig
 from jlora.system.runtime import jt
 
@@ -353,3 +353,15 @@ def test_lora_gradients_equal_finite_differences(make):
         scale = np.linalg.norm(gradient) * np.linalg.norm(direction)
         assert abs(slope - (gradient * direction).sum()) < 5e-3 * scale
         assert np.linalg.norm(gradient) > 0
+
+
+def test_the_gradient_of_gelu_is_finite_for_large_inputs():
+    """Jittor's tanh has NaN gradients there: an activation of 11 ended a training."""
+    x = np.array([-200, -30, -12, -11, -3, -0.5, 0, 0.5, 3, 11, 12, 30, 200], np.float64)
+    inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+    slope = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
+    expected = 0.5 * (1 + np.tanh(inner)) + 0.5 * x * (1 - np.tanh(inner) ** 2) * slope
+    given = jt.array(x.astype(np.float32)).start_grad()
+    y = GELU()(given)
+    np.testing.assert_allclose(y.numpy(), 0.5 * x * (1 + np.tanh(inner)), atol=1e-6)
+    np.testing.assert_allclose(jt.grad(y.sum(), [given])[0].numpy(), expected, atol=1e-6)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from jlora.cli import main
+from jlora.cli import main, parser
 from jlora.runs import sweep as sweep_module
+from jlora.runs.recipe import dump_recipe, load_recipe
+from jlora.runs.smoke import smoke
 from jlora.runs.sweep import file_cases, grid_cases, sweep
 from jlora.system.errors import UserError
 
@@ -60,9 +63,12 @@ def stub(monkeypatch, codes):
     def run(command, check):
         commands.append(command)
         code = codes.pop(0)
-        out = sweep_module.Path(command[command.index("--out") + 1])
+        arguments = parser().parse_args(command[3:])
+        out = Path(arguments.out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text("model: m\n")
+        if not arguments.resume:
+            made = load_recipe(arguments.recipe, arguments.set)
+            (out / "config.yaml").write_text(dump_recipe(smoke(made) if arguments.smoke else made))
         if code == 0:
             (out / "scores.json").write_text(json.dumps({"after": {"BLEU": 0.5}}))
         return type("Result", (), {"returncode": code})
@@ -77,12 +83,66 @@ def test_a_failed_run_does_not_stop_the_others_and_the_same_command_goes_on(
     cases = grid_cases(["lora.r=1,2,4"])
     commands = stub(monkeypatch, [0, 2, 0])
     with pytest.raises(UserError, match="1 of 3 runs failed: r-2"):
-        sweep(recipe, cases, ["--data", "d"], tmp_path / "out")
-    assert len(commands) == 3 and commands[0][-4:] == ["--data", "d", "--set", "lora.r=1"]
+        sweep(recipe, cases, ["data.folder=d"], tmp_path / "out")
+    settings = ["--set", "data.folder=d", "--set", "lora.r=1"]
+    assert len(commands) == 3 and commands[0][-4:] == settings
     commands = stub(monkeypatch, [0])
-    finished = sweep(recipe, cases, [], tmp_path / "out")
+    finished = sweep(recipe, cases, ["data.folder=d"], tmp_path / "out", processes=2)
     assert list(finished) == ["r-1", "r-2", "r-4"]
     assert len(commands) == 1 and "--resume" in commands[0]
+    assert commands[0][commands[0].index("--nproc") + 1] == "2"
+
+
+def test_finished_is_a_run_with_the_same_settings(tmp_path, monkeypatch, recipe):
+    """A sweep after one with --smoke, another --set or another recipe does not take its runs."""
+    cases, out = grid_cases(["lora.r=1,2"]), tmp_path / "out"
+    stub(monkeypatch, [0, 2])
+    with pytest.raises(UserError, match="1 of 2 runs failed"):
+        sweep(recipe, cases, [], out, small=True)
+    commands = stub(monkeypatch, [0])
+    assert list(sweep(recipe, cases, [], out, small=True)) == ["r-1", "r-2"]
+    assert len(commands) == 1
+    with pytest.raises(UserError, match=r"r-1 holds a run with other settings: data.train_limit"):
+        sweep(recipe, cases, [], out)
+    with pytest.raises(UserError, match=r"settings: lora.r \(4, and 1 there\); remove the folder"):
+        sweep(recipe, {"r-1": ["lora.r=4"]}, [], out, small=True)
+    with pytest.raises(UserError, match=r"data.folder \('d', and None there\)"):
+        sweep(recipe, cases, ["data.folder=d"], out, small=True)
+    Path(recipe).write_text("model: m\nlora: {lora_alpha: 3}\n")
+    with pytest.raises(UserError, match="lora.lora_alpha"):
+        sweep(recipe, cases, [], out, small=True)
+    assert len(commands) == 1  # nothing of these has run
+
+
+def test_the_command_passes_its_options_to_each_run(tmp_path, monkeypatch, recipe, capsys):
+    monkeypatch.setattr("jlora.report.html.write_report", lambda runs, out: out)
+    (tmp_path / "mine.jsonl").write_text("")
+    commands = stub(monkeypatch, [0])
+    argv = ["sweep", recipe, "--grid", "lora.r=1", "--out", str(tmp_path / "out"), "--smoke"]
+    argv += ["--data", str(tmp_path / "mine.jsonl"), "--set", "train.seed=3", "--nproc", "2"]
+    assert main(argv) == 0
+    started = parser().parse_args(commands[0][3:])
+    assert (started.smoke, started.nproc) == (True, 2)
+    made = load_recipe(recipe, started.set)
+    assert (made.data.folder, made.train.seed, made.lora.r) == (str(tmp_path), 3, 1)
+    assert made.data.train == str(tmp_path / "mine.jsonl")
+
+
+def test_cases_that_would_be_one_folder(tmp_path):
+    with pytest.raises(UserError, match=r'model="a/b" and model="a-b" would both be called model-'):
+        grid_cases(["model=a/b,a-b"])
+    assert list(grid_cases(["lora.r=1,1"])) == ["r-1"]
+    path = tmp_path / "cases.yaml"
+    for name in ("..", ".", ".hidden", "a/b", "a\\\\b", "", "report.html", "a\\nb"):
+        path.write_text(f'"{name}": {{lora.r: 1}}\n')
+        with pytest.raises(UserError, match="the name becomes a folder's"):
+            file_cases(path)
+    path.write_text("1: {lora.r: 1}\n'1': {lora.r: 2}\n")
+    with pytest.raises(UserError, match="lora.r=1 and lora.r=2 would both be called 1;"):
+        file_cases(path)
+    path.write_text("1.0: {lora.r: 1}\n1.00: {lora.r: 2}\n")  # one key in Python
+    with pytest.raises(UserError, match="cases.yaml:2: not YAML .1.00 stands there twice"):
+        file_cases(path)
 
 
 def test_ctrl_c_stops_the_sweep(tmp_path, monkeypatch, recipe):

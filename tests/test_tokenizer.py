@@ -137,6 +137,45 @@ def test_gguf_pre_tokenizers(pre, text, expected):
     assert words(Tokenizer.from_gguf(gguf_metadata(pre)), text) == expected
 
 
+@pytest.mark.parametrize("pre", [None, "", "default"])
+@pytest.mark.parametrize(("architecture", "own"), [("gpt2", "gpt-2"), ("qwen2", "qwen2")])
+def test_a_gguf_that_does_not_say_its_splitting_is_taken_as_its_architectures(
+    pre, architecture, own, capsys
+):
+    metadata = {**gguf_metadata(pre), "general.architecture": architecture}
+    if pre is None:
+        del metadata["tokenizer.ggml.pre"]
+    tokenizer = Tokenizer.from_gguf(metadata, "m.gguf")
+    known = Tokenizer.from_gguf(gguf_metadata(own))
+    texts = ["x'T the", "123 e\u0301", *TEXTS]
+    assert tokenizer.encode_batch(texts) == known.encode_batch(texts)
+    said = capsys.readouterr().err
+    assert "m.gguf does not say how its tokenizer splits texts" in said
+    assert f"taken as {own}, since its architecture is {architecture}" in said
+    Tokenizer.from_gguf(gguf_metadata("qwen2"))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_llama_gguf_that_does_not_say_its_splitting_is_refused():
+    """Llama 3's and SmolLM2's words are split differently."""
+    for pre in ("default", ""):
+        metadata = {**gguf_metadata(pre), "general.architecture": "llama"}
+        with pytest.raises(UserError, match="models of architecture llama differ; put the model's"):
+            Tokenizer.from_gguf(metadata)
+
+
+def test_merges_may_lack_only_where_there_is_nothing_to_merge():
+    metadata = gguf_metadata()
+    del metadata["tokenizer.ggml.merges"]
+    with pytest.raises(UserError, match="damaged .it lacks tokenizer.ggml.merges"):
+        Tokenizer.from_gguf(metadata)
+    count = len(byte_alphabet())
+    metadata["tokenizer.ggml.tokens"] = [*TOKENS[:count], "<|endoftext|>"]
+    metadata["tokenizer.ggml.token_type"] = [1] * count + [3]
+    metadata["tokenizer.ggml.eos_token_id"] = count
+    assert words(Tokenizer.from_gguf(metadata), "the") == ["t", "h", "e"]
+
+
 def test_bytes_that_the_vocabulary_lacks_are_left_out_before_merging():
     """SmolLM2 has no token for 21 bytes; llama.cpp, other than transformers, merges first."""
     tokens = [token for token in byte_alphabet() if token != chr(256 + 4)] + ["!?"]

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from jlora.adapters.config import LoraConfig
-from jlora.adapters.targets import is_excluded, is_inside, is_target, no_match, pattern_value
+from jlora.adapters.targets import (
+    is_excluded,
+    is_inside,
+    is_target,
+    layer_number,
+    name_fits,
+    nearest,
+    no_match,
+    pattern_key,
+    pattern_value,
+)
 from jlora.layers import Conv1D, Embedding, Linear, LoRALayer, MergedLinear, assign
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt, nn
+
+#: What can take LoRA.
+KINDS = (nn.Linear, Conv1D, nn.Embedding)
 
 
 class ModulesToSave(nn.Module):
@@ -54,21 +67,19 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     else:
         targets = {n: m for n, m in modules.items() if n and is_target(n, config)}
     for name, module in targets.items():
-        if not isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
+        if not isinstance(module, KINDS):
             raise UserError(
                 f"target_modules fits {name}, which is a {type(module).__name__} module; "
                 "LoRA goes on Linear, Conv1D and Embedding layers only"
             )
-        if isinstance(module, nn.Linear) and module.weight is head:
-            # The models read the head's weight and never call the layer: LoRA would do nothing.
+        if not isinstance(module.weight, jt.Var):
             raise UserError(
-                f"LoRA on the output head ({name}) is not supported; leave it out of "
-                "target_modules, or train it in full with modules_to_save"
+                f"the weight of {name} is kept in packed form alone, which LoRA cannot go around; "
+                "call engine.restore(model) first"
             )
     if not targets:
-        kinds = (nn.Linear, Conv1D, nn.Embedding)
-        possible = [name for name, module in modules.items() if isinstance(module, kinds)]
-        raise no_match("target_modules", config.target_modules, possible)
+        possible = [name for name, module in modules.items() if isinstance(module, KINDS)]
+        raise _no_match(model, "target_modules", config.target_modules, possible)
     if config.enable_lora is not None and not any(is_fused(m, config) for m in targets.values()):
         blocks = len(config.enable_lora)
         raise UserError(
@@ -76,6 +87,81 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
             "outputs as inputs"
         )
     return targets
+
+
+def check_patterns(model: nn.Module, config: LoraConfig) -> None:
+    """Refuse names, patterns and layer numbers that nothing in the model answers to.
+
+    For an adapter that is to be trained, where they are slips. PEFT passes over them, and loading
+    an adapter does so, too.
+
+    Args:
+        config: with target_modules given.
+
+    Raises:
+        UserError: one of them has no effect.
+    """
+    targets = find_targets(model, config)
+    modules = {name: module for name, module in model.named_modules() if name}
+    possible = [name for name, module in modules.items() if isinstance(module, KINDS)]
+    for field, names in (("target_modules", possible), ("exclude_modules", list(modules))):
+        wanted = getattr(config, field)
+        for word in wanted if isinstance(wanted, list) else []:
+            if not any(name_fits(name, [word]) for name in names):
+                raise _no_match(model, field, word, names)
+    numbers = config.layers_to_transform
+    if numbers is not None and isinstance(config.target_modules, list):
+        fitting = [name for name in possible if name_fits(name, config.target_modules)]
+        there = {layer_number(name, config.layers_pattern) for name in fitting} - {None}
+        for number in [numbers] if isinstance(numbers, int) else numbers:
+            if number not in there:
+                raise UserError(
+                    f"layers_to_transform {number} is no layer with a target module; "
+                    f"they are {min(there)} to {max(there)}"
+                )
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field)
+        used = {pattern_key(name, patterns) for name in targets}
+        for pattern in patterns:
+            if pattern in used:
+                continue
+            if any(pattern_key(name, [pattern]) for name in targets):
+                raise UserError(
+                    f"{field} {pattern!r} has no effect: patterns before it fit all its modules; "
+                    "put it first"
+                )
+            raise UserError(
+                f"{field} {pattern!r} fits none of the modules with LoRA; "
+                f"{nearest(pattern, targets)}"
+            )
+
+
+def _no_match(model: nn.Module, field: str, wanted: list[str] | str, names) -> UserError:
+    """`no_match`, or what there is to say of a head that is the embedding itself."""
+    words = [wanted] if isinstance(wanted, str) else wanted
+    if has_tied_head(model) and any(name_fits("lm_head", word.split(".")[-1:]) for word in words):
+        return tied_head_error(model, f"{field} {wanted!r}")
+    return no_match(field, wanted, names)
+
+
+def has_tied_head(model: nn.Module) -> bool:
+    """Whether the head of a language model is its embedding, and no module of its own."""
+    return getattr(model, "output_embedding", None) is not None and not hasattr(model, "lm_head")
+
+
+def tied_head_error(model: nn.Module, what: str) -> UserError:
+    """The error for something that is about the head of a model which has none of its own."""
+    head = model.output_embedding
+    embedding = next(name for name, var in model.named_parameters() if var is head)
+    way = "leave it out"
+    if getattr(model.config, "model_type", None) != "gpt2":
+        way += (
+            ", or give the base model a head of its own (tie_word_embeddings: false in "
+            "config.json, and a tensor lm_head.weight)"
+        )
+    return UserError(
+        f"{what}: the output head of this model is tied to {embedding} and no module; {way}"
+    )
 
 
 def is_fused(module: nn.Module, config: LoraConfig) -> bool:
@@ -101,18 +187,23 @@ def attach(model: nn.Module, config: LoraConfig) -> None:
     for wanted in config.modules_to_save or []:
         modules = dict(model.named_modules())
         # PEFT compares the plain ends here: "norm" stands for "input_layernorm" too.
-        found = {n: m for n, m in modules.items() if n.endswith(wanted) and _may_be_copied(m)}
+        possible = {n: m for n, m in modules.items() if n and _may_be_copied(m)}
+        found = {n: m for n, m in possible.items() if n.endswith(wanted)}
         outer = {n: m for n, m in found.items() if not is_inside(n, [f for f in found if f != n])}
         if not outer:
             detach(model)
-            raise no_match("modules_to_save", [wanted], modules)
+            if has_tied_head(model) and "lm_head".endswith(wanted):
+                raise tied_head_error(model, f"modules_to_save {[wanted]!r}")
+            raise no_match("modules_to_save", [wanted], possible)
         for name, module in outer.items():
             tied = isinstance(module, nn.Embedding) and module.weight is head
             set_module(model, name, ModulesToSave(module, tied))
 
 
 def _may_be_copied(module: nn.Module) -> bool:
-    return not any(isinstance(part, (LoRALayer, ModulesToSave)) for part in module.modules())
+    """Whether there is something in it to train, and no adapter yet."""
+    adapted = any(isinstance(part, (LoRALayer, ModulesToSave)) for part in module.modules())
+    return not adapted and bool(module.parameters())
 
 
 def lora_layer(name: str, module: nn.Module, config: LoraConfig) -> LoRALayer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -16,6 +17,13 @@ _INERT_FIELDS = {
     "auto_mapping", "inference_mode", "peft_type", "peft_version", "revision", "runtime_config",
     "corda_config", "eva_config", "loftq_config", "lora_ga_config",  # of init_lora_weights
     "megatron_core", "qalora_group_size",  # of megatron_config and use_qalora
+    "merge_weights",  # of PEFT 0.2: whether eval() merges
+}  # fmt: skip
+# Fields that change what an adapter computes, by which PEFT can make a plain model of it.
+_LACKING_FIELDS = {
+    "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config",
+    "layer_replication", "lora_bias", "megatron_config", "monteclora_config", "target_parameters",
+    "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
 }  # fmt: skip
 
 _INITS = (True, False, "gaussian")
@@ -161,10 +169,7 @@ class LoraConfig:
             elif name == "ensure_weight_tying" and not _can_tie(settings):
                 continue
             elif value and name not in _INERT_FIELDS:
-                raise UserError(
-                    f"{source}: {name}={value!r} asks for something jlora lacks; "
-                    "merge this adapter into its model with PEFT and load the result"
-                )
+                raise UserError(f"{source}: {name}={value!r} {_why_not(name, known)}")
         if isinstance(values.get("init_lora_weights"), str):
             values["init_lora_weights"] = _init_of_trained(values["init_lora_weights"], source)
         try:
@@ -184,6 +189,21 @@ class LoraConfig:
                 del settings[name]
         settings.update(peft_type="LORA", inference_mode=True, auto_mapping=None, revision=None)
         return dict(sorted(settings.items()))
+
+
+def _why_not(name: str, known: Mapping[str, Any]) -> str:
+    """What is wrong with a field that is on and that `LoraConfig` does not have."""
+    if name in _LACKING_FIELDS:
+        return (
+            "asks for something jlora lacks; "
+            "merge this adapter into its model with PEFT and load the result"
+        )
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    nearest = f" (nearest: {near[0]})" if near else ""
+    return (
+        f"is no setting of LoRA in PEFT up to 0.21{nearest}, and PEFT would pass over it; "
+        "correct or remove it, or upgrade jlora if a newer PEFT wrote it"
+    )
 
 
 def _init_of_trained(init: str, source: str) -> bool | str:

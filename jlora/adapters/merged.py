@@ -10,7 +10,8 @@ from jlora.adapters.model import MergeReport, PeftModel
 from jlora.adapters.tuned import TunedModel
 from jlora.formats.rounding import norm
 from jlora.layers import bias_names
-from jlora.system.runtime import nn
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt, nn
 
 
 @dataclass
@@ -34,8 +35,16 @@ def merged_weights(model: nn.Module) -> MergedWeights:
     """The weights of a model, an adapter that is on it merged in float32.
 
     Raises:
-        UserError: the adapter was unloaded, or a LoRA embedding is the output head as well.
+        UserError: the adapter was unloaded, a LoRA embedding is the output head as well, or an
+            engine has let go of the float32 weights.
     """
+    for name, module in model.named_modules():
+        weight = vars(module).get("weight")
+        if weight is not None and not isinstance(weight, jt.Var):
+            raise UserError(
+                f"the weight of {name} is kept in packed form alone, rounded; call "
+                "engine.restore(model) first to write it so"
+            )
     if not isinstance(model, PeftModel):
         base = model.get_base_model() if isinstance(model, TunedModel) else model
         return MergedWeights({n: p.float32().numpy() for n, p in base.named_parameters()})

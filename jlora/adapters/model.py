@@ -10,8 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from jlora.adapters import loralib, storage
-from jlora.adapters.attach import ModulesToSave, attach, detach
+from jlora.adapters import base_model, loralib, storage
+from jlora.adapters.attach import (
+    ModulesToSave,
+    attach,
+    check_patterns,
+    detach,
+    has_tied_head,
+    tied_head_error,
+)
 from jlora.adapters.config import LoraConfig
 from jlora.adapters.targets import default_targets
 from jlora.adapters.tuned import TunedModel
@@ -52,13 +59,16 @@ def get_peft_model(model: nn.Module, config: LoraConfig) -> PeftModel:
     """Put LoRA layers into ``model`` (in place) and freeze everything else.
 
     Raises:
-        UserError: ``target_modules`` fits no module, or one that cannot take LoRA.
+        UserError: a name or pattern of the settings fits no module, or one that cannot take LoRA.
     """
+    config = _completed(config, model)
+    _check_plain(model)
+    check_patterns(model, config)
     return PeftModel(model, config)
 
 
 def add_adapter(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, set[str]]:
-    """Put LoRA layers into ``model`` (in place); weights are neither read nor frozen.
+    """What `get_peft_model` does to a model whose weights are unknown: none is read or frozen.
 
     Returns:
         The settings with what depends on the model filled in, and the names of the parameters to
@@ -68,10 +78,24 @@ def add_adapter(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, set[s
         UserError: as `get_peft_model`.
     """
     config = _completed(config, model)
+    check_patterns(model, config)
+    return config, _attach(model, config)
+
+
+def _attach(model: nn.Module, config: LoraConfig) -> set[str]:
+    """Put LoRA layers into ``model``; the names of what is to be trained."""
     attach(model, config)
     names = {name for name, _ in model.named_parameters()}
     adapter = {n for n in names if "lora_" in n or ".modules_to_save." in f".{n}"}
-    return config, adapter | bias_names(model, config.bias)
+    return adapter | bias_names(model, config.bias)
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Raises: UserError: the model has an adapter already."""
+    if isinstance(model, PeftModel) or any(isinstance(m, LoRALayer) for m in model.modules()):
+        raise UserError(
+            "the model has LoRA layers already; merge_and_unload() or unload() them first"
+        )
 
 
 class PeftModel(TunedModel):
@@ -83,12 +107,10 @@ class PeftModel(TunedModel):
     """
 
     def __init__(self, model: nn.Module, config: LoraConfig):
-        if isinstance(model, PeftModel) or any(isinstance(m, LoRALayer) for m in model.modules()):
-            raise UserError(
-                "the model has LoRA layers already; merge_and_unload() or unload() them first"
-            )
-        self._base_record = storage.describe_base(model)
-        self.peft_config, names = add_adapter(model, config)
+        _check_plain(model)
+        self._base_record = base_model.describe_base(model)
+        self.peft_config = _completed(config, model)
+        names = _attach(model, self.peft_config)
         # Jittor would draw the first values when they are first read, by whatever seed is set then.
         jt.sync([parameter for name, parameter in model.named_parameters() if name in names])
         self._unloaded = False
@@ -161,6 +183,8 @@ class PeftModel(TunedModel):
         for name, layer in self.lora_layers().items():
             if layer.merged or not layer.has_adapter:
                 continue
+            if not isinstance(layer.weight, jt.Var):  # an engine keeps it in packed form alone
+                layer.weight = layer.weight.unpacked()
             before, change = layer.weight.float32(), layer.delta_weight()
             largest = float(change.abs().max().item())
             layer.merge()
@@ -294,10 +318,12 @@ class PeftModel(TunedModel):
         config = LoraConfig.from_dict(
             files.config, source=str(Path(folder) / "adapter_config.json")
         )
-        if not force and files.notes.get("base_model"):
-            storage.check_base(files.notes["base_model"], model, str(folder))
+        if files.notes.get("base_model") and not force:
+            base_model.check_base(files.notes["base_model"], model, str(folder))
+        elif not force:
+            base_model.check_family(config.base_model_name_or_path, model, str(folder))
         config = _completed(config, model)
-        tensors = {storage.from_peft_key(key): array for key, array in files.tensors.items()}
+        tensors = storage.from_peft_keys(files.tensors, str(files.path))
         config, tensors = storage.without_head(config, tensors, model, str(files.path))
         config, tensors = storage.native_config(model, config, tensors, files.notes)
         storage.check_ranks(config, tensors, model, str(files.path))
@@ -394,15 +420,13 @@ class PeftModel(TunedModel):
         # PEFT writes the vocabulary beside the adapter when it was a target or was resized, and
         # leaves out the biases of "lora_only".
         current = dict(self.base_model.named_parameters())
+        if has_tied_head(self.base_model):
+            current["lm_head.weight"] = self.base_model.output_embedding
+            if any(n.startswith("lm_head.") and n not in current for n in tensors):
+                raise tied_head_error(self.base_model, f"{source} changes lm_head")
         base = {n: a for n, a in tensors.items() if n not in shapes and n in current}
         for name, array in base.items():
-            if tuple(current[name].shape) != array.shape or not np.array_equal(
-                current[name].float32().numpy(), array.astype(np.float32)
-            ):
-                raise UserError(
-                    f"{source} brings its own {name}, which differs from the base model's; "
-                    "merge the adapter with PEFT and load the result"
-                )
+            base_model.check_same(name, array, current[name], source)
         complete = {n: a for n, a in tensors.items() if n not in base}
         for name, var in self._named(self._bias_names):
             if self.peft_config.bias == "lora_only" and name not in complete:

@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from jlora.adapters import storage
+from jlora.adapters import base_model
 from jlora.adapters.tuned import TunedModel
 from jlora.formats.safetensors_file import read_safetensors, write_safetensors
 from jlora.system.errors import UserError
@@ -43,7 +43,7 @@ class PartialModel(TunedModel):
         if method not in METHODS:
             raise UserError(f"method {method!r} is not one of {', '.join(METHODS)}")
         self.method, self.top_layers = method, top_layers
-        self._base_record = storage.describe_base(model)
+        self._base_record = base_model.describe_base(model)
         if method == "bitfit":
             add_biases(model)
         super().__init__(model, trained_names(model, method, top_layers))
@@ -85,7 +85,7 @@ class PartialModel(TunedModel):
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: damaged ({error!r}); take another copy") from error
         if not force:
-            storage.check_base(base, model, str(folder))
+            base_model.check_base(base, model, str(folder))
         tuned = cls(model, method, top_layers)
         tuned.set_adapter_tensors(read_safetensors(folder / TENSORS))
         tuned.freeze()

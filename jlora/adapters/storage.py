@@ -1,4 +1,4 @@
-"""Adapters in PEFT's form: keys, fused layers as block matrices, and the base they belong to.
+"""Adapters in PEFT's form: keys, and fused layers as block matrices.
 
 A `MergedLinear` of g enabled blocks of rank r is the same as one PEFT layer of rank g * r whose B
 is zero off the blocks, with alpha multiplied so that the scaling stays. So it is written that way,
@@ -7,7 +7,6 @@ and read back as a `MergedLinear` wherever B has that structure.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import math
@@ -28,8 +27,6 @@ from jlora.system.runtime import nn
 log = logging.getLogger("jlora.adapters")
 
 PREFIX = "base_model.model."
-# Enough of a tensor to tell two models apart, and little enough to hash in milliseconds.
-HASHED_VALUES = 2**20
 
 
 def to_peft_key(name: str, owner: object) -> str:
@@ -44,9 +41,34 @@ def to_peft_key(name: str, owner: object) -> str:
     return PREFIX + name.replace(".modules_to_save.", ".")
 
 
+def from_peft_keys(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
+    """Tensors by PEFT's keys -> by parameter name.
+
+    Raises:
+        UserError: two keys mean one parameter.
+    """
+    result, keys = {}, {}
+    for key, array in tensors.items():
+        name = from_peft_key(key)
+        if name in keys:
+            raise UserError(
+                f"{source}: {keys[name]} and {key} are both {name}; take out one of them"
+            )
+        keys[name] = key
+        # PEFT 0.2 kept the factor of a fused layer as a convolution of width 1.
+        squeezed = name.endswith(".lora_B") and array.ndim == 3 and array.shape[-1] == 1
+        result[name] = array[..., 0] if squeezed else array
+    return result
+
+
 def from_peft_key(key: str) -> str:
-    """PEFT's key -> parameter name; keys that are none of PEFT's come back as they are."""
-    name = key[len(PREFIX) :] if key.startswith(PREFIX) else key
+    """PEFT's key -> parameter name; keys that are none of PEFT's come back as they are.
+
+    What DataParallel (``module.``) and torch.compile (``_orig_mod.``) put in front is taken off.
+    """
+    name = key.replace("_orig_mod.", "").removeprefix("module.")
+    if name.startswith(PREFIX):
+        name = name[len(PREFIX) :].removeprefix("module.")
     parts = name.split(".")
     # Files written without PEFT's own saving function still have the adapter's name in the keys.
     if len(parts) > 1 and parts[-1] == "default":
@@ -178,20 +200,6 @@ def with_patterns(config: LoraConfig, settings: Mapping[str, tuple[int, float]])
     )
 
 
-def describe_base(model: nn.Module) -> dict[str, Any]:
-    """What tells one base model from another: its family, shapes, and hashes of a few weights."""
-    parameters = dict(model.named_parameters())
-    matrices = sorted(name for name, p in parameters.items() if len(p.shape) == 2)
-    step = max(1, len(matrices) // 4)
-    config = getattr(model, "config", None)
-    return {
-        "name": getattr(model, "name_or_path", None),
-        "model_type": getattr(config, "model_type", type(model).__name__),
-        "parameters": sum(int(np.prod(p.shape)) for p in parameters.values()),
-        "tensors": {name: _describe_tensor(parameters[name]) for name in matrices[::step][:4]},
-    }
-
-
 def check_ranks(
     config: LoraConfig, tensors: Mapping[str, np.ndarray], model: nn.Module, source: str
 ) -> None:
@@ -208,60 +216,6 @@ def check_ranks(
                 f"{source}: rank {rank} for {name}, and no tensor of the adapter has a size above "
                 f"{largest}; take the settings and the weights of one adapter"
             )
-
-
-def _describe_tensor(var) -> dict[str, Any]:
-    values = var.float32().numpy()
-    hashed = values.reshape(-1)[:HASHED_VALUES]
-    return {
-        "shape": list(values.shape),
-        "dtype": str(var.dtype),
-        "sha256": hashlib.sha256(hashed.tobytes()).hexdigest(),
-        "sample": [float(v) for v in values.reshape(-1)[:: max(1, values.size // 8)][:8]],
-    }
-
-
-def check_base(recorded: Mapping[str, Any], model: nn.Module, where: str) -> None:
-    """Raises: UserError: an adapter was made for another base model than ``model``."""
-    parameters = dict(model.named_parameters())
-    try:
-        difference = _difference(recorded, model, parameters)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{where}: the record of the base model is damaged ({error!r}); "
-            "remove jlora_adapter.json to load the adapter unchecked"
-        ) from error
-    if difference:
-        name = getattr(model, "name_or_path", None) or type(model).__name__
-        count = recorded.get("parameters")
-        parameters_there = f"{count:,}" if isinstance(count, int) else "unknown"
-        raise UserError(
-            f"{where}: made for the base model {recorded.get('name') or 'without a name'} "
-            f"({recorded.get('model_type')}, {parameters_there} parameters), "
-            f"not for {name}: {difference}; load it on its own base, or insist with --force "
-            "(force=True)"
-        )
-
-
-def _difference(recorded: Mapping[str, Any], model: nn.Module, parameters) -> str | None:
-    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if recorded["model_type"] != model_type:
-        return f"this one is of type {model_type}"
-    for name, expected in recorded["tensors"].items():
-        if name not in parameters:
-            return f"this one has no {name}"
-        if list(parameters[name].shape) != expected["shape"]:
-            return f"{name} is {tuple(parameters[name].shape)} here"
-        found = _describe_tensor(parameters[name])
-        if found["dtype"] == expected["dtype"]:
-            same = found["sha256"] == expected["sha256"]
-        else:
-            # The same weights stored in another type: equal up to bfloat16's rounding.
-            scale = max(abs(value) for value in expected["sample"])
-            same = np.allclose(found["sample"], expected["sample"], rtol=2**-7, atol=scale / 1000)
-        if not same:
-            return f"the weights of {name} differ"
-    return None
 
 
 def without_head(

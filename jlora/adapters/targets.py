@@ -87,12 +87,18 @@ def layer_number(name: str, layers_pattern: list[str] | str | None) -> int | Non
     return None
 
 
-def pattern_value(name: str, patterns: dict[str, Value], default: Value) -> Value:
-    """The entry of rank_pattern or alpha_pattern for a module: the first key that fits."""
-    for pattern, value in patterns.items():
+def pattern_key(name: str, patterns: Iterable[str]) -> str | None:
+    """The key of rank_pattern or alpha_pattern that counts for a module: the first that fits."""
+    for pattern in patterns:
         if compiled(rf"(.*\.)?({pattern})", "rank_pattern or alpha_pattern").fullmatch(name):
-            return value
-    return default
+            return pattern
+    return None
+
+
+def pattern_value(name: str, patterns: dict[str, Value], default: Value) -> Value:
+    """The entry of rank_pattern or alpha_pattern for a module."""
+    key = pattern_key(name, patterns)
+    return default if key is None else patterns[key]
 
 
 def compiled(pattern: str, field: str) -> re.Pattern:
@@ -103,13 +109,25 @@ def compiled(pattern: str, field: str) -> re.Pattern:
 
 
 def no_match(field: str, wanted: list[str] | str, names: Iterable[str]) -> UserError:
-    """The error for names that fit no module, with the nearest ones there are."""
-    ends = sorted({name.rpartition(".")[2] for name in names if name})
-    ends = [end for end in ends if not end.isdigit()]
-    words = [wanted] if isinstance(wanted, str) else list(wanted)
-    near = [n for w in words for n in difflib.get_close_matches(w.rpartition(".")[2], ends, 3, 0.5)]
-    listed = ", ".join(dict.fromkeys(near)) or ", ".join(ends)
+    """The error for names that fit no module."""
     return UserError(
-        f"{field} {wanted!r} fits no module of the model that can take it; "
-        f"{'nearest' if near else 'there are'}: {listed}"
+        f"{field} {wanted!r} fits no module of the model that can take it; {nearest(wanted, names)}"
     )
+
+
+def nearest(wanted: list[str] | str, names: Iterable[str]) -> str:
+    """The module names nearest to some words, or all there are."""
+    words = [wanted] if isinstance(wanted, str) else list(wanted)
+    names = [name for name in names if name]
+    near = []
+    for word in words:
+        word = word.replace("\\", "")
+        near += difflib.get_close_matches(word, _ends(names, word.count(".") + 1), 3, 0.5)
+    listed = ", ".join(dict.fromkeys(near)) or ", ".join(_ends(names, 1))
+    return f"{'nearest' if near else 'there are'}: {listed}"
+
+
+def _ends(names: list[str], parts: int) -> list[str]:
+    """The last parts of names, without plain layer numbers."""
+    ends = {".".join(name.split(".")[-parts:]) for name in names}
+    return sorted(end for end in ends if not end.isdigit())

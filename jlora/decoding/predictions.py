@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from jlora.data.readers import json_lines, string_field
+from jlora.system.console import say
 from jlora.system.errors import UserError, kind_of
-from jlora.system.files import atomic_path, write_text
+from jlora.system.files import atomic_path, check_writable, read_text, write_text
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,75 @@ def read_predictions(path: str | Path) -> list[Prediction]:
         parsed = [_hypothesis(item, f"{path}:{number}") for item in hypotheses]
         predictions.append(Prediction(prompt, text, parsed))
     return predictions
+
+
+def check_out(out: str | Path) -> None:
+    """Check before the decoding that its predictions can be written to ``out``.
+
+    Raises:
+        UserError: it is the name of the texts, which go beside it, or cannot be a file.
+    """
+    out = Path(out)
+    if out.suffix == ".txt":
+        raise UserError(
+            f"{out}: the texts alone go to a file of that name, beside the predictions; give "
+            f"{out.with_suffix('.jsonl')}"
+        )
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; give a file in it, as {out / 'predictions.jsonl'}")
+    folder = next(each for each in out.absolute().parents if each.exists())
+    check_writable(folder)
+
+
+def save_predictions(out: str | Path, predictions: Sequence[Prediction]) -> None:
+    """Write predictions.jsonl, and the texts alone beside it as metric scripts read them.
+
+    Raises:
+        UserError: as `write_predictions`.
+    """
+    write_predictions(out, predictions)
+    write_lines(Path(out).with_suffix(".txt"), predictions)
+
+
+class Unfinished:
+    """What an interrupted decoding has finished: ``OUT.partial``, predictions as in OUT.
+
+    ``OUT.partial.key`` says what they were made with. It is written before the first of them, so
+    predictions never stand beside the key of another decoding.
+
+    Args:
+        out: where the predictions go in the end.
+        key: tells apart decodings that differ in model, prompts or settings.
+    """
+
+    def __init__(self, out: Path, key: str):
+        self.path = out.with_name(out.name + ".partial")
+        self._key_path, self._key = out.with_name(out.name + ".partial.key"), key
+
+    def read(self) -> list[Prediction]:
+        """What an equal decoding has finished; what is of another one is removed."""
+        kept = self._key_path.is_file() and read_text(self._key_path).strip() == self._key
+        if kept and self.path.is_file():
+            return read_predictions(self.path)
+        if self.path.exists():
+            say(f"{self.path} is of another adapter, model or setting; nothing of it is used")
+        self.path.unlink(missing_ok=True)
+        return []
+
+    def write(self, predictions: Sequence[Prediction]) -> None:
+        """Keep what is finished so far.
+
+        Raises:
+            UserError: as `write_predictions`.
+        """
+        if not self.path.exists():
+            write_text(self._key_path, self._key + "\n")
+        write_predictions(self.path, predictions)
+
+    def remove(self) -> None:
+        """Tidy up when everything is in OUT."""
+        self.path.unlink(missing_ok=True)
+        self._key_path.unlink(missing_ok=True)
 
 
 def write_lines(path: str | Path, predictions: Sequence[Prediction]) -> None:

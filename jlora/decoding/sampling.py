@@ -42,7 +42,7 @@ class GenerateConfig:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int = 0
-    batch_size: int = 16
+    batch_size: int = 32
 
     def __post_init__(self):
         for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0),
@@ -70,21 +70,41 @@ def generate(
     Raises:
         UserError: a prompt does not fit the model, or the model gives NaN.
     """
+    found: dict[int, list[Hypothesis]] = {}
+    for index, hypotheses in sample(model, prompts, config, range(len(prompts))):
+        found[index] = hypotheses
+        if progress is not None and (
+            len(found) % config.batch_size == 0 or len(found) == len(prompts)
+        ):
+            progress(len(found), len(prompts))
+    return [found[index][0] for index in range(len(prompts))]
+
+
+def sample(
+    model, prompts: Sequence[Sequence[int]], config: GenerateConfig, numbers: Sequence[int]
+) -> Iterator[tuple[int, list[Hypothesis]]]:
+    """Decode prompts; yields the place of each and its one hypothesis, batch by batch.
+
+    Args:
+        numbers: what the draws of each prompt are decided by, with the seed: its number among all
+            prompts, whichever of them are given here.
+
+    Raises:
+        UserError: as `generate`.
+    """
     check_prompts(model, prompts, config.max_new_tokens)
-    ids: list[list[int]] = [[] for _ in prompts]
-    logprobs = [0.0 for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(prompts), config.batch_size):
         batch = by_length[start : start + config.batch_size]
-        for index, token, logprob in _tokens(model, prompts, batch, config):
+        ids: dict[int, list[int]] = {index: [] for index in batch}
+        logprobs = dict.fromkeys(batch, 0.0)
+        for index, token, logprob in _tokens(model, prompts, batch, config, numbers):
             ids[index].append(token)
             logprobs[index] += logprob
-        if progress is not None:
-            progress(start + len(batch), len(prompts))
-    return [
-        Hypothesis(tokens, logprob, len(tokens), tokens[-1] in config.eos_token_ids)
-        for tokens, logprob in zip(ids, logprobs)
-    ]
+        for index in batch:
+            tokens = ids[index]
+            finished = tokens[-1] in config.eos_token_ids
+            yield index, [Hypothesis(tokens, logprobs[index], len(tokens), finished)]
 
 
 def stream(model, tokenizer, prompt: Sequence[int], config: GenerateConfig) -> Iterator[str]:
@@ -96,7 +116,7 @@ def stream(model, tokenizer, prompt: Sequence[int], config: GenerateConfig) -> I
     check_prompts(model, [prompt], config.max_new_tokens)
     ids: list[int] = []
     shown = text = ""
-    for _, token, _ in _tokens(model, [prompt], [0], config):
+    for _, token, _ in _tokens(model, [prompt], [0], config, [0]):
         if token in config.eos_token_ids:
             break
         ids.append(token)
@@ -110,7 +130,11 @@ def stream(model, tokenizer, prompt: Sequence[int], config: GenerateConfig) -> I
 
 
 def _tokens(
-    model, prompts: Sequence[Sequence[int]], batch: Sequence[int], config: GenerateConfig
+    model,
+    prompts: Sequence[Sequence[int]],
+    batch: Sequence[int],
+    config: GenerateConfig,
+    numbers: Sequence[int],
 ) -> Iterator[tuple[int, int, float]]:
     """Decode ``prompts[i] for i in batch`` together; yields (i, token, log-probability).
 
@@ -120,7 +144,7 @@ def _tokens(
     decoder.enter([prompts[index] for index in batch])
     batch = list(batch)
     vocabulary = model.config.vocab_size
-    draws = {index: np.random.default_rng([config.seed, index]) for index in batch}
+    draws = {index: np.random.default_rng([config.seed, numbers[index]]) for index in batch}
     texts = {index: list(prompts[index]) for index in batch}
     for _ in range(config.max_new_tokens):
         penalised = config.repetition_penalty != 1

@@ -10,18 +10,18 @@ from __future__ import annotations
 import itertools
 
 from jlora import layers
-from jlora.engine.beam_cache import BeamCache
 from jlora.engine.blocks import BLOCKS
+from jlora.engine.leaves import FUSED, TrainedEmbedding
 from jlora.engine.products import (
+    LORA,
     PACKED,
     FrozenProduct,
     PackedEmbedding,
+    PackedHead,
     PackedOnly,
     TrainedProduct,
 )
-from jlora.kernels import attention, elementwise, native, packed_linear
-from jlora.models import attention as models_attention
-from jlora.models import gpt2, llama
+from jlora.kernels import native, packed_linear
 from jlora.models.head import LanguageHead
 from jlora.system import machine
 from jlora.system.errors import UserError
@@ -30,55 +30,6 @@ from jlora.system.runtime import jt, nn, release_memory
 PRECISIONS = ("plain", "fp32", "bf16", "int8", "int8-both")
 
 
-class FusedAttention(models_attention.CausalAttention):
-    reads_streams = True
-
-    def execute(self, q, k, v, keys=None):
-        return attention.causal_attention(q, k, v, keys)
-
-    def new_cache(self, layers):
-        return BeamCache(layers)
-
-
-class FusedRMSNorm(llama.RMSNorm):
-    def execute(self, x):
-        return elementwise.rms_norm(x, self.weight, self.eps)
-
-
-class FusedLayerNorm(gpt2.LayerNorm):
-    def execute(self, x):
-        return elementwise.layer_norm(x, self.weight, self.bias, self.eps)
-
-
-class FusedSwiGLU(llama.SwiGLU):
-    def execute(self, gate, up):
-        return elementwise.swiglu(gate, up)
-
-
-class FusedGELU(gpt2.GELU):
-    def execute(self, x):
-        return elementwise.gelu(x)
-
-
-class FusedRotary(llama.Rotary):
-    def execute(self, x, cos, sin):
-        return elementwise.rotary(x, cos, sin)
-
-
-class TrainedEmbedding(nn.Embedding):
-    def execute(self, x):
-        return elementwise.embedding(self.weight, x.int32())
-
-
-FUSED = {
-    models_attention.CausalAttention: FusedAttention,
-    llama.SwiGLU: FusedSwiGLU,
-    gpt2.GELU: FusedGELU,
-    llama.Rotary: FusedRotary,
-    nn.Dropout: elementwise.FusedDropout,
-    llama.RMSNorm: FusedRMSNorm,
-    gpt2.LayerNorm: FusedLayerNorm,
-}
 PLAIN = {fused: plain for plain, fused in {**FUSED, **PACKED, **BLOCKS}.items()}
 PLAIN[PackedEmbedding] = PLAIN[TrainedEmbedding] = nn.Embedding
 
@@ -215,14 +166,17 @@ def _check(model, precision: str) -> None:
 def _pack(model, precision: str, keep_weights: bool) -> None:
     trainable, follows = _trainable(model), packed_linear.tiles() is not None
     head = getattr(model, "output_embedding", None)
+    head_layer = getattr(model, "head_layer", None)
     for module in model.modules():
-        is_lora = isinstance(module, (layers.Linear, layers.MergedLinear))
+        is_lora = type(module) in LORA
         if type(module) is LanguageHead:
+            if head_layer is not None:
+                continue  # the layer is called in its place
             weight, bias, transposed = head, None, False
         elif is_lora or type(module) in PACKED:
             weight, bias = module.weight, module.bias
             transposed = module.fan_in_fan_out if is_lora else isinstance(module, layers.Conv1D)
-            if weight is head:
+            if weight is head and module is not head_layer:
                 continue  # the models hand its weight to LanguageHead and never call the layer
         else:
             continue
@@ -240,7 +194,7 @@ def _pack(model, precision: str, keep_weights: bool) -> None:
             module._packed = product
             module.__class__ = PACKED[type(module)]
         if not keep_weights:
-            release = _release_head if weight is head else _release
+            release = _release_head if type(module) is PackedHead else _release
             release(model, product, module)
             del weight
             jt.gc()  # at once, so that the two copies of all weights are never there together

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jlora.engine.parts import PARTS, is_known
 from jlora.engine.products import FrozenProduct, PackedConv1D, PackedLinear, TrainedProduct
 from jlora.kernels import elementwise
 from jlora.kernels.block import BlockPlan, Layer, Shape, run_block
@@ -14,8 +15,6 @@ from jlora.kernels.packed_linear import Branch
 from jlora.layers import Linear, MergedLinear
 from jlora.models import gpt2, llama
 from jlora.models.attention import Stream
-from jlora.models.gpt2 import LayerNorm
-from jlora.models.llama import RMSNorm
 from jlora.system.runtime import jt
 
 
@@ -31,11 +30,11 @@ class _Layer:
     def of(cls, module) -> _Layer | None:
         """None where the layer does more than a packed product and a low-rank branch."""
         branch = None
-        if isinstance(module, (PackedLinear, PackedConv1D)):
+        if type(module) in (PackedLinear, PackedConv1D):
             product = module._packed
             if not product.fits(module.weight):
                 return None
-        elif isinstance(module, (Linear, MergedLinear)) and module._engine is not None:
+        elif type(module) in (Linear, MergedLinear) and module._engine is not None:
             product = module._engine
             if module.merged:
                 return None
@@ -59,8 +58,9 @@ class _Layer:
 class _FusedBlock:
     """What the fused blocks share; a subclass names its family's layers and norms.
 
-    Decoding with a cache, padding on the left, and layers that are merged or replaced go the way of
-    the plain block, layer by layer.
+    Decoding with a cache, padding on the left, layers that are merged or replaced, and blocks with
+    parts that the operator does not read (see `is_known`) go the way of the plain block, layer by
+    layer.
     """
 
     _checkpoint = False  # compute the forward pass again in the backward pass, and keep nothing
@@ -71,11 +71,16 @@ class _FusedBlock:
         """The block's result by one operator, or ``plain()`` where that cannot be."""
         if cache is not None or not (keys is None or isinstance(keys, Stream)):
             return plain()
+        if not is_known(self):
+            return plain()
+        norm_1, norm_2 = self._norms()
+        if norm_1.eps != norm_2.eps:  # the operator has one for both
+            return plain()
         layers = [[_Layer.of(module) for module in joint] for joint in self._joints()]
         flat = [layer for joint in layers for layer in joint]
-        if None in flat or not all(isinstance(n, (LayerNorm, RMSNorm)) for n in self._norms()):
+        if None in flat:
             return plain()
-        norms = [p for norm in self._norms() for p in (norm.weight, getattr(norm, "bias", None))]
+        norms = [p for norm in (norm_1, norm_2) for p in (norm.weight, getattr(norm, "bias", None))]
         biases = [[layer.product.bias for layer in joint] for joint in layers]
         fixed = [p for p in (*norms, *(b for joint in biases for b in joint)) if p is not None]
         if not self._given and not all(p.is_stop_grad() for p in fixed):
@@ -164,3 +169,4 @@ class FusedLlamaBlock(_FusedBlock, llama.Block):
 
 
 BLOCKS = {gpt2.Block: FusedGPT2Block, llama.Block: FusedLlamaBlock}
+PARTS.update((fused, PARTS[plain]) for plain, fused in BLOCKS.items())

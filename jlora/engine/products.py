@@ -13,6 +13,18 @@ from jlora.layers.base import identity
 from jlora.models.head import LanguageHead
 from jlora.system.runtime import jt, nn
 
+#: The LoRA layers whose branch the operators compute; a subclass may compute something else.
+LORA = (layers.Linear, layers.MergedLinear)
+
+
+#: What a replaced method and Jittor's hooks leave on a module.
+_OVERRIDES = {"execute", "__fhook__", "__fhook2__", "__bihook__", "__bohook__"}
+
+
+def is_overridden(module: nn.Module) -> bool:
+    """Whether this one module computes something else than its class, or is watched by a hook."""
+    return not _OVERRIDES.isdisjoint(vars(module))
+
 
 class PackedOnly:
     """Stands where a layer's frozen weight was, once only the packed copy of it is kept.
@@ -61,8 +73,10 @@ class FrozenProduct:
 
     def branch(self, layer) -> Branch | None:
         """The low-rank branch of a LoRA layer, or None where the layer has more to it."""
+        if type(layer) not in LORA:
+            return None
         drop = layer.lora_dropout
-        dropped = isinstance(drop, elementwise.FusedDropout)
+        dropped = type(drop) is elementwise.FusedDropout
         if layer.lora_A.dtype != "float32" or not (dropped or drop is identity):
             return None
         p = drop.p if dropped and drop.is_train else 0.0
@@ -125,7 +139,7 @@ class PackedHead(LanguageHead):
         return product(hidden) if product.fits(weight) else super().execute(hidden, weight)
 
     def losses(self, hidden, weight, targets, smoothing):
-        if not self._packed.fits(weight):
+        if not self._packed.fits(weight) or is_overridden(self):
             return super().losses(hidden, weight, targets, smoothing)
         if isinstance(self._packed, TrainedProduct):
             return target_loss.trained_target_loss(hidden, self._packed.packed, targets, smoothing)

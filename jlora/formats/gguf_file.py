@@ -10,8 +10,9 @@ The names and layouts are those of llama.cpp's ``convert_hf_to_gguf.py``, undone
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,44 @@ import numpy as np
 from jlora.formats.safetensors_file import one_line, placeholder
 from jlora.system.errors import UserError
 from jlora.system.files import os_error
+from jlora.system.text import check_no_pointer
 
 QUANTIZATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
 #: Texts in lists of the metadata; each becomes some objects. 256,000 tokens with their merges make
 #: a million.
 MOST_ENTRIES = 2**21
+
+#: The tensor in which GGUF keeps Llama 3's rotary scaling, one divisor a frequency.
+ROPE_FACTORS = "rope_freqs.weight"
+#: jlora's own key: Llama 3's scaling as config.json has it, where it is not Meta's own.
+ROPE_SCALING = "jlora.rope_scaling"
+#: Settings under ``<architecture>.`` that change results and are not computed here, with the values
+#: that change nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.scale": (0,),
+    "attn_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "expert_count": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "rope.scaling.attn_factor": (1,),
+    "use_parallel_residual": (False,),
+}
+#: Settings that are one number for all layers here.
+COUNTS = (
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+)
 
 LLAMA_BLOCKS, GPT2_BLOCKS = "model.layers", "transformer.h"
 LLAMA_NAMES = {
@@ -71,42 +104,41 @@ class GGUFFile:
     metadata: dict[str, Any] = field(repr=False)
 
 
-def read_gguf(path: str | Path, shapes_only: bool = False) -> GGUFFile:
+def read_gguf(
+    path: str | Path,
+    shapes_only: bool = False,
+    check: Callable[[GGUFFile], None] | None = None,
+) -> GGUFFile:
     """Read a GGUF file of the llama, qwen2 or gpt2 architecture.
 
     Args:
         shapes_only: read no weights; the arrays are `placeholder`.
+        check: called before the weights are read, with what ``shapes_only`` would give; an error
+            that it raises ends the reading.
 
     Raises:
         UserError: no GGUF file, truncated, an unknown architecture or tensor, or a quantization
             other than F32, F16, BF16, Q8_0, Q4_0, Q4_1.
     """
     path = Path(path)
-    metadata, raw = read_raw(path, shapes_only)
+    reader = open_gguf(path)
+    metadata = read_metadata(path, reader)
     architecture = metadata.get("general.architecture")
     if architecture not in ("llama", "qwen2", "gpt2"):
         raise UserError(
             f"{path}: architecture {architecture!r}; only llama, qwen2 and gpt2 are read from GGUF"
         )
+    names = (LLAMA_NAMES, LLAMA_BLOCKS) if architecture != "gpt2" else (GPT2_NAMES, GPT2_BLOCKS)
+    raw = read_tensors(path, reader, shapes_only=True)
+    factors = raw.pop(ROPE_FACTORS, None)
+    shapes = rename(path, raw, *names)
     try:
-        factors = raw.pop("rope_freqs.weight", None)
+        check_metadata(path, architecture, metadata)
         if architecture == "gpt2":
-            tensors = rename(path, raw, GPT2_NAMES, GPT2_BLOCKS)
-            config = gpt2_config(metadata, tensors)
-            for name in tensors:
-                if is_conv1d(name):
-                    turned = tensors[name].T
-                    tensors[name] = turned if shapes_only else np.ascontiguousarray(turned)
+            config = gpt2_config(metadata, shapes)
+            shapes = {n: a.T if is_conv1d(n) else a for n, a in shapes.items()}
         else:
-            tensors = rename(path, raw, LLAMA_NAMES, LLAMA_BLOCKS)
-            config = llama_config(path, architecture, metadata, tensors, factors)
-            if architecture == "llama" and not shapes_only:
-                heads = config["num_attention_heads"], config["num_key_value_heads"]
-                for name in tensors:
-                    if ".q_proj." in name:
-                        tensors[name] = unpermute(tensors[name], heads[0])
-                    elif ".k_proj." in name:
-                        tensors[name] = unpermute(tensors[name], heads[1])
+            config = llama_config(path, architecture, metadata, shapes, factors)
     except KeyError as error:
         raise UserError(
             f"{path}: the GGUF file lacks {error.args[0]}; convert the model again with a current "
@@ -115,14 +147,43 @@ def read_gguf(path: str | Path, shapes_only: bool = False) -> GGUFFile:
     for key, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         value = metadata.get(f"tokenizer.ggml.{name}_token_id")
         config[f"{key}_token_id"] = None if value is None else int(value)
+    outline = GGUFFile(path, config, shapes, metadata)
+    if check is not None:
+        check(outline)
+    if shapes_only:
+        return outline
+    raw = read_tensors(path, reader)
+    raw.pop(ROPE_FACTORS, None)
+    tensors = rename(path, raw, *names)
+    for name in list(tensors):
+        if name not in shapes:  # GPT-2's embedding again, as its head
+            del tensors[name]
+        elif architecture == "gpt2" and is_conv1d(name):
+            tensors[name] = np.ascontiguousarray(tensors[name].T)
+        elif architecture == "llama" and ".q_proj." in name:
+            tensors[name] = unpermute(tensors[name], config["num_attention_heads"])
+        elif architecture == "llama" and ".k_proj." in name:
+            tensors[name] = unpermute(tensors[name], config["num_key_value_heads"])
     return GGUFFile(path, config, tensors, metadata)
 
 
-def read_raw(path: Path, shapes_only: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Metadata and dequantized float32 tensors under the file's own names."""
+def read_metadata(path: Path, reader: Any) -> dict[str, Any]:
+    """The key-value pairs of an open file."""
+    try:
+        return {name: entry.contents() for name, entry in reader.fields.items()}
+    except Exception as error:
+        raise damaged(path, error) from error
+
+
+def read_tensors(path: Path, reader: Any, shapes_only: bool = False) -> dict[str, np.ndarray]:
+    """Dequantized float32 tensors of an open file, under its own names.
+
+    Args:
+        shapes_only: give `placeholder` arrays; only `ROPE_FACTORS`, which belong to the
+            configuration, are read.
+    """
     from gguf.quants import dequantize
 
-    reader = open_gguf(path)
     tensors = {}
     for tensor in reader.tensors:
         kind = tensor.tensor_type
@@ -133,7 +194,7 @@ def read_raw(path: Path, shapes_only: bool = False) -> tuple[dict[str, Any], dic
             )
         # GGUF lists the fastest dimension first.
         shape = tuple(int(n) for n in reversed(tensor.shape))
-        if shapes_only and tensor.name != "rope_freqs.weight":  # its numbers go to the config
+        if shapes_only and tensor.name != ROPE_FACTORS:
             tensors[tensor.name] = placeholder(shape)
             continue
         try:
@@ -143,11 +204,7 @@ def read_raw(path: Path, shapes_only: bool = False) -> tuple[dict[str, Any], dic
             tensors[tensor.name] = np.array(array.reshape(shape))
         except Exception as error:
             raise damaged(path, error) from error
-    try:
-        metadata = {name: entry.contents() for name, entry in reader.fields.items()}
-    except Exception as error:
-        raise damaged(path, error) from error
-    return metadata, tensors
+    return tensors
 
 
 def open_gguf(path: Path) -> Any:
@@ -186,7 +243,9 @@ def open_gguf(path: Path) -> Any:
 
     try:
         with open(path, "rb") as handle:
-            if handle.read(4) != b"GGUF":
+            head = handle.read(64)
+            check_no_pointer(head, path)
+            if head[:4] != b"GGUF":
                 raise UserError(f"{path}: not a GGUF file (it does not begin with `GGUF`)")
         reader = Reader(path)
         if sum(int(tensor.n_bytes) for tensor in reader.tensors) > len(reader.data):
@@ -233,6 +292,33 @@ def rename(
             )
         tensors[f"{middle}{names[parts[0]]}.{parts[1]}"] = array
     return tensors
+
+
+def check_metadata(path: Path, architecture: str, metadata: Mapping[str, Any]) -> None:
+    """Refuse settings that would change results and are not computed here.
+
+    Raises:
+        UserError: one of `NEUTRAL` has another value, a sliding window is shorter than the context,
+            or a number of `COUNTS` is something else, such as a list with one for each layer.
+    """
+
+    def get(key: str) -> Any:
+        return metadata.get(f"{architecture}.{key}")
+
+    wrong = [key for key, fine in NEUTRAL.items() if get(key) is not None and get(key) not in fine]
+    window = get("attention.sliding_window")
+    if window and window < (get("context_length") or 0):
+        wrong.append("attention.sliding_window")
+    head = get("attention.key_length") or 0
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if head and get(key) is not None and get(key) != head:
+            wrong.append(key)
+    wrong += [k for k in COUNTS if get(k) is not None and (type(get(k)) is not int or get(k) < 1)]
+    if wrong:
+        raise UserError(
+            f"{path}: {architecture}.{wrong[0]} is {get(wrong[0])!r}, which is not supported; take "
+            "another model"
+        )
 
 
 def is_conv1d(name: str) -> bool:
@@ -288,24 +374,37 @@ def llama_config(
     if architecture == "llama":  # Qwen2's biases are part of its architecture
         config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in tensors
         config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in tensors
-    kind = metadata.get(f"{architecture}.rope.scaling.type", "none")
+    factor = metadata.get(f"{architecture}.rope.scaling.factor")
+    factor = factor or metadata.get(f"{architecture}.rope.scale_linear")  # in files of 2023
+    # llama.cpp takes a factor without a type for linear scaling.
+    kind = metadata.get(f"{architecture}.rope.scaling.type", "linear" if factor else "none")
     if kind not in ("none", "linear"):
         raise UserError(
             f"{path}: rotary scaling {kind!r} is not supported; take the model from Hugging Face"
         )
     if kind == "linear":
-        factor = float(get("rope.scaling.factor"))
+        factor = shortest(factor or get("rope.scaling.factor"))
         config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     if factors is not None:
-        config["rope_scaling"] = llama3_scaling(path, factors, config["rope_theta"], head_dim)
+        known = metadata.get(ROPE_SCALING)
+        config["rope_scaling"] = llama3_scaling(
+            path, factors, config["rope_theta"], head_dim, known
+        )
     return config
 
 
-def llama3_scaling(path: Path, factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]:
+def llama3_scaling(
+    path: Path,
+    factors: np.ndarray,
+    theta: float,
+    head_dim: int,
+    known: str | None = None,
+) -> dict[str, Any]:
     """Llama 3's rope_scaling entry from the per-frequency divisors that GGUF keeps instead.
 
     Every Llama 3.x has low 1, high 4 and 8192 original positions, only the factor differs (8 or
-    32). The divisors are computed again from that and must agree, otherwise nothing is guessed.
+    32). The divisors are computed again from that, or from what jlora wrote beside them
+    (``known``, JSON), and must agree: otherwise nothing is guessed.
     """
     scaling = {
         "rope_type": "llama3",
@@ -314,7 +413,13 @@ def llama3_scaling(path: Path, factors: np.ndarray, theta: float, head_dim: int)
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    expected = llama3_factors(scaling, theta, head_dim)
+    try:
+        scaling = scaling if known is None else json.loads(known)
+        expected = llama3_factors(scaling, theta, head_dim)
+    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{path}: its {ROPE_SCALING} is damaged ({one_line(error)}); export the model again"
+        ) from error
     if expected.shape != factors.shape or not np.allclose(expected, factors, rtol=1e-4):
         raise UserError(
             f"{path}: its rope_freqs are not those of Llama 3; take the model from Hugging Face"

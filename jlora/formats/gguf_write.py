@@ -5,6 +5,7 @@ Names, layouts, metadata and the choice of types follow llama.cpp's ``convert_hf
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from jlora.formats.gguf_file import (
     GPT2_NAMES,
     LLAMA_BLOCKS,
     LLAMA_NAMES,
+    ROPE_FACTORS,
+    ROPE_SCALING,
     is_conv1d,
     llama3_factors,
 )
@@ -63,7 +66,8 @@ def write_gguf(
                 add_value(writer, key, value)
             factors = rope_factors(config)
             if factors is not None:
-                writer.add_tensor("rope_freqs.weight", factors)
+                writer.add_tensor(ROPE_FACTORS, factors)
+                writer.add_string(ROPE_SCALING, json.dumps(config["rope_scaling"]))
             for old, new, array in stored_layout(config, tensors):
                 own = kind_of(new, array, kind)
                 stored = narrow(old, array, own)

@@ -50,11 +50,7 @@ def read_peft(folder: str | Path) -> AdapterFiles:
         UserError: no such folder, a file missing, damaged or not of its kind.
     """
     folder = Path(folder)
-    recover_directory(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give the folder that holds {CONFIG}")
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} holds no {CONFIG}, so it is no PEFT adapter; check the path")
+    check_peft(folder)
     notes = read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
     config = read_json(folder / CONFIG)
     if (folder / SAFETENSORS).is_file():
@@ -64,6 +60,19 @@ def read_peft(folder: str | Path) -> AdapterFiles:
     if (folder / TORCH).is_file():
         return AdapterFiles(config, read_torch(folder / TORCH), notes, folder / TORCH)
     raise UserError(f"{folder} holds neither {SAFETENSORS} nor {TORCH}; copy the weights too")
+
+
+def check_peft(folder: Path) -> None:
+    """Check that a folder is a PEFT adapter, reading nothing.
+
+    Raises:
+        UserError: no such folder, or no settings in it.
+    """
+    recover_directory(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; give the folder that holds {CONFIG}")
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} holds no {CONFIG}, so it is no PEFT adapter; check the path")
 
 
 def write_peft(

@@ -13,6 +13,7 @@ import numpy as np
 from jlora.formats.rounding import narrow
 from jlora.system.errors import UserError
 from jlora.system.files import atomic_path, os_error, read_text
+from jlora.system.text import check_no_pointer
 
 #: safetensors' dtype names that numpy has; BF16 is converted, everything else is refused.
 DTYPES = {
@@ -96,9 +97,11 @@ def read_header(path: Path) -> tuple[dict, int]:
 
     try:
         with open(path, "rb") as handle:
-            head = handle.read(8)
+            head = handle.read(64)
+            check_no_pointer(head, path)
+            handle.seek(8)
             size = path.stat().st_size
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+            length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else size
             if length > size - 8:
                 raise UserError(
                     f"{path}: not a complete safetensors file ({size} bytes); copy or download "

@@ -31,6 +31,7 @@ from jlora.formats.safetensors_file import (
 )
 from jlora.system.errors import UserError
 from jlora.system.files import os_error
+from jlora.system.text import check_no_pointer
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
@@ -236,6 +237,7 @@ def read_torch(path: str | Path, shapes_only: bool = False) -> dict[str, np.ndar
         with open(path, "rb") as handle:
             head = handle.read(512)
             handle.seek(0)
+            check_no_pointer(head, path)
             if head[:4] == b"PK\x03\x04":
                 tree = read_zip(handle, path, shapes_only)
             elif head[:1] == b"\x80":

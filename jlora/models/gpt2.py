@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 from jlora.layers import Conv1D
 from jlora.models.attention import (
@@ -14,8 +14,26 @@ from jlora.models.attention import (
     positions,
     step_keys,
 )
+from jlora.models.config_fields import check_not_computed, known_fields
 from jlora.models.head import CausalLM, LanguageHead
 from jlora.system.runtime import jt, nn
+
+#: Names that transformers takes for GPT-2's own.
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+#: Names of one function, the tanh approximation of GELU.
+TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
+#: Variants of GPT-2 that are not built here, and the values that stand for the usual one.
+NEUTRAL = {
+    "reorder_and_upcast_attn": (None, False),
+    "scale_attn_by_inverse_layer_idx": (None, False),
+    "scale_attn_weights": (True,),
+    "tie_word_embeddings": (True,),
+}
 
 
 @dataclass
@@ -41,18 +59,18 @@ class GPT2Config:
         Raises:
             ValueError: the file asks for a variant of GPT-2 that is not built here.
         """
-        config = {**config, "n_positions": config.get("n_positions", config.get("n_ctx", 1024))}
-        known = {field.name for field in fields(cls)}
-        result = cls(**{key: value for key, value in config.items() if key in known})
-        if result.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
+        config = dict(config)
+        for other, name in ALIASES.items():
+            if other in config and config[other] != config.setdefault(name, config[other]):
+                raise ValueError(
+                    f"{other} {config[other]!r} and {name} {config[name]!r} are two names of one "
+                    "setting, with two values"
+                )
+        config.setdefault("n_positions", config.get("n_ctx", 1024))
+        result = cls(**known_fields(cls, config))
+        check_not_computed(config, NEUTRAL)
+        if result.activation_function not in TANH_GELUS:
             raise ValueError(f"activation_function {result.activation_function!r} is not supported")
-        for key in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
-            if config.get(key):
-                raise ValueError(f"{key} is not supported")
-        if config.get("scale_attn_weights", True) is False:
-            raise ValueError("scale_attn_weights=false is not supported")
-        if config.get("tie_word_embeddings", True) is False:
-            raise ValueError("tie_word_embeddings=false is not supported for GPT-2")
         if result.n_embd % result.n_head:
             raise ValueError(f"n_embd {result.n_embd} is not a multiple of n_head {result.n_head}")
         return result
@@ -78,7 +96,8 @@ class GELU(nn.Module):
     """The tanh approximation of GELU that GPT-2 was trained with ("gelu_new")."""
 
     def execute(self, x: jt.Var) -> jt.Var:
-        return 0.5 * x * (1.0 + jt.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+        # 0.5 (1 + tanh z) = sigmoid(2 z); the gradient of Jittor's tanh is NaN beyond |z| of 45.
+        return x * jt.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x))
 
 
 class LayerNorm(nn.Module):

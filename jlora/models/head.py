@@ -28,12 +28,16 @@ class LanguageHead(nn.Module):
             targets: (N,) int32.
             smoothing: s in [0, 1).
         """
-        logits = self(hidden, weight)  # (N, V)
-        peak = logits.max(-1, keepdims=True).stop_grad()
-        log_sum = jt.log(jt.exp(logits - peak).sum(-1)) + peak.squeeze(-1)  # (N,)
-        picked = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
-        loss = log_sum - (1.0 - smoothing) * picked
-        return loss - smoothing * logits.mean(-1) if smoothing else loss
+        return cross_entropy(self(hidden, weight), targets, smoothing)
+
+
+def cross_entropy(logits: jt.Var, targets: jt.Var, smoothing: float) -> jt.Var:
+    """Losses (N,) of logits (N, V); see `LanguageHead.losses`."""
+    peak = logits.max(-1, keepdims=True).stop_grad()
+    log_sum = jt.log(jt.exp(logits - peak).sum(-1)) + peak.squeeze(-1)  # (N,)
+    picked = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
+    loss = log_sum - (1.0 - smoothing) * picked
+    return loss - smoothing * logits.mean(-1) if smoothing else loss
 
 
 class CausalLM(nn.Module):
@@ -51,12 +55,26 @@ class CausalLM(nn.Module):
         """Whether a `Stream` costs no more than its sequences do."""
         return self.first_attention.reads_streams
 
+    @property
+    def head_layer(self) -> nn.Module | None:
+        """``lm_head`` where it does more than multiply its weight, as with LoRA on it, else None.
+
+        Otherwise `LanguageHead` multiplies the weight, and the layer is never called.
+        """
+        layer = getattr(self, "lm_head", None)
+        more = isinstance(layer, nn.Linear) and type(layer).execute is not nn.Linear.execute
+        return layer if more else None
+
     def lm_head_logits(self, hidden: jt.Var) -> jt.Var:
         """States (..., C) -> logits (..., V)."""
-        return self.head(hidden, self.output_embedding)
+        layer = self.head_layer
+        return self.head(hidden, self.output_embedding) if layer is None else layer(hidden)
 
     def target_losses(self, hidden: jt.Var, targets: jt.Var, smoothing: float = 0.0) -> jt.Var:
         """Losses (N,) of states (N, C) for targets (N,) int32; see `LanguageHead.losses`."""
+        layer = self.head_layer
+        if layer is not None:
+            return cross_entropy(layer(hidden), targets, smoothing)
         return self.head.losses(hidden, self.output_embedding, targets, smoothing)
 
     def execute(

@@ -6,15 +6,16 @@ import difflib
 import functools
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jlora.data.pull_models import GPT2_TOKENIZER, NAME, WHEELS, pull, pulled, say
+from jlora.data.pull_models import GPT2_TOKENIZER, NAME, WHEELS, pull, pulled
 from jlora.data.tokenizer import Tokenizer, find_files
-from jlora.formats.gguf_file import read_gguf
+from jlora.formats.gguf_file import GGUFFile, read_gguf
 from jlora.formats.safetensors_file import (
     one_line,
     read_safetensors,
@@ -23,6 +24,7 @@ from jlora.formats.safetensors_file import (
 )
 from jlora.formats.torch_file import read_torch
 from jlora.models.random_gpt2 import CONTEXT, SIZES, VOCABULARY
+from jlora.system.console import say
 from jlora.system.errors import UserError
 from jlora.system.files import read_text
 
@@ -72,24 +74,27 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> Any:
     """
     if dtype != "float32":
         raise UserError(f"dtype {dtype!r} is not supported; weights are kept as float32")
-    checkpoint = read_checkpoint(find(str(name_or_path)))
-    check_sizes(checkpoint)
+    checkpoint = read_checkpoint(find(str(name_or_path)), check=check_before_weights)
     model = build_model(checkpoint.config, checkpoint.config_source)
+    tensors = hugging_face_names(checkpoint.tensors, model.config.model_type)
+    checkpoint.tensors.clear()  # `load_weights` frees them one by one
+    load_weights(model, tensors, f"{checkpoint.source} ({checkpoint.config_source})")
+    model.tokenizer = checkpoint.tokenizer
+    model.name_or_path = str(name_or_path)
+    # For whoever writes the model again: see jlora.adapters.export_folder.
+    model.source, model.source_config = checkpoint.source.absolute(), checkpoint.config
+    model.eval()
+    return model
+
+
+def check_tokenizer(checkpoint: Checkpoint, model: Any) -> None:
+    """Raises UserError: the tokenizer has tokens that the model does not know."""
     tokenizer, rows = checkpoint.tokenizer, model.config.vocab_size
     if tokenizer is not None and tokenizer.vocab_size > rows:
         raise UserError(
             f"{checkpoint.source}: the tokenizer has {tokenizer.vocab_size} tokens but the model "
             f"only {rows}; they belong to different models, put the right tokenizer there"
         )
-    tensors = hugging_face_names(checkpoint.tensors, model.config.model_type)
-    checkpoint.tensors.clear()  # `load_weights` frees them one by one
-    load_weights(model, tensors, f"{checkpoint.source} ({checkpoint.config_source})")
-    model.tokenizer = tokenizer
-    model.name_or_path = str(name_or_path)
-    # For whoever writes the model again: see jlora.adapters.export_folder.
-    model.source, model.source_config = checkpoint.source.absolute(), checkpoint.config
-    model.eval()
-    return model
 
 
 @dataclass
@@ -126,6 +131,7 @@ def outline(name_or_path: str | Path) -> Outline:
     else:
         checkpoint = read_checkpoint(source or find(name), shapes_only=True)
     model = build_model(checkpoint.config, checkpoint.config_source)
+    check_tokenizer(checkpoint, model)
     model.tokenizer, model.name_or_path = checkpoint.tokenizer, name
     if checkpoint.tensors:
         sizes = [array.nbytes for array in checkpoint.tensors.values()]
@@ -212,8 +218,29 @@ def weight_file(folder: Path) -> Path | None:
     return None
 
 
-def read_checkpoint(path: Path, shapes_only: bool = False) -> Checkpoint:
-    """Read configuration, weights (or only their shapes) and tokenizer from a folder or a file."""
+def check_before_weights(outline: Checkpoint) -> None:
+    """Find what is wrong with a checkpoint whose tensors are `placeholder`, which takes no time.
+
+    Raises:
+        UserError: a configuration that cannot be used or does not fit the shapes of the weights, or
+            a tokenizer with more tokens than the model has rows.
+    """
+    check_sizes(outline)
+    model = build_model(outline.config, outline.config_source)
+    check_tokenizer(outline, model)
+    tensors = hugging_face_names(outline.tensors, model.config.model_type)
+    check_fit(model, tensors, f"{outline.source} ({outline.config_source})", outline.config)
+
+
+def read_checkpoint(
+    path: Path, shapes_only: bool = False, check: Callable[[Checkpoint], None] | None = None
+) -> Checkpoint:
+    """Read configuration, weights (or only their shapes) and tokenizer from a folder or a file.
+
+    Args:
+        check: called before the weights are read, with what ``shapes_only`` would give; an error
+            that it raises ends the reading.
+    """
     folder = path if path.is_dir() else path.parent
     weights = weight_file(folder) if path.is_dir() else path
     if weights is None:
@@ -225,19 +252,44 @@ def read_checkpoint(path: Path, shapes_only: bool = False) -> Checkpoint:
         raise UserError(f"{folder}: no model weights found; {hint}")
     tokenizer = Tokenizer.from_folder(folder) if find_files(folder) else None
     if weights.suffix == ".gguf":
-        model = read_gguf(weights, shapes_only)
-        if tokenizer is None:
-            tokenizer = Tokenizer.from_gguf(model.metadata, weights)
-        return Checkpoint(weights, model.config, "its metadata", model.tensors, tokenizer)
-    tensors = read_weights(weights, shapes_only)
+        return read_gguf_checkpoint(weights, tokenizer, shapes_only, check)
+    config, config_source = None, "config.json"
+    if (folder / config_source).is_file():
+        config = read_config(folder / config_source)
+    tensors = read_weights(weights, shapes_only=True)
     check_no_adapter(weights, tensors)
-    config_path = folder / "config.json"
-    if config_path.is_file():
-        return Checkpoint(weights, read_config(config_path), "config.json", tensors, tokenizer)
-    config = gpt2_config_from_shapes(weights, hugging_face_names(tensors, "gpt2"))
-    if tokenizer is None and config["eos_token_id"] is not None:
-        tokenizer = gpt2_tokenizer()
-    return Checkpoint(weights, config, "size found from its shapes", tensors, tokenizer)
+    if config is None:
+        config = gpt2_config_from_shapes(weights, hugging_face_names(tensors, "gpt2"))
+        config_source = "size found from its shapes"
+        if tokenizer is None and config["eos_token_id"] is not None:
+            tokenizer = gpt2_tokenizer()
+    outline = Checkpoint(weights, config, config_source, tensors, tokenizer)
+    if check is not None:
+        check(outline)
+    return outline if shapes_only else replace(outline, tensors=read_weights(weights))
+
+
+def read_gguf_checkpoint(
+    path: Path,
+    tokenizer: Tokenizer | None,
+    shapes_only: bool,
+    check: Callable[[Checkpoint], None] | None,
+) -> Checkpoint:
+    """`read_checkpoint` for a GGUF file.
+
+    Args:
+        tokenizer: of the file's folder, which comes before the file's own; a file without any
+            makes a model without one.
+    """
+
+    def checkpoint(file: GGUFFile) -> Checkpoint:
+        nonlocal tokenizer
+        if tokenizer is None and "tokenizer.ggml.model" in file.metadata:
+            tokenizer = Tokenizer.from_gguf(file.metadata, path)
+        return Checkpoint(path, file.config, "its metadata", file.tensors, tokenizer)
+
+    early = None if check is None else lambda file: check(checkpoint(file))
+    return checkpoint(read_gguf(path, shapes_only, early))
 
 
 def gpt2_tokenizer() -> Tokenizer | None:
@@ -297,7 +349,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_sizes(checkpoint: Checkpoint) -> None:
-    """See that a configuration's sizes can be those of the weights, before memory is filled.
+    """Check that a configuration's sizes can be those of the weights, before memory is filled.
 
     Raises:
         UserError: one is no whole number above 0, or beyond all that the weights are.
@@ -409,19 +461,56 @@ def load_weights(model: Any, tensors: dict[str, np.ndarray], source: str = "chec
     """
     from jlora.system.runtime import jt
 
+    parameters = check_fit(model, tensors, source)
+    for name, parameter in parameters.items():
+        parameter.assign(jt.array(tensors.pop(name).astype(np.float32, copy=False)))
+
+
+def check_fit(
+    model: Any, tensors: dict[str, np.ndarray], source: str, config: Mapping[str, Any] = {}
+) -> dict[str, Any]:
+    """Check that there is one tensor of the right shape for every parameter.
+
+    A head that repeats the tied embedding is removed from ``tensors``, which may be `placeholder`.
+
+    Args:
+        config: config.json, which says whether the weights are quantised.
+
+    Returns:
+        The model's parameters by name.
+
+    Raises:
+        UserError: see `load_weights`.
+    """
     parameters = dict(model.named_parameters())
+    expected = {name: tuple(p.shape) for name, p in parameters.items()}
     drop_tied_head(model, parameters, tensors, source)
-    problems = difference(
-        {name: tuple(p.shape) for name, p in parameters.items()},
-        {name: tuple(a.shape) for name, a in tensors.items()},
-    )
+    problems = difference(expected, {name: tuple(a.shape) for name, a in tensors.items()})
+    problems += embedding_rows(expected, tensors)
+    whole = [name for name, array in tensors.items() if array.dtype.kind != "f"]
+    if whole and not problems:
+        problems = [f"{whole[0]} holds {tensors[whole[0]].dtype} numbers"]
+    if problems and config.get("quantization_config"):
+        raise UserError(
+            f"{source}: {problems[0]}, and quantization_config says that the weights are "
+            "quantised, which are not read; take the model that this one was made of"
+        )
     if problems:
         raise UserError(
             f"{source}: the weights do not fit the model: {'; '.join(problems)}; take the "
             "configuration and the weights of one model, downloaded whole"
         )
-    for name, parameter in parameters.items():
-        parameter.assign(jt.array(tensors.pop(name).astype(np.float32, copy=False)))
+    return parameters
+
+
+def embedding_rows(expected: dict[str, tuple], tensors: dict[str, np.ndarray]) -> list[str]:
+    """What else to say where the embedding has another number of rows than vocab_size."""
+    for name, array in tensors.items():
+        if re.search(r"(wte|embed_tokens)\.weight$", name) and name in expected and array.ndim == 2:
+            rows, vocabulary = array.shape[0], expected[name][0]
+            if rows != vocabulary and array.shape[1:] == expected[name][1:]:
+                return [f"the embedding has {rows:,} rows, and vocab_size is {vocabulary:,}"]
+    return []
 
 
 def drop_tied_head(
@@ -433,7 +522,15 @@ def drop_tied_head(
     base = BASE_PREFIXES[model.config.model_type]
     names = {"transformer.": "transformer.wte.weight", "model.": "model.embed_tokens.weight"}
     embedding = tensors.get(names[base])
-    if embedding is not None and not np.array_equal(tensors["lm_head.weight"], embedding):
+    head = tensors["lm_head.weight"]
+    if embedding is not None and head.shape[0] != embedding.shape[0]:
+        raise UserError(
+            f"{source}: lm_head.weight has {head.shape[0]:,} rows and {names[base]} "
+            f"{embedding.shape[0]:,}, although the configuration ties them; take the configuration "
+            "and the weights of one model"
+        )
+    is_placeholder = not any(head.strides)  # their values are compared once they are read
+    if embedding is not None and not is_placeholder and not np.array_equal(head, embedding):
         raise UserError(
             f"{source}: lm_head.weight differs from {names[base]} although the configuration ties "
             "them; set tie_word_embeddings to false in config.json (Llama family only)"

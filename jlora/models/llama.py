@@ -6,7 +6,7 @@ Touvron et al. 2023 (arXiv 2302.13971); parameter names are those of the Hugging
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from jlora.models.attention import (
     positions,
     step_keys,
 )
+from jlora.models.config_fields import check_not_computed, known_fields, number, shown
 from jlora.models.head import CausalLM, LanguageHead
 from jlora.system.runtime import jt, nn
 
@@ -30,6 +31,16 @@ ROPE_SETTINGS = {
         "high_freq_factor",
         "original_max_position_embeddings",
     ),
+}
+#: What transformers takes for a field that the file of a family other than Llama lacks.
+DEFAULTS = {
+    "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8},
+    "qwen2": {
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+    },
 }
 
 
@@ -68,35 +79,39 @@ class LlamaConfig:
         Raises:
             ValueError: the file asks for something that is not built here.
         """
-        known = {field.name for field in fields(cls)}
-        result = cls(**{key: value for key, value in config.items() if key in known})
-        if result.model_type not in MODEL_TYPES:
-            types = ", ".join(MODEL_TYPES)
-            raise ValueError(f"model_type {result.model_type!r} is not one of {types}")
-        # transformers 5 writes both fields as one dict, rope_parameters.
-        rope = config.get("rope_parameters") or {}
-        if "rope_theta" in rope:
-            result.rope_theta = rope["rope_theta"]
-            if rope.get("rope_type", "default") != "default":
-                result.rope_scaling = rope
-        if config.get("hidden_act", "silu") != "silu":
+        model_type = config.get("model_type", "llama")
+        if model_type not in MODEL_TYPES:
+            raise ValueError(f"model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}")
+        config = {**DEFAULTS.get(model_type, {}), **config}
+        if model_type != "llama":  # their classes in transformers do not read these
+            config.update(attention_bias=False, mlp_bias=False)
+        theta, scaling = rope_settings(config)
+        config.update(rope_theta=theta, rope_scaling=scaling)
+        result = cls(**known_fields(cls, config))
+        check_not_computed(config)
+        check_window(config, result.num_hidden_layers)
+        if config.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
             raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported")
-        if config.get("use_sliding_window") or (
-            result.model_type == "mistral" and config.get("sliding_window")
-        ):
-            raise ValueError("sliding-window attention is not supported")
-        if result.num_attention_heads % result.num_key_value_heads:
+        heads, kv_heads = result.num_attention_heads, result.num_key_value_heads
+        if heads % kv_heads:
             raise ValueError(
-                f"num_attention_heads {result.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {result.num_key_value_heads}"
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
             )
-        rope_frequencies(result)
+        if config.get("head_dim") is None and result.hidden_size % heads:
+            raise ValueError(
+                f"hidden_size {result.hidden_size} is not a multiple of num_attention_heads "
+                f"{heads}, and there is no head_dim"
+            )
+        if result.head_dim % 2:
+            raise ValueError(f"head_dim {result.head_dim} is odd, and rotary embedding takes pairs")
         return result
 
     def to_dict(self) -> dict:
         """What ``config.json`` holds, transformers' architecture name included."""
         name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[self.model_type]
         values = {key: value for key, value in asdict(self).items() if value is not None}
+        if self.model_type == "mistral":
+            values["sliding_window"] = None  # absent means a window to transformers
         return {"architectures": [f"{name}ForCausalLM"], "hidden_act": "silu", **values}
 
     @property
@@ -113,33 +128,112 @@ class LlamaConfig:
         return self.attention_bias or self.model_type == "qwen2"
 
 
+def rope_settings(config: dict) -> tuple[float, dict | None]:
+    """Base and scaling of the rotary embedding that a config.json asks for.
+
+    Older files have ``rope_theta`` and ``rope_scaling``; transformers 5 writes both as one dict,
+    ``rope_parameters``.
+
+    Returns:
+        theta, and ``{"rope_type": ..., number by number of ROPE_SETTINGS}`` or None for no scaling.
+
+    Raises:
+        ValueError: another kind of scaling, a number that is missing or none, or two settings that
+            contradict each other.
+    """
+    found = [
+        one_rope_setting(config, key)
+        for key in ("rope_scaling", "rope_parameters")
+        if config.get(key) not in (None, {})
+    ] or [one_rope_setting({**config, "rope_scaling": {}}, "rope_scaling")]
+    if found[0] != found[-1]:
+        raise ValueError("rope_scaling and rope_parameters contradict each other; leave one out")
+    return found[0]
+
+
+def one_rope_setting(config: dict, key: str) -> tuple[float, dict | None]:
+    """What one of the two fields says, see `rope_settings`."""
+    settings = config[key]
+    if not isinstance(settings, dict):
+        raise ValueError(f"{key} is {settings!r}, not an object with rope_type")
+    layers = [name for name, value in settings.items() if isinstance(value, dict)]
+    if layers:
+        raise ValueError(f"{key} by layer type ({', '.join(layers)}) is not supported")
+    factor = settings.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if factor not in (None, 1):
+        raise ValueError(f"partial_rotary_factor {factor!r} is not supported")
+    where = f"{key}.rope_theta" if "rope_theta" in settings else "rope_theta"
+    theta = number(where, settings.get("rope_theta", config.get("rope_theta", 10000.0)))
+    kind = settings.get("rope_type") or settings.get("type")
+    if kind is None:
+        others = [name for name in settings if name in sum(ROPE_SETTINGS.values(), ())]
+        if others:
+            raise ValueError(
+                f"{key} has {', '.join(others)} but no rope_type; write one of default, "
+                f"{', '.join(ROPE_SETTINGS)}"
+            )
+    if kind in (None, "default"):
+        return theta, None
+    if kind not in ROPE_SETTINGS:
+        raise ValueError(f"{key} of type {kind!r} is not supported")
+    if kind == "llama3":  # where transformers looks for it
+        context = "original_max_position_embeddings"
+        given = {context: config.get("max_position_embeddings", 2048), **settings}
+        settings = {**given, context: config.get(context, given[context])}
+    missing = [name for name in ROPE_SETTINGS[kind] if name not in settings]
+    if missing:
+        raise ValueError(f"{key} of type {kind!r} lacks {', '.join(missing)}")
+    values = {name: number(f"{key}.{name}", settings[name]) for name in ROPE_SETTINGS[kind]}
+    if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
+        raise ValueError(f"{key}.high_freq_factor must be above low_freq_factor")
+    return theta, {"rope_type": kind, **values}
+
+
+def check_window(config: dict, layers: int) -> None:
+    """Refuse a config.json by which some token would not see all before it.
+
+    Raises:
+        ValueError: a sliding window shorter than the context.
+    """
+    window, context = config.get("sliding_window"), config.get("max_position_embeddings")
+    if config.get("model_type") == "mistral":
+        field, used = "sliding_window", True
+        if "sliding_window" not in config and context is not None:
+            window = 4096  # what transformers takes; null means none
+        context = context or 131072
+    else:  # `layer_types` overrides, and has been checked
+        field = "use_sliding_window"
+        used = config.get("use_sliding_window") and config.get("layer_types") is None
+        first = config.get("max_window_layers")
+        used = used and (first is None or number("max_window_layers", first, above=-1) < layers)
+        window = config.get("sliding_window", 4096)
+    if used and window is not None and number("sliding_window", window) < (context or math.inf):
+        raise ValueError(
+            f"{field} {shown(config.get(field, window))}: sliding-window attention is not "
+            "supported; a model without it has null or false there"
+        )
+
+
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
     """Angle per position of each pair of dimensions, (D / 2,) float32.
 
     Rotary embedding (Su et al., arXiv 2104.09864), with Llama 3.1's scaling or plain linear
     scaling where the config asks for it, as transformers computes them.
-
-    Raises:
-        ValueError: another kind of scaling, or a number that this kind needs is missing.
     """
     half = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
     frequencies = 1.0 / config.rope_theta**half
-    scaling = config.rope_scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    missing = [key for key in ROPE_SETTINGS.get(kind, ()) if key not in scaling]
-    if missing:
-        raise ValueError(f"rope_scaling of type {kind!r} lacks {', '.join(missing)}")
-    if kind == "linear":
+    scaling = config.rope_scaling
+    if scaling is None:
+        pass
+    elif scaling["rope_type"] == "linear":
         frequencies = frequencies / scaling["factor"]
-    elif kind == "llama3":
+    else:
         old_context = scaling["original_max_position_embeddings"]
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         # How far each wave lies between "longer than the old context" (0) and "short" (1).
         turns = old_context * frequencies / (2 * math.pi)
         share = np.clip((turns - low) / (high - low), 0.0, 1.0)
         frequencies = (1 - share) * frequencies / scaling["factor"] + share * frequencies
-    elif kind != "default":
-        raise ValueError(f"rope_scaling of type {kind!r} is not supported")
     return frequencies.astype(np.float32)
 
 

@@ -1,23 +1,22 @@
-"""What a command's model and adapter mean: a base, and an adapter in any of its forms on it."""
+"""The base model and the adapter that a command names, the adapter in any of its forms."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from jlora.adapters import PartialModel, PeftModel, TunedModel, is_partial
 from jlora.adapters.loralib import is_loralib
-from jlora.runs.recipe import Recipe, load_recipe
-from jlora.system.errors import UserError
+from jlora.formats.peft_file import check_peft
 from jlora.layers import set_trainable
 from jlora.models.hub import load
-
-
-def say(message: str) -> None:
-    print(f"jlora: {message}", file=sys.stderr, flush=True)
+from jlora.runs.recipe import Recipe, load_run_recipe
+from jlora.system.console import say
+from jlora.system.errors import UserError
+from jlora.system.files import recover_directory
 
 
 @dataclass(frozen=True)
@@ -35,33 +34,55 @@ class AdapterFile:
     enable_lora: Sequence[bool] | None = None
     force: bool = False
 
-    def check(self, folder: Path) -> None:
-        """Whether the settings go with the form, before the base is loaded.
+    @cached_property
+    def _found(self) -> tuple[Path, Recipe | None]:
+        return run_of(self.path)
+
+    @property
+    def folder(self) -> Path:
+        """The adapter folder (of a run, the one that its recipe decodes with), or the .pt file."""
+        return self._found[0]
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The recipe of the adapter's run; None where the adapter was made elsewhere."""
+        return self._found[1]
+
+    def check(self) -> None:
+        """Check that the adapter is there and that the settings go with its form.
+
+        Called before the base model is loaded.
 
         Raises:
-            UserError: a .pt file without lora_alpha, or a folder with settings of .pt files.
+            UserError: no such file or folder, a .pt file without lora_alpha, or a folder with
+                settings of .pt files.
         """
+        folder = self.folder
         if is_loralib(folder):
             if self.lora_alpha is None:
                 raise UserError(
                     f"{folder}: a .pt file does not say its lora_alpha; give --lora-alpha (32 in "
                     "microsoft/LoRA's GPT-2 runs)"
                 )
+            if not folder.is_file():
+                raise UserError(f"cannot read {folder}: no such file; check the path")
         elif self.lora_alpha is not None or self.enable_lora is not None:
             raise UserError(
                 f"{folder}: its adapter_config.json says lora_alpha and the blocks; leave out "
                 "--lora-alpha and --enable-lora, which are for loralib's .pt files"
             )
+        elif not is_partial(folder):
+            check_peft(folder)
 
-    def attach(self, model: Any, folder: Path) -> TunedModel:
-        """``model`` with the adapter in ``folder`` (see `run_of`), or in the .pt file.
+    def attach(self, model: Any) -> TunedModel:
+        """``model`` with the adapter on it.
 
         Raises:
-            UserError: as `from_pretrained` of the two, and `PeftModel.from_loralib`.
+            UserError: as `load_tuned` and `PeftModel.from_loralib`.
         """
-        if is_loralib(folder):
-            return PeftModel.from_loralib(model, folder, self.lora_alpha, self.enable_lora)
-        return load_tuned(model, folder, self.force)
+        if is_loralib(self.folder):
+            return PeftModel.from_loralib(model, self.folder, self.lora_alpha, self.enable_lora)
+        return load_tuned(model, self.folder, self.force)
 
 
 def load_tuned(model: Any, folder: str | Path, force: bool = False) -> TunedModel:
@@ -74,23 +95,38 @@ def load_tuned(model: Any, folder: str | Path, force: bool = False) -> TunedMode
     return kind.from_pretrained(model, folder, force=force)
 
 
+def tuned_folder(run: Path, recipe: Recipe) -> Path | None:
+    """The folder of a run that decoding takes: ``best``, or ``adapter`` with the last one.
+
+    ``decode.adapter`` of the recipe says which; the other one where that is missing, and None where
+    the run has none yet.
+    """
+    for name in ("adapter", "best"):
+        recover_directory(run / name)
+    names = ("adapter", "best") if recipe.decode.adapter == "last" else ("best", "adapter")
+    return next((run / name for name in names if (run / name).is_dir()), None)
+
+
 def run_of(adapter: Path) -> tuple[Path, Recipe | None]:
     """The adapter folder and the recipe of its run, for a run folder or an adapter folder.
 
     The recipe knows which tokens stood round the completions in training; None where the adapter
     was made elsewhere.
     """
-    if (adapter / "config.yaml").is_file() and not (adapter / "adapter_config.json").is_file():
-        found = [adapter / name for name in ("best", "adapter") if (adapter / name).is_dir()]
-        if not found:
-            raise UserError(f"{adapter}: this run has no adapter yet; train it first")
-        return found[0], load_recipe(adapter / "config.yaml")
+    config = adapter / "config.yaml"
+    if config.is_file() and not (adapter / "adapter_config.json").is_file():
+        recipe = load_run_recipe(config)
+        if recipe is not None:
+            folder = tuned_folder(adapter, recipe)
+            if folder is None:
+                raise UserError(f"{adapter}: this run has no adapter yet; train it first")
+            return folder, recipe
     config = adapter.resolve().parent / "config.yaml"
-    return adapter, load_recipe(config) if config.is_file() else None
+    return adapter, load_run_recipe(config) if config.is_file() else None
 
 
-def open_model(name: str | None, adapter: AdapterFile | None) -> tuple[Any, Recipe | None]:
-    """The model, its adapter on it, and the recipe of the adapter's run, if it has one.
+def open_model(name: str | None, adapter: AdapterFile | None) -> Any:
+    """The model, with its adapter on it if there is one; nothing in it is trained.
 
     Args:
         name: None: the model that the adapter's run was made with.
@@ -98,14 +134,12 @@ def open_model(name: str | None, adapter: AdapterFile | None) -> tuple[Any, Reci
     Raises:
         UserError: no model is named, or model or adapter cannot be loaded.
     """
-    folder, recipe = None, None
-    if adapter:
-        folder, recipe = run_of(adapter.path)
-        adapter.check(folder)
-    name = name or (recipe and recipe.model)
+    name = name or (adapter and adapter.recipe and adapter.recipe.model)
     if not name:
         raise UserError("no --model given, such as --model smollm2-135m")
+    if adapter:
+        adapter.check()
     say(f"loading {name}")
     model = load(name)
-    set_trainable(model, ())  # nothing is trained here, so the engine may pack every weight
-    return (adapter.attach(model, folder) if adapter else model), recipe
+    set_trainable(model, ())  # so the engine may pack every weight
+    return adapter.attach(model) if adapter else model

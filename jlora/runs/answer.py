@@ -2,82 +2,66 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jlora import engine
-from jlora.decoding.beam import search
-from jlora.runs.recipe import DataConfig, DecodeConfig
 from jlora.data.batches import TokenExample, encode_prompts
-from jlora.system.distributed import world
-from jlora.system.errors import UserError
-from jlora.decoding.sampling import GenerateConfig, generate
-from jlora.models.hub import require_tokenizer
-from jlora.runs.adapter_file import AdapterFile, open_model
+from jlora.decoding.beam import BeamConfig, search
+from jlora.decoding.decoder import Hypothesis
 from jlora.decoding.predictions import (
     Prediction,
+    Unfinished,
     make_prediction,
-    read_predictions,
-    write_lines,
-    write_predictions,
+    save_predictions,
 )
+from jlora.decoding.sampling import GenerateConfig, sample
+from jlora.models.hub import require_tokenizer
+from jlora.runs.adapter_file import AdapterFile, open_model
+from jlora.runs.recipe import DataConfig
+from jlora.system.distributed import world
+from jlora.system.errors import UserError
+from jlora.system.files import sha256_of
 from jlora.system.runtime import jt
 from jlora.training.loop import make_batch, target_losses
 
-
-def encode_inputs(
-    model,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    separator_id: int | None,
-    max_prompt: int | None = None,
-    keeps: Sequence[int] | None = None,
-) -> list[list[int]]:
-    """Prompts as tokens; see `jlora.data.batches.encode_prompts`.
-
-    Raises:
-        UserError: one is too long for the model's context with the new tokens.
-    """
-    longest = model.config.max_positions - max_new_tokens + 1
-    return encode_prompts(prompts, model.tokenizer, longest, separator_id, max_prompt, keeps)
+BATCHES_APART = 8  # that a process decodes before it meets the others
 
 
 def decode(
     model,
     prompts: Sequence[str],
     encoded: Sequence[Sequence[int]],
-    decode_config: DecodeConfig,
-    end_id: int | None,
+    config: BeamConfig | GenerateConfig,
     path: Path | None,
+    source: Any = None,
 ) -> list[Prediction]:
-    """Answer prompts by beam search and write them to ``path`` (None: nowhere).
+    """Answer prompts and write them to ``path`` (None: nowhere), as jsonl and as text.
 
-    Batches that an interrupted call has finished are kept in ``path`` with ``.partial`` and are
-    not decoded again. Several processes divide the prompts; all return all predictions.
+    What an interrupted call has finished is kept beside ``path`` and is not decoded again, if model
+    and settings are the same. Several processes divide the prompts; all return all predictions.
 
     Args:
-        prompts: different ones.
-        encoded: the tokens of each, see `encode_inputs`.
+        encoded: the tokens of each prompt, the separator included.
+        config: how to search or to draw; its end tokens must be given.
+        source: what the model is, see `describe_source`; only what is decoded for an equal one is
+            taken up again.
     """
-    tokenizer = model.tokenizer
-    end_id = tokenizer.eos_token_id if end_id is None else end_id
-    config = decode_config.beam_config(end_id)
-    here = world()
-    partial = path and path.with_name(path.name + ".partial")
-    done = here.first(
-        lambda: (
-            {p.prompt: p for p in read_predictions(partial)} if partial and partial.exists() else {}
-        )
+    tokenizer, here = model.tokenizer, world()
+    work = None if path is None else Unfinished(path, fingerprint(source, encoded, config))
+    done: dict[int, Prediction] = here.first(
+        lambda: place_predictions(prompts, encoded, work.read() if work else [])
     )
     # Prompts of like length are decoded together, as in training.
-    waiting = sorted(
-        (index for index, prompt in enumerate(prompts) if prompt not in done),
-        key=lambda index: (len(encoded[index]), encoded[index]),
-    )
+    waiting = [index for index in by_length(encoded) if index not in done]
+    penalty = config.length_penalty if isinstance(config, BeamConfig) else 0.0
     model.eval()
     from tqdm import tqdm
 
@@ -87,40 +71,90 @@ def decode(
               unit="input", mininterval=1 if sys.stderr.isatty() else 30) as bar:  # fmt: skip
         for start in range(0, len(waiting), together or 1):
             mine, found = here.mine(waiting[start : start + together]), {}
-            for place, hypotheses in search(model, [encoded[index] for index in mine], config):
-                prompt = prompts[mine[place]]
-                found[prompt] = make_prediction(
-                    prompt, hypotheses, tokenizer.decode, config.length_penalty
+            for index, hypotheses in hypotheses_of(model, encoded, mine, config):
+                found[index] = make_prediction(
+                    prompts[index], hypotheses, tokenizer.decode, penalty
                 )
                 bar.update()
-                if partial and here.size == 1 and bar.n % config.batch_size == 0:
-                    write_predictions(partial, list({**done, **found}.values()))
+                if work and here.size == 1 and bar.n % config.batch_size == 0:
+                    work.write(list({**done, **found}.values()))
             for each in here.gather(found):
                 done.update(each)
             bar.update(len(done) - bar.n)
-            if partial and here.size > 1 and here.is_first:
-                write_predictions(partial, list(done.values()))
-    ordered = [done[prompt] for prompt in prompts]
-    if path and here.is_first:
+            if work and here.size > 1 and here.is_first:
+                work.write(list(done.values()))
+    ordered = [done[index] for index in range(len(prompts))]
+    if work and here.is_first:
         save_predictions(path, ordered)
-        partial.unlink(missing_ok=True)
+        work.remove()
     return ordered
 
 
-BATCHES_APART = 8  # that a process decodes before it meets the others
+def hypotheses_of(
+    model, encoded: Sequence[Sequence[int]], numbers: Sequence[int], config
+) -> Iterator[tuple[int, list[Hypothesis]]]:
+    """Decode some of the prompts; yields the number of each with its hypotheses."""
+    some = [encoded[number] for number in numbers]
+    if isinstance(config, BeamConfig):
+        found = search(model, some, config)
+    else:
+        found = sample(model, some, config, numbers)
+    for place, hypotheses in found:
+        yield numbers[place], hypotheses
 
 
-def save_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    """Write predictions.jsonl, and the texts alone beside it as metric scripts read them."""
-    write_predictions(path, predictions)
-    write_lines(path.with_suffix(".txt"), predictions)
+def by_length(encoded: Sequence[Sequence[int]]) -> list[int]:
+    """Numbers of the prompts, shortest first; equal ones in their order."""
+    return sorted(range(len(encoded)), key=lambda index: (len(encoded[index]), encoded[index]))
+
+
+def place_predictions(
+    prompts: Sequence[str], encoded: Sequence[Sequence[int]], kept: Sequence[Prediction]
+) -> dict[int, Prediction]:
+    """The numbers of prompts that were decoded before, in the order in which they are decoded."""
+    numbers: dict[str, list[int]] = {}
+    for index in by_length(encoded):
+        numbers.setdefault(prompts[index], []).append(index)
+    found = {}
+    for prediction in kept:
+        if numbers.get(prediction.prompt):
+            found[numbers[prediction.prompt].pop(0)] = prediction
+    return found
+
+
+def describe_source(model, precision: str, adapter: AdapterFile | Path | None = None) -> dict:
+    """What decides a model's answers: its weight file, its adapter, the precision; as JSON.
+
+    Args:
+        adapter: an adapter, or the folder of one.
+    """
+    weights = getattr(model, "source", None)
+    known = [str(model.name_or_path), precision]
+    if weights is not None and Path(weights).exists():
+        stat = Path(weights).stat()
+        known += [str(weights), stat.st_size, stat.st_mtime_ns]
+    if isinstance(adapter, AdapterFile):
+        known += [adapter.lora_alpha, adapter.enable_lora]
+        adapter = adapter.folder
+    files = []
+    if adapter is not None:
+        files = sorted(adapter.iterdir()) if adapter.is_dir() else [adapter]
+    return {"model": known, "adapter": {f.name: sha256_of(f) for f in files if f.is_file()}}
+
+
+def fingerprint(source: Any, encoded: Sequence[Sequence[int]], config: Any) -> str:
+    """Hash of all that decides a decoding: model, prompts and settings."""
+    settings = asdict(config)
+    del settings["batch_size"]  # of no effect on the answers
+    values = [source, type(config).__name__, settings, [list(map(int, ids)) for ids in encoded]]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def answer(
     prompts: Sequence[str],
     model_name: str | None,
     adapter: AdapterFile | None,
-    config: DecodeConfig | GenerateConfig,
+    config: BeamConfig | GenerateConfig,
     separator_id: int | None = None,
     end_ids: Sequence[int] | None = None,
     precision: str = "auto",
@@ -134,37 +168,56 @@ def answer(
         adapter: None: the model alone.
         config: beam search, or greedy decoding and sampling (whose end tokens are set here).
         separator_id: token after each prompt; None: as in the adapter's run, else the tokenizer's
-            end token; `jlora.data.batches.NO_SEPARATOR`: the model goes on with the prompt's own text.
+            end token; `jlora.data.batches.NO_SEPARATOR`: the model goes on with the prompt's own
+            text.
         end_ids: tokens that end a text; None: likewise.
         precision: see `jlora.engine.prepare`.
         path: predictions.jsonl to write; None: none.
-        keeps: `jlora.data.batches.Example.keep` of each prompt; such prompts are cut as in training.
+        keeps: `jlora.data.batches.Example.keep` of each prompt; such prompts are cut as in
+            training.
 
     Raises:
         UserError: no model, no such adapter, or prompts that do not fit.
     """
-    model, recipe = open_model(model_name, adapter)
+    model = open_model(model_name, adapter)
     tokenizer = require_tokenizer(model)
-    engine.prepare(model, precision, keep_weights=False)
-    model.eval()
-    trained = recipe.data if recipe else DataConfig()
+    trained = adapter.recipe.data if adapter and adapter.recipe else DataConfig()
     separator_id = trained.separator_id if separator_id is None else separator_id
-    end_ids = end_ids or [tokenizer.eos_token_id if trained.end_id is None else trained.end_id]
-    if end_ids == [None]:
-        raise UserError("the tokenizer names no end token; give --end-id")
-    longest = trained.max_prompt if keeps else None
-    encoded = encode_inputs(model, prompts, config.max_new_tokens, separator_id, longest, keeps)
-    if isinstance(config, DecodeConfig):
-        config = replace(config, eos_token_ids=list(end_ids))
-        return decode(model, prompts, encoded, config, end_ids[0], path)
+    end_ids = end_ids or config.eos_token_ids or [end_token(model, trained.end_id)]
+    vocabulary = model.config.vocab_size
+    if not all(0 <= token < vocabulary for token in end_ids):
+        raise UserError(
+            f"end tokens {', '.join(map(str, end_ids))}: the model's vocabulary has {vocabulary} "
+            "words, numbered from 0; give --end-id one of them"
+        )
+    encoded = encode_prompts(
+        prompts,
+        tokenizer,
+        model.config.max_positions - config.max_new_tokens + 1,
+        separator_id,
+        trained.max_prompt if keeps else None,
+        keeps,
+    )
+    engine.prepare(model, precision, keep_weights=False)
     config = replace(config, eos_token_ids=tuple(end_ids))
-    predictions = [
-        make_prediction(prompt, [text], tokenizer.decode, 0.0)
-        for prompt, text in zip(prompts, generate(model, encoded, config))
-    ]
-    if path and world().is_first:
-        save_predictions(path, predictions)
-    return predictions
+    return decode(
+        model, prompts, encoded, config, path, path and describe_source(model, precision, adapter)
+    )
+
+
+def end_token(model, end_id: int | None) -> int:
+    """The token that ends a completion.
+
+    Args:
+        end_id: as a recipe says it; None: the tokenizer's.
+
+    Raises:
+        UserError: the tokenizer names none.
+    """
+    end_id = model.tokenizer.eos_token_id if end_id is None else end_id
+    if end_id is None:
+        raise UserError("the tokenizer names no end token; give --end-id")
+    return end_id
 
 
 def choice_logprobs(
@@ -180,8 +233,18 @@ def choice_logprobs(
     Args:
         encoded: prompts as tokens, the separator included.
         choices: answers as texts.
+
+    Raises:
+        UserError: a prompt leaves no room for an answer in the model's context.
     """
-    ends = model.tokenizer.encode_batch([" " + choice for choice in choices])
+    ends = model.tokenizer.encode_after([" " + choice for choice in choices])
+    longest, context = max(map(len, ends)), model.config.max_positions
+    for number, ids in enumerate(encoded, start=1):
+        if len(ids) + longest - 1 > context:
+            raise UserError(
+                f"input {number} has {len(ids)} tokens, which with the {longest} of an answer "
+                f"exceed the model's context of {context}; shorten it (data.max_prompt)"
+            )
     # Equal prompts with other answers stand together; like lengths too, as in training. The longest
     # come first: what Jittor keeps of freed memory serves smaller arrays, never larger ones.
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from jlora.runs import pipeline
-from jlora.system import machine
-from jlora.runs.recipe import Recipe
 from jlora.data.batches import TokenExample
+from jlora.data.tasks import get_task
+from jlora.models.hub import outline, require_tokenizer
+from jlora.runs.memory_estimate import MIB, Estimate, Texts, estimate
+from jlora.runs.recipe import Recipe
+from jlora.runs.run_data import RunData
+from jlora.system import machine
 from jlora.system.distributed import world
 from jlora.system.errors import UserError
-from jlora.runs.memory_estimate import MIB, Estimate, Texts, estimate
-from jlora.models.hub import outline, require_tokenizer
-from jlora.data.tasks import get_task
 
 JAVA_METRICS = {"METEOR", "METEOR-WebNLG"}
 GIB = 1 << 30
@@ -22,26 +22,29 @@ GIB = 1 << 30
 Change = tuple[str, ...]
 
 
-def measure_texts(recipe: Recipe, decodes: bool = True) -> Texts:
-    """Tokens of the recipe's data; without ``decodes`` there are no test inputs.
+def measure_texts(recipe: Recipe, test: bool = True) -> Texts:
+    """Tokens of the recipe's data; without ``test`` there are no test inputs.
 
     Raises:
         UserError: data or model are not there, or do not fit each other.
     """
+    data = RunData(recipe, test)
     model = outline(recipe.model).model
     require_tokenizer(model)
-    groups = pipeline.test_groups(recipe) if decodes else []
-    prompts = pipeline.encode_groups(recipe, model, groups)
-    train, valid = pipeline.encode_splits(recipe, model)
-    by_length = sorted(valid, key=lambda example: example.input_length)
-    size = recipe.train.valid_batch_size
-    batches = [by_length[start : start + size] for start in range(0, len(valid), size)]
+    return texts_of(data.encode(model))
+
+
+def texts_of(data: RunData) -> Texts:
+    """What of a run's data its memory depends on."""
+    by_length = sorted(data.valid, key=lambda example: example.input_length)
+    size = data.recipe.train.valid_batch_size
+    batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
     return Texts(
-        [example.input_length for example in train],
-        [targets_of(example) for example in train],
+        [example.input_length for example in data.train],
+        [targets_of(example) for example in data.train],
         max((sum(map(targets_of, batch)) for batch in batches), default=0),
-        [len(prompt) for prompt in prompts],
-        sum(len(example.ids) for example in [*train, *valid]),
+        [len(prompt) for prompt in data.prompts],
+        sum(len(example.ids) for example in [*data.train, *data.valid]),
     )
 
 
@@ -63,8 +66,9 @@ def assumed_texts(recipe: Recipe) -> Texts:
 
 def estimate_recipe(recipe: Recipe, texts: Texts) -> Estimate:
     """`estimate` of a recipe whose data are known."""
-    choices = get_task(recipe.data.task).choices
-    java = not choices and bool(JAVA_METRICS & set(pipeline.metric_names(recipe)))
+    task = get_task(recipe.data.task)
+    names = recipe.data.metrics or task.metrics
+    java = not task.choices and bool(JAVA_METRICS & set(names))
     return estimate(recipe, outline(recipe.model), texts, java)
 
 
@@ -132,13 +136,10 @@ def way_out(found: Estimate, steps: list[tuple[dict[str, str], Estimate]], limit
     )
 
 
-def check_fits(recipe: Recipe, decodes: bool = True) -> None:
-    """See that a run fits this machine, before its weights are read.
+def check_fits(recipe: Recipe, data: RunData) -> None:
+    """Check that a run fits this machine, before its weights are read.
 
     Of several processes each has the weights, its share of the batch, and of the memory.
-
-    Args:
-        decodes: whether test inputs are answered after the training.
 
     Raises:
         UserError: it does not, with the settings that would make it fit.
@@ -147,10 +148,7 @@ def check_fits(recipe: Recipe, decodes: bool = True) -> None:
     limit = machine.usable_memory(here.local_size)
     share = -(-recipe.train.batch_size // here.size)
     recipe = replace(recipe, train=replace(recipe.train, batch_size=share))
-    try:
-        texts = measure_texts(recipe, decodes)
-    except UserError:  # of data or model: the run says so in its own order
-        return
+    texts = texts_of(data)
     found = estimate_recipe(recipe, texts)
     if found.peak <= limit:
         return

@@ -16,16 +16,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jlora.system.runtime import nn
 from jlora import engine, layers
 from jlora.adapters.model import add_adapter
 from jlora.adapters.partial import add_biases, trained_names
-from jlora.runs.recipe import Recipe
 from jlora.data.batches import epoch_batches
+from jlora.decoding.native_decoder import PROMPT_TOKENS, SLAB
 from jlora.kernels import packed_linear
 from jlora.models import llama
 from jlora.models.hub import Outline
-from jlora.decoding.native_decoder import PROMPT_TOKENS, SLAB
+from jlora.runs.recipe import Recipe
+from jlora.system.runtime import nn
 
 MIB = 1 << 20
 FLOAT = 4  # bytes
@@ -356,7 +356,7 @@ def loss_bytes(
     named = {id(p): name for name, p in model.named_parameters()}
     frozen = named[id(model.output_embedding)] not in trained
     states = 4 * targets * width * FLOAT
-    if precision in packed_linear.KINDS and frozen:
+    if precision in packed_linear.KINDS and frozen and model.head_layer is None:
         scratch = 2 * min(targets, 512) * min(words, 4096)  # what target_loss.h does at a time
         return {"loss": states + scratch}
     row = words * FLOAT
@@ -379,6 +379,6 @@ def decode_bytes(recipe: Recipe, model, precision: str, texts: Texts) -> dict[st
     numbers = 2 * shape.width + 3 * shape.query_width + 2 * shape.key_width + 3 * shape.inner
     scratch = rows * numbers * FLOAT
     words = model.output_embedding.shape[0]
-    if precision not in packed_linear.KINDS:
+    if precision not in packed_linear.KINDS or model.head_layer is not None:
         scratch += 2 * together * beams * words * FLOAT
     return {"keys and values": (longest + places) * token, "decoding": scratch}

@@ -7,29 +7,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from jlora import engine
 from jlora.adapters import PartialModel, TunedModel, get_peft_model
-from jlora.runs.answer import choice_logprobs, decode, encode_inputs
-from jlora.runs.recipe import Recipe, dump_recipe, load_recipe
-from jlora.data.batches import Example, TokenExample, check_vocabulary, encode_examples
-from jlora.system.distributed import world
-from jlora.system.errors import UserError
-from jlora.system.files import check_writable, read_text, recover_directory, sha256_of, write_text
+from jlora.data.tasks import get_task
 from jlora.layers import set_trainable
-from jlora.training.loggers import ProgressLogger, check_loggers, make_logger, read_metrics
 from jlora.metrics import check_metrics, evaluate_parts
 from jlora.metrics.accuracy import accuracy, parse_choice
-from jlora.models.hub import load, require_tokenizer
-from jlora.runs.adapter_file import load_tuned, say
+from jlora.models.hub import load, outline, require_tokenizer
 from jlora.report import environment
 from jlora.report.html import write_report
 from jlora.report.plots import loss_curve
 from jlora.report.tables import score_table
-from jlora.system.runtime import set_seed
+from jlora.runs.adapter_file import load_tuned, tuned_folder
+from jlora.runs.answer import choice_logprobs, decode, describe_source, end_token
+from jlora.runs.memory_check import check_fits
+from jlora.runs.recipe import Recipe, dump_recipe, load_recipe
+from jlora.runs.run_data import RunData
+from jlora.system.console import say
+from jlora.system.distributed import world
+from jlora.system.errors import UserError
+from jlora.system.files import check_writable, read_text, recover_directory, write_text
+from jlora.system.runtime import jt, set_seed
 from jlora.training.checkpoint import has_checkpoint
-from jlora.data.tasks import ReferenceGroup, get_task
+from jlora.training.loggers import ProgressLogger, check_loggers, make_logger, read_metrics
 from jlora.training.loop import train
 
 
@@ -65,39 +68,6 @@ def begin_run(run: Path, recipe: Recipe) -> None:
     """
     check_writable(run)
     write_text(run / "config.yaml", dump_recipe(recipe))
-
-
-def split_file(recipe: Recipe, split: str) -> Path | None:
-    """The file of a split: its own if the recipe names one, else of the folder; None: built in."""
-    data, task = recipe.data, get_task(recipe.data.task)
-    file = getattr(data, split)
-    if file:
-        return Path(file)
-    if data.folder is None and task.built_in is not None:
-        return None
-    return task.find_data(data.folder, split)
-
-
-def load_split(recipe: Recipe, split: str) -> list[Example]:
-    """The examples of a split."""
-    task, path = get_task(recipe.data.task), split_file(recipe, split)
-    return task.built_in(split) if path is None else task.read(path, recipe.data.template)
-
-
-def data_hashes(recipe: Recipe, *splits: str) -> dict[str, str]:
-    """The sha256 of the file of each split, by its path."""
-    there = [split for split in splits if split != "valid" or has_validation(recipe)]
-    files = [split_file(recipe, split) for split in there]
-    return {str(file): sha256_of(file) for file in files if file is not None}
-
-
-def test_groups(recipe: Recipe) -> list[ReferenceGroup]:
-    """The distinct test inputs with their references, evenly thinned to ``data.test_limit``."""
-    groups = get_task(recipe.data.task).groups(load_split(recipe, "test"))
-    limit = recipe.data.test_limit
-    if limit is None or limit >= len(groups):
-        return groups
-    return [groups[index * len(groups) // limit] for index in range(limit)]
 
 
 def build(recipe: Recipe, tuned: str | Path | None = None) -> TunedModel:
@@ -145,64 +115,12 @@ def _prepare(recipe: Recipe, model) -> None:
     say(f"precision {precision}: {reason}")
 
 
-def has_validation(recipe: Recipe) -> bool:
-    """Whether there is a validation split; training does without."""
-    data, task = recipe.data, get_task(recipe.data.task)
-    if data.valid is not None:
-        return True
-    if data.folder is None:
-        if task.built_in is not None:
-            return data.train is None
-        if data.train is not None:  # what lies in the usual places is of other data
-            return False
-    try:
-        task.find_data(data.folder, "valid")
-    except UserError:
-        return False
-    return True
-
-
-def encode_splits(recipe: Recipe, model: TunedModel) -> list[list[TokenExample]]:
-    """Training and validation examples as tokens; the latter may be none.
-
-    Raises:
-        UserError: data are missing, broken, or do not fit the model.
-    """
-    data, tokenizer = recipe.data, model.tokenizer
-    sets: list[list[TokenExample]] = []
-    for split in ("train", "valid"):
-        if split == "valid" and not has_validation(recipe):
-            say("no validation data: the last adapter is the one to use")
-            sets.append([])
-            continue
-        examples = load_split(recipe, split)
-        if split == "train" and data.train_limit:
-            examples = examples[: data.train_limit]
-        if split == "valid":
-            examples = examples[:: data.valid_stride]
-        longest = min(recipe.train.max_length, model.config.max_positions)
-        encoded = encode_examples(
-            examples, tokenizer, longest, data.separator_id, data.end_id, data.max_prompt
-        )
-        check_vocabulary(encoded, model.config.vocab_size)
-        cut = sum(example.cut > 0 for example in encoded)
-        say(f"{len(encoded):,} {split} examples" + (f", {cut:,} prompts cut" if cut else ""))
-        sets.append(encoded)
-    return sets
-
-
 def finetune(
-    recipe: Recipe,
-    run: Path,
-    model: TunedModel,
-    sets: Sequence[list[TokenExample]],
-    resume: bool,
-    command: str = "run",
+    recipe: Recipe, run: Path, model: TunedModel, data: RunData, resume: bool, command: str = "run"
 ) -> bool:
     """Train as the recipe says; whether the training is complete.
 
     Args:
-        sets: training and validation examples, see `encode_splits`.
         command: the verb that goes on with this run after Ctrl-C.
     """
     trainable, total = model.get_nb_trainable_parameters()
@@ -213,7 +131,7 @@ def finetune(
         services = [make_logger(name, run.name, settings, run, start) for name in recipe.log]
         return [ProgressLogger(steps, start), *services]
 
-    result = train(model, *sets, recipe.train, run, loggers, resume)
+    result = train(model, data.train, data.valid, recipe.train, run, loggers, resume)
     if world().is_first:
         environment.record(run, total_steps=result.total_steps)
         loss_curve(read_metrics(run / "metrics.jsonl"), run / "loss.png")
@@ -230,58 +148,45 @@ def finetune(
     return not result.interrupted
 
 
-def encode_groups(recipe: Recipe, model, groups: Sequence[ReferenceGroup]) -> list[list[int]]:
-    """The test inputs as tokens."""
-    return encode_inputs(
-        model,
-        [group.prompt for group in groups],
-        recipe.decode.max_new_tokens,
-        recipe.data.separator_id,
-        recipe.data.max_prompt,
-        [group.keep for group in groups],
-    )
-
-
-def metric_names(recipe: Recipe) -> Sequence[str]:
-    """The scores that a run computes."""
-    return recipe.data.metrics or get_task(recipe.data.task).metrics
-
-
 def answer_and_score(
-    recipe: Recipe, model, groups: Sequence[ReferenceGroup], path: Path
+    recipe: Recipe, model, data: RunData, path: Path, adapter: Path | None
 ) -> dict[str, float]:
-    """Decode the test inputs into ``path`` and score them; of a task with choices see `choose`."""
-    prompts = [group.prompt for group in groups]
-    encoded = encode_groups(recipe, model, groups)
-    predictions = decode(model, prompts, encoded, recipe.decode, recipe.data.end_id, path)
+    """Decode the test inputs into ``path`` and score them; of a task with choices see `choose`.
+
+    Args:
+        adapter: the folder that the model was tuned from; None: it is untouched.
+    """
+    config, prompts = recipe.decode, [group.prompt for group in data.groups]
+    ends = config.eos_token_ids or [end_token(model, recipe.data.end_id)]
+    predictions = decode(
+        model,
+        prompts,
+        data.prompts,
+        replace(config, eos_token_ids=list(ends)),
+        path,
+        describe_source(model, recipe.precision, adapter),
+    )
     texts = [prediction.prediction for prediction in predictions]
-    if get_task(recipe.data.task).choices:
-        return choose(recipe, model, groups, encoded, texts, path.with_suffix(".choices.jsonl"))
-    references, parts = [group.references for group in groups], [group.part for group in groups]
-    names = metric_names(recipe)
-    return world().first(lambda: evaluate_parts(names, texts, references, parts))
+    if data.task.choices:
+        return choose(model, data, texts, path.with_suffix(".choices.jsonl"))
+    references = [group.references for group in data.groups]
+    parts = [group.part for group in data.groups]
+    return world().first(lambda: evaluate_parts(data.metrics, texts, references, parts))
 
 
-def choose(
-    recipe: Recipe,
-    model,
-    groups: Sequence[ReferenceGroup],
-    encoded: Sequence[Sequence[int]],
-    texts: Sequence[str],
-    path: Path,
-) -> dict[str, float]:
+def choose(model, data: RunData, texts: Sequence[str], path: Path) -> dict[str, float]:
     """Accuracy of a task with choices, in two ways.
 
     ``accuracy`` and its relatives take the choice that the model holds likelier;
     ``generated_accuracy`` reads the choice off the generated text, and counts what cannot be read
     as wrong. ``path`` gets a line an input with both.
     """
-    choices = get_task(recipe.data.task).choices
-    logprobs = choice_logprobs(model, encoded, choices)
+    choices = data.task.choices
+    logprobs = choice_logprobs(model, data.prompts, choices)
     chosen = [choices[index] for index in logprobs.argmax(1)]
     written = [parse_choice(text, choices) for text in texts]
     rows, gold, compared, generated = [], [], [], []
-    for index, group in enumerate(groups):
+    for index, group in enumerate(data.groups):
         for reference in group.references:  # an input may be asked twice
             gold.append(reference)
             compared.append(chosen[index])
@@ -305,10 +210,60 @@ def choose(
     }
 
 
-def run_recipe(recipe: Recipe, run: Path, resume: bool = False) -> dict | None:
+def open_data(recipe: Recipe, test: bool, check_memory: bool) -> RunData:
+    """The recipe's data as tokens, before any weights are read.
+
+    Args:
+        test: whether test inputs are answered after the training.
+        check_memory: whether to refuse a run that does not fit this machine; a GPU has memory of
+            its own.
+
+    Raises:
+        UserError: data or model are missing or broken or do not fit each other, or the run does not
+            fit.
+    """
+    data = RunData(recipe, test)
+    model = outline(recipe.model).model
+    require_tokenizer(model)
+    data.encode(model)
+    del model  # see Outline
+    if check_memory and not jt.flags.use_cuda:
+        world().first(lambda: check_fits(recipe, data))
+    return data
+
+
+def train_recipe(
+    recipe: Recipe, run: Path, resume: bool = False, check_memory: bool = False
+) -> Path | None:
+    """`jlora finetune`: train and write the report; no decoding.
+
+    Returns:
+        The folder of the adapter to use; None when training was interrupted.
+    """
+    here = world()
+    recipe = here.first(lambda: open_run(run, recipe, resume))
+    data = open_data(recipe, False, check_memory)
+    model = build(recipe)
+    if here.is_first and not resume:
+        begin_run(run, recipe)
+        environment.record(run, data.hashes)
+    started = here.first(lambda: resume and has_checkpoint(run))
+    if not finetune(recipe, run, model, data, started, command="finetune"):
+        return None
+    if here.is_first:
+        write_report(run)
+    return here.first(lambda: tuned_folder(run, recipe))
+
+
+def run_recipe(
+    recipe: Recipe, run: Path, resume: bool = False, check_memory: bool = False
+) -> dict | None:
     """Train, decode the test inputs, score them and write the report.
 
     Several processes do it together (`jlora.system.distributed`); the first writes.
+
+    Args:
+        check_memory: see `open_data`.
 
     Returns:
         ``{"before": scores or absent, "after": scores}``; None when training was interrupted.
@@ -316,51 +271,43 @@ def run_recipe(recipe: Recipe, run: Path, resume: bool = False) -> dict | None:
     here = world()
     recipe = here.first(lambda: open_run(run, recipe, resume))
     # Before hours of training: is all there that its end needs?
-    if not get_task(recipe.data.task).choices:
-        here.first(lambda: check_metrics(metric_names(recipe)))
-    groups = test_groups(recipe)
-    hashes = data_hashes(recipe, "train", "valid", "test")
+    task = get_task(recipe.data.task)
+    if not task.choices:
+        here.first(lambda: check_metrics(recipe.data.metrics or task.metrics))
+    data = open_data(recipe, True, check_memory)
     scores = here.first(lambda: read_scores(run))
-    sets = None
 
-    def check(model):
-        """All texts as tokens, so that what does not fit is known before anything is written."""
-        encode_groups(recipe, model, groups)
-        found = encode_splits(recipe, model)
+    def begin() -> None:
         if here.is_first and not (run / "config.yaml").exists():
             begin_run(run, recipe)
-            environment.record(run, hashes)
-        return found
+            environment.record(run, data.hashes)
 
-    def score(model, key: str, path: Path) -> None:
-        scores[key] = answer_and_score(recipe, model, groups, path)
+    def score(model, key: str, path: Path, adapter: Path | None = None) -> None:
+        scores[key] = answer_and_score(recipe, model, data, path, adapter)
         if here.is_first:
             write_text(run / "scores.json", json.dumps(scores, indent=1) + "\n")
             environment.record(run)
 
     if recipe.score_before and "before" not in scores:
         model = untouched(recipe)
-        sets = check(model)
-        say(f"the untouched model on {len(groups)} test inputs")
+        begin()
+        say(f"the untouched model on {len(data.groups)} test inputs")
         score(model, "before", run / "predictions_before.jsonl")
         del model  # before the next one is loaded
     if "after" not in scores:
         model = build(recipe)
-        sets = sets or check(model)
+        begin()
         started = here.first(lambda: resume and has_checkpoint(run))
-        if not finetune(recipe, run, model, sets, started):
+        if not finetune(recipe, run, model, data, started):
             return None
-        best = run / "best"
-        chosen = here.first(
-            lambda: best if recipe.decode.adapter == "best" and best.is_dir() else run / "adapter"
-        )
-        say(f"the tuned model ({chosen.name} adapter) on {len(groups)} test inputs")
+        chosen = here.first(lambda: tuned_folder(run, recipe))
+        say(f"the tuned model ({chosen.name} adapter) on {len(data.groups)} test inputs")
         # From the files, so that what is scored is what a user gets; the old model goes first.
         del model
-        score(build(recipe, chosen), "after", run / "predictions.jsonl")
+        score(build(recipe, chosen), "after", run / "predictions.jsonl", chosen)
     if not here.is_first:
         return scores
-    report = write_report(run, {group.prompt: group.references for group in groups})
+    report = write_report(run, data.references)
     print(score_table(scores.get("before"), scores["after"]))
     say(f"report: {report}")
     return scores

@@ -14,12 +14,13 @@ from typing import Any
 import yaml
 
 from jlora.adapters import METHODS, LoraConfig
+from jlora.data.tasks import get_task
 from jlora.decoding.beam import BeamConfig
 from jlora.engine import PRECISIONS
+from jlora.system.console import say, warn
 from jlora.system.errors import UserError
 from jlora.system.files import read_text
 from jlora.training.loggers import LOGGERS
-from jlora.data.tasks import get_task
 from jlora.training.loop import TrainConfig
 
 
@@ -42,31 +43,12 @@ class DataConfig:
     test_limit: int | None = None  # only so many test inputs, evenly spaced
 
 
-@dataclass
-class DecodeConfig:
-    """How the test inputs are answered; see `jlora.decoding.beam.BeamConfig`."""
+@dataclass(frozen=True)
+class DecodeConfig(BeamConfig):
+    """How the test inputs are answered."""
 
-    adapter: str = "best"  # of the validations; or "last"
-    num_beams: int = 10
-    length_penalty: float = 0.8
-    no_repeat_ngram_size: int = 4
-    max_new_tokens: int = 64
-    min_length: int = 0
-    repetition_penalty: float = 1.0
-    batch_size: int = 32
-    rank_up_to: float | None = None
     eos_token_ids: list[int] | None = None  # None: the end token of training
-
-    def beam_config(self, end_id: int) -> BeamConfig:
-        """The search's settings; ``end_id`` ends a text where `eos_token_ids` is None.
-
-        Raises:
-            UserError: a setting is out of its range.
-        """
-        settings = dataclasses.asdict(self)
-        del settings["adapter"]
-        eos_token_ids = tuple(settings.pop("eos_token_ids") or [end_id])
-        return BeamConfig(eos_token_ids=eos_token_ids, **settings)
+    adapter: str = "best"  # of the validations; or "last"
 
 
 @dataclass
@@ -138,11 +120,12 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 continue
-            if key.value in seen:
+            found = self.construct_object(key)
+            if found in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key.value} stands there twice", key.start_mark
                 )
-            seen.add(key.value)
+            seen.add(found)
         return super().construct_mapping(node, deep)
 
 
@@ -187,6 +170,80 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         apply_override(values, override)
     return make_recipe(values, f"{path} with the options given" if overrides else str(path))
+
+
+def load_run_recipe(path: Path) -> Recipe | None:
+    """The recipe of a finished run, for commands that go on from its adapter.
+
+    Settings that this version does not know are left out with a warning, and so are ``lora`` and
+    ``train`` where their values are no longer taken: the adapter is made, and only ``model``,
+    ``data`` and ``decode`` still matter.
+
+    Returns:
+        None where the file is another program's, which a line says.
+
+    Raises:
+        UserError: one of the groups that matter makes no sense.
+    """
+    try:
+        values = parse_yaml(read_text(path), str(path))
+    except UserError:
+        values = None
+    groups = ("data", "lora", "train", "decode")  # jlora writes all of them
+    if not isinstance(values, dict) or not (
+        isinstance(values.get("model"), str)
+        and all(isinstance(values.get(name), dict) for name in groups)
+    ):
+        say(f"{path} is not of a run of jlora and is left alone")
+        return None
+    unknown: list[str] = []
+    values = _known(values, Recipe, "", unknown)
+    if unknown:
+        warn(
+            f"{path}: this version of jlora does not know {', '.join(unknown)}; the adapter is "
+            "used without"
+        )
+    try:
+        return make_recipe(values, str(path))
+    except UserError:
+        kept = {name: values[name] for name in ("model", "data", "decode")}
+        recipe = make_recipe(kept, str(path))
+        warn(f"{path}: settings of the training that are no longer taken are left out")
+        return recipe
+
+
+def _known(values: dict[str, Any], kind: type, path: str, unknown: list[str]) -> dict[str, Any]:
+    """``values`` without the settings that ``kind`` lacks; their names go to ``unknown``."""
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    kept = {}
+    for name, value in values.items():
+        if name not in fields:
+            unknown.append(f"{path}{name}")
+            continue
+        group = fields[name].default_factory
+        if dataclasses.is_dataclass(group) and isinstance(value, dict):
+            value = _known(value, group, f"{path}{name}.", unknown)
+        kept[name] = value
+    return kept
+
+
+def differences(here: Recipe, there: Recipe) -> list[str]:
+    """The settings in which two recipes differ, as ``train.steps (5, and 1200 there)``."""
+
+    def flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+        found = {}
+        for name, value in values.items():
+            # Patterns are settings too, however many names are in them.
+            group = isinstance(value, dict) and name not in ("rank_pattern", "alpha_pattern")
+            found.update(flat(value, f"{path}{name}.") if group else {path + name: value})
+        return found
+
+    ours, theirs = flat(dataclasses.asdict(here)), flat(dataclasses.asdict(there))
+    return [
+        f"{name} ({ours[name]!r}, and {theirs[name]!r} there)"
+        for name in ours
+        if ours[name] != theirs[name]
+    ]
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -248,14 +305,17 @@ def _check_values(recipe: Recipe) -> None:
 
         check_names(recipe.data.metrics)
     recipe.train.check()
-    recipe.decode.beam_config(end_id=0)
-    _check_choice("decode.adapter", recipe.decode.adapter, ("best", "last"))
-    _check_choice("precision", recipe.precision, ("auto", *PRECISIONS))
-    _check_choice("method", recipe.method, ("lora", *METHODS))
+    check_choice("decode.adapter", recipe.decode.adapter, ("best", "last"))
+    check_precision(recipe.precision)
+    if recipe.checkpoint_activations and recipe.precision in ("plain", "fp32"):
+        raise UserError(
+            f"checkpoint_activations works with precision bf16 or int8, not with {recipe.precision}"
+        )
+    check_choice("method", recipe.method, ("lora", *METHODS))
     if recipe.top_layers < 1:
         raise UserError(f"top_layers must be at least 1, not {recipe.top_layers}")
     for name in recipe.log:
-        _check_choice("log", name, LOGGERS)
+        check_choice("log", name, LOGGERS)
     if not recipe.model.strip():
         raise UserError("model is empty; name one, such as smollm2-135m")
     if recipe.data.valid_stride < 1:
@@ -266,7 +326,13 @@ def _check_values(recipe: Recipe) -> None:
             raise UserError(f"data.{name} must be at least 1, or null for all, not {limit}")
 
 
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+def check_precision(precision: str) -> None:
+    """Raises UserError for a precision that there is not."""
+    check_choice("precision", precision, ("auto", *PRECISIONS))
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises UserError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise UserError(f"{name} {value!r} is not one of {', '.join(choices)}")
 

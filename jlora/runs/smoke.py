@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from jlora.runs.recipe import Recipe
-from jlora.system.errors import UserError
+from jlora.data.pull_models import cache_folder
 from jlora.models.hub import find_local
 from jlora.models.random_gpt2 import SIZES, write_random_gpt2
-from jlora.runs.adapter_file import say
-from jlora.data.pull_models import cache_folder
+from jlora.runs.recipe import Recipe
+from jlora.system.console import say
+from jlora.system.errors import UserError
 
 STEPS = 5  # enough that the trainer sees the adapter move
 

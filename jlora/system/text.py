@@ -26,10 +26,7 @@ def decode_text(data: bytes, path: str | Path) -> str:
         UserError: it is not UTF-8 (with the line of the first bad byte, the encoding that it looks
             like, and how to convert it), or it is a Git LFS pointer.
     """
-    if data.startswith(LFS_POINTER):
-        raise UserError(
-            f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
-        )
+    check_no_pointer(data, path)
     wide = wide_encoding(data)
     if wide is not None:
         looks, name = wide
@@ -45,6 +42,21 @@ def decode_text(data: bytes, path: str | Path) -> str:
             f"{path}:{line}: not UTF-8 text (byte 0x{data[start]:02x}); "
             f"{advice(data[begin : start + 500_000], path)}"
         ) from error
+
+
+def check_no_pointer(head: bytes, path: str | Path) -> None:
+    """Refuse what a clone without Git LFS has in the place of a large file.
+
+    Args:
+        head: the first 64 bytes of the file, or more.
+
+    Raises:
+        UserError: it is a Git LFS pointer.
+    """
+    if head.startswith(LFS_POINTER):
+        raise UserError(
+            f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
+        )
 
 
 def lines_of(text: str) -> list[str]:

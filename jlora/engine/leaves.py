@@ -1,0 +1,60 @@
+"""Leaf layers whose arithmetic is one operator; parameters and names are the plain layers'."""
+
+from __future__ import annotations
+
+from jlora.engine.beam_cache import BeamCache
+from jlora.kernels import attention, elementwise
+from jlora.models import attention as models_attention
+from jlora.models import gpt2, llama
+from jlora.system.runtime import nn
+
+
+class FusedAttention(models_attention.CausalAttention):
+    reads_streams = True
+
+    def execute(self, q, k, v, keys=None):
+        return attention.causal_attention(q, k, v, keys)
+
+    def new_cache(self, layers):
+        return BeamCache(layers)
+
+
+class FusedRMSNorm(llama.RMSNorm):
+    def execute(self, x):
+        return elementwise.rms_norm(x, self.weight, self.eps)
+
+
+class FusedLayerNorm(gpt2.LayerNorm):
+    def execute(self, x):
+        return elementwise.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class FusedSwiGLU(llama.SwiGLU):
+    def execute(self, gate, up):
+        return elementwise.swiglu(gate, up)
+
+
+class FusedGELU(gpt2.GELU):
+    def execute(self, x):
+        return elementwise.gelu(x)
+
+
+class FusedRotary(llama.Rotary):
+    def execute(self, x, cos, sin):
+        return elementwise.rotary(x, cos, sin)
+
+
+class TrainedEmbedding(nn.Embedding):
+    def execute(self, x):
+        return elementwise.embedding(self.weight, x.int32())
+
+
+FUSED = {
+    models_attention.CausalAttention: FusedAttention,
+    llama.SwiGLU: FusedSwiGLU,
+    gpt2.GELU: FusedGELU,
+    llama.Rotary: FusedRotary,
+    nn.Dropout: elementwise.FusedDropout,
+    llama.RMSNorm: FusedRMSNorm,
+    gpt2.LayerNorm: FusedLayerNorm,
+}

@@ -1,0 +1,15 @@
+"""What jlora tells its user: single lines on standard error, so that results can be piped."""
+
+from __future__ import annotations
+
+import sys
+
+
+def say(message: str) -> None:
+    """Print a line of progress."""
+    print(f"jlora: {message}", file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """Print a line about something that may not be what the user wants."""
+    say(f"warning: {message}")
