@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -161,6 +162,29 @@ def test_sampling_draws_the_same():
     expected = generate(model, prompts, config)
     engine.prepare(model, "fp32")
     assert [h.ids for h in generate(model, prompts, config)] == [h.ids for h in expected]
+
+
+def test_two_threads_with_two_models_give_what_one_gives():
+    """ctypes lets go of Python's lock, so the operators of both would run at once."""
+    models = []
+    for name in ("llama-whole-panels-lora", "gpt2-whole-panels"):
+        model = MAKE[name]()
+        engine.prepare(model, "bf16")
+        models.append((native_model(model), model))
+
+    def decode(number):
+        found = []
+        for _ in range(5):
+            decoder = NativeDecoder(*models[number])
+            found += [*states(decoder), *decoder.best(3)]
+        return found
+
+    alone = [decode(0), decode(1)]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(decode, range(2)))
+    for expected, found in zip(alone, together):
+        for a, b in zip(expected, found):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_memory_does_not_grow_with_the_prompts():

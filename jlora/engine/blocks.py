@@ -123,7 +123,9 @@ class _FusedBlock:
         if key not in plans:
             attention, eps = part(self, self._parts.attention), part(self, self._parts.norms[0]).eps
             heads = attention.heads, attention.kv_heads, attention.head_dim
-            shape = Shape(*heads, self._parts.gated, eps)
+            positions = "rotary" if self._parts.positions is None else "learned"
+            kinds = self._parts.norm, positions, self._parts.activation, self._parts.gated
+            shape = Shape(*heads, eps, *kinds)
             fits = shape.fits(flat[0].product.packed.k, flat[-1].product.packed.k)
             arrays = [None if p is None else p.numpy() for p in norms]
             joints = [[layer.planned() for layer in joint] for joint in layers]
