@@ -491,6 +491,8 @@ def write_gguf(path, architecture, values, tensors, kinds=None, tokenizer=None):
             writer.add_float32(key, value)
         elif isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
         else:
             writer.add_uint32(key, value)
     for name, array in tensors.items():
@@ -686,6 +688,42 @@ def test_gguf_that_cannot_be_used_says_why(tmp_path):
     )
     assert "lacks token_embd.weight" in message(tensors={"output_norm.weight": normal(32)})
     assert "rotary scaling 'yarn'" in message(values={**LLAMA, "rope.scaling.type": "yarn"})
+
+
+def test_a_gguf_factor_without_a_type_is_linear_as_in_llama_cpp(tmp_path):
+    for number, key in enumerate(("rope.scaling.factor", "rope.scale_linear")):
+        values = keyed("llama", {**LLAMA, key: 4.0})
+        path = write_gguf(tmp_path / f"{number}.gguf", "llama", values, llama_tensors())
+        assert read_gguf(path).config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    values = keyed("llama", {**LLAMA, "rope.scaling.factor": 4.0, "rope.scaling.type": "none"})
+    path = write_gguf(tmp_path / "none.gguf", "llama", values, llama_tensors())
+    assert "rope_scaling" not in read_gguf(path).config
+
+
+@pytest.mark.parametrize(
+    ("key", "bad", "fine"),
+    [
+        ("attention.causal", False, True),
+        ("attention.scale", 0.5, 0.0),
+        ("attention.sliding_window", 32, 64),
+        ("attention.value_length", 16, 8),
+        ("expert_count", 8, 0),
+        ("final_logit_softcapping", 30.0, 0.0),
+        ("logit_scale", 2.0, 1.0),
+        ("rope.dimension_count", 4, 8),
+        ("attention.head_count_kv", [2, 2], 2),
+        ("feed_forward_length", 0, 64),
+    ],
+)
+def test_a_gguf_setting_that_changes_results_is_refused_by_its_name(tmp_path, key, bad, fine):
+    values = {**LLAMA, "attention.key_length": 8}
+    for value in (fine, bad):
+        path = tmp_path / "m.gguf"
+        write_gguf(path, "llama", keyed("llama", {**values, key: value}), llama_tensors())
+        if value is fine:
+            read_gguf(path)
+    with pytest.raises(UserError, match=rf"llama\.{key} is .* which is not supported"):
+        read_gguf(path)
 
 
 def test_damaged_gguf_is_one_line(tmp_path):

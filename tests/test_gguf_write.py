@@ -243,6 +243,59 @@ def test_a_tokenizer_without_a_name_in_gguf_is_refused_with_the_way_out(tmp_path
     assert "tokenizer.ggml.model" not in read_gguf(tmp_path / "m.gguf").metadata
 
 
+def bytes_alone() -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*alphabet, tiny.END])}
+    return Tokenizer(byte_level_bpe(vocab, [], "gpt2", [tiny.END]), 256)
+
+
+WRITTEN = {
+    "gpt2": (tiny_gpt2, {"n_embd": 32, "n_head": 2, "activation_function": "gelu_pytorch_tanh"}),
+    "mistral": (tiny_llama, {**WIDE, "model_type": "mistral"}),
+    "qwen2": (tiny_llama, {**WIDE, "model_type": "qwen2", "tie_word_embeddings": True}),
+    "biases": (tiny_llama, {**WIDE, "attention_bias": True, "mlp_bias": True}),
+    "odd factor": (tiny_llama, {**WIDE, "rope_scaling": {"type": "linear", "factor": 3.3}}),
+    "other llama3": (
+        tiny_llama,
+        {**WIDE, "rope_scaling": {**LLAMA3, "factor": 3.3, "original_max_position_embeddings": 40}},
+    ),
+}
+TOKENIZERS = {
+    **{kind: (lambda kind=kind: tokenizer_of(kind)) for kind in sorted(set(GGUF_PRE.values()))},
+    "bytes alone": bytes_alone,
+    "left out": lambda: tokenizer_of("gpt2"),
+    "none": lambda: None,
+}
+
+
+@pytest.mark.parametrize("family", WRITTEN)
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_whatever_export_writes_load_reads(tmp_path, family, kind):
+    make, changes = WRITTEN[family]
+    model = make(**changes, vocab_size=410)
+    model.tokenizer = own = TOKENIZERS[kind]()
+    export_gguf(model, tmp_path / "m.gguf", tokenizer=kind not in ("none", "left out"))
+    again = jlora.load(tmp_path / "m.gguf")
+    for name, array in weights(model).items():
+        np.testing.assert_array_equal(weights(again)[name], array, name)
+    if kind in ("none", "left out"):
+        assert again.tokenizer is None
+    else:
+        assert [again.tokenizer.encode(t) for t in TEXTS] == [own.encode(t) for t in TEXTS]
+    written, read = model.config.to_dict(), again.config.to_dict()
+    same = [key for key in written if key.startswith(("rope", "rms", "head", "tie", "layer_norm"))]
+    assert len(same) >= 1 and {k: read.get(k) for k in same} == {k: written[k] for k in same}
+
+
+def test_a_tokenizer_with_words_and_no_merges_is_refused(tmp_path):
+    model = tiny_llama(**WIDE, vocab_size=410)
+    model.tokenizer = tokenizer_of("llama3")
+    vocab = json.loads(model.tokenizer.backend.to_str())["model"]["vocab"]
+    model.tokenizer = Tokenizer(byte_level_bpe(vocab, [], "llama3", [tiny.END]), 0)
+    with pytest.raises(UserError, match="has words and no merges.*; --no-tokenizer"):
+        export_gguf(model, tmp_path / "m.gguf")
+
+
 def test_what_export_refuses(tmp_path):
     model = tiny_gpt2()
     (tmp_path / "there").write_text("")

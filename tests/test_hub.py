@@ -11,12 +11,14 @@ import zipfile
 
 import numpy as np
 import pytest
+from gguf import quants
 from test_formats import LLAMA, keyed, write_arrays, write_gguf
 from test_tokenizer import END, TOKENS, gguf_metadata, write_pair
 
 from jlora.data import pull_models as pull_module
 from jlora.data.pull_models import Wheel, cache_folder, pull, pulled
 from jlora.formats.safetensors_file import read_safetensors, write_safetensors
+from jlora.models import hub
 from jlora.models.hub import build_model, load, load_weights, require_tokenizer
 from jlora.system.errors import UserError
 
@@ -230,7 +232,7 @@ def test_tokenizer_of_another_model(tmp_path):
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ("[]", "no model_type"),
+        ("[]", "not a JSON object, but a list"),
         ("{", "not JSON"),
         ('{"model_type": "bert"}', "'bert' is not supported; only gpt2, llama"),
         ('{"model_type": "gpt2", "n_embd": 64, "n_head": 5}', "n_head 5"),
@@ -242,6 +244,52 @@ def test_configurations_that_cannot_be_used(tmp_path, config, expected):
     write_folder(tmp_path)
     (tmp_path / "config.json").write_text(config)
     assert expected in message(load, tmp_path)
+
+
+@pytest.mark.parametrize("mistake", ["config", "tokenizer", "weights", "gguf"])
+def test_mistakes_are_found_before_the_weights_are_read(tmp_path, monkeypatch, mistake):
+    if mistake == "gguf":
+        path = write_llama_gguf(tmp_path / "m.gguf")
+        write_pair(tmp_path, "vocab.json", "merges.txt")
+        more = {"<more>": len(TOKENS)}
+        settings = {"added_tokens_decoder": {str(i): {"content": t} for t, i in more.items()}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    else:
+        path = write_folder(tmp_path)
+        if mistake == "config":
+            (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "n_head": 5}))
+        elif mistake == "tokenizer":
+            write_pair(tmp_path, "vocab.json", "merges.txt")
+        else:
+            write_safetensors(tmp_path / "model.safetensors", gpt2_tensors(vocab=12))
+    monkeypatch.setattr(hub, "read_safetensors", lambda path: pytest.fail("weights were read"))
+    monkeypatch.setattr(quants, "dequantize", lambda *_: pytest.fail("weights were read"))
+    expected = {
+        "config": "n_head 5",
+        "tokenizer": f"the tokenizer has {len(TOKENS)} tokens but the model only 11",
+        "weights": "the embedding has 12 rows, and vocab_size is 11",
+        "gguf": f"the tokenizer has {len(TOKENS) + 1} tokens but the model only {len(TOKENS)}",
+    }
+    assert expected[mistake] in message(load, path)
+
+
+def test_a_head_of_another_size_than_the_tied_embedding(tmp_path):
+    tensors = gpt2_tensors()
+    tensors["lm_head.weight"] = np.ones((13, 64), np.float32)
+    text = message(load, write_folder(tmp_path, tensors))
+    assert "lm_head.weight has 13 rows and transformer.wte.weight 11" in text
+
+
+def test_quantised_weights_are_named_and_plain_ones_read(tmp_path):
+    config = {**CONFIG, "quantization_config": {"quant_method": "bitsandbytes"}}
+    assert_weights(load(write_folder(tmp_path, config=config)), gpt2_tensors())
+    tensors, name = gpt2_tensors(), "transformer.h.0.attn.c_attn.weight"
+    tensors[name] = tensors[name].astype(np.int8)
+    text = message(load, write_folder(tmp_path, tensors, config))
+    assert f"{name} holds int8 numbers, and quantization_config says" in text
+    assert f"{name} holds int8 numbers; take" in message(load, write_folder(tmp_path, tensors))
+    tensors[f"{name}.absmax"] = np.ones(3, np.float32)
+    assert "1 unexpected" in message(load, write_folder(tmp_path, tensors, config))
 
 
 def test_folders_and_files_without_a_model(tmp_path, cache):

@@ -126,6 +126,22 @@ def test_the_files_of_the_base_are_kept(tmp_path, tiny_model):
     assert written == {**config, "dtype": "bfloat16", "architectures": ["GPT2LMHeadModel"]}
 
 
+def test_nothing_untrue_of_the_base_is_kept(tmp_path, tiny_model):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    untrue = {
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        "compression_config": {},
+        "auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"},
+        "_name_or_path": "/home/me/base",
+    }
+    other = {"dtype": "bfloat16", "torch_dtype": "bfloat16", "architectures": ["Mine"]}
+    (base / "config.json").write_text(json.dumps({**config, **untrue, **other}))
+    write_merged(jlora.load(base), tmp_path / "out", "float16")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == {**config, "dtype": "float16", "architectures": ["GPT2LMHeadModel"]}
+
+
 @pytest.mark.parametrize("files", ["tokenizer.json", "old pair"])
 def test_a_tokenizer_that_transformers_would_not_find_is_written_anew(tmp_path, tiny_model, files):
     base = shutil.copytree(tiny_model, tmp_path / "base")

@@ -154,7 +154,7 @@ def tied_head_error(model: nn.Module, what: str) -> UserError:
     head = model.output_embedding
     embedding = next(name for name, var in model.named_parameters() if var is head)
     way = "leave it out"
-    if getattr(model.config, "model_type", None) != "gpt2":
+    if hasattr(model.config, "tie_word_embeddings"):
         way += (
             ", or give the base model a head of its own (tie_word_embeddings: false in "
             "config.json, and a tensor lm_head.weight)"

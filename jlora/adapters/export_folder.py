@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.adapters import MergeReport, TunedModel, merged_weights
+from jlora.adapters.trained_tokens import UNKNOWN, TrainedTokens
 from jlora.data.tokenizer import find_files
 from jlora.formats.gguf_file import main_kind
 from jlora.formats.rounding import PrecisionLoss, narrow, norm, precision_loss, widen
@@ -18,6 +19,13 @@ from jlora.system.files import atomic_path, check_absent, write_text
 
 #: dtype in transformers' words -> in GGUF's.
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+#: Fields of a base's config.json that are not true of the written model: its weights are plain
+#: numbers and its folder holds no Python files.
+OF_THE_BASE = (
+    *("quantization_config", "compression_config", "quantization"),
+    *("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit"),
+    *("auto_map", "_name_or_path", "name_or_path", "_commit_hash"),
+)
 #: The files that transformers reads a tokenizer from.
 TOKENIZER_SETTINGS = "tokenizer_config.json"
 COPIED = (
@@ -47,7 +55,12 @@ class WrittenModel:
         return "\n".join(str(line) for line in lines if line is not None)
 
 
-def write_merged(model: Any, folder: str | Path, dtype: str = "float32") -> WrittenModel:
+def write_merged(
+    model: Any,
+    folder: str | Path,
+    dtype: str = "float32",
+    trained: TrainedTokens = UNKNOWN,
+) -> WrittenModel:
     """Write a model, its adapter merged in float32, as a folder that transformers loads.
 
     The folder gets config.json (the base's own where it had one), model.safetensors,
@@ -57,6 +70,8 @@ def write_merged(model: Any, folder: str | Path, dtype: str = "float32") -> Writ
         model: a tuned model, or a plain one as `jlora.load` gives it.
         folder: new or empty.
         dtype: of the weights in the file: "float32", "float16" or "bfloat16" (to the nearest).
+        trained: the tokens round the completions that the adapter was trained with, where they are
+            not the base's own; every file of the folder then names them.
 
     Raises:
         UserError: no such dtype, ``folder`` is in use or cannot be written, a weight is too large
@@ -86,16 +101,19 @@ def write_merged(model: Any, folder: str | Path, dtype: str = "float32") -> Writ
         write_text(temporary / "config.json", config)
         notes = [*write_tokenizer(base, temporary), *size_note(base, file, dtype)]
         copy(source_folder(base), temporary, ("generation_config.json",))
+        notes += trained.write(temporary, getattr(base, "tokenizer", None))
     return WrittenModel(folder, weights.report, loss, tuple(notes))
 
 
 def config_of(base: Any, dtype: str) -> dict[str, Any]:
-    """The config.json to write: what the model was loaded with, class and dtype put right."""
+    """The config.json to write: what the model was loaded with, and nothing that is untrue now."""
     computed = base.config.to_dict()
     config = {**(getattr(base, "source_config", None) or computed)}
+    config = {key: value for key, value in config.items() if key not in OF_THE_BASE}
     config["architectures"] = computed["architectures"]
     # transformers 5 writes "dtype", every version reads "torch_dtype".
     key = "dtype" if "dtype" in config else "torch_dtype"
+    config.pop("torch_dtype", None)
     return {**config, key: dtype}
 
 

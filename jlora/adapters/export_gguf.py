@@ -7,6 +7,7 @@ from typing import Any
 
 from jlora.adapters import TunedModel, merged_weights
 from jlora.adapters.export_folder import WrittenModel
+from jlora.adapters.trained_tokens import UNKNOWN, TrainedTokens
 from jlora.formats.gguf_file import QUANTIZATIONS
 from jlora.formats.gguf_write import write_gguf
 from jlora.formats.rounding import precision_loss
@@ -15,7 +16,11 @@ from jlora.system.files import check_absent
 
 
 def export_gguf(
-    model: Any, path: str | Path, kind: str = "F32", tokenizer: bool = True
+    model: Any,
+    path: str | Path,
+    kind: str = "F32",
+    tokenizer: bool = True,
+    trained: TrainedTokens = UNKNOWN,
 ) -> WrittenModel:
     """Write a model, its adapter merged in float32, as a GGUF file with its tokenizer.
 
@@ -25,6 +30,8 @@ def export_gguf(
         kind: of the matrices: f32, f16, bf16, q8_0, q4_0 or q4_1, in either case (see
             `formats.gguf_write.write_gguf`).
         tokenizer: put the model's tokenizer into the file; llama.cpp needs it there.
+        trained: the tokens round the completions that the adapter was trained with, where they are
+            not the base's own.
 
     Raises:
         UserError: no such kind, ``path`` is in use or cannot be written, the model has no
@@ -37,11 +44,19 @@ def export_gguf(
         raise UserError(f"type {kind.lower()!r} is not one of {kinds}")
     check_absent(path)
     base = model.get_base_model() if isinstance(model, TunedModel) else model
-    metadata = tokenizer_metadata(base) if tokenizer else {}
+    architecture = getattr(getattr(base, "family", None), "gguf", None)
+    if architecture is None:
+        raise UserError(
+            f"models of type {base.config.model_type} have no form in GGUF that is known here; "
+            "`jlora merge` writes a folder"
+        )
+    metadata = tokenizer_metadata(base) if tokenizer else special_ids(base)
+    notes = trained.gguf(metadata)
     weights = merged_weights(model)
     name = getattr(base, "name_or_path", None)
     errors = write_gguf(
         path,
+        architecture,
         base.config.to_dict(),
         weights.tensors,
         kind,
@@ -49,7 +64,7 @@ def export_gguf(
         name and Path(name).name.removesuffix(".gguf"),
     )
     loss = None if kind == "F32" else precision_loss(kind.lower(), errors, weights.changes)
-    return WrittenModel(path, weights.report, loss)
+    return WrittenModel(path, weights.report, loss, tuple(notes))
 
 
 def tokenizer_metadata(base: Any) -> dict[str, Any]:
@@ -63,3 +78,10 @@ def tokenizer_metadata(base: Any) -> dict[str, Any]:
             f"{error}; --no-tokenizer (tokenizer=False) writes the weights alone, which jlora "
             "reads with a tokenizer.json beside them"
         ) from None
+
+
+def special_ids(base: Any) -> dict[str, Any]:
+    """What ends and begins a text, for a file without a tokenizer."""
+    tokens = getattr(base, "tokenizer", None) or base.config
+    ids = {key: getattr(tokens, f"{key}_token_id", None) for key in ("eos", "bos")}
+    return {f"tokenizer.ggml.{k}_token_id": i for k, i in ids.items() if isinstance(i, int)}

@@ -445,8 +445,7 @@ class PeftModel(TunedModel):
 def _completed(config: LoraConfig, model: nn.Module) -> LoraConfig:
     """The settings with what depends on the model filled in."""
     if config.target_modules is None:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        config = replace(config, target_modules=default_targets(model_type))
+        config = replace(config, target_modules=default_targets(model))
     if config.base_model_name_or_path is None:
         config = replace(config, base_model_name_or_path=getattr(model, "name_or_path", None))
     return config

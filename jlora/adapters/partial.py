@@ -112,14 +112,15 @@ def trained_names(model: nn.Module, method: str, top_layers: int) -> set[str]:
 
 
 def add_biases(model: nn.Module) -> None:
-    """Give the linear layers of a Llama model without biases ones of zero; its config says so.
+    """Give the linear layers of a model without biases ones of zero; its config says so.
 
     Raises:
         UserError: the model has no biases, and transformers' config of its family knows none.
     """
     if any(name.endswith(".bias") for name, _ in model.named_parameters()):
         return
-    if model.config.model_type != "llama":
+    flags = dict.fromkeys(model.family.biases, True)
+    if not flags:
         raise UserError(
             f"bitfit trains biases, and a {model.config.model_type} model has none and no place "
             "for them in its config; use method lora, full or top-layers"
@@ -127,7 +128,6 @@ def add_biases(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
             module.bias = jt.zeros((module.out_features,))
-    flags = {"attention_bias": True, "mlp_bias": True}
     for key, value in flags.items():
         setattr(model.config, key, value)
     if getattr(model, "source_config", None):  # what merging writes as config.json

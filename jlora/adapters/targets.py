@@ -9,25 +9,24 @@ from typing import TypeVar
 
 from jlora.adapters.config import LoraConfig
 from jlora.system.errors import UserError
-
-# PEFT's choice where target_modules is not given.
-DEFAULT_TARGETS = {
-    "gpt2": ["c_attn"],
-    "llama": ["q_proj", "v_proj"],
-    "mistral": ["q_proj", "v_proj"],
-    "qwen2": ["q_proj", "v_proj"],
-}
+from jlora.system.runtime import nn
 
 Value = TypeVar("Value")
 
 
-def default_targets(model_type: str | None) -> list[str]:
-    """Raises: UserError: no usual choice is known for this family."""
-    if model_type not in DEFAULT_TARGETS:
+def default_targets(model: nn.Module) -> list[str]:
+    """PEFT's choice where target_modules is not given.
+
+    Raises:
+        UserError: no usual choice is known for this family.
+    """
+    family = getattr(model, "family", None)
+    if family is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
         raise UserError(
             f"no default target_modules for models of type {model_type!r}; set target_modules"
         )
-    return list(DEFAULT_TARGETS[model_type])
+    return list(family.targets)
 
 
 def name_fits(name: str, wanted: list[str] | str, field: str = "exclude_modules") -> bool:

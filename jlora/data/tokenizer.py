@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jlora.formats.gguf_architectures import ARCHITECTURES
 from jlora.formats.safetensors_file import one_line
 from jlora.system.console import say
-from jlora.system.errors import UserError, kind_of
+from jlora.system.errors import UserError
 from jlora.system.files import atomic_path, read_text
+from jlora.system.json_files import read_object
 
 #: Sets of files that define a tokenizer, in the order in which they are searched.
 TOKENIZER_FILES = (
@@ -38,9 +40,6 @@ GGUF_PRE = {
     "llama-v3": "llama3",
     "qwen2": "qwen2",
 }
-#: Architecture -> `tokenizer.ggml.pre` of every model of it, for files that do not say it. Llama's
-#: models differ (Llama 3, SmolLM), so there nothing is assumed.
-ASSUMED_PRE = {"gpt2": "gpt-2", "qwen2": "qwen2"}
 #: Texts behind which another one is encoded, see `Tokenizer.encode_after`.
 ANCHORS = ("\n", "a", ".")
 #: jlora's own key in GGUF for `Tokenizer.separator_id`.
@@ -281,15 +280,15 @@ def assumed_pre(metadata: dict[str, Any], path: str | Path) -> str:
     given = metadata.get("tokenizer.ggml.pre")
     state = "does not say how its tokenizer splits texts (tokenizer.ggml.pre is "
     state += "missing)" if given is None else f"{given!r})"
-    if architecture not in ASSUMED_PRE:
+    known = ARCHITECTURES.get(architecture)
+    if known is None or known.pre is None:
         raise UserError(
             f"{path}: it {state}, and models of architecture {architecture} differ; put the "
             "model's tokenizer.json into the same folder, or convert the model again with a "
             "current llama.cpp"
         )
-    pre = ASSUMED_PRE[architecture]
-    say(f"warning: {path} {state}; taken as {pre}, since its architecture is {architecture}")
-    return pre
+    say(f"warning: {path} {state}; taken as {known.pre}, since its architecture is {architecture}")
+    return known.pre
 
 
 def gguf_pre(settings: dict[str, Any]) -> str | None:
@@ -334,13 +333,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one if the file does not exist."""
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object is expected, found {kind_of(value)}")
-    return value
+    return read_object(path, "download it again")
 
 
 def read_tokenizer_json(path: Path) -> Any:

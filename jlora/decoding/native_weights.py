@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from jlora.adapters import TunedModel
+from jlora.engine.blocks import BLOCKS, part
 from jlora.engine.parts import is_known
 from jlora.engine.products import LORA, PackedEmbedding, PackedHead
 from jlora.kernels import native, packed_linear
 from jlora.kernels.decoder import BLOCK, COLUMNS_FIRST, LINEAR, MODEL, NORM, PACKED, ROWS_FIRST
 from jlora.layers.base import Conv1D
-from jlora.models import gpt2, llama
+from jlora.models.families import Parts
 from jlora.system.runtime import jt, nn
 
 
@@ -34,15 +35,15 @@ class NativeModel:
         model = model.get_base_model() if isinstance(model, TunedModel) else model
         self._held: list = []  # what the addresses point to
         self.model = np.zeros(1, MODEL)
-        if type(model) is llama.LlamaForCausalLM:
-            body, read = model.model, self._read_llama
-        elif type(model) is gpt2.GPT2LMHeadModel:
-            body, read = model.transformer, self._read_gpt2
-        else:
+        family = getattr(model, "family", None)
+        if family is None or family.parts is None or type(model) is not family.model:
             raise _Unsupported(f"models of type {type(model).__name__}")
+        if family.parts.block not in BLOCKS:
+            raise _Unsupported("blocks that the operators do not compute")
+        body = getattr(model, family.parts.body)
         if not is_known(body):
             raise _Unsupported("parts that the operators do not read")
-        read(model)
+        self._read(model.config, body, family.parts)
         self.model["layers"] = len(self.blocks)
         own_head = type(model.head) is PackedHead and is_known(model.head)
         packed = model.head._packed if own_head else None
@@ -54,55 +55,32 @@ class NativeModel:
     def layers(self) -> int:
         return len(self.blocks)
 
-    def _read_llama(self, model: llama.LlamaForCausalLM) -> None:
-        config, body = model.config, model.model
-        self._read_shape(
-            config.num_attention_heads, config.num_key_value_heads, config.head_dim,
-            config.hidden_size, config.intermediate_size, config.rms_norm_eps,
-        )  # fmt: skip
-        self._read_tokens(body.embed_tokens)
-        self.model["frequencies"] = self._address(body._frequencies)
-        self.model["last"] = self._norm(body.norm)
-        self.blocks = np.zeros(len(body.layers), BLOCK)
-        for block, source in zip(self.blocks, body.layers):
-            attention, mlp = source.self_attn, source.mlp
-            block["before_attention"] = self._norm(source.input_layernorm)
-            block["before_mlp"] = self._norm(source.post_attention_layernorm)
-            self._check_heads(attention.heads, attention.kv_heads, attention.head_dim)
-            for i, part in enumerate((attention.q_proj, attention.k_proj, attention.v_proj)):
-                block["qkv"][i] = self._linear(part)
-            block["out"] = self._linear(attention.o_proj)
-            for i, part in enumerate((mlp.gate_proj, mlp.up_proj)):
-                block["in"][i] = self._linear(part)
-            block["down"] = self._linear(mlp.down_proj)
-
-    def _read_gpt2(self, model: gpt2.GPT2LMHeadModel) -> None:
-        config, body = model.config, model.transformer
-        width, heads = config.n_embd, config.n_head
-        self._read_shape(
-            heads, heads, width // heads, width, config.n_inner or 4 * width,
-            config.layer_norm_epsilon,
-        )  # fmt: skip
-        self._read_tokens(body.wte)
-        self.model["positions"] = self._address(body.wpe.weight)
-        self.model["last"] = self._norm(body.ln_f)
-        self.blocks = np.zeros(len(body.h), BLOCK)
-        for block, source in zip(self.blocks, body.h):
-            block["before_attention"] = self._norm(source.ln_1)
-            block["before_mlp"] = self._norm(source.ln_2)
-            self._check_heads(source.attn.heads, source.attn.heads, width // heads)
-            block["qkv"][0] = self._linear(source.attn.c_attn)
-            block["out"] = self._linear(source.attn.c_proj)
-            block["in"][0] = self._linear(source.mlp.c_fc)
-            block["down"] = self._linear(source.mlp.c_proj)
-
-    def _read_shape(self, heads, key_heads, head_dim, width, inner, eps) -> None:
-        self._eps = eps
+    def _read(self, config, body: nn.Module, parts: Parts) -> None:
+        self._eps = config.norm_eps
         numbers = {
-            "H": heads, "G": key_heads, "D": head_dim, "C": width, "inner": inner, "eps": eps,
+            "H": config.heads, "G": config.kv_heads, "D": config.head_dim,
+            "C": config.hidden_size, "inner": config.inner, "eps": config.norm_eps,
         }  # fmt: skip
         for name, number in numbers.items():
             self.model[name] = number
+        self._read_tokens(getattr(body, parts.tokens))
+        if parts.positions is None:
+            self.model["frequencies"] = self._address(body._frequencies)
+        else:
+            self.model["positions"] = self._address(getattr(body, parts.positions).weight)
+        self.model["last"] = self._norm(getattr(body, parts.last_norm))
+        sources = getattr(body, parts.blocks)
+        self.blocks = np.zeros(len(sources), BLOCK)
+        for block, source in zip(self.blocks, sources):
+            attention = part(source, parts.attention)
+            self._check_heads(attention.heads, attention.kv_heads, attention.head_dim)
+            for name, path in zip(("before_attention", "before_mlp"), parts.norms):
+                block[name] = self._norm(part(source, path))
+            for name, paths in (("qkv", parts.qkv), ("in", parts.up)):
+                for i, path in enumerate(paths):
+                    block[name][i] = self._linear(part(source, path))
+            block["out"] = self._linear(part(source, parts.output))
+            block["down"] = self._linear(part(source, parts.down))
 
     def _check_heads(self, *numbers: int) -> None:
         """A block may not differ from the config, which the decoder reads once for all blocks."""
@@ -120,7 +98,7 @@ class NativeModel:
             raise _Unsupported("norms with an eps of their own")
         result = np.zeros((), NORM)
         result["weight"] = self._address(module.weight)
-        if isinstance(module, gpt2.LayerNorm):
+        if hasattr(module, "bias"):
             result["bias"] = self._address(module.bias)
         return result
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 
 from jlora import layers
-from jlora.engine.blocks import BLOCKS
+from jlora.engine.blocks import BLOCKS, learn
 from jlora.engine.leaves import FUSED, TrainedEmbedding
 from jlora.engine.products import (
     LORA,
@@ -94,6 +94,10 @@ def prepare(
         )
     if precision != "plain":
         _check(model, precision)
+    family = getattr(model, "family", None)
+    if family is not None and family.parts is not None:  # perhaps registered since
+        learn(family.parts)
+        PLAIN.update((fused, plain) for plain, fused in BLOCKS.items())
     restore(model)
     if precision == "plain":
         return precision

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from jlora.engine.parts import PARTS, is_known
+from jlora.engine.parts import PARTS, is_known, learn_modules
 from jlora.engine.products import FrozenProduct, PackedConv1D, PackedLinear, TrainedProduct
 from jlora.kernels import elementwise
 from jlora.kernels.block import BlockPlan, Layer, Shape, run_block
 from jlora.kernels.packed_linear import Branch
 from jlora.layers import Linear, MergedLinear
-from jlora.models import gpt2, llama
 from jlora.models.attention import Stream
+from jlora.models.families import FAMILIES, Parts
 from jlora.system.runtime import jt
 
 
@@ -56,7 +56,7 @@ class _Layer:
 
 
 class _FusedBlock:
-    """What the fused blocks share; a subclass names its family's layers and norms.
+    """A block as one operator; `learn` makes the subclass of each family.
 
     Decoding with a cache, padding on the left, layers that are merged or replaced, and blocks with
     parts that the operator does not read (see `is_known`) go the way of the plain block, layer by
@@ -66,17 +66,25 @@ class _FusedBlock:
     _checkpoint = False  # compute the forward pass again in the backward pass, and keep nothing
     _given = False  # its norms and biases may be trained: they go with each call, not into the plan
     _bottom = False  # nothing below it is trained
+    _parts: Parts  # where its layers and norms stand
+    _plain: type  # the block's own class
 
-    def _run(self, x, keys, cache, rotation, plain: Callable[[], jt.Var]) -> jt.Var:
-        """The block's result by one operator, or ``plain()`` where that cannot be."""
+    def execute(self, x, *others):
+        *rotation, keys, cache = others
+
+        def plain() -> jt.Var:
+            return self._plain.execute(self, x, *others)
+
         if cache is not None or not (keys is None or isinstance(keys, Stream)):
             return plain()
         if not is_known(self):
             return plain()
-        norm_1, norm_2 = self._norms()
+        norm_1, norm_2 = (part(self, path) for path in self._parts.norms)
         if norm_1.eps != norm_2.eps:  # the operator has one for both
             return plain()
-        layers = [[_Layer.of(module) for module in joint] for joint in self._joints()]
+        parts = self._parts
+        joints = parts.qkv, (parts.output,), parts.up, (parts.down,)
+        layers = [[_Layer.of(part(self, path)) for path in joint] for joint in joints]
         flat = [layer for joint in layers for layer in joint]
         if None in flat:
             return plain()
@@ -113,12 +121,21 @@ class _FusedBlock:
         plans = self.__dict__.setdefault("_plans", {})
         key = tuple(layer.key for layer in flat)
         if key not in plans:
-            shape = self._shape()
+            attention, eps = part(self, self._parts.attention), part(self, self._parts.norms[0]).eps
+            heads = attention.heads, attention.kv_heads, attention.head_dim
+            shape = Shape(*heads, self._parts.gated, eps)
             fits = shape.fits(flat[0].product.packed.k, flat[-1].product.packed.k)
             arrays = [None if p is None else p.numpy() for p in norms]
             joints = [[layer.planned() for layer in joint] for joint in layers]
             plans[key] = BlockPlan(shape, arrays, joints, self._given) if fits else None
         return plans[key]
+
+
+def part(module, path: str):
+    """The submodule of a path such as ``mlp.c_fc``."""
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
 
 
 def _joined(biases: Sequence[jt.Var | None], layers: Sequence[_Layer]) -> jt.Var:
@@ -130,43 +147,24 @@ def _joined(biases: Sequence[jt.Var | None], layers: Sequence[_Layer]) -> jt.Var
     return parts[0] if len(parts) == 1 else jt.concat(parts)
 
 
-class FusedGPT2Block(_FusedBlock, gpt2.Block):
-    def execute(self, x, keys, cache):
-        def plain():
-            return gpt2.Block.execute(self, x, keys, cache)
-
-        return self._run(x, keys, cache, (), plain)
-
-    def _joints(self):
-        return (self.attn.c_attn,), (self.attn.c_proj,), (self.mlp.c_fc,), (self.mlp.c_proj,)
-
-    def _norms(self):
-        return self.ln_1, self.ln_2
-
-    def _shape(self) -> Shape:
-        heads = self.attn.heads
-        return Shape(heads, heads, self.ln_1.weight.shape[0] // heads, False, self.ln_1.eps)
+#: Plain block -> the class that a fused one has instead.
+BLOCKS: dict[type, type] = {}
+#: (norm, rotary positions, activation, gated) of the blocks that the operator computes.
+COMPUTED = {("layer", False, "gelu_tanh", False), ("rms", True, "silu", True)}
 
 
-class FusedLlamaBlock(_FusedBlock, llama.Block):
-    def execute(self, x, cos, sin, keys, cache):
-        def plain():
-            return llama.Block.execute(self, x, cos, sin, keys, cache)
-
-        return self._run(x, keys, cache, (cos, sin), plain)
-
-    def _joints(self):
-        attn, mlp = self.self_attn, self.mlp
-        qkv = attn.q_proj, attn.k_proj, attn.v_proj
-        return qkv, (attn.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
-
-    def _norms(self):
-        return self.input_layernorm, self.post_attention_layernorm
-
-    def _shape(self) -> Shape:
-        attn, eps = self.self_attn, self.input_layernorm.eps
-        return Shape(attn.heads, attn.kv_heads, attn.head_dim, True, eps)
+def learn(parts: Parts) -> None:
+    """Make the fused class of a family's blocks, where the operator computes them."""
+    computes = (parts.norm, parts.positions is None, parts.activation, parts.gated)
+    plain = parts.block
+    if plain in BLOCKS or computes not in COMPUTED:
+        return
+    learn_modules(parts.modules)
+    name = f"Fused{plain.__module__.rpartition('.')[2]}{plain.__name__}"
+    BLOCKS[plain] = type(name, (_FusedBlock, plain), {"_parts": parts, "_plain": plain})
+    PARTS[BLOCKS[plain]] = PARTS[plain]
 
 
-BLOCKS = {gpt2.Block: FusedGPT2Block, llama.Block: FusedLlamaBlock}
-PARTS.update((fused, PARTS[plain]) for plain, fused in BLOCKS.items())
+for family in FAMILIES.values():
+    if family.parts is not None:
+        learn(family.parts)

@@ -7,8 +7,11 @@ a word; `is_known` finds it, and the module's own layers compute then.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from jlora import layers
 from jlora.engine.leaves import (
+    FUSED,
     FusedAttention,
     FusedGELU,
     FusedLayerNorm,
@@ -25,7 +28,6 @@ from jlora.engine.products import (
     is_overridden,
 )
 from jlora.kernels.elementwise import FusedDropout
-from jlora.models import gpt2, llama
 from jlora.system.runtime import jt, nn
 
 VAR = (jt.Var,)
@@ -33,6 +35,8 @@ LINEARS = (
     nn.Linear, layers.Conv1D, PackedLinear, PackedConv1D, layers.Linear, layers.MergedLinear,
 )  # fmt: skip
 EMBEDDINGS = (nn.Embedding, TrainedEmbedding, PackedEmbedding)
+#: Plain layer -> what the engine and adapters put in its place, of which the fast paths know all.
+SWAPPED = {nn.Linear: LINEARS, layers.Conv1D: LINEARS, nn.Embedding: EMBEDDINGS}
 _PLAIN = {"weight": VAR, "bias": VAR}
 _LORA = {**_PLAIN, "lora_A": VAR, "lora_B": VAR, "lora_dropout": (FusedDropout,)}
 
@@ -53,30 +57,15 @@ PARTS: dict[type, dict[str, tuple[type, ...]]] = {
     FusedSwiGLU: {},
     FusedRotary: {},
     FusedAttention: {},
-    gpt2.Attention: {"c_attn": LINEARS, "c_proj": LINEARS, "attention": (FusedAttention,)},
-    gpt2.MLP: {"c_fc": LINEARS, "c_proj": LINEARS, "act": (FusedGELU,)},
-    gpt2.Block: {
-        "ln_1": (FusedLayerNorm,), "attn": (gpt2.Attention,),
-        "ln_2": (FusedLayerNorm,), "mlp": (gpt2.MLP,),
-    },
-    gpt2.GPT2Model: {
-        "wte": EMBEDDINGS, "wpe": EMBEDDINGS, "h": (nn.ModuleList,), "ln_f": (FusedLayerNorm,),
-    },
-    llama.Attention: {
-        "q_proj": LINEARS, "k_proj": LINEARS, "v_proj": LINEARS, "o_proj": LINEARS,
-        "rotary": (FusedRotary,), "attention": (FusedAttention,),
-    },
-    llama.MLP: {
-        "gate_proj": LINEARS, "up_proj": LINEARS, "down_proj": LINEARS, "act": (FusedSwiGLU,),
-    },
-    llama.Block: {
-        "input_layernorm": (FusedRMSNorm,), "self_attn": (llama.Attention,),
-        "post_attention_layernorm": (FusedRMSNorm,), "mlp": (llama.MLP,),
-    },
-    llama.LlamaModel: {
-        "embed_tokens": EMBEDDINGS, "layers": (nn.ModuleList,), "norm": (FusedRMSNorm,),
-    },
-}  # fmt: skip
+}
+
+
+def learn_modules(modules: Mapping[type, Mapping[str, type]]) -> None:
+    """Add a family's modules, by the classes that they have in the plain model."""
+    for module, parts in modules.items():
+        PARTS[module] = {
+            name: SWAPPED.get(kind) or (FUSED.get(kind, kind),) for name, kind in parts.items()
+        }
 
 
 def is_known(module: nn.Module) -> bool:

@@ -13,25 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from jlora.formats.gguf_file import (
-    GPT2_BLOCKS,
-    GPT2_NAMES,
-    LLAMA_BLOCKS,
-    LLAMA_NAMES,
+from jlora.formats.gguf_architectures import (
     ROPE_FACTORS,
     ROPE_SCALING,
-    is_conv1d,
-    llama3_factors,
+    Architecture,
+    rope_factors,
 )
 from jlora.formats.rounding import narrow, norm, widen
 from jlora.system.files import atomic_path
 
-#: model_type -> GGUF architecture; Mistral's layers are Llama's.
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "gpt2": "gpt2"}
-
 
 def write_gguf(
     path: str | Path,
+    architecture: Architecture,
     config: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
     kind: str = "F32",
@@ -41,8 +35,8 @@ def write_gguf(
     """Write a GGUF file, atomically.
 
     Args:
-        config: config.json with every field that `GPT2Config.to_dict` or `LlamaConfig.to_dict`
-            has, for one of `ARCHITECTURES`.
+        architecture: how models of this family stand in GGUF files.
+        config: config.json with every field that the family's ``to_dict`` gives.
         tensors: float32 arrays by Hugging Face's names; a tied head is left out.
         kind: of the matrices, one of `gguf_file.QUANTIZATIONS`. Vectors, position embeddings and
             rotary factors stay F32; matrices whose rows do not divide into blocks become F16.
@@ -59,16 +53,16 @@ def write_gguf(
 
     errors = {}
     with atomic_path(path) as temporary:
-        writer = GGUFWriter(temporary, ARCHITECTURES[config["model_type"]])
+        writer = GGUFWriter(temporary, architecture.name)
         try:
-            add_metadata(writer, config, kind, name)
+            add_metadata(writer, architecture, config, kind, name)
             for key, value in (tokenizer or {}).items():
                 add_value(writer, key, value)
             factors = rope_factors(config)
             if factors is not None:
                 writer.add_tensor(ROPE_FACTORS, factors)
                 writer.add_string(ROPE_SCALING, json.dumps(config["rope_scaling"]))
-            for old, new, array in stored_layout(config, tensors):
+            for old, new, array in stored_layout(architecture, config, tensors):
                 own = kind_of(new, array, kind)
                 stored = narrow(old, array, own)
                 errors[old] = 0.0 if own == "F32" else norm(widen(stored, own) - array)
@@ -82,24 +76,19 @@ def write_gguf(
 
 
 def stored_layout(
-    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+    own: Architecture, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[str, str, np.ndarray]]:
     """(Hugging Face's name, GGUF's name, array in GGUF's layout) of every tensor."""
-    architecture = ARCHITECTURES[config["model_type"]]
-    names, blocks = LLAMA_NAMES, LLAMA_BLOCKS
-    if architecture == "gpt2":
-        names, blocks = GPT2_NAMES, GPT2_BLOCKS
-    inverse = {theirs: ours for ours, theirs in names.items()}
+    inverse = {theirs: ours for ours, theirs in own.names.items()}
     for name, array in tensors.items():
-        block = re.match(rf"{re.escape(blocks)}\.(\d+)\.", name)
+        block = re.match(rf"{re.escape(own.blocks)}\.(\d+)\.", name)
         module, _, last = name[block.end() if block else 0 :].rpartition(".")
         prefix = f"blk.{block.group(1)}." if block else ""
-        if architecture == "gpt2" and is_conv1d(name):
+        heads = own.heads(name, config)
+        if own.is_transposed(name):
             array = array.T
-        elif architecture == "llama" and module == "self_attn.q_proj":
-            array = permute(array, config["num_attention_heads"])
-        elif architecture == "llama" and module == "self_attn.k_proj":
-            array = permute(array, config["num_key_value_heads"])
+        elif heads is not None:
+            array = permute(array, heads)
         yield name, f"{prefix}{inverse[module]}.{last}", np.ascontiguousarray(array)
 
 
@@ -120,9 +109,11 @@ def kind_of(name: str, array: np.ndarray, kind: str) -> str:
     return kind if array.shape[-1] % block == 0 else "F16"
 
 
-def add_metadata(writer: Any, config: Mapping[str, Any], kind: str, name: str | None) -> None:
+def add_metadata(
+    writer: Any, own: Architecture, config: Mapping[str, Any], kind: str, name: str | None
+) -> None:
     """What llama.cpp wants to know of a model, tokenizer aside."""
-    from gguf import GGML_QUANT_VERSION, GGUFType, LlamaFileType, RopeScalingType
+    from gguf import GGML_QUANT_VERSION, GGUFType, LlamaFileType
 
     writer.add_type(GGUFType.MODEL)
     if name:
@@ -130,29 +121,7 @@ def add_metadata(writer: Any, config: Mapping[str, Any], kind: str, name: str | 
     writer.add_file_type(LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_vocab_size(config["vocab_size"])
-    if config["model_type"] == "gpt2":
-        writer.add_context_length(config["n_positions"])
-        writer.add_embedding_length(config["n_embd"])
-        writer.add_block_count(config["n_layer"])
-        writer.add_feed_forward_length(config["n_inner"] or 4 * config["n_embd"])
-        writer.add_head_count(config["n_head"])
-        writer.add_layer_norm_eps(config["layer_norm_epsilon"])
-        return
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
-    writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    kind, scaling = rope_scaling(config)
-    if kind == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(scaling["factor"])
+    own.write_metadata(writer, config)
 
 
 def add_value(writer: Any, key: str, value: Any) -> None:
@@ -163,19 +132,7 @@ def add_value(writer: Any, key: str, value: Any) -> None:
         writer.add_bool(key, value)
     elif isinstance(value, str):
         writer.add_string(key, value)
+    elif value < 0:
+        writer.add_int32(key, value)
     else:
         writer.add_uint32(key, value)
-
-
-def rope_scaling(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """(kind, settings) of a config's rope_scaling."""
-    scaling = config.get("rope_scaling") or {}
-    return scaling.get("rope_type", scaling.get("type", "default")), scaling
-
-
-def rope_factors(config: Mapping[str, Any]) -> np.ndarray | None:
-    """The tensor in which GGUF keeps Llama 3's rotary scaling, float32 (head_dim / 2,)."""
-    kind, scaling = rope_scaling(config)
-    if kind != "llama3":
-        return None
-    return llama3_factors(scaling, config["rope_theta"], config["head_dim"]).astype(np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 from jlora.layers import Conv1D
 from jlora.models.attention import (
@@ -18,6 +19,8 @@ from jlora.models.config_fields import check_not_computed, known_fields
 from jlora.models.head import CausalLM, LanguageHead
 from jlora.system.runtime import jt, nn
 
+#: OpenAI's TensorFlow names for a layer's gain, weight and bias.
+TENSORFLOW_ENDINGS = {".g": ".weight", ".w": ".weight", ".b": ".bias"}
 #: Names that transformers takes for GPT-2's own.
 ALIASES = {
     "hidden_size": "n_embd",
@@ -51,6 +54,7 @@ class GPT2Config:
     bos_token_id: int | None = 50256
     eos_token_id: int | None = 50256
     model_type: str = "gpt2"
+    gated: ClassVar[bool] = False  # the MLP multiplies nothing by its activation
 
     @classmethod
     def from_dict(cls, config: dict) -> GPT2Config:
@@ -88,8 +92,34 @@ class GPT2Config:
         return self.n_embd
 
     @property
+    def heads(self) -> int:
+        return self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_head
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def inner(self) -> int:
+        """Width inside the MLP."""
+        return self.n_inner or 4 * self.n_embd
+
+    @property
+    def norm_eps(self) -> float:
+        return self.layer_norm_epsilon
+
+    @property
     def layers(self) -> int:
         return self.n_layer
+
+
+def hugging_face_name(name: str) -> str:
+    """The name of a parameter in OpenAI's TensorFlow checkpoints -> Hugging Face's."""
+    return name[:-2] + TENSORFLOW_ENDINGS[name[-2:]] if name[-2:] in TENSORFLOW_ENDINGS else name
 
 
 class GELU(nn.Module):
@@ -116,7 +146,8 @@ class LayerNorm(nn.Module):
 
 class Attention(nn.Module):
     def __init__(self, config: GPT2Config, layer: int):
-        self.layer, self.heads = layer, config.n_head
+        self.layer = layer
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
         self.attention = CausalAttention()
@@ -134,9 +165,8 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     def __init__(self, config: GPT2Config):
-        inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = Conv1D(inner, config.n_embd)
-        self.c_proj = Conv1D(config.n_embd, inner)
+        self.c_fc = Conv1D(config.inner, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.inner)
         self.act = GELU()
 
     def execute(self, x: jt.Var) -> jt.Var:

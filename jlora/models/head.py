@@ -46,6 +46,13 @@ class CausalLM(nn.Module):
     A family gives ``head``, ``hidden_states``, ``output_embedding`` and ``first_attention``.
     """
 
+    @property
+    def family(self):
+        """The model's entry in `models.families`; None: a family that is not registered."""
+        from jlora.models.families import FAMILIES  # which imports the model files
+
+        return FAMILIES.get(self.config.model_type)
+
     def new_cache(self) -> KVCache:
         """An empty cache for decoding."""
         return self.first_attention.new_cache(self.config.layers)

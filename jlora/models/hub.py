@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,16 +22,13 @@ from jlora.formats.safetensors_file import (
     read_sharded,
 )
 from jlora.formats.torch_file import read_torch
+from jlora.models.families import FAMILIES, gguf_architectures
 from jlora.models.random_gpt2 import CONTEXT, SIZES, VOCABULARY
+from jlora.models.weights import check_fit, hugging_face_names, load_weights
 from jlora.system.console import say
 from jlora.system.errors import UserError
-from jlora.system.files import read_text
+from jlora.system.json_files import read_object
 
-#: Buffers that older checkpoints saved beside the weights; the models compute them themselves.
-BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$|\.position_ids$")
-#: OpenAI's TensorFlow names for a layer's gain, weight and bias.
-TENSORFLOW_ENDINGS = {".g": ".weight", ".w": ".weight", ".b": ".bias"}
-BASE_PREFIXES = {"gpt2": "transformer.", "llama": "model.", "mistral": "model.", "qwen2": "model."}
 #: Sizes in a config.json of GPT-2 or Llama that say how large the weights are.
 WEIGHT_SIZES = (
     *("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"),
@@ -77,7 +72,7 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> Any:
         raise UserError(f"dtype {dtype!r} is not supported; weights are kept as float32")
     checkpoint = read_checkpoint(find(str(name_or_path)), check=check_before_weights)
     model = build_model(checkpoint.config, checkpoint.config_source)
-    tensors = hugging_face_names(checkpoint.tensors, model.config.model_type)
+    tensors = hugging_face_names(checkpoint.tensors, model.family)
     checkpoint.tensors.clear()  # `load_weights` frees them one by one
     load_weights(model, tensors, f"{checkpoint.source} ({checkpoint.config_source})")
     model.tokenizer = checkpoint.tokenizer
@@ -86,16 +81,6 @@ def load(name_or_path: str | Path, dtype: str = "float32") -> Any:
     model.source, model.source_config = checkpoint.source.absolute(), checkpoint.config
     model.eval()
     return model
-
-
-def check_tokenizer(checkpoint: Checkpoint, model: Any) -> None:
-    """Raises UserError: the tokenizer has tokens that the model does not know."""
-    tokenizer, rows = checkpoint.tokenizer, model.config.vocab_size
-    if tokenizer is not None and tokenizer.vocab_size > rows:
-        raise UserError(
-            f"{checkpoint.source}: the tokenizer has {tokenizer.vocab_size} tokens but the model "
-            f"only {rows}; they belong to different models, put the right tokenizer there"
-        )
 
 
 @dataclass
@@ -130,9 +115,8 @@ def outline(name_or_path: str | Path) -> Outline:
             Path(f"{name}-pytorch_model.bin"), gpt2_config(*size), "its name", {}, gpt2_tokenizer()
         )
     else:
-        checkpoint = read_checkpoint(source or find(name), shapes_only=True)
+        checkpoint = read_checkpoint(source or find(name), True, check_before_weights)
     model = build_model(checkpoint.config, checkpoint.config_source)
-    check_tokenizer(checkpoint, model)
     model.tokenizer, model.name_or_path = checkpoint.tokenizer, name
     if checkpoint.tensors:
         sizes = [array.nbytes for array in checkpoint.tensors.values()]
@@ -228,8 +212,13 @@ def check_before_weights(outline: Checkpoint) -> None:
     """
     check_sizes(outline)
     model = build_model(outline.config, outline.config_source)
-    check_tokenizer(outline, model)
-    tensors = hugging_face_names(outline.tensors, model.config.model_type)
+    tokenizer, rows = outline.tokenizer, model.config.vocab_size
+    if tokenizer is not None and tokenizer.vocab_size > rows:
+        raise UserError(
+            f"{outline.source}: the tokenizer has {tokenizer.vocab_size} tokens but the model "
+            f"only {rows}; they belong to different models, put the right tokenizer there"
+        )
+    tensors = hugging_face_names(outline.tensors, model.family)
     check_fit(model, tensors, f"{outline.source} ({outline.config_source})", outline.config)
 
 
@@ -260,7 +249,7 @@ def read_checkpoint(
     tensors = read_weights(weights, shapes_only=True)
     check_no_adapter(weights, tensors)
     if config is None:
-        config = gpt2_config_from_shapes(weights, hugging_face_names(tensors, "gpt2"))
+        config = gpt2_config_from_shapes(weights, hugging_face_names(tensors, FAMILIES["gpt2"]))
         config_source = "size found from its shapes"
         if tokenizer is None and config["eos_token_id"] is not None:
             tokenizer = gpt2_tokenizer()
@@ -287,10 +276,12 @@ def read_gguf_checkpoint(
         nonlocal tokenizer
         if tokenizer is None and "tokenizer.ggml.model" in file.metadata:
             tokenizer = Tokenizer.from_gguf(file.metadata, path)
+        elif tokenizer is not None and tokenizer.eos_token_id is None:  # a bare tokenizer.json
+            tokenizer.eos_token_id = file.config["eos_token_id"]
         return Checkpoint(path, file.config, "its metadata", file.tensors, tokenizer)
 
     early = None if check is None else lambda file: check(checkpoint(file))
-    return checkpoint(read_gguf(path, shapes_only, early))
+    return checkpoint(read_gguf(path, shapes_only, early, gguf_architectures()))
 
 
 def gpt2_tokenizer() -> Tokenizer | None:
@@ -340,11 +331,8 @@ def check_no_adapter(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json as a dictionary."""
-    try:
-        config = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); download it again") from error
-    if not isinstance(config, dict) or "model_type" not in config:
+    config = read_object(path, "download it again")
+    if "model_type" not in config:
         raise UserError(f"{path}: not a model's config.json (no model_type)")
     return config
 
@@ -411,157 +399,19 @@ def gpt2_config(
     }
 
 
-def hugging_face_names(tensors: dict[str, np.ndarray], model_type: str) -> dict[str, np.ndarray]:
-    """The names of the language-model class: prefixes mended, buffers left out."""
-    mended = {}
-    base = BASE_PREFIXES[model_type]
-    for name, array in tensors.items():
-        while name.startswith(("module.", "_orig_mod.")):  # DataParallel, torch.compile
-            name = name.split(".", 1)[1]
-        if BUFFERS.search(name):
-            continue
-        if model_type == "gpt2" and name[-2:] in TENSORFLOW_ENDINGS:
-            name = name[:-2] + TENSORFLOW_ENDINGS[name[-2:]]
-        mended[name] = array
-    if any(name.startswith(base) for name in mended):
-        return mended
-    # A checkpoint of the bare model class, without the language-model head around it.
-    return {n if n.startswith("lm_head.") else base + n: a for n, a in mended.items()}
-
-
 def build_model(config: dict[str, Any], source: str = "config.json") -> Any:
     """A model of the right family, its parameters still to be given.
 
     Jittor makes arrays when they are asked for, so initial values that are replaced first cost
     nothing.
     """
-    from jlora.models.gpt2 import GPT2Config, GPT2LMHeadModel
-    from jlora.models.llama import LlamaConfig, LlamaForCausalLM
-
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in BASE_PREFIXES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
-            f"{source}: model_type {model_type!r} is not supported; only {', '.join(BASE_PREFIXES)}"
+            f"{source}: model_type {model_type!r} is not supported; only {', '.join(FAMILIES)}"
         )
+    family = FAMILIES[model_type]
     try:
-        if model_type == "gpt2":
-            return GPT2LMHeadModel(GPT2Config.from_dict(config))
-        return LlamaForCausalLM(LlamaConfig.from_dict(config))
+        return family.model(family.config.from_dict(config))
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise UserError(f"{source}: {one_line(error)}; this model cannot be used") from error
-
-
-def load_weights(model: Any, tensors: dict[str, np.ndarray], source: str = "checkpoint") -> None:
-    """Give every parameter of a model its values, as float32.
-
-    ``tensors`` is emptied on the way, so that a large model is not in memory twice. A head that
-    repeats the tied embedding is accepted.
-
-    Raises:
-        UserError: keys are missing, unexpected or of another shape: all kinds in one message.
-    """
-    from jlora.system.runtime import jt
-
-    parameters = check_fit(model, tensors, source)
-    for name, parameter in parameters.items():
-        parameter.assign(jt.array(tensors.pop(name).astype(np.float32, copy=False)))
-
-
-def check_fit(
-    model: Any, tensors: dict[str, np.ndarray], source: str, config: Mapping[str, Any] = {}
-) -> dict[str, Any]:
-    """Check that there is one tensor of the right shape for every parameter.
-
-    A head that repeats the tied embedding is removed from ``tensors``, which may be `placeholder`.
-
-    Args:
-        config: config.json, which says whether the weights are quantised.
-
-    Returns:
-        The model's parameters by name.
-
-    Raises:
-        UserError: see `load_weights`.
-    """
-    parameters = dict(model.named_parameters())
-    expected = {name: tuple(p.shape) for name, p in parameters.items()}
-    drop_tied_head(model, parameters, tensors, source)
-    problems = difference(expected, {name: tuple(a.shape) for name, a in tensors.items()})
-    problems += embedding_rows(expected, tensors)
-    whole = [name for name, array in tensors.items() if array.dtype.kind != "f"]
-    if whole and not problems:
-        problems = [f"{whole[0]} holds {tensors[whole[0]].dtype} numbers"]
-    if problems and config.get("quantization_config"):
-        raise UserError(
-            f"{source}: {problems[0]}, and quantization_config says that the weights are "
-            "quantised, which are not read; take the model that this one was made of"
-        )
-    if problems:
-        raise UserError(
-            f"{source}: the weights do not fit the model: {'; '.join(problems)}; take the "
-            "configuration and the weights of one model, downloaded whole"
-        )
-    return parameters
-
-
-def embedding_rows(expected: dict[str, tuple], tensors: dict[str, np.ndarray]) -> list[str]:
-    """What else to say where the embedding has another number of rows than vocab_size."""
-    for name, array in tensors.items():
-        if re.search(r"(wte|embed_tokens)\.weight$", name) and name in expected and array.ndim == 2:
-            rows, vocabulary = array.shape[0], expected[name][0]
-            if rows != vocabulary and array.shape[1:] == expected[name][1:]:
-                return [f"the embedding has {rows:,} rows, and vocab_size is {vocabulary:,}"]
-    return []
-
-
-def drop_tied_head(
-    model: Any, parameters: dict[str, Any], tensors: dict[str, np.ndarray], source: str
-) -> None:
-    """Remove lm_head.weight where the model uses its embedding instead, if they are equal."""
-    if "lm_head.weight" not in tensors or "lm_head.weight" in parameters:
-        return
-    base = BASE_PREFIXES[model.config.model_type]
-    names = {"transformer.": "transformer.wte.weight", "model.": "model.embed_tokens.weight"}
-    embedding = tensors.get(names[base])
-    head = tensors["lm_head.weight"]
-    if embedding is not None and head.shape[0] != embedding.shape[0]:
-        raise UserError(
-            f"{source}: lm_head.weight has {head.shape[0]:,} rows and {names[base]} "
-            f"{embedding.shape[0]:,}, although the configuration ties them; take the configuration "
-            "and the weights of one model"
-        )
-    is_placeholder = not any(head.strides)  # their values are compared once they are read
-    if embedding is not None and not is_placeholder and not np.array_equal(head, embedding):
-        raise UserError(
-            f"{source}: lm_head.weight differs from {names[base]} although the configuration ties "
-            "them; set tie_word_embeddings to false in config.json (Llama family only)"
-        )
-    del tensors["lm_head.weight"]
-
-
-def difference(expected: dict[str, tuple], found: dict[str, tuple]) -> list[str]:
-    """Say what is missing, unexpected and misshapen, the first few of each."""
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    misshapen = [n for n in expected if n in found and expected[n] != found[n]]
-    problems = []
-    if missing:
-        named = [name + nearest(name, unexpected) for name in missing[:3]]
-        problems.append(listing("missing", missing, named))
-    if unexpected:
-        problems.append(listing("unexpected", unexpected, unexpected[:3]))
-    if misshapen:
-        named = [f"{n} is {found[n]} instead of {expected[n]}" for n in misshapen[:3]]
-        problems.append(listing("misshapen", misshapen, named))
-    return problems
-
-
-def nearest(name: str, candidates: list[str]) -> str:
-    """The most similar unexpected name, as a hint."""
-    close = difflib.get_close_matches(name, candidates, n=1)
-    return f" (nearest: {close[0]})" if close else ""
-
-
-def listing(word: str, names: list[str], shown: list[str]) -> str:
-    """``3 missing: a, b, c`` or ``7 missing: a, b, c, ...``."""
-    return f"{len(names)} {word}: {', '.join(shown)}" + (", ..." if len(names) > 3 else "")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,7 +23,6 @@ from jlora.models.config_fields import check_not_computed, known_fields, number,
 from jlora.models.head import CausalLM, LanguageHead
 from jlora.system.runtime import jt, nn
 
-MODEL_TYPES = ("llama", "mistral", "qwen2")
 ROPE_SETTINGS = {
     "linear": ("factor",),
     "llama3": (
@@ -65,6 +65,13 @@ class LlamaConfig:
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     model_type: str = "llama"
+    gated: ClassVar[bool] = True
+    #: model_type -> transformers' class.
+    architectures: ClassVar[dict[str, str]] = {
+        "llama": "LlamaForCausalLM",
+        "mistral": "MistralForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+    }
 
     def __post_init__(self):
         if self.num_key_value_heads is None:
@@ -79,11 +86,12 @@ class LlamaConfig:
         Raises:
             ValueError: the file asks for something that is not built here.
         """
-        model_type = config.get("model_type", "llama")
-        if model_type not in MODEL_TYPES:
-            raise ValueError(f"model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}")
+        model_type = config.get("model_type", cls.model_type)
+        if model_type not in cls.architectures:
+            types = ", ".join(cls.architectures)
+            raise ValueError(f"model_type {model_type!r} is not one of {types}")
         config = {**DEFAULTS.get(model_type, {}), **config}
-        if model_type != "llama":  # their classes in transformers do not read these
+        if model_type in DEFAULTS:  # their classes in transformers do not read these
             config.update(attention_bias=False, mlp_bias=False)
         theta, scaling = rope_settings(config)
         config.update(rope_theta=theta, rope_scaling=scaling)
@@ -108,11 +116,11 @@ class LlamaConfig:
 
     def to_dict(self) -> dict:
         """What ``config.json`` holds, transformers' architecture name included."""
-        name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[self.model_type]
         values = {key: value for key, value in asdict(self).items() if value is not None}
         if self.model_type == "mistral":
             values["sliding_window"] = None  # absent means a window to transformers
-        return {"architectures": [f"{name}ForCausalLM"], "hidden_act": "silu", **values}
+        architecture = self.architectures[self.model_type]
+        return {"architectures": [architecture], "hidden_act": "silu", **values}
 
     @property
     def layers(self) -> int:
@@ -121,6 +129,23 @@ class LlamaConfig:
     @property
     def max_positions(self) -> int:
         return self.max_position_embeddings
+
+    @property
+    def heads(self) -> int:
+        return self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads
+
+    @property
+    def inner(self) -> int:
+        """Width inside the MLP."""
+        return self.intermediate_size
+
+    @property
+    def norm_eps(self) -> float:
+        return self.rms_norm_eps
 
     @property
     def qkv_bias(self) -> bool:

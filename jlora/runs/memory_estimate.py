@@ -23,7 +23,6 @@ from jlora.data.batches import epoch_batches
 from jlora.decoding.native_decoder import PROMPT_TOKENS, SLAB
 from jlora.formats.names import is_lora_name
 from jlora.kernels import packed_linear
-from jlora.models import llama
 from jlora.models.hub import Outline
 from jlora.runs.recipe import Recipe
 from jlora.system.runtime import nn
@@ -248,17 +247,11 @@ class BlockShape:
 
     @classmethod
     def of(cls, config) -> BlockShape:
-        if isinstance(config, llama.LlamaConfig):
-            keys = config.num_key_value_heads * config.head_dim
-            return cls(
-                config.hidden_size, config.num_attention_heads, config.head_dim, keys,
-                config.intermediate_size, True, config.layers,
-            )  # fmt: skip
-        inner = config.n_inner or 4 * config.n_embd
-        head_dim = config.n_embd // config.n_head
+        keys = config.kv_heads * config.head_dim
         return cls(
-            config.n_embd, config.n_head, head_dim, config.n_embd, inner, False, config.layers
-        )
+            config.hidden_size, config.heads, config.head_dim, keys, config.inner, config.gated,
+            config.layers,
+        )  # fmt: skip
 
     @property
     def query_width(self) -> int:
