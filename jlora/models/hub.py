@@ -14,6 +14,7 @@ import numpy as np
 from jlora.data.pull_models import GPT2_TOKENIZER, NAME, WHEELS, pull, pulled
 from jlora.data.tokenizer import Tokenizer, find_files
 from jlora.formats.gguf_file import GGUFFile, read_gguf
+from jlora.formats.names import is_lora_name
 from jlora.formats.safetensors_file import (
     one_line,
     read_safetensors,
@@ -312,10 +313,10 @@ def read_weights(path: Path, shapes_only: bool = False) -> dict[str, np.ndarray]
 
 def check_no_adapter(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Raises: UserError: the weights are an adapter's, or have one in them (microsoft/LoRA#138)."""
-    lora = [name for name in tensors if "lora_" in name]
+    lora = [name for name in tensors if is_lora_name(name)]
     if not lora:
         return
-    if all("lora_" in name or "bias" in name for name in tensors):
+    if all(is_lora_name(name) or "bias" in name for name in tensors):
         what = "a LoRA adapter and no model"
     else:
         what = "a model with an unmerged LoRA adapter inside"
