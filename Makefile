@@ -11,6 +11,9 @@ STAMP := $(VENV)/.installed
 PARITY := .venv-parity
 PARITY_STAMP := $(PARITY)/.installed
 SEED ?= 1
+# Test files at a time; each runs by itself (`make test JOBS=0`: one after another, in one process).
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 .PHONY: demo test test-all parity golden bench-train bench-decode bench-scale bench-long lint install clean
 .DELETE_ON_ERROR:
@@ -19,10 +22,10 @@ demo: $(STAMP)
 	$(BIN)/jlora demo
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow" --durations=10
+	$(PYTEST) -m "not slow" --durations=10
 
 test-all: lint
-	$(BIN)/python -m pytest -q --durations=20
+	$(PYTEST) --durations=20
 
 # jlora beside torch, transformers, peft and loralib, on random cases of SEED (docs/fidelity.md).
 parity: $(STAMP) $(PARITY_STAMP)

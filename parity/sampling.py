@@ -30,7 +30,7 @@ def our_chances(model, prompts: list[list[int]], warp: dict) -> dict[str, np.nda
     generator's."""
     from unittest.mock import patch
 
-    from jlora.decoding.decoder import sampling as module
+    from jlora.decoding import sampling as module
 
     chances = np.zeros((len(prompts), model.config.vocab_size))
     config = module.GenerateConfig(

@@ -18,12 +18,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_runtest_makereport(item, call):
     """Let go of what a failed test had open.
 
-    Its traceback keeps the files, pipes and processes alive until some later test, which would
-    then fail with their ResourceWarning.
+    Its traceback would keep files, pipes and processes alive until some later test, which would
+    then fail with their ResourceWarning; now it is an error of the test that left them open.
     """
     yield
     if call.excinfo is not None and not item.config.option.usepdb:
-        traceback.clear_frames(call.excinfo.tb)
+        for frame, _ in traceback.walk_tb(call.excinfo.tb):
+            with contextlib.suppress(RuntimeError):  # still running: pytest's own
+                frame.clear()
+                _ = frame.f_locals  # a copy of them, which pytest has made, is cleared by this
 
 
 @pytest.fixture

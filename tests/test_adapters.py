@@ -559,8 +559,8 @@ def test_the_bases_own_embedding_in_a_narrower_type_is_no_other(folder, name, ki
     [
         (lambda f: (f / "adapter_config.json").unlink(), "holds no adapter_config.json"),
         (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json:1: not JSON"),
-        (lambda f: (f / "adapter_config.json").write_text("[]"), "holds a list, not settings"),
-        (lambda f: (f / "adapter_config.json").write_text("null"), "holds null, not settings"),
+        (lambda f: (f / "adapter_config.json").write_text("[]"), "not a JSON object, but a list"),
+        (lambda f: (f / "adapter_config.json").write_text("null"), "not a JSON object, but null"),
         (lambda f: (f / "jlora_adapter.json").write_text('{"base_model": 3}'), "damaged"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), "holds neither"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\0" * 9), "adapter_model"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from jlora.decoding.sampling import GenerateConfig, generate
 from jlora.formats.safetensors_file import write_safetensors
 from jlora.models import families
 from jlora.models.hub import build_model
+from jlora.system import plugins
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt
 
@@ -142,6 +144,18 @@ def test_the_command_line_trains_and_answers(tmp_path, package, capsys):
     question = "--prompt x --beams 2 --max-new-tokens 3 --precision plain".split()
     assert main(["generate", "--adapter", str(run), *question]) == 0
     assert capsys.readouterr().out
+
+
+def test_an_entry_point_makes_it_known(package, monkeypatch):
+    del families.FAMILIES["qwen3"]
+    point = EntryPoint("qwen3", "my_models.qwen3:QWEN3", "jlora.families")
+    monkeypatch.setattr(plugins, "plugins", lambda group: {"qwen3": point})
+    assert build_model(CONFIG).family is package.QWEN3
+    del families.FAMILIES["qwen3"]
+    wrong = EntryPoint("qwen3", "my_models.qwen3:Block", "jlora.families")
+    monkeypatch.setattr(plugins, "plugins", lambda group: {"qwen3": wrong})
+    with pytest.raises(UserError, match="jlora.families, my_models.qwen3:Block. is no Family"):
+        build_model(CONFIG)
 
 
 def test_without_its_package_the_type_is_named():

@@ -245,7 +245,7 @@ def test_separator_outside_the_vocabulary(refused, tiny_model):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("config.json", "{", ["config.json: not JSON", "download it again"]),
+        ("config.json", "{", ["config.json:1: not JSON", "download it again"]),
         ("config.json", '{"model_type": "bert"}', ["model_type 'bert'", "only gpt2"]),
         ("tokenizer.json", "{}", ["tokenizer.json"]),
         ("tokenizer.json", None, ["has no tokenizer", "put tokenizer.json"]),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jlora.cli import main, parser
-from jlora.cli.commands import open_recipe, overrides
+from jlora.cli.options import open_recipe, overrides
 from jlora.data.tasks import e2e
 from jlora.formats.safetensors_file import read_safetensors
 

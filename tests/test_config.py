@@ -208,6 +208,39 @@ def test_errors(values, said):
     assert said in message(values)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: m\ntrain: true\ndata: folder\niters: 600\n", "mlx-lm (train: true, data: a path"),
+        ("model: m\ntrain: true\n", "looks like a file of mlx-lm (train: true)"),
+        ("base_model: m\nadapter: lora\ndatasets: []\nlora_r: 8\n", "Axolotl (base_model, adapter"),
+        (
+            "model_name_or_path: m\nstage: sft\nfinetuning_type: lora\n",
+            "LLaMA-Factory (model_name_or_path",
+        ),
+        ("checkpoint_dir: c\nlora_r: 8\nlora_query: true\n", "LitGPT (checkpoint_dir"),
+        (
+            "model: {_component_: a.b}\ntokenizer: {_component_: c.d}\n",
+            "torchtune (tokenizer, model._component_",
+        ),
+    ],
+    ids=lambda value: value.split(" (")[0][-13:],
+)
+def test_files_of_other_trainers(tmp_path, text, said):
+    with pytest.raises(UserError, match=r"recipe\.yaml: this looks like a file of") as error:
+        load_text(tmp_path, text)
+    assert said in str(error.value) and "jlora finetune" in str(error.value)
+
+
+def test_what_is_a_slip_is_not_taken_for_another_trainers_file(tmp_path):
+    for text, said in (
+        ("model: m\ndata: folder\n", "data is a group of settings; write data.NAME=VALUE"),
+        ("model: m\niters: 3\n", "unknown setting iters"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load_text(tmp_path, text)
+
+
 def test_the_file_and_the_options_are_named(tmp_path):
     with pytest.raises(UserError, match=r"recipe\.yaml: unknown setting a"):
         load_text(tmp_path, "model: m\na: 1\n")

@@ -36,5 +36,7 @@ def test_what_a_failed_test_had_open_fails_no_other(tmp_path):
         [sys.executable, "-m", "pytest", *options], cwd=tmp_path, capture_output=True, text=True
     )
     assert "2 failed, 1 passed" in done.stdout, done.stdout
-    assert "ZeroDivisionError" in done.stdout and "ResourceWarning" not in done.stdout
+    errors = [line for line in done.stdout.splitlines() if line.startswith("ERROR")]
+    assert all("::test_fails_with_something_open" in line for line in errors), done.stdout
+    assert "ZeroDivisionError" in done.stdout
     assert not Path("/proc", (tmp_path / "pid").read_text()).exists()

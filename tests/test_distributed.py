@@ -257,12 +257,70 @@ def test_a_bug_in_one_process_is_shown_with_its_name(tiny_model, tmp_path):
     assert "process 1 of 2 on " in found.stderr and "ZeroDivisionError: only here" in found.stderr
 
 
-def test_mpirun_around_a_command_for_one_process_is_refused(monkeypatch, capsys):
+PMIX = {"PMIX_RANK": "0", "PMIX_NAMESPACE": "slurm.pmix.7.0"}
+ONE = [
+    {},
+    {"PMIX_RANK": "0"},  # left over from something else
+    {"PMIX_RANK": "3", "SLURM_STEP_NUM_TASKS": "4"},
+    {"OMPI_COMM_WORLD_SIZE": "1", **PMIX},  # mpirun -n 1, of Open MPI
+    {"PMI_SIZE": "1"},  # of MPICH
+    {**PMIX, "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"},  # srun --pty in a job of four
+]
+SEVERAL = [
+    {"OMPI_COMM_WORLD_SIZE": "2"},
+    {"OMPI_COMM_WORLD_SIZE": "2", **PMIX, "SLURM_STEP_NUM_TASKS": "1"},  # mpirun in srun --pty
+    {"PMI_SIZE": "4"},
+    {**PMIX, "SLURM_STEP_NUM_TASKS": "4"},
+    {**PMIX, "PMIX_RANK": "1"},
+]
+
+
+@pytest.fixture
+def without_variables(monkeypatch):
+    for name in (*distributed.MARKS, "PMIX_NAMESPACE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("environment", SEVERAL)
+def test_mpirun_around_a_command_for_one_process_is_refused(without_variables, environment, capsys):
     from jlora.cli import main
 
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    for name, value in environment.items():
+        without_variables.setenv(name, value)
+    assert distributed.started_by_mpi()
     assert main(["runs"]) == 2
     assert "leave mpirun out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("environment", ONE)
+def test_one_process_of_mpi_s_is_one_process(without_variables, environment, tmp_path):
+    from jlora.cli import main
+
+    for name, value in environment.items():
+        without_variables.setenv(name, value)
+    assert not distributed.started_by_mpi()
+    assert main(["runs", str(tmp_path)]) == 0
+    launched = []
+    without_variables.setattr(distributed, "launch", lambda *given: launched.append(given) or 0)
+    assert main(["run", "demo", "--nproc", "2"]) == 0
+    assert launched == [(2, ["run", "demo", "--nproc", "2"])]
+
+
+def test_where_the_number_is_unknown_mpi_is_asked(without_variables, tmp_path):
+    """A launcher that is neither mpirun nor srun: its process 0 may do what one process does."""
+    from jlora.cli import main
+
+    for name, value in PMIX.items():
+        without_variables.setenv(name, value)
+    assert distributed.started_by_mpi()
+    assert main(["runs", str(tmp_path)]) == 0
+
+
+def test_a_program_that_takes_no_part_gets_none_of_mpi_s_variables(without_variables):
+    for name, value in {**PMIX, "OMPI_COMM_WORLD_SIZE": "2", "PMI_SIZE": "2"}.items():
+        without_variables.setenv(name, value)
+    assert not [name for name in distributed.without_mpi() if name.startswith(("OMPI", "PMI"))]
 
 
 def test_without_mpi_it_is_said_what_to_install(monkeypatch, capsys):

@@ -232,7 +232,7 @@ def test_tokenizer_of_another_model(tmp_path):
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ("[]", "no model_type"),
+        ("[]", "not a JSON object, but a list"),
         ("{", "not JSON"),
         ('{"model_type": "bert"}', "'bert' is not supported; only gpt2, llama"),
         ('{"model_type": "gpt2", "n_embd": 64, "n_head": 5}', "n_head 5"),

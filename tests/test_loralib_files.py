@@ -88,6 +88,7 @@ def test_the_alpha_that_must_be_given(tmp_path):
     assert adapted("rslora").save_loralib(tmp_path / "b.pt") == 32  # 16 / sqrt(4) = 32 / 4
     assert adapted("plain").save_loralib(tmp_path / "c.pt") == 7.5
     note = loralib_note(32, adapted("fused").lora_layers())
+    assert note.startswith("a .pt file has no place for lora_alpha and enable_lora: ")
     assert note.endswith("load it with lora_alpha=32, enable_lora=[True, False, True]")
     assert loralib_note(7.5, adapted("plain").lora_layers()).endswith("lora_alpha=7.5")
 

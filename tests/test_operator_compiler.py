@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,7 +63,7 @@ def test_operators_are_compiled_with_the_compiled_header(tmp_path):
 
 def fake_jittor(**changes):
     flags = {"cc_type": "g++", "cc_path": "g++", "cc_flags": " -fPIC ", "nvcc_path": ""}
-    flags.update({"python_path": "py", "jittor_path": "/j", **changes})
+    flags.update({"python_path": "py", "jittor_path": "/j", "log_silent": 0, **changes})
     return SimpleNamespace(flags=SimpleNamespace(**flags))
 
 
@@ -78,3 +81,67 @@ def test_a_compiler_that_fails_leaves_the_plain_headers(compiler, tmp_path):
     operator_compiler.set_up(jittor, tmp_path)
     assert jittor.flags.cc_flags == " -fPIC "
     assert not list(Path(tmp_path).glob("*.gch"))
+
+
+def test_headers_of_another_jittor_are_compiled_anew(tmp_path, monkeypatch):
+    jittor, cache, compiled = tmp_path / "jittor", tmp_path / "cache", []
+    for name in ("", "mem", "misc", "ops", "opt", "pybind", "utils"):
+        (jittor / "src" / name).mkdir(parents=True, exist_ok=True)
+        (jittor / "src" / name / "a.h").write_text("")
+    cache.mkdir()
+
+    def run(command, **_):
+        if command[-1] != "--version":
+            compiled.append(command)
+            Path(command[-1]).write_text("compiled")
+        return SimpleNamespace(stdout=b"g++ 1.2.3")
+
+    monkeypatch.setattr(operator_compiler.subprocess, "run", run)
+    first, again = (operator_compiler._precompiled("g++", "", jittor, cache) for _ in range(2))
+    os.utime(jittor / "src" / "misc" / "a.h", (1, 1))
+    other = operator_compiler._precompiled("g++", "", jittor, cache)
+    assert first == again != other and len(compiled) == 2
+
+
+SHOWS_PROGRESS = """
+#include <iomanip>
+#include <iostream>
+extern "C" void show() {  // as Jittor does, in parallel_compiler.cc
+    std::cerr << "before\\n";
+    std::cerr << "\\n";
+    std::cerr << "one line of its own" << std::endl;
+    std::cerr << "\\n";
+    for (int i = 1; i <= 2; i++) {
+        std::cerr << "Compiling Operators(" << i << '/' << 2 << ")"
+            << " used: " << std::setprecision(3) << std::setw(4) << 2.5 << "s eta: "
+            << std::setprecision(3) << std::setw(4) << 0.5 << "s \\r";
+        if (i == 1) std::cerr << "[e] a warning of a compiling thread\\n";
+    }
+    std::cerr << std::endl;
+    std::cerr << 7 << " after\\n";
+}
+"""
+
+
+@pytest.mark.skipif(jt.flags.cc_type != "g++", reason="for g++")
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_with_operators_is_one_line_on_a_terminal_and_nothing_elsewhere(
+    terminal, tmp_path
+):
+    source, library = tmp_path / "shows.cc", tmp_path / "shows.so"
+    source.write_text(SHOWS_PROGRESS)
+    command = ["g++", str(source), str(operator_compiler.FILTER), "-std=c++14", "-shared", "-fPIC"]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    code = f"import ctypes; l = ctypes.CDLL({str(library)!r}); l.jlora_quiet_operators(); l.show()"
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    try:
+        subprocess.run([sys.executable, "-c", code], check=True, stderr=theirs)
+        said = os.read(ours, 1 << 16).decode().replace("\r\n", "\n")  # a terminal adds the "\r"
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    warning = "[e] a warning of a compiling thread\n"
+    if terminal:
+        shown = [f"\r\033[Kjlora: compiling operators (once) ... {i}/2" for i in (1, 2)]
+        warning = f"{shown[0]}{warning}{shown[1]}\r\033[K"
+    assert said == f"before\n\none line of its own\n{warning}7 after\n"

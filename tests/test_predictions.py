@@ -4,10 +4,9 @@ import json
 
 import pytest
 
-from jlora.decoding.decoder import Hypothesis
+from jlora.decoding.hypothesis import Hypothesis
 from jlora.decoding.predictions import (
     Prediction,
-    TextHypothesis,
     make_prediction,
     read_predictions,
     rerank,
@@ -16,9 +15,9 @@ from jlora.decoding.predictions import (
 )
 from jlora.system.errors import UserError
 
-SHORT = TextHypothesis("short", [1, 9], -2.0, 2, True)
-LONG = TextHypothesis("a long one", [1, 2, 3, 9], -3.0, 4, True)
-OPEN = TextHypothesis("an open one", [1, 2, 3, 4], -3.0, 4, False)
+SHORT = Hypothesis([1, 9], -2.0, 2, True, "short")
+LONG = Hypothesis([1, 2, 3, 9], -3.0, 4, True, "a long one")
+OPEN = Hypothesis([1, 2, 3, 4], -3.0, 4, False, "an open one")
 
 
 def test_the_penalty_decides_between_short_and_long():
@@ -51,7 +50,7 @@ def test_from_beam_search():
     made = make_prediction("p", beams, lambda ids: " " + "-".join(map(str, ids)) + " ", 1.0)
     assert made.prediction == "1-2-3-4"
     # The end token is no text, whether or not the tokenizer calls it special.
-    assert made.hypotheses[0] == TextHypothesis("1", [1, 9], -2.0, 2, True)
+    assert made.hypotheses[0] == Hypothesis([1, 9], -2.0, 2, True, "1")
     for penalty in (0.0, 0.8, 1.3):
         scores = [hypothesis.score(penalty) for hypothesis in made.hypotheses]
         assert scores == [hypothesis.score(penalty) for hypothesis in beams]
@@ -79,7 +78,7 @@ def test_one_line_a_prediction(tmp_path):
 
 def test_a_log_probability_that_is_no_number_leaves_nothing_behind(tmp_path):
     path = tmp_path / "predictions.jsonl"
-    bad = Prediction("p", "t", [TextHypothesis("t", [1], float("nan"), 1, True)])
+    bad = Prediction("p", "t", [Hypothesis([1], float("nan"), 1, True, "t")])
     with pytest.raises(UserError, match="prediction 2 has a log-probability"):
         write_predictions(path, [Prediction("p", "t"), bad])
     assert list(tmp_path.iterdir()) == []

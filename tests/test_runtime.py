@@ -72,6 +72,7 @@ def stand_in(tmp_path: Path):
             "import os, sys, time\n"
             "__version__ = 'stand-in'\n"
             "has_cuda = 0\n"
+            "class flags: nvcc_path = 'none'; cc_type = python_path = jittor_path = ''\n"
             f"cache = {str(cache)!r}\n"
             f"core = cache + '/jittor_core.so'\n"
             f"{textwrap.dedent(every_import)}\n"

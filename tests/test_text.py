@@ -13,13 +13,13 @@ from jlora.data.readers import csv_rows, json_document, json_lines, text_lines
 from jlora.data.tasks import get_task
 from jlora.data.tokenizer import Tokenizer
 from jlora.decoding.predictions import read_predictions
-from jlora.formats.peft_file import read_json
 from jlora.metrics import evaluate, read_answers, read_hypotheses, read_references
 from jlora.report.runs import read_config, read_scores
 from jlora.runs.recipe import load_recipe
 from jlora.runs.sweep import file_cases
 from jlora.system.errors import UserError, kind_of
 from jlora.system.files import read_text
+from jlora.system.json_files import read_object
 from jlora.system.text import decode_text, lines_of
 
 PAIR = '{"prompt": "name : Café", "completion": "one\u2028two"}\n'
@@ -42,6 +42,10 @@ def vocabulary(path: Path) -> list[int]:
 def chat_template(path: Path) -> str:
     vocabulary(path)
     return Tokenizer.from_folder(path.parent).chat_template.replace("\r\n", "\n")
+
+
+def read_json(path: Path) -> dict:
+    return read_object(path, "fix it")
 
 
 READERS = {

@@ -267,7 +267,7 @@ def test_no_tokenizer_lists_what_would_do(tmp_path):
     [
         ({"tokenizer.json": "{}"}, "not a tokenizer file"),
         ({"tokenizer.json": ""}, "not a tokenizer file"),
-        ({"vocab.json": "[1]", "merges.txt": ""}, "a JSON object is expected"),
+        ({"vocab.json": "[1]", "merges.txt": ""}, "not a JSON object, but a list"),
         ({"vocab.json": "{", "merges.txt": ""}, "not JSON"),
         ({"vocab.json": '{"a": "b"}', "merges.txt": ""}, "whole number"),
         ({"vocab.json": '{"a": 0}', "merges.txt": "#version\na b c\n"}, r"merges\.txt:2"),

@@ -251,4 +251,5 @@ def loralib_note(lora_alpha: float, layers: Mapping[str, LoRALayer]) -> str:
         tuple(layer.enable_lora) for layer in layers.values() if isinstance(layer, MergedLinear)
     }
     blocks = "".join(f", enable_lora={list(pattern)}" for pattern in patterns)
-    return f"the file does not say them: load it with lora_alpha={lora_alpha:g}{blocks}"
+    names = "lora_alpha and enable_lora" if blocks else "lora_alpha"
+    return f"a .pt file has no place for {names}: load it with lora_alpha={lora_alpha:g}{blocks}"

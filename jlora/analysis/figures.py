@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from jlora.analysis.study import Study
-from jlora.system.files import atomic_path, check_writable, write_text
+from jlora.report.plots import new_figure, save_png
+from jlora.system.files import check_writable, write_text
 
 COLOURS = "viridis"
 
@@ -63,7 +64,7 @@ def spectrum(study: Study, path: Path) -> Path:
     for row in panels:
         row[0].set_ylabel("singular value of dW")
     figure.colorbar(scale, ax=[axes for row in panels for axes in row], label="layer")
-    return _save(figure, path)
+    return save_png(figure, path)
 
 
 def similarity(study: Study, path: Path) -> Path:
@@ -80,7 +81,7 @@ def similarity(study: Study, path: Path) -> Path:
     panels[0].set_ylabel(f"i ({study.names[0]})")
     figure.suptitle(f"phi(i, j) of the directions of {study.matrix}", fontsize=10)
     figure.colorbar(image, ax=panels)
-    return _save(figure, path)
+    return save_png(figure, path)
 
 
 def similarity_by_layer(study: Study, path: Path) -> Path:
@@ -100,7 +101,7 @@ def similarity_by_layer(study: Study, path: Path) -> Path:
         axes.title.set_fontsize(6)
         axes.tick_params(labelsize=6)
     figure.colorbar(image, ax=[axes for row in panels for axes in row], fraction=0.03, aspect=40)
-    return _save(figure, path)
+    return save_png(figure, path)
 
 
 def amplification(study: Study, path: Path) -> Path:
@@ -121,19 +122,12 @@ def amplification(study: Study, path: Path) -> Path:
         axes.set_yscale("log")
         axes.legend(frameon=False, fontsize=8)
     panels[0].set_ylabel("||dW|| / ||U^T W V^T||")
-    return _save(figure, path)
+    return save_png(figure, path)
 
 
 def _grid(rows: int, columns: int, width: float, height: float, **shared: Any) -> tuple[Any, Any]:
-    """A figure and its panels, (rows, columns)."""
-    # Figure and Agg by hand: pyplot would look for a display and keep every figure alive.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    size = (columns * width + 0.8, rows * height)
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
+    """A figure and its panels, (rows, columns), each about ``width`` by ``height`` inches."""
+    return new_figure(columns * width + 0.8, rows * height, rows, columns, **shared)
 
 
 def _heat_map(axes: Any, phi: np.ndarray, title: str) -> Any:
@@ -159,9 +153,3 @@ def _colour_scale(low: int, high: int) -> Any:
     from matplotlib.colors import Normalize
 
     return ScalarMappable(Normalize(low, max(high, low + 1)), COLOURS)
-
-
-def _save(figure: Any, path: Path) -> Path:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
-    return path

@@ -16,8 +16,9 @@ from typing import Any
 from jlora.formats.gguf_architectures import ARCHITECTURES
 from jlora.formats.safetensors_file import one_line
 from jlora.system.console import say
-from jlora.system.errors import UserError, kind_of
+from jlora.system.errors import UserError
 from jlora.system.files import atomic_path, read_text
+from jlora.system.json_files import read_object
 
 #: Sets of files that define a tokenizer, in the order in which they are searched.
 TOKENIZER_FILES = (
@@ -332,13 +333,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one if the file does not exist."""
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object is expected, found {kind_of(value)}")
-    return value
+    return read_object(path, "download it again")
 
 
 def read_tokenizer_json(path: Path) -> Any:

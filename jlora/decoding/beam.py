@@ -16,14 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jlora.decoding.decoder import (
-    Hypothesis,
-    check_finite,
-    check_prompts,
-    check_setting,
-    decoder_of,
-)
+from jlora.decoding.decoder import check_finite, check_prompts, decoder_of
+from jlora.decoding.hypothesis import Hypothesis
 from jlora.kernels.topk import LARGEST_K
+from jlora.system.settings import check_setting
 
 ENTRIES = 4  # the batch is renewed in about this many parts
 

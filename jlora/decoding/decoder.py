@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,30 +11,6 @@ from jlora.decoding.native_weights import native_model
 from jlora.kernels.topk import log_softmax_topk
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """One generated text.
-
-    ``ids`` holds the generated tokens, the end token included where ``finished``; ``logprob`` is
-    the sum of their log-probabilities and ``length`` their number.
-    """
-
-    ids: list[int]
-    logprob: float
-    length: int
-    finished: bool
-
-    @property
-    def text_ids(self) -> list[int]:
-        """The tokens without the end token."""
-        return self.ids[:-1] if self.finished else self.ids
-
-    def score(self, length_penalty: float) -> float:
-        """logprob / length ** length_penalty, in float32 as microsoft/LoRA computes it."""
-        return float(np.float32(self.logprob) / np.float32(self.length**length_penalty))
-
 
 # Jittor keeps freed memory by size, and the cache has another size at every step: decoding 32
 # inputs by 10 beams held 11 GB without giving it back now and then.
@@ -134,13 +109,3 @@ def check_finite(values: np.ndarray) -> None:
             "the model's logits are not finite: the weights are damaged or the training diverged; "
             "use an earlier adapter or train with a lower learning rate"
         )
-
-
-def check_setting(holds: bool, name: str, value, rule: str) -> None:
-    """Refuse a setting.
-
-    Raises:
-        UserError: ``holds`` is false.
-    """
-    if not holds:
-        raise UserError(f"{name} is {value}, but must be {rule}")

@@ -17,38 +17,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jlora.data.readers import json_lines, string_field
+from jlora.decoding.hypothesis import Hypothesis
 from jlora.system.console import say
 from jlora.system.errors import UserError, kind_of
 from jlora.system.files import atomic_path, check_writable, read_text, write_text
-
-
-@dataclass(frozen=True)
-class TextHypothesis:
-    """A beam hypothesis and its text.
-
-    Attributes:
-        text: the decoded tokens, without the end token, stripped.
-        ids: generated tokens, the end token included.
-        logprob: sum of their log-probabilities, natural logarithm.
-        length: number of generated tokens, the end token included.
-        finished: it ends with an end token.
-    """
-
-    text: str
-    ids: list[int]
-    logprob: float
-    length: int
-    finished: bool
-
-    def score(self, length_penalty: float) -> float:
-        """``logprob / length ** length_penalty``; higher is better.
-
-        In float32 as the reference and the search compute it, so that ties fall alike.
-        """
-        return float(np.float32(self.logprob) / np.float32(self.length**length_penalty))
 
 
 @dataclass(frozen=True)
@@ -57,11 +30,14 @@ class Prediction:
 
     prompt: str
     prediction: str
-    hypotheses: list[TextHypothesis] = field(default_factory=list)
+    hypotheses: list[Hypothesis] = field(default_factory=list)
 
 
 def make_prediction(
-    prompt: str, hypotheses: Iterable, decode: Callable[[list[int]], str], length_penalty: float
+    prompt: str,
+    hypotheses: Iterable[Hypothesis],
+    decode: Callable[[list[int]], str],
+    length_penalty: float,
 ) -> Prediction:
     """Decode the hypotheses of a beam search and choose the best one.
 
@@ -69,20 +45,11 @@ def make_prediction(
         hypotheses: what `jlora.decoding.beam.beam_search` found for one input.
         decode: token ids to text, without special tokens.
     """
-    texts = [
-        TextHypothesis(
-            text=decode(list(hypothesis.text_ids)).strip(),
-            ids=[int(token) for token in hypothesis.ids],
-            logprob=float(hypothesis.logprob),
-            length=int(hypothesis.length),
-            finished=bool(hypothesis.finished),
-        )
-        for hypothesis in hypotheses
-    ]
+    texts = [replace(each, text=decode(list(each.text_ids)).strip()) for each in hypotheses]
     return Prediction(prompt, best(texts, length_penalty).text, texts)
 
 
-def best(hypotheses: Sequence[TextHypothesis], length_penalty: float) -> TextHypothesis:
+def best(hypotheses: Sequence[Hypothesis], length_penalty: float) -> Hypothesis:
     """The hypothesis with the highest score; of equals the first.
 
     Finished and unfinished ones compete, as at the end of the reference's search.
@@ -122,13 +89,22 @@ def write_predictions(path: str | Path, predictions: Sequence[Prediction]) -> No
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as handle:
         for number, prediction in enumerate(predictions, start=1):
             try:
-                line = json.dumps(asdict(prediction), ensure_ascii=False, allow_nan=False)
+                line = json.dumps(_row(prediction), ensure_ascii=False, allow_nan=False)
             except ValueError as error:
                 raise UserError(
                     f"cannot write {path}: prediction {number} has a log-probability that is not "
                     "a finite number; the model gives NaN or infinity, check its adapter"
                 ) from error
             handle.write(line + "\n")
+
+
+def _row(prediction: Prediction) -> dict[str, Any]:
+    """A line of the file; of each hypothesis the text comes first, as people look for it."""
+    return {
+        "prompt": prediction.prompt,
+        "prediction": prediction.prediction,
+        "hypotheses": [{"text": each.text, **asdict(each)} for each in prediction.hypotheses],
+    }
 
 
 def read_predictions(path: str | Path) -> list[Prediction]:
@@ -231,7 +207,7 @@ def write_lines(path: str | Path, predictions: Sequence[Prediction]) -> None:
     write_text(path, "".join(lines))
 
 
-def _hypothesis(item: Any, where: str) -> TextHypothesis:
+def _hypothesis(item: Any, where: str) -> Hypothesis:
     checks: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "text": ("a string", lambda value: isinstance(value, str)),
         "ids": (
@@ -252,7 +228,7 @@ def _hypothesis(item: Any, where: str) -> TextHypothesis:
             raise UserError(f"{where}: a hypothesis has no key {key!r}")
         if not fits(item[key]):
             raise UserError(f"{where}: a hypothesis's {key!r} is not {what}")
-    return TextHypothesis(**{key: item[key] for key in checks})
+    return Hypothesis(**{key: item[key] for key in checks})
 
 
 def _is_natural(value: Any) -> bool:

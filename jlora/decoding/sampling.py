@@ -7,13 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jlora.decoding.decoder import (
-    Hypothesis,
-    check_finite,
-    check_prompts,
-    check_setting,
-    decoder_of,
-)
+from jlora.decoding.decoder import check_finite, check_prompts, decoder_of
+from jlora.decoding.hypothesis import Hypothesis
+from jlora.system.settings import check_setting
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ import numpy as np
 
 from jlora.formats.safetensors_file import read_safetensors, write_safetensors
 from jlora.formats.torch_file import read_torch
-from jlora.system.errors import UserError, kind_of
-from jlora.system.files import atomic_path, read_text, recover_directory, write_text
+from jlora.system.errors import UserError
+from jlora.system.files import atomic_path, recover_directory, write_text
+from jlora.system.json_files import read_object
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
@@ -51,8 +52,8 @@ def read_peft(folder: str | Path) -> AdapterFiles:
     """
     folder = Path(folder)
     check_peft(folder)
-    notes = read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
-    config = read_json(folder / CONFIG)
+    notes = read_object(folder / NOTES, "get the file anew") if (folder / NOTES).is_file() else {}
+    config = read_object(folder / CONFIG, "get the file anew")
     if (folder / SAFETENSORS).is_file():
         return AdapterFiles(
             config, read_safetensors(folder / SAFETENSORS), notes, folder / SAFETENSORS
@@ -100,18 +101,3 @@ def _write_files(folder: Path, config, tensors, notes) -> None:
     write_safetensors(folder / SAFETENSORS, tensors, metadata={"format": "pt"})
     write_text(folder / NOTES, json.dumps(notes, indent=2, sort_keys=True) + "\n")
     write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises: UserError: not JSON, or not an object."""
-    try:
-        value = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: not JSON: {error.msg}; get the file anew"
-        ) from error
-    except RecursionError as error:
-        raise UserError(f"{path}: not JSON: nested too deep; get the file anew") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds {kind_of(value)}, not settings; get the file anew")
-    return value

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from jlora.formats.rounding import narrow
-from jlora.system.errors import UserError
+from jlora.system.errors import UserError, one_line
 from jlora.system.files import atomic_path, os_error, read_text
 from jlora.system.text import check_no_pointer
 
@@ -229,8 +229,3 @@ def write_bfloat16(
         handle.write(struct.pack("<Q", len(text)) + text)
         for name, array in tensors.items():
             handle.write(narrow(name, array, "BF16").tobytes())
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's text without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -13,7 +13,6 @@ import hashlib
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Sequence
 from ctypes import c_double, c_int64
 from pathlib import Path
@@ -26,6 +25,7 @@ from jlora.system.errors import UserError
 from jlora.system.files import atomic_path
 from jlora.system.lock import one_at_a_time
 from jlora.system.runtime import OneDNN, find_onednn, jt
+from jlora.system.status import run_compiler
 
 FOLDER = Path(__file__).resolve().parent
 SOURCE = "library.cc"
@@ -119,13 +119,13 @@ def _digest(command: list[str]) -> str:
 
 
 def _compile(command: list[str], path: Path) -> None:
-    print("jlora: compiling its operators for this machine (once)", file=sys.stderr, flush=True)
     with atomic_path(path) as temporary:
-        result = subprocess.run(
-            [*command, "-o", str(temporary)], capture_output=True, text=True, errors="replace"
+        code, errors = run_compiler(
+            [*command, "-o", str(temporary)],
+            "compiling jlora's operators for this machine (once, half a minute)",
         )
-        if result.returncode:
-            lines = [x for x in result.stderr.splitlines() if "error" in x] or ["no message"]
+        if code:
+            lines = [line for line in errors.splitlines() if "error" in line] or ["no message"]
             raise UserError(
                 f"{command[0]} could not compile jlora's operators ({lines[0].strip()}); "
                 "precision plain runs without them, `jlora doctor` checks the compiler"

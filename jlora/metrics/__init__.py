@@ -18,101 +18,36 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Callable, Sequence
-from functools import cached_property
-from typing import Any
+from collections.abc import Sequence
 
-from jlora.metrics.bleu import bleu
-from jlora.metrics.cider import cider
-from jlora.metrics.generation_eval import MAX_REFERENCES, prepare, word_tokenize
 from jlora.metrics.inputs import read_answers, read_hypotheses, read_references
 from jlora.metrics.java import find_java
 from jlora.metrics.meteor import Meteor
-from jlora.metrics.ngrams import tokenize
-from jlora.metrics.nist import nist
-from jlora.metrics.ptb import ptb_tokenize
-from jlora.metrics.rouge import rouge_l
-from jlora.metrics.sacre import chrf_pp, multi_bleu, sacre_bleu
-from jlora.metrics.ter import mean_ter
+from jlora.metrics.registry import TABLE, Metric, find_metric, metric_names, register_metric
+from jlora.metrics.texts import Texts, each
 from jlora.system.errors import UserError
 
 __all__ = [
     "E2E_METRICS",
     "METRICS",
+    "Metric",
+    "Texts",
     "check_metrics",
     "evaluate",
     "evaluate_e2e",
     "evaluate_parts",
     "find_java",
+    "find_metric",
     "read_answers",
     "read_hypotheses",
     "read_references",
+    "register_metric",
 ]
 
 
-class _Texts:
-    """Hypotheses and references in the forms that metrics need, each computed at its first use."""
-
-    def __init__(
-        self,
-        hypotheses: list[str],
-        references: list[list[str]],
-        java: str | None,
-        meteor: Meteor | None,
-    ) -> None:
-        self.plain = (hypotheses, references)
-        self.java = java
-        self.meteor = meteor
-
-    @cached_property
-    def mteval(self) -> tuple[list, list]:
-        """Lower-case words, split as mteval-v13a does."""
-        return _each(tokenize, *self.plain)
-
-    @cached_property
-    def ptb(self) -> tuple[list, list]:
-        """Sentences of the Penn Treebank tokeniser."""
-        hypotheses, references = self.plain
-        # Two runs, as in the official script: the tokeniser looks ahead past line ends.
-        flat = iter(ptb_tokenize([text for group in references for text in group], self.java))
-        references = [[next(flat) for _ in group] for group in references]
-        return ptb_tokenize(hypotheses, self.java), references
-
-    @cached_property
-    def prepared(self) -> tuple[list, list]:
-        """Texts as microsoft/LoRA writes them for GenerationEval."""
-        hypotheses, references = self.plain
-        return _each(prepare, hypotheses, [group[:MAX_REFERENCES] for group in references])
-
-    @cached_property
-    def nltk(self) -> tuple[list, list]:
-        """Words of NLTK's tokeniser, of prepared texts."""
-        return _each(word_tokenize, *self.prepared)
-
-
-def _each(function: Callable[[Any], Any], hypotheses: list, references: list) -> tuple[list, list]:
-    return (
-        [function(text) for text in hypotheses],
-        [[function(text) for text in group] for group in references],
-    )
-
-
-_SCORES: dict[str, Callable[[_Texts], float]] = {
-    "BLEU": lambda texts: bleu(*texts.mteval),
-    "NIST": lambda texts: nist(*texts.mteval),
-    "METEOR": lambda texts: texts.meteor.score(*texts.ptb),
-    "ROUGE_L": lambda texts: rouge_l(*texts.ptb),
-    "CIDEr": lambda texts: cider(*texts.ptb),
-    "multi-BLEU": lambda texts: multi_bleu(*texts.prepared),
-    "METEOR-WebNLG": lambda texts: texts.meteor.score(*_each(" ".join, *texts.nltk)),
-    "TER": lambda texts: mean_ter(*texts.nltk),
-    "chrF++": lambda texts: chrf_pp(*texts.prepared),
-    "sacreBLEU": lambda texts: sacre_bleu(*texts.plain),
-}
-METRICS = tuple(_SCORES)
 E2E_METRICS = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
-_METEORS = {"METEOR", "METEOR-WebNLG"}
-_NEED_JAVA = {*_METEORS, "ROUGE_L", "CIDEr"}
+_computed = [metric.key for metric in TABLE if metric.score is not None]
+METRICS = (*E2E_METRICS, *(key for key in _computed if key not in E2E_METRICS))
 
 
 def check_metrics(names: Sequence[str]) -> str | None:
@@ -125,20 +60,22 @@ def check_metrics(names: Sequence[str]) -> str | None:
         UserError: no name is given, a name is unknown (shows the nearest), or Java does not work.
     """
     check_names(names)
-    return find_java() if _NEED_JAVA.intersection(names) else None
+    return find_java() if any(find_metric(name).java for name in names) else None
 
 
 def check_names(names: Sequence[str]) -> None:
     """Raises: UserError: no name is given, or a name is unknown (shows the nearest)."""
+    every = list(dict.fromkeys([*METRICS, *metric_names()]))
     if isinstance(names, str) or not names:
-        raise UserError(f"no list of metrics: {names!r}; there are {', '.join(METRICS)}")
+        raise UserError(f"no list of metrics: {names!r}; there are {', '.join(every)}")
     for name in names:
-        if name not in _SCORES:
-            lower = {known.lower(): known for known in METRICS}
+        metric = find_metric(name)
+        if metric is None or metric.score is None:
+            lower = {known.lower(): known for known in every}
             near = difflib.get_close_matches(str(name).lower(), lower, n=2, cutoff=0.5)
             hint = f"did you mean {' or '.join(lower[one] for one in near)}?"
             raise UserError(
-                f"no metric {name!r}; {hint if near else 'there are ' + ', '.join(METRICS)}"
+                f"no metric {name!r}; {hint if near else 'there are ' + ', '.join(every)}"
             )
 
 
@@ -148,7 +85,7 @@ def evaluate(
     """Score texts by the named metrics.
 
     Args:
-        names: of `METRICS`.
+        names: keys of metrics, see `jlora.metrics.registry`.
         hypotheses: one text for each input; an empty text is scored, not refused.
         references: for each input a list of one or more reference texts. An empty one beside
             others has no effect on any score.
@@ -188,26 +125,27 @@ def evaluate_parts(
     """
     _check(hypotheses, references, parts)
     java = check_metrics(names)
-    hypotheses, references = _each(_one_line, hypotheses, references)
+    hypotheses, references = each(_one_line, hypotheses, references)
     references = [without_empty(group) for group in references]
     everything = range(len(hypotheses))
     chosen = {"": everything}
     for part in dict.fromkeys(part for part in parts if part is not None):
         chosen[f"/{part}"] = [index for index in everything if parts[index] == part]
 
+    metrics = {name: find_metric(name) for name in names}
+    # METEOR loads its tables while the other scores are computed; below it is therefore last.
+    ordered = sorted(metrics.values(), key=lambda metric: metric.meteor)
     scores = {}
     with contextlib.ExitStack() as stack:
-        # METEOR loads its tables while the other scores are computed; below it is therefore last.
-        meteor = stack.enter_context(Meteor(java)) if _METEORS.intersection(names) else None
+        meteor = stack.enter_context(Meteor(java)) if ordered[-1].meteor else None
         for suffix, indices in chosen.items():
-            texts = _Texts(
+            texts = Texts(
                 [hypotheses[index] for index in indices],
                 [references[index] for index in indices],
                 java,
                 meteor,
             )
-            ordered = sorted(names, key=_METEORS.__contains__)
-            found = {name: float(_SCORES[name](texts)) for name in ordered}
+            found = {metric.key: float(metric.score(texts)) for metric in ordered}
             scores.update({name + suffix: found[name] for name in names})
     return scores
 

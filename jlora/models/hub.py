@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,12 +21,12 @@ from jlora.formats.safetensors_file import (
     read_sharded,
 )
 from jlora.formats.torch_file import read_torch
-from jlora.models.families import FAMILIES, gguf_architectures
+from jlora.models.families import FAMILIES, find_family, gguf_architectures
 from jlora.models.random_gpt2 import CONTEXT, SIZES, VOCABULARY
 from jlora.models.weights import check_fit, hugging_face_names, load_weights
 from jlora.system.console import say
 from jlora.system.errors import UserError
-from jlora.system.files import read_text
+from jlora.system.json_files import read_object
 
 #: Sizes in a config.json of GPT-2 or Llama that say how large the weights are.
 WEIGHT_SIZES = (
@@ -331,11 +330,8 @@ def check_no_adapter(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json as a dictionary."""
-    try:
-        config = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); download it again") from error
-    if not isinstance(config, dict) or "model_type" not in config:
+    config = read_object(path, "download it again")
+    if "model_type" not in config:
         raise UserError(f"{path}: not a model's config.json (no model_type)")
     return config
 
@@ -409,11 +405,11 @@ def build_model(config: dict[str, Any], source: str = "config.json") -> Any:
     nothing.
     """
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    family = find_family(model_type) if isinstance(model_type, str) else None
+    if family is None:
         raise UserError(
             f"{source}: model_type {model_type!r} is not supported; only {', '.join(FAMILIES)}"
         )
-    family = FAMILIES[model_type]
     try:
         return family.model(family.config.from_dict(config))
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:

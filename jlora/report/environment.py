@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from jlora.system import machine
-from jlora.system.errors import UserError
-from jlora.system.files import read_text, write_text
+from jlora.system.files import write_text
+from jlora.system.json_files import read_object
 
 ENVIRONMENT_NAME = "environment.json"
 PACKAGES = ("jlora", "jittor", "numpy", "tokenizers", "safetensors")
@@ -90,16 +90,7 @@ def read(run_folder: str | Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing, or not a JSON object.
     """
-    path = Path(run_folder) / ENVIRONMENT_NAME
-    try:
-        found = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: not JSON ({error.msg}); remove the file"
-        ) from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object; remove the file")
-    return found
+    return read_object(Path(run_folder) / ENVIRONMENT_NAME, "remove the file")
 
 
 def git_revision() -> str | None:

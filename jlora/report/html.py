@@ -9,7 +9,7 @@ from typing import Any
 
 from jlora.report import environment
 from jlora.report.charts import charts_of, line_style, overlaid_charts
-from jlora.report.plots import loss_curve, loss_curves, series, table_picture
+from jlora.report.plots import loss_curve, loss_curves, series
 from jlora.report.runs import REPORT_NAME, RunSummary, group_by_seed, read_run
 from jlora.report.samples import References, shown_samples
 from jlora.report.scoreboard import Board, confusion, markdown, score_boards
@@ -26,7 +26,7 @@ def write_report(
     references: References | None = None,
     out: str | Path | None = None,
 ) -> Path:
-    """Write a page about one run or several, and table.md, table.png and loss.png beside it.
+    """Write a page about one run or several, and table.md and loss.png beside it.
 
     metrics.jsonl is needed; config.yaml, scores.json, predictions.jsonl,
     predictions_before.jsonl and environment.json each add their part of the page.
@@ -142,11 +142,6 @@ def _page(
 def _write_beside(folder: Path, runs: Sequence[RunSummary], boards: Sequence[Board]) -> None:
     if boards:
         write_text(folder / "table.md", markdown(boards))
-        tables = [
-            [[board.task or "", *board.columns], *([row.name, *row.cells] for row in board.rows)]
-            for board in boards
-        ]
-        table_picture(tables, folder / "table.png")
     if any(series(run.records, key) for run in runs for key in ("loss", "valid_loss")):
         if len(runs) == 1:
             loss_curve(runs[0].records, folder / "loss.png")

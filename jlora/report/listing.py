@@ -11,6 +11,7 @@ from jlora.report.tables import (
     VALID_LOSS,
     Metric,
     mean_and_deviation,
+    mean_cell,
     metrics_of,
     plain_table,
     visible,
@@ -95,7 +96,7 @@ def _row(members: Sequence[RunSummary], now: float) -> list[str]:
         run.model or "–",
         run.method or "–",
         steps,
-        VALID_LOSS.mean_cell(losses) if losses else "–",
+        mean_cell(VALID_LOSS, losses) if losses else "–",
         ", ".join(scores) or "–",
         age(now - max(member.modified for member in members)),
     ]
@@ -104,7 +105,7 @@ def _row(members: Sequence[RunSummary], now: float) -> list[str]:
 def _cell(metric: Metric, values: Sequence[Mapping[str, float]]) -> str:
     if len(values) == 1:
         return metric.cell(values[0])
-    return metric.mean_cell([one[metric.key] for one in values if metric.key in one])
+    return mean_cell(metric, [one[metric.key] for one in values if metric.key in one])
 
 
 def _values(run: RunSummary) -> dict[str, float]:

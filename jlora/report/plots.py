@@ -1,6 +1,7 @@
-"""Curves of a run: a PNG by matplotlib, and small inline SVG charts for the HTML report.
+"""Curves of a run, drawn twice: as a PNG to show elsewhere, and as inline SVG for the HTML report.
 
-The SVG charts take their colours from the page's style sheet, so they follow light and dark mode.
+Matplotlib draws the PNG files, those of `jlora.analysis` too. The charts of the page are written by
+hand: they take colours and letters from its style sheet and so follow light and dark mode.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def loss_curve(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     train, valid = series(metrics, "loss"), series(metrics, "valid_loss")
     if not train and not valid:
         raise UserError(f"no loss to draw into {path}: the metrics hold none; train first")
-    figure, axes = _figure(8, 4.5)
+    figure, ((axes,),) = new_figure(8, 4.5)
     if train:
         axes.plot(*zip(*train), color="#9db8d9", linewidth=0.8, label="training, each record")
         axes.plot(*zip(*smooth(train)), color="#1f5fa8", linewidth=1.8, label="training, mean")
@@ -78,7 +79,7 @@ def loss_curve(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
         axes.plot(*zip(*valid), "o-", color="#b4510f", markersize=4, label="validation")
     _dress(axes, "loss (nats per token)")
     axes.legend(frameon=False)
-    return _save(figure, path)
+    return save_png(figure, path)
 
 
 def loss_curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: str | Path) -> Path:
@@ -87,7 +88,7 @@ def loss_curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: s
     Raises:
         UserError: no record has a loss, or the file cannot be written.
     """
-    figure, axes = _figure(11, 4.5, columns=2)
+    figure, (axes,) = new_figure(11, 4.5, columns=2)
     handles = {}
     for index, (name, metrics) in enumerate(runs):
         style = {
@@ -111,56 +112,24 @@ def loss_curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: s
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
-    return _save(figure, path)
-
-
-def table_picture(tables: Sequence[Sequence[Sequence[str]]], path: str | Path) -> Path:
-    """Draw tables, one under the other, into a PNG: rows of cells, the first row the head.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    inch = 0.085  # a character's width at this size
-    widths = [
-        [max(len(row[column]) for row in table) * inch + 0.25 for column in range(len(table[0]))]
-        for table in tables
-    ]
-    width = max(map(sum, widths)) + 0.3
-    height = 0.28 * sum(len(table) + 1 for table in tables) + 0.1
-    figure, axes = _figure(width, height)
-    figure.set_layout_engine(None)  # all places are known, and arranging them takes long
-    axes.set_position((0, 0, 1, 1))
-    axes.set(xlim=(0, width), ylim=(height, 0))
-    axes.axis("off")
-    y = 0.25
-    for table, columns in zip(tables, widths):
-        for number, row in enumerate(table):
-            right = 0.15
-            for column, cell in enumerate(row):
-                place = (right, y) if column == 0 else (right + columns[column], y)
-                axes.text(
-                    *place, cell, ha="left" if column == 0 else "right", va="center", fontsize=10,
-                    color="#59616b" if number == 0 else "#1f2328", parse_math=False,
-                )  # fmt: skip
-                right += columns[column]
-            axes.axhline(y + 0.14, color="#dfdcd6" if number else "#59616b", linewidth=0.8)
-            y += 0.28
-        y += 0.28
-    return _save(figure, path)
+    return save_png(figure, path)
 
 
 # Of the lines of several runs; the page's style sheet has the same order.
 COLORS = ("#1f5fa8", "#b4510f", "#17693a", "#8a3ffc", "#b3266b", "#0f7c86", "#7a6200", "#59616b")
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+def new_figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, **shared: Any
+) -> tuple[Any, Any]:
+    """A figure of that size in inches, and its panels as an array (rows, columns)."""
     # Figure and Agg by hand: pyplot would look for a display and keep every figure alive.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
 def _dress(axes: Any, label: str) -> None:
@@ -170,9 +139,14 @@ def _dress(axes: Any, label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Any, path: str | Path) -> Path:
+def save_png(figure: Any, path: str | Path) -> Path:
+    """Write a figure, whole or not at all.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     with atomic_path(path) as temporary, warnings.catch_warnings():
-        # A name in letters that matplotlib's font has not is drawn as boxes, without a word.
+        # Letters that matplotlib's font lacks are drawn as boxes; the warning helps nobody.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(temporary, format="png")
     return Path(path)

@@ -16,6 +16,7 @@ from jlora.report.plots import series
 from jlora.report.tables import visible
 from jlora.system.errors import UserError
 from jlora.system.files import os_error, read_text
+from jlora.system.json_files import read_object
 from jlora.system.lock import is_held
 from jlora.training.loggers import METRICS_NAME, read_metrics, training_seconds
 
@@ -223,13 +224,8 @@ def read_scores(path: Path) -> dict[str, dict[str, float]]:
     Raises:
         UserError: it cannot be read, or has another form.
     """
-    try:
-        scores = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: not JSON ({error.msg}); run `jlora evaluate` again"
-        ) from error
-    parts = [scores.get(key) for key in ("before", "after")] if isinstance(scores, dict) else [0]
+    scores = read_object(path, "run `jlora evaluate` again")
+    parts = [scores.get(key) for key in ("before", "after")]
     if not all(part is None or isinstance(part, dict) for part in parts):
         raise UserError(
             f'{path}: not {{"before": {{...}}, "after": {{...}}}}; run `jlora evaluate` again'
@@ -253,7 +249,7 @@ def _read(path: Path, read: Callable[[Path], T], default: T, problems: list[str]
     except UserError as error:
         problems.append(visible(str(error)))
     except RecursionError:
-        problems.append(f"{path}: nested too deeply; mend or remove the file")
+        problems.append(f"{path}: nested too deeply; fix or remove the file")
     return default
 
 

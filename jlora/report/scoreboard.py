@@ -13,6 +13,7 @@ from jlora.report.tables import (
     Metric,
     difference_of,
     markdown_table,
+    mean_cell,
     metrics_of,
 )
 from jlora.system.files import read_text
@@ -150,7 +151,7 @@ def _mean_row(group: Sequence[RunSummary], metrics: Sequence[Metric]) -> Row:
     cells = []
     for metric in metrics:
         values = [_with_loss(run)[metric.key] for run in group if metric.key in _with_loss(run)]
-        cell = metric.mean_cell(values) if values else metric.text(None)
+        cell = mean_cell(metric, values) if values else metric.text(None)
         cells.append(cell + (f" (n = {len(values)})" if 0 < len(values) < len(group) else ""))
     return Row(f"{group_name(group)}: mean ± s.d. of {len(group)} seeds", cells, "mean")
 

@@ -9,56 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jlora.metrics.registry import TABLE, Metric, find_metric
 from jlora.system.errors import UserError
 
-
-@dataclass(frozen=True)
-class Metric:
-    """How one score is printed: ``value * scale`` with ``decimals`` digits."""
-
-    key: str
-    label: str
-    scale: float = 1.0
-    decimals: int = 4
-    lower_is_better: bool = False
-
-    def text(self, value: float | None, sign: bool = False) -> str:
-        """The printed value; an en dash for a score that is not there."""
-        if value is None:
-            return "–"
-        return f"{value * self.scale:{'+' if sign else ''}.{self.decimals}f}"
-
-    def cell(self, scores: Mapping[str, Any]) -> str:
-        """The printed value with its interval where ``scores`` has one: ``71.8 [68, 75]``."""
-        ends = [scores.get(f"{self.key}_{end}") for end in ("low", "high")]
-        text = self.text(scores.get(self.key))
-        if self.key not in scores or None in ends:
-            return text
-        return f"{text} [{ends[0] * self.scale:.0f}, {ends[1] * self.scale:.0f}]"
-
-    def mean_cell(self, values: Sequence[float]) -> str:
-        """Mean and sample standard deviation as the paper prints them: ``70.4 ± 0.1``."""
-        mean, deviation = mean_and_deviation(values)
-        return self.text(mean) + (f" ± {self.text(deviation)}" if deviation is not None else "")
-
-
-# Scales and digits of tables 3, 4, 13 and 14 of the LoRA paper (arXiv 2106.09685). It calls
-# multi-BLEU and GenerationEval's METEOR plainly BLEU and MET; chrF++ is as WebNLG 2020 prints it.
-METRICS = (
-    Metric("BLEU", "BLEU", 100, 1),
-    Metric("multi-BLEU", "multi-BLEU", 100, 1),
-    Metric("sacreBLEU", "sacreBLEU", 100, 1),
-    Metric("NIST", "NIST", 1, 2),
-    Metric("METEOR", "METEOR", 100, 1),
-    Metric("ROUGE_L", "ROUGE-L", 100, 1),
-    Metric("CIDEr", "CIDEr", 1, 2),
-    Metric("METEOR-WebNLG", "METEOR", 1, 2),
-    Metric("TER", "TER", 1, 2, lower_is_better=True),
-    Metric("chrF++", "chrF++", 1, 3),
-    Metric("accuracy", "Accuracy", 100, 1),
-    Metric("generated_accuracy", "Accuracy, generated", 100, 1),
-    Metric("majority", "Majority answer", 100, 1),
-)
+#: How scores are printed, in the order of their columns.
+METRICS = TABLE
 VALID_LOSS = Metric("valid_loss", "Valid. loss", 1, 3, lower_is_better=True)
 
 # Scores that say something about another one, or counts; the report shows them in their own place.
@@ -85,12 +40,12 @@ def metrics_of(*scores: Mapping[str, Any] | None) -> list[Metric]:
     for one in scores:
         for key, value in (one or {}).items():
             whole, _, part = key.partition("/")
-            known = next((metric for metric in METRICS if metric.key == whole), None)
+            known = _known(whole)
             if _NO_SCORE.fullmatch(key) or not (
                 isinstance(value, float) or (known and type(value) is int)
             ):
                 continue
-            label = f"{known.label} {part}".rstrip() if known else key
+            label = f"{known.label or known.key} {part}".rstrip() if known else key
             present.setdefault(key, replace(known or Metric(key, key), key=key, label=label))
     order = [metric.key for metric in METRICS]
     known_metrics = [metric for metric in present.values() if metric.key.split("/")[0] in order]
@@ -102,6 +57,19 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (n - 1); the latter None for a single value."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return statistics.fmean(values), deviation
+
+
+def mean_cell(metric: Metric, values: Sequence[float]) -> str:
+    """Mean and sample standard deviation as the paper prints them: ``70.4 ± 0.1``."""
+    mean, deviation = mean_and_deviation(values)
+    return metric.text(mean) + (f" ± {metric.text(deviation)}" if deviation is not None else "")
+
+
+def _known(key: str) -> Metric | None:
+    try:
+        return find_metric(key)
+    except UserError:  # of another package that is broken: the score is printed as any number
+        return None
 
 
 def score_table(

@@ -15,7 +15,7 @@ import numpy as np
 from jlora import engine
 from jlora.data.batches import TokenExample, encode_prompts
 from jlora.decoding.beam import BeamConfig, search
-from jlora.decoding.decoder import Hypothesis
+from jlora.decoding.hypothesis import Hypothesis
 from jlora.decoding.predictions import (
     Prediction,
     Unfinished,

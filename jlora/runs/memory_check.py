@@ -8,6 +8,7 @@ from typing import Any
 
 from jlora.data.batches import TokenExample
 from jlora.data.tasks import get_task
+from jlora.metrics import find_metric
 from jlora.models.hub import outline, require_tokenizer
 from jlora.runs.memory_estimate import MIB, Estimate, Texts, estimate
 from jlora.runs.recipe import Recipe
@@ -16,7 +17,6 @@ from jlora.system import machine
 from jlora.system.distributed import world
 from jlora.system.errors import UserError
 
-JAVA_METRICS = {"METEOR", "METEOR-WebNLG"}
 GIB = 1 << 30
 #: A change of settings that lowers a stage's memory: ``KEY=VALUE`` for --set, as many as it takes.
 Change = tuple[str, ...]
@@ -68,7 +68,7 @@ def estimate_recipe(recipe: Recipe, texts: Texts) -> Estimate:
     """`estimate` of a recipe whose data are known."""
     task = get_task(recipe.data.task)
     names = recipe.data.metrics or task.metrics
-    java = not task.choices and bool(JAVA_METRICS & set(names))
+    java = not task.choices and any(find_metric(name).meteor for name in names)
     return estimate(recipe, outline(recipe.model), texts, java)
 
 

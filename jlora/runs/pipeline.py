@@ -29,7 +29,8 @@ from jlora.runs.run_data import RunData
 from jlora.system.console import say
 from jlora.system.distributed import world
 from jlora.system.errors import UserError
-from jlora.system.files import check_writable, read_text, recover_directory, write_text
+from jlora.system.files import check_writable, recover_directory, write_text
+from jlora.system.json_files import read_object
 from jlora.system.runtime import jt, set_seed
 from jlora.training.checkpoint import has_checkpoint
 from jlora.training.loggers import ProgressLogger, check_loggers, make_logger, read_metrics
@@ -318,7 +319,4 @@ def read_scores(run: Path) -> dict:
     path = run / "scores.json"
     if not path.exists():
         return {}
-    try:
-        return json.loads(read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON; remove it to score again") from error
+    return read_object(path, "remove it to score again")

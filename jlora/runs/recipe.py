@@ -18,8 +18,9 @@ from jlora.data.tasks import get_task
 from jlora.decoding.beam import BeamConfig
 from jlora.engine import PRECISIONS
 from jlora.system.console import say, warn
-from jlora.system.errors import UserError
+from jlora.system.errors import UserError, one_line
 from jlora.system.files import read_text
+from jlora.system.settings import check_choice, check_least
 from jlora.training.loggers import LOGGERS
 from jlora.training.loop import TrainConfig
 
@@ -42,6 +43,25 @@ class DataConfig:
     valid_stride: int = 1  # every n-th validation example, from the first
     test_limit: int | None = None  # only so many test inputs, evenly spaced
 
+    def __post_init__(self):
+        """Raises UserError for a value that makes no sense."""
+        task = get_task(self.task)
+        task.find_template(self.template)
+        if self.metrics is not None:
+            if task.choices:
+                raise UserError(
+                    f"task {task.name} is scored by accuracy alone; leave data.metrics out"
+                )
+            from jlora.metrics import check_names
+
+            check_names(self.metrics)
+        if self.valid_stride < 1:
+            raise UserError(f"data.valid_stride must be at least 1, not {self.valid_stride}")
+        for name in ("train_limit", "test_limit", "max_prompt"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                raise UserError(f"data.{name} must be at least 1, or null for all, not {limit}")
+
 
 @dataclass(frozen=True)
 class DecodeConfig(BeamConfig):
@@ -49,6 +69,10 @@ class DecodeConfig(BeamConfig):
 
     eos_token_ids: list[int] | None = None  # None: the end token of training
     adapter: str = "best"  # of the validations; or "last"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("decode.adapter", self.adapter, ("best", "last"))
 
 
 @dataclass
@@ -68,6 +92,21 @@ class Recipe:
     checkpoint_activations: bool = False  # less memory in training, a third more time
     score_before: bool = False  # also score the untouched model on the test inputs
     log: list[str] = field(default_factory=list)  # more loggers: wandb, tensorboard, swanlab
+
+    def __post_init__(self):
+        """Raises UserError for a value that makes no sense."""
+        if not self.model.strip():
+            raise UserError("model is empty; name one, such as smollm2-135m")
+        check_choice("method", self.method, ("lora", *METHODS))
+        check_least(self, 1, "top_layers")
+        check_precision(self.precision)
+        if self.checkpoint_activations and self.precision in ("plain", "fp32"):
+            raise UserError(
+                "checkpoint_activations works with precision bf16 or int8, not with "
+                f"{self.precision}"
+            )
+        for name in self.log:
+            check_choice("log", name, LOGGERS)
 
 
 def find_recipe(name: str) -> Path:
@@ -153,9 +192,9 @@ def parse_yaml(text: str, source: str, lines: bool = True) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark and lines else source
         reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-        raise UserError(f"{where}: not YAML ({_one_line(reason)}); mend it") from error
+        raise UserError(f"{where}: not YAML ({one_line(reason)}); fix it") from error
     except (ValueError, RecursionError) as error:  # an impossible date, say
-        raise UserError(f"{source}: not YAML ({_one_line(error)}); put texts in quotes") from error
+        raise UserError(f"{source}: not YAML ({one_line(error)}); put texts in quotes") from error
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -167,9 +206,55 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = parse_yaml(read_text(path), str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a YAML mapping, such as `model: smollm2-135m`")
+    trainer = trainer_of(values)
+    if trainer is not None:
+        raise UserError(
+            f"{path}: this looks like a file of {trainer}, whose settings have other names here; "
+            "write a recipe (docs/recipes.md), or begin with `jlora finetune --model MODEL --data "
+            "FOLDER`"
+        )
     for override in overrides:
         apply_override(values, override)
     return make_recipe(values, f"{path} with the options given" if overrides else str(path))
+
+
+#: Settings by which a file of another trainer is known.
+TRAINERS = {
+    "mlx-lm": {
+        "lora_parameters", "fine_tune_type", "iters", "adapter_path", "num_layers", "val_batches",
+        "steps_per_report", "steps_per_eval", "grad_checkpoint", "mask_prompt", "lora_layers",
+        "max_seq_length", "save_every",
+    },
+    "Axolotl": {
+        "base_model", "datasets", "adapter", "sequence_len", "micro_batch_size", "lora_r",
+        "lora_target_modules", "lora_target_linear", "val_set_size", "num_epochs",
+    },
+    "LLaMA-Factory": {
+        "model_name_or_path", "stage", "do_train", "finetuning_type", "template", "cutoff_len",
+        "lora_rank", "lora_target", "dataset_dir", "overwrite_output_dir",
+    },
+    "LitGPT": {"checkpoint_dir", "lora_query", "lora_key", "lora_value", "lora_r", "lora_head"},
+    "torchtune": {"tokenizer", "checkpointer", "optimizer", "lr_scheduler", "lora_attn_modules"},
+}  # fmt: skip
+
+
+def trainer_of(values: dict[str, Any]) -> str | None:
+    """Whose file a mapping of settings looks like, and by what; None: it may be jlora's."""
+    found = {
+        trainer: [str(name) for name in values if name in names]
+        for trainer, names in TRAINERS.items()
+    }
+    if isinstance(values.get("data"), str) and isinstance(values.get("train", True), bool):
+        found["mlx-lm"].insert(0, "data: a path")
+    if isinstance(values.get("train"), bool):
+        found["mlx-lm"].insert(0, f"train: {str(values['train']).lower()}")
+    for name, value in values.items():
+        if isinstance(value, dict) and "_component_" in value:  # a class path
+            found["torchtune"].append(f"{name}._component_")
+    trainer, marks = max(found.items(), key=lambda item: len(item[1]))
+    if len(marks) >= 2 or isinstance(values.get("train"), bool):
+        return f"{trainer} ({', '.join(marks[:3])})"
+    return None
 
 
 def load_run_recipe(path: Path) -> Recipe | None:
@@ -286,55 +371,16 @@ def make_recipe(values: dict[str, Any], source: str) -> Recipe:
     if values.get("model") is None:
         raise UserError(f"{source}: no model given; add one, such as `model: smollm2-135m`")
     try:
-        recipe = pydantic.TypeAdapter(Recipe).validate_python(values)
-        _check_values(recipe)
+        return pydantic.TypeAdapter(Recipe).validate_python(values)
     except pydantic.ValidationError as error:
         raise UserError(f"{source}: {_pydantic_message(error, values)}") from error
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    return recipe
-
-
-def _check_values(recipe: Recipe) -> None:
-    task = get_task(recipe.data.task)
-    task.find_template(recipe.data.template)
-    if recipe.data.metrics is not None:
-        if task.choices:
-            raise UserError(f"task {task.name} is scored by accuracy alone; leave data.metrics out")
-        from jlora.metrics import check_names
-
-        check_names(recipe.data.metrics)
-    recipe.train.check()
-    check_choice("decode.adapter", recipe.decode.adapter, ("best", "last"))
-    check_precision(recipe.precision)
-    if recipe.checkpoint_activations and recipe.precision in ("plain", "fp32"):
-        raise UserError(
-            f"checkpoint_activations works with precision bf16 or int8, not with {recipe.precision}"
-        )
-    check_choice("method", recipe.method, ("lora", *METHODS))
-    if recipe.top_layers < 1:
-        raise UserError(f"top_layers must be at least 1, not {recipe.top_layers}")
-    for name in recipe.log:
-        check_choice("log", name, LOGGERS)
-    if not recipe.model.strip():
-        raise UserError("model is empty; name one, such as smollm2-135m")
-    if recipe.data.valid_stride < 1:
-        raise UserError(f"data.valid_stride must be at least 1, not {recipe.data.valid_stride}")
-    for name in ("train_limit", "test_limit", "max_prompt"):
-        limit = getattr(recipe.data, name)
-        if limit is not None and limit < 1:
-            raise UserError(f"data.{name} must be at least 1, or null for all, not {limit}")
 
 
 def check_precision(precision: str) -> None:
     """Raises UserError for a precision that there is not."""
     check_choice("precision", precision, ("auto", *PRECISIONS))
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises UserError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise UserError(f"{name} {value!r} is not one of {', '.join(choices)}")
 
 
 def _check_names(values: Any, kind: type, path: str, source: str) -> dict[str, Any]:
@@ -373,16 +419,12 @@ def _pydantic_message(error: Any, values: dict[str, Any]) -> str:
             else:
                 break
         name = ".".join(names)
-        rule = _one_line(item["msg"]).replace("Input should", "should")
+        rule = one_line(item["msg"]).replace("Input should", "should")
         if name in problems:
             problems[name] += f", or {rule}"
         else:
-            problems[name] = f"{name} is {_one_line(repr(found))[:60]}: {rule}"
+            problems[name] = f"{name} is {one_line(repr(found))[:60]}: {rule}"
     return "; ".join(list(problems.values())[:3])
-
-
-def _one_line(text: Any) -> str:
-    return " ".join(str(text).split())
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -83,7 +83,7 @@ class RunData:
         data, tokenizer = self.recipe.data, model.tokenizer
         context = model.config.max_positions
         # Every answer of a choice is tried behind the prompt, however few tokens may be generated.
-        ends = tokenizer.encode_batch([" " + choice for choice in self.task.choices])
+        ends = tokenizer.encode_after([" " + choice for choice in self.task.choices])
         new = max([self.recipe.decode.max_new_tokens, *map(len, ends)])
         self.prompts = encode_prompts(
             [group.prompt for group in self.groups], tokenizer, context - new + 1,

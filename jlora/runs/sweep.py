@@ -16,9 +16,10 @@ from jlora.runs.smoke import smoke
 from jlora.system.console import say
 from jlora.system.errors import UserError
 from jlora.system.files import check_writable, read_text
+from jlora.system.json_files import read_object
 
 #: What the report of a sweep writes beside the runs.
-REPORT_FILES = ("report.html", "table.md", "table.png", "loss.png")
+REPORT_FILES = ("report.html", "table.md", "loss.png")
 
 
 def grid_cases(grid: Sequence[str]) -> dict[str, list[str]]:
@@ -163,8 +164,8 @@ def check_run(run: Path, wanted: Recipe) -> None:
 def is_finished(run: Path) -> bool:
     """Whether a run has the scores of its tuned model."""
     try:
-        return "after" in json.loads(read_text(run / "scores.json"))
-    except (UserError, ValueError, TypeError):
+        return "after" in read_object(run / "scores.json", "")
+    except UserError:
         return False
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 
 def say(message: str) -> None:
     """Print a line of progress."""
-    print(f"jlora: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # a closed terminal must not stop training
+        print(f"jlora: {message}", file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:

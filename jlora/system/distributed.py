@@ -34,8 +34,6 @@ if TYPE_CHECKING:  # the command line is there before NumPy is read
 T = TypeVar("T")
 #: Set by Open MPI's mpirun, by MPICH's and Intel's, and by Slurm's srun --mpi=pmix.
 MARKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
-#: How many processes there are; srun --mpi=pmix says it in Slurm's own variable alone.
-SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 INSTALL = "run `pip install 'jlora[mpi]'`"
 LOGS = "JLORA_RANK_LOGS"  # folder of the logs of all processes but the first, set by `launch`
 JOINED = 1 << 16  # gradients with fewer numbers travel together
@@ -109,20 +107,26 @@ def world() -> World:
 
 def started_by_mpi() -> bool:
     """Whether this process may be one of several that MPI has started; `join` finds out."""
-    return any(mark in os.environ for mark in MARKS) and announced_size() != 1
+    return announced_size() != 1
 
 
 def announced_size() -> int | None:
-    """How many processes the environment says that MPI has started; None: it does not say.
+    """How many processes MPI has started, as far as the environment says; None: more than 0.
 
-    ``mpirun -n 1`` and ``srun --pty`` start one. A variable of MPI's without a number may be left
-    over from an outer program; its rank, if not 0, says that there are others.
+    ``mpirun -n 1`` and ``srun --pty`` start one. A PMIX_RANK without the name of its job was set by
+    hand, or is left from an outer program.
     """
-    for name in SIZES:
-        value = os.environ.get(name, "")
-        if value.isdecimal():
-            return int(value)
-    return 2 if os.environ.get("PMIX_RANK", "0") not in ("", "0") else None
+    sizes = [os.environ.get(name, "") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
+    if "PMIX_RANK" in os.environ and "PMIX_NAMESPACE" in os.environ:
+        sizes.append(os.environ.get("SLURM_STEP_NUM_TASKS", "unknown"))
+    found = next((size for size in sizes if size), "1")
+    return int(found) if found.isdecimal() else None
+
+
+def is_one_of_several() -> bool:
+    """Whether there are certainly other processes."""
+    size = announced_size()
+    return size > 1 if size is not None else os.environ.get("PMIX_RANK") != "0"
 
 
 def without_mpi() -> dict[str, str]:
@@ -141,11 +145,9 @@ def join() -> World:
     if _world.size == 1 and started_by_mpi():
         try:
             from mpi4py import MPI
-        except (ImportError, RuntimeError) as error:
-            if announced_size() is None:  # nothing says that there are others
-                return _world
-            if isinstance(error, ImportError):
-                raise UserError(f"several processes need mpi4py ({error}); {INSTALL}") from error
+        except ImportError as error:
+            raise UserError(f"several processes need mpi4py ({error}); {INSTALL}") from error
+        except RuntimeError as error:
             raise UserError(f"mpi4py finds no MPI ({error}); {INSTALL}") from error
         if MPI.COMM_WORLD.size > 1:
             _world = MPIWorld(MPI)

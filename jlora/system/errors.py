@@ -30,3 +30,8 @@ def kind_of(value: Any) -> str:
         int: "a number", float: "a number",
     }  # fmt: skip
     return kinds.get(type(value), f"of type {type(value).__name__}")
+
+
+def one_line(error: Any) -> str:
+    """An exception's text, or any other, without line breaks; its kind where it has no text."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -9,12 +9,12 @@ import getpass
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from jlora.system.console import say, warn
 from jlora.system.distributed import world
 from jlora.system.errors import UserError
 from jlora.system.files import make_folder, os_error, remove_leftovers
@@ -110,7 +110,7 @@ def one_at_a_time(path: Path, work: str) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"jlora: another process is {work}; waiting", file=sys.stderr, flush=True)
+                say(f"another process is {work}; waiting")
                 fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
@@ -137,10 +137,9 @@ def _take(path: Path) -> BinaryIO:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
                 handle.close()
                 raise
-            print(
-                f"jlora: warning: {path.parent} cannot be locked ({error.strerror}); see to it "
-                "that no other run writes there",
-                file=sys.stderr,
+            warn(
+                f"{path.parent} cannot be locked ({error.strerror}); make sure that no other run "
+                "writes there"
             )
         # The one before may have removed the file between opening and locking it.
         with contextlib.suppress(FileNotFoundError):

@@ -16,6 +16,7 @@ from jlora.kernels import native, structs
 from jlora.layers import assign
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt
+from jlora.system.settings import check_choice, check_least
 
 SCHEDULES = ("linear", "cosine", "constant")
 SCHEDULE_UNITS = ("update", "batch")
@@ -36,22 +37,15 @@ class OptimConfig:
     variant: str = "torch"  # torch (torch.optim.AdamW) or loralib (microsoft/LoRA's optimizer.py)
     max_grad_norm: float = 0.0  # 0: no clipping
 
-    def check(self) -> None:
+    def __post_init__(self):
         """Raises UserError for a value that makes no sense."""
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}")
-        if self.schedule_unit not in SCHEDULE_UNITS:
-            raise UserError(
-                f"schedule_unit {self.schedule_unit!r} is not one of {', '.join(SCHEDULE_UNITS)}"
-            )
-        if self.variant not in ("torch", "loralib"):
-            raise UserError(f"AdamW variant {self.variant!r} is not one of torch, loralib")
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("schedule_unit", self.schedule_unit, SCHEDULE_UNITS)
+        check_choice("AdamW variant", self.variant, ("torch", "loralib"))
         for name in ("lr", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} must be at least 0, not {getattr(self, name)}")
+        check_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
@@ -109,7 +103,6 @@ class AdamW:
     """
 
     def __init__(self, parameters: Sequence[jt.Var], config: OptimConfig):
-        config.check()
         self.parameters = list(parameters)
         self.config = config
         self.m = np.zeros(sum(int(np.prod(p.shape)) for p in self.parameters), np.float32)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from jlora.formats.safetensors_file import read_safetensors, write_safetensors
+from jlora.system.console import warn
 from jlora.system.errors import UserError
 from jlora.system.files import (
     atomic_path,
@@ -132,10 +132,9 @@ def load_checkpoint(run: Path) -> Checkpoint:
             replace_directory(newest(run), aside)
         except OSError as error:
             raise os_error("move", newest(run), error) from error
-        print(
-            f"jlora: warning: {problems[0]} and has been moved to {aside}; going on from the good "
-            f"{previous(run)}, step {found[0].step}",
-            file=sys.stderr,
+        warn(
+            f"{problems[0]} and has been moved to {aside}; going on from the good "
+            f"{previous(run)}, step {found[0].step}"
         )
     return found
 

@@ -21,6 +21,7 @@ from jlora.models.attention import Stream
 from jlora.system.distributed import World, world
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt, release_memory, set_seed
+from jlora.system.settings import check_least
 from jlora.training.adamw import AdamW, OptimConfig, learning_rate
 from jlora.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from jlora.training.loggers import Loggers, MetricsLogger
@@ -45,23 +46,19 @@ class TrainConfig:
     save_every: int = 100
     optim: OptimConfig = field(default_factory=OptimConfig)
 
-    def check(self) -> None:
+    def __post_init__(self):
         """Raises UserError for a value that makes no sense."""
-        self.optim.check()
-        for name in ("batch_size", "grad_accumulation", "max_length", "log_every", "save_every",
-                     "valid_batch_size"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"steps must be at least 1, not {self.steps}")
-        if self.steps is None and not 0 < self.epochs < math.inf:
+        check_least(self, 1, "batch_size", "grad_accumulation", "max_length", "log_every",
+                    "save_every", "valid_batch_size")  # fmt: skip
+        check_least(self, 0, "seed", "valid_every")
+        if self.steps is not None:
+            check_least(self, 1, "steps")
+        elif not 0 < self.epochs < math.inf:
             raise UserError(f"epochs must be above 0, not {self.epochs}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(
                 f"label_smoothing must be at least 0 and below 1, not {self.label_smoothing}"
             )
-        if self.seed < 0 or self.valid_every < 0:
-            raise UserError("seed and valid_every must not be negative")
 
 
 @dataclass(frozen=True)
@@ -177,7 +174,6 @@ def train(
         UserError: a setting makes no sense, nothing is trainable, the loss is not a number, the
             adapter does not move or is not finite, or the checkpoint does not fit.
     """
-    config.check()
     here = world()
     if not examples:
         raise UserError("no training examples; check the data file")

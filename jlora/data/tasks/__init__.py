@@ -15,9 +15,11 @@ from pathlib import Path
 from jlora.data.batches import Example
 from jlora.data.pull_datasets import DATASETS, data_cache
 from jlora.system.errors import UserError
+from jlora.system.plugins import load_plugin, plugins
 
 # A module is imported when its task is requested.
 NAMES = ("e2e", "webnlg", "dart", "boolq", "jsonl", "restaurants")
+GROUP = "jlora.tasks"  # of entry points
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,10 @@ class Task:
         return find_data(self.name, self.splits, split, folder)
 
 
+#: Of `register_task`, and of other packages once they were asked for.
+_registered: dict[str, Task] = {}
+
+
 def group_by_prompt(examples: Sequence[Example]) -> list[ReferenceGroup]:
     """Group examples by prompt, in the order in which prompts are first seen."""
     groups: dict[str, ReferenceGroup] = {}
@@ -165,17 +171,56 @@ def find_data(
     )
 
 
+def register_task(task: Task) -> Task:
+    """Make a task known by its name, to recipes and commands.
+
+    In a package of its own, an entry point of the group ``jlora.tasks`` does the same for every
+    process: its name is the task's, its object the `Task`.
+
+    Raises:
+        UserError: there is a task of that name, or the name cannot be used.
+    """
+    if task.name in NAMES or task.name in _registered:
+        raise UserError(f"there is a task {task.name!r} already; choose another name")
+    if not task.name.strip() or set(task.name) & set("/\\, "):
+        raise UserError(f"{task.name!r} cannot name a task; use no space, comma or slash")
+    _registered[task.name] = task
+    return task
+
+
+def task_names() -> list[str]:
+    """The names that `get_task` knows."""
+    return list(dict.fromkeys([*NAMES, *_registered, *plugins(GROUP)]))
+
+
 def get_task(name: str) -> Task:
     """The task of that name.
 
     Raises:
-        UserError: there is no such task; shows the nearest names.
+        UserError: there is none (shows the nearest names), or another package's cannot be used.
     """
-    if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=2, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(NAMES)}"
-        raise UserError(f"no task {name!r}; {hint}")
-    return importlib.import_module(f"jlora.data.tasks.{name}").TASK
+    if name in NAMES:
+        return importlib.import_module(f"jlora.data.tasks.{name}").TASK
+    if name not in _registered:
+        found = load_plugin(GROUP, name, Task)
+        if found is None:
+            names = task_names()
+            near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
+            raise UserError(f"no task {name!r}; {hint}")
+        if found.name != name:
+            raise UserError(f"the entry point {name} ({GROUP}) holds the task {found.name!r}")
+        register_task(found)
+    return _registered[name]
 
 
-__all__ = ["NAMES", "ReferenceGroup", "Task", "find_data", "get_task", "group_by_prompt"]
+__all__ = [
+    "NAMES",
+    "ReferenceGroup",
+    "Task",
+    "find_data",
+    "get_task",
+    "group_by_prompt",
+    "register_task",
+    "task_names",
+]

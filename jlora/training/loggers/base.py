@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from jlora.system.errors import UserError
+from jlora.system.console import warn
+from jlora.system.errors import UserError, one_line
 
 
 class Logger(Protocol):
@@ -44,7 +43,7 @@ class Loggers:
                 raise
             except FAILURES as error:
                 self.loggers.remove(logger)
-                _warn(f"{_name(logger)} failed and is switched off ({_one_line(error)})")
+                warn(f"{_name(logger)} failed and is switched off ({_reason(error)})")
 
     def close(self) -> None:
         """Close every logger, also when one of them fails to."""
@@ -56,7 +55,7 @@ class Loggers:
             except UserError as error:
                 failure = error
             except FAILURES as error:
-                _warn(f"{_name(logger)} did not close well ({_one_line(error)})")
+                warn(f"{_name(logger)} did not close well ({_reason(error)})")
         if failure is not None:
             raise failure
 
@@ -80,11 +79,6 @@ def _name(logger: Logger) -> str:
     return type(logger).__name__
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _warn(message: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a closed stderr must not stop training
-        print(f"jlora: warning: {message}", file=sys.stderr)
+def _reason(error: BaseException) -> str:
+    name, text = type(error).__name__, one_line(error)
+    return name if text == name else f"{name}: {text}"

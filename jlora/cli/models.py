@@ -1,0 +1,153 @@
+"""Commands about models and adapters as files: merge, export, convert, analyze."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from jlora.cli.options import (
+    ADAPTER_HELP,
+    Verb,
+    adapter_file,
+    add_adapter_options,
+)
+from jlora.system.errors import UserError
+
+
+def add_merge(verb: Verb) -> None:
+    command = verb(
+        "merge", run_merge, "Write base and adapter as one model that transformers loads."
+    )
+    command.add_argument("base", help="name or path of the base model")
+    command.add_argument("adapter", help=ADAPTER_HELP)
+    command.add_argument("out", help="folder to write, new or empty")
+    command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    add_adapter_options(command)
+
+
+def run_merge(arguments: argparse.Namespace) -> int:
+    from jlora.adapters.export_folder import write_merged
+    from jlora.runs.adapter_file import open_model
+    from jlora.system.files import check_absent
+
+    check_absent(arguments.out)  # before a minute of loading
+    adapter = adapter_file(arguments)
+    model = open_model(arguments.base, adapter)
+    print(write_merged(model, arguments.out, arguments.dtype, trained_tokens(model, adapter)))
+    return 0
+
+
+def add_export(verb: Verb) -> None:
+    command = verb("export", run_export, "Write a model, merged or plain, as a GGUF file.")
+    command.add_argument("model", help="name or path of the base model")
+    command.add_argument("--gguf", required=True, metavar="OUT.gguf", help="file to write")
+    command.add_argument("--adapter", help=f"merge this first: {ADAPTER_HELP}")
+    command.add_argument(
+        "--type", default="f32", choices=("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"),
+        help="of the matrices (default: f32)",
+    )  # fmt: skip
+    command.add_argument(
+        "--no-tokenizer", action="store_true", help="leave out the tokenizer, which llama.cpp needs"
+    )
+    add_adapter_options(command)
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    from jlora.adapters.export_gguf import export_gguf
+    from jlora.runs.adapter_file import open_model
+    from jlora.system.files import check_absent
+
+    check_absent(arguments.gguf)
+    adapter = adapter_file(arguments)
+    model = open_model(arguments.model, adapter)
+    tokens = trained_tokens(model, adapter)
+    print(export_gguf(model, arguments.gguf, arguments.type, not arguments.no_tokenizer, tokens))
+    return 0
+
+
+def trained_tokens(model: Any, adapter: Any) -> Any:
+    """The tokens round the completions in the run of an `AdapterFile`, where it is known."""
+    from jlora.adapters.trained_tokens import UNKNOWN, TrainedTokens
+
+    if adapter is None or adapter.recipe is None:
+        return UNKNOWN
+    data = adapter.recipe.data
+    return TrainedTokens.of(model.tokenizer, data.separator_id, data.end_id)
+
+
+def add_convert(verb: Verb) -> None:
+    command = verb("convert", run_convert, "Write an adapter as loralib's .pt file, or back.")
+    command.add_argument("adapter", help=ADAPTER_HELP)
+    command.add_argument("out", help="a .pt file for a folder, a folder for a .pt file")
+    command.add_argument("--model", help="base model (default: the one of the adapter's run)")
+    add_adapter_options(command)
+
+
+def run_convert(arguments: argparse.Namespace) -> int:
+    from jlora.adapters.loralib import is_loralib, loralib_note
+    from jlora.runs.adapter_file import open_model
+    from jlora.system.files import check_absent
+
+    to_file = is_loralib(arguments.out)
+    if to_file == is_loralib(arguments.adapter):
+        raise UserError("give a folder and a .pt file, or a .pt file and a folder")
+    check_absent(arguments.out)
+    adapter = adapter_file(arguments)
+    model = open_model(arguments.model, adapter)
+    if to_file:
+        print(loralib_note(model.save_loralib(arguments.out), model.lora_layers()))
+    else:
+        model.save_pretrained(arguments.out)
+    tokens, own = trained_tokens(model, adapter), model.tokenizer and model.tokenizer.eos_token_id
+    if {tokens.separator, tokens.end} - {None, own}:
+        print(
+            "an adapter's files do not say which tokens it was trained with: give "
+            f"--separator-id {tokens.separator} --end-id {tokens.end} to generate"
+        )
+    print(f"written: {arguments.out}")
+    return 0
+
+
+def add_analyze(verb: Verb) -> None:
+    command = verb("analyze", run_analyze, "What an adapter learned: the LoRA paper's figures.")
+    command.add_argument("adapter", help=ADAPTER_HELP)
+    command.add_argument("--other", metavar="ADAPTER", help="another one, to compare subspaces")
+    command.add_argument(
+        "--model", help="base model, for the amplification of its directions (default: the one of "
+        "the adapter's run)",
+    )  # fmt: skip
+    command.add_argument(
+        "--of", choices=("A", "B", "dW"), default="A",
+        help="whose directions are compared: A's right-singular vectors (the paper; the default), "
+        "B's left ones, or those of the whole change",
+    )  # fmt: skip
+    command.add_argument("--layers", metavar="REGEX", help="only layers in whose name it is found")
+    command.add_argument("--out", metavar="FOLDER", help="write analysis.json and figures there")
+    add_adapter_options(command)
+
+
+def run_analyze(arguments: argparse.Namespace) -> int:
+    from jlora.adapters.loralib import is_loralib
+    from jlora.analysis.figures import write_study
+    from jlora.analysis.study import analyze
+    from jlora.analysis.tables import tables
+    from jlora.runs.adapter_file import AdapterFile
+    from jlora.system.files import check_writable
+
+    if arguments.out:
+        check_writable(arguments.out)  # before a minute of loading
+    paths = [Path(path) for path in (arguments.adapter, arguments.other) if path is not None]
+    no_file = not any(is_loralib(path) for path in paths)
+    files = []
+    for path in paths:
+        # The options of .pt files are for those of the two that are such files.
+        of_file = (arguments.lora_alpha, arguments.enable_lora)
+        settings = of_file if no_file or is_loralib(path) else (None, None)
+        files.append(AdapterFile(path, *settings, arguments.force))
+    study = analyze(files, arguments.model, arguments.of, arguments.layers)
+    print(tables(study))
+    if arguments.out:
+        written = write_study(study, Path(arguments.out))
+        print("written:", *written)
+    return 0
