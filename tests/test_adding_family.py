@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from jlora.adapters import LoraConfig, get_peft_model
 from jlora.adapters.export_gguf import export_gguf
 from jlora.cli import main
 from jlora.decoding.decoder import Decoder, decoder_of
+from jlora.decoding.native_decoder import NativeDecoder
 from jlora.decoding.sampling import GenerateConfig, generate
+from jlora.engine.blocks import BLOCKS
 from jlora.formats.safetensors_file import write_safetensors
-from jlora.models import families
+from jlora.models import families, llama
 from jlora.models.hub import build_model
 from jlora.system import plugins
 from jlora.system.errors import UserError
@@ -144,6 +147,39 @@ def test_the_command_line_trains_and_answers(tmp_path, package, capsys):
     question = "--prompt x --beams 2 --max-new-tokens 3 --precision plain".split()
     assert main(["generate", "--adapter", str(run), *question]) == 0
     assert capsys.readouterr().out
+
+
+@needs_bf16
+def test_a_family_with_parts_is_fused_and_decoded_as_llama_is(package):
+    """Classes of its own, of a kind that the operators compute."""
+
+    class Block(llama.Block):
+        pass
+
+    class Backbone(llama.LlamaModel):
+        block = Block
+
+    class Model(llama.LlamaForCausalLM):
+        backbone = Backbone
+
+    class Config(llama.LlamaConfig):
+        architectures = {"mine": "MineForCausalLM"}
+
+    own, known = families.LLAMA_PARTS, families.LLAMA_PARTS.modules
+    modules = {**known, Block: known[llama.Block], Backbone: known[llama.LlamaModel]}
+    parts = replace(own, block=Block, modules=modules)
+    entry = replace(families.FAMILIES["llama"], model_type="mine", config=Config, model=Model)
+    families.register_family(replace(entry, parts=parts))
+    results = []
+    for model_type in ("llama", "mine"):
+        model = randomise(build_model({**CONFIG, "model_type": model_type}), 0, 0.15)
+        engine.prepare(model, "bf16")
+        assert type(decoder_of(model)) is NativeDecoder
+        assert {type(b) for b in model.model.layers} & set(BLOCKS.values())
+        results.append(model(jt.array(ids_of((2, 9)))).numpy())
+    np.testing.assert_array_equal(*results)
+    engine.restore(model)
+    assert {type(block) for block in model.model.layers} == {Block}
 
 
 def test_an_entry_point_makes_it_known(package, monkeypatch):

@@ -192,7 +192,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def register(family: Family) -> None:
+def register_family(family: Family) -> None:
     """Make a family known in this process, in the place of one with its model_type."""
     FAMILIES[family.model_type] = family
 
@@ -209,7 +209,7 @@ def find_family(model_type: str) -> Family | None:
     if model_type not in FAMILIES:
         found = load_plugin(GROUP, model_type, Family)
         if found is not None:
-            register(found)
+            register_family(found)
     return FAMILIES.get(model_type)
 
 
