@@ -67,7 +67,7 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 
 def trained_tokens(model: Any, adapter: Any) -> Any:
-    """The tokens round the completions in the run of an `AdapterFile`, where it is known."""
+    """The tokens around the completions in the run of an `AdapterFile`, where it is known."""
     from jlora.adapters.trained_tokens import UNKNOWN, TrainedTokens
 
     if adapter is None or adapter.recipe is None:
