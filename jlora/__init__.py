@@ -32,6 +32,7 @@ _NAMES = {
     "register_task": "jlora.data.tasks",
     "Metric": "jlora.metrics",
     "register_metric": "jlora.metrics",
+    "register_family": "jlora.models.families",
     "TrainConfig": "jlora.training.loop",
     "OptimConfig": "jlora.training.adamw",
     "UserError": "jlora.system.errors",

@@ -22,7 +22,7 @@ from jlora.formats.safetensors_file import (
     read_sharded,
 )
 from jlora.formats.torch_file import read_torch
-from jlora.models.families import FAMILIES, gguf_architectures
+from jlora.models.families import FAMILIES, find_family, gguf_architectures
 from jlora.models.random_gpt2 import CONTEXT, SIZES, VOCABULARY
 from jlora.models.weights import check_fit, hugging_face_names, load_weights
 from jlora.system.console import say
@@ -406,11 +406,11 @@ def build_model(config: dict[str, Any], source: str = "config.json") -> Any:
     nothing.
     """
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    family = find_family(model_type) if isinstance(model_type, str) else None
+    if family is None:
         raise UserError(
             f"{source}: model_type {model_type!r} is not supported; only {', '.join(FAMILIES)}"
         )
-    family = FAMILIES[model_type]
     try:
         return family.model(family.config.from_dict(config))
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
