@@ -32,8 +32,7 @@ from jlora.system.errors import UserError
 from jlora.system.runtime import jt
 
 ROOT = Path(__file__).resolve().parents[1]
-#: The section may be a page of its own or part of docs/adding.md.
-PAGES = [ROOT / "docs" / name for name in ("adding.md", "adding-family.part.md")]
+PAGE = ROOT / "docs" / "adding.md"
 CONFIG = {
     "model_type": "qwen3", "vocab_size": 23, "hidden_size": 32, "intermediate_size": 64,
     "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
@@ -43,9 +42,8 @@ CONFIG = {
 
 def code() -> str:
     """The code blocks of the section "A model family"."""
-    texts = [page.read_text(encoding="utf-8") for page in PAGES if page.is_file()]
-    (text,) = [text for text in texts if "## A model family\n" in text]
-    section = text.split("## A model family\n")[1].split("\n## ")[0]
+    page = PAGE.read_text(encoding="utf-8")
+    section = page.split("\n## A model family\n")[1].split("\n## ")[0]
     return "\n".join(re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL))
 
 

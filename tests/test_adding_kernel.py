@@ -15,15 +15,12 @@ from jlora.system import machine
 from jlora.system.runtime import jt
 
 ROOT = Path(__file__).resolve().parents[1]
-#: The section may be a page of its own or part of docs/adding.md.
-PAGES = [ROOT / "docs" / name for name in ("adding.md", "adding-kernel.part.md")]
+PAGE = ROOT / "docs" / "adding.md"
 
 
 def blocks() -> list[str]:
     """The code blocks of the section "A kernel": header, operators, Python."""
-    texts = [page.read_text(encoding="utf-8") for page in PAGES if page.is_file()]
-    (section,) = [text.split("\n## A kernel\n")[-1] for text in texts if "## A kernel\n" in text]
-    section = section.split("\n## ")[0]
+    section = PAGE.read_text(encoding="utf-8").split("\n## A kernel\n")[1].split("\n## ")[0]
     return re.findall(r"^```(?:cpp|python)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
 
 
