@@ -16,6 +16,7 @@ the
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import hashlib
@@ -398,6 +399,7 @@ def _load() -> Any:
             import jittor
 
             operator_compiler.set_up(jittor, Path(jittor_utils.cache_path))
+            _end_pool(jittor_utils)
     except UserError:
         raise
     except (Exception, SystemExit) as error:
@@ -406,6 +408,18 @@ def _load() -> Any:
     # zero; NumPy notices and warns. Nothing here depends on numbers that small.
     warnings.filterwarnings("ignore", message="The value of the smallest subnormal")
     return jittor
+
+
+def _end_pool(jittor_utils: Any) -> None:
+    """End the processes that Jittor has forked to compile itself, even if nothing was to compile.
+
+    They would live as long as this one, and its end would wait forever if one of them had died.
+    Jittor makes new ones when it needs them.
+    """
+    if getattr(jittor_utils, "pool_size", 0):
+        jittor_utils.pool_cleanup()
+        atexit.unregister(jittor_utils.pool_cleanup)
+        jittor_utils.pool_size = 0
 
 
 @contextlib.contextmanager
