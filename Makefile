@@ -15,7 +15,7 @@ SEED ?= 1
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-.PHONY: demo test test-all parity golden bench-train bench-decode bench-scale bench-long lint install clean
+.PHONY: demo test test-all test-threads parity golden bench-train bench-decode bench-scale bench-long lint install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -26,6 +26,14 @@ test: lint
 
 test-all: lint
 	$(PYTEST) --durations=20
+
+# The numeric tests on more threads than most machines have processors.
+NUMERIC := layers models kernels block engine products train trained
+test-threads: $(STAMP)
+	for threads in 16 32 64 128; do \
+	  echo "$$threads threads"; \
+	  OMP_NUM_THREADS=$$threads $(PYTEST) $(NUMERIC:%=tests/test_%.py) -m "not slow" || exit; \
+	done
 
 # jlora beside torch, transformers, peft and loralib, on random cases of SEED (docs/fidelity.md).
 parity: $(STAMP) $(PARITY_STAMP)
