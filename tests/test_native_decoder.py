@@ -93,6 +93,13 @@ def test_states_of_every_step(make):
             close(actual, step, tolerance)
 
 
+def test_a_processor_without_bf16_products_decodes_floats(monkeypatch):
+    model = tiny_llama()
+    engine.prepare(model, "fp32")
+    monkeypatch.setattr(packed_linear, "available", lambda kind: False)
+    assert isinstance(decoder_of(model), NativeDecoder)
+
+
 @pytest.mark.parametrize("kind", ["llama", "llama-whole-panels"])
 def test_activation_and_positions_are_chosen_each_by_itself(kind, monkeypatch):
     """A gated GELU without positions, which no family has."""
