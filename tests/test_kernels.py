@@ -236,7 +236,14 @@ def test_dropout_does_nothing_outside_training():
 # --- compiling ---
 
 
-@pytest.mark.parametrize("arch", ["x86-64", "x86-64-v3", "x86-64-v4"])
+@pytest.mark.parametrize(
+    "arch",
+    [
+        pytest.param("x86-64", marks=pytest.mark.slow),
+        "x86-64-v3",
+        pytest.param("x86-64-v4", marks=pytest.mark.slow),
+    ],
+)
 def test_operators_compiled_for_other_processors(arch):
     """Vectors of 4, 8 and 16 floats, as far as this processor has them."""
     features = machine.cpu_features()

@@ -133,6 +133,8 @@ class NativeModel:
         return result
 
     def _read_branch(self, layer, result: np.ndarray) -> None:
+        if not layer.variant.is_plain:
+            raise _Unsupported("a variant of LoRA")
         drop = layer.lora_dropout
         if isinstance(drop, nn.Module) and drop.is_train:
             raise _Unsupported("dropout")
