@@ -16,6 +16,8 @@ from jlora.decoding.native_decoder import NativeDecoder
 from jlora.decoding.native_weights import native_model
 from jlora.decoding.sampling import GenerateConfig, generate
 from jlora.kernels import packed_linear
+from jlora.kernels.block import ACTIVATIONS
+from jlora.models import gpt2, llama
 
 pytestmark = pytest.mark.skipif(not packed_linear.available("bf16"), reason="no bf16 products here")
 
@@ -89,6 +91,32 @@ def test_states_of_every_step(make):
         assert isinstance(decoder, NativeDecoder)
         for actual, step in zip(states(decoder), expected):
             close(actual, step, tolerance)
+
+
+def test_a_processor_without_bf16_products_decodes_floats(monkeypatch):
+    model = tiny_llama()
+    engine.prepare(model, "fp32")
+    monkeypatch.setattr(packed_linear, "available", lambda kind: False)
+    assert isinstance(decoder_of(model), NativeDecoder)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-whole-panels"])
+def test_activation_and_positions_are_chosen_each_by_itself(kind, monkeypatch):
+    """A gated GELU without positions, which no family has."""
+    model = MAKE[kind]()
+    with monkeypatch.context() as patch:
+        patch.setattr(llama.SwiGLU, "execute", lambda self, gate, up: gpt2.GELU()(gate) * up)
+        patch.setattr(llama.Rotary, "execute", lambda self, x, cos, sin: x)
+        expected = states(Decoder(model))
+    usual = states(Decoder(model))
+    for precision, tolerance in (("fp32", 2e-4), ("bf16", 0.2)):
+        engine.prepare(model, precision)
+        decoder = decoder_of(model)
+        decoder.model.model["activation"] = ACTIVATIONS["gelu_tanh"]
+        decoder.model.model["frequencies"] = 0
+        for actual, step in zip(states(decoder), expected):
+            close(actual, step, tolerance)
+    assert max(np.abs(a - b).max() for a, b in zip(usual, expected)) > 0.4
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])

@@ -8,7 +8,7 @@ from jlora.adapters import TunedModel
 from jlora.engine.blocks import BLOCKS, part
 from jlora.engine.parts import is_known
 from jlora.engine.products import LORA, PackedEmbedding, PackedHead
-from jlora.kernels import native, packed_linear
+from jlora.kernels import native
 from jlora.kernels.block import ACTIVATIONS
 from jlora.kernels.decoder import BLOCK, COLUMNS_FIRST, LINEAR, MODEL, NORM, PACKED, ROWS_FIRST
 from jlora.layers.base import Conv1D
@@ -159,7 +159,7 @@ class NativeModel:
 
 def native_model(model) -> NativeModel | None:
     """The model for the native decoder; None where only the model's own layers can run it."""
-    if jt.flags.use_cuda or native.problem() is not None or not packed_linear.available("bf16"):
+    if jt.flags.use_cuda or native.problem() is not None or not native.has("run_prompts_op"):
         return None
     try:
         return NativeModel(model)

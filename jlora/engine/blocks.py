@@ -10,7 +10,7 @@ import numpy as np
 from jlora.engine.parts import PARTS, is_known, learn_modules
 from jlora.engine.products import FrozenProduct, PackedConv1D, PackedLinear, TrainedProduct
 from jlora.kernels import elementwise
-from jlora.kernels.block import BlockPlan, Layer, Shape, run_block
+from jlora.kernels.block import ACTIVATIONS, NORMS, BlockPlan, Layer, Shape, run_block
 from jlora.kernels.packed_linear import Branch
 from jlora.layers import Linear, MergedLinear
 from jlora.models.attention import Stream
@@ -151,15 +151,13 @@ def _joined(biases: Sequence[jt.Var | None], layers: Sequence[_Layer]) -> jt.Var
 
 #: Plain block -> the class that a fused one has instead.
 BLOCKS: dict[type, type] = {}
-#: (norm, rotary positions, activation, gated) of the blocks that the operator computes.
-COMPUTED = {("layer", False, "gelu_tanh", False), ("rms", True, "silu", True)}
 
 
 def learn(parts: Parts) -> None:
     """Make the fused class of a family's blocks, where the operator computes them."""
-    computes = (parts.norm, parts.positions is None, parts.activation, parts.gated)
     plain = parts.block
-    if plain in BLOCKS or computes not in COMPUTED:
+    computed = parts.norm in NORMS and parts.activation in ACTIVATIONS
+    if plain in BLOCKS or not computed:
         return
     learn_modules(parts.modules)
     name = f"Fused{plain.__module__.rpartition('.')[2]}{plain.__name__}"

@@ -14,6 +14,7 @@ from jlora.kernels.packed_linear import Branch, PackedWeight, TrainedWeight
 from jlora.system.runtime import jt
 
 ROWS = 256
+NORMS = ("rms", "layer")
 #: Numbers in activation.h.
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
@@ -34,7 +35,7 @@ class Shape:
     Attributes:
         heads, key_heads, head_size: of attention.
         eps: of both norms.
-        norm: "rms" or "layer".
+        norm: one of `NORMS`.
         positions: "rotary", where queries and keys are turned, or "learned", where the embedding
             has them.
         activation: a key of `ACTIVATIONS`.

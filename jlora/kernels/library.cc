@@ -3,7 +3,6 @@
 #include "native.h"
 #include "adamw.h"
 #include "attention.h"
-#include "decode_attention.h"
 #include "elementwise.h"
 #include "topk.h"
 #if defined(JLORA_TILES) || defined(JLORA_ONEDNN)
@@ -47,24 +46,6 @@ JLORA_OPERATOR(attention_backward_op) {
     const Batch b = batch(in, number[0]);
     attention_backward(b, in[0].in(), in[1].in(), in[2].in(), in[4].in(), in[5].in(), in[6].in(),
         in[1].size / (b.G * b.D), out[0].out(), out[1].out(), out[2].out());
-}
-
-// Decoding; see decode_attention.h.
-extern "C" int64_t padded_width(int64_t n) { return padded(n); }
-JLORA_OPERATOR(turn_keys_op) {
-    const int64_t* k = in[0].shape;
-    turn_keys(in[0].in(), out[0].out(), k[0], k[1], k[2], k[3]);
-}
-// q, k, v, turned, values, owner, first, ancestors, addresses -> out, the addresses of k and v;
-// number: T, steps, scale.
-JLORA_OPERATOR(decode_attention_op) {
-    const int64_t *q = in[0].shape, steps = number[1];
-    const DecodeShape s{q[0], q[2], in[1].shape[2], q[3], (int64_t)number[0], steps, (float)number[2]};
-    const int64_t* addresses = in[8].as<int64_t>();
-    decode_attention(s, in[0].in(), in[1].in(), in[2].in(), in[3].in(), in[4].in(), in[5].as<int>(),
-        in[6].as<int>(), in[7].as<int>(), in[7].shape[1], addresses, addresses + steps, out[0].out());
-    out[1].as<int64_t>()[0] = (int64_t)in[1].data;
-    out[1].as<int64_t>()[1] = (int64_t)in[2].data;
 }
 
 // Norms: x (..., n), weight (n,) -> y and what the backward pass needs; number: n, eps.
