@@ -1,4 +1,4 @@
-"""``make bench-decode``: beam search over E2E's test inputs beside others'."""
+"""``make bench-decode``: beam search over E2E's test inputs, compared with others."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def seconds_each(side: Side) -> float:
 
 
 def make_sides(spec: dict, chosen: argparse.Namespace) -> list[Side]:
-    """jlora's sides, then those of the peers that know the model."""
+    """jlora's sides, then those of the peers that support the model."""
     ours = {**spec, "batch_size": chosen.batch_size, "inputs": chosen.inputs}
     sides = [
         Side(f"jlora {p}", "jlora_decode", "jlora", {**ours, "precision": p})
@@ -98,9 +98,10 @@ def make_sides(spec: dict, chosen: argparse.Namespace) -> list[Side]:
 
 
 def make_spec(chosen: argparse.Namespace, path: Path) -> dict:
-    """What all sides need; the prompts are E2E's distinct test inputs in a random order.
+    """The settings of all sides; the prompts are E2E's distinct test inputs in a random order.
 
-    GPT-2's random weights come with SmolLM2's words, which cut E2E's texts much as its own do.
+    Random GPT-2 weights are used with SmolLM2's tokenizer, which splits E2E's texts much like
+    GPT-2's.
     """
     from jlora.data.pull_models import pull
     from jlora.data.tasks import get_task

@@ -1,10 +1,10 @@
-"""What moves BLEU on E2E, from runs that are there: no training, no decoding.
+"""What changes BLEU on E2E, from finished runs, without training or decoding.
 
     python -m benchmarks.e2e_study runs/study/lora [runs/study/smoothing-0 ...]
 
-prints a table of all runs, with the paper's check (validation loss) beside BLEU, and for the first
-run what its scores are under other length penalties (one decode ranked again), with fewer
-references, and against the plain texts of the official CSV instead of the tokenised ones.
+prints a table of all runs with validation loss (by which the paper selects) and BLEU, and for the
+first run its scores under other length penalties (its hypotheses ranked again), with fewer
+references, and with the plain references of the official CSV instead of the tokenised ones.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def runs_table(folders: Sequence[Path]) -> str:
-    """One row a run: validation loss and the five scores."""
+    """One row for each run: validation loss and the five scores."""
     known = [metric for metric in METRICS if metric.key in get_task("e2e").metrics]
     cells = [["run", "valid. loss", *(metric.label for metric in known)]]
     for folder in folders:
@@ -55,7 +55,7 @@ def runs_table(folders: Sequence[Path]) -> str:
 
 
 class Study:
-    """The predictions of a run, scored in other ways."""
+    """The predictions of a run, scored in several ways."""
 
     def __init__(self, run: Path, data: str | None):
         self.predictions = read_predictions(run / "predictions.jsonl")
@@ -105,7 +105,7 @@ class Study:
 
 
 def detokenise(text: str) -> str:
-    """Undo the spaces that E2E's text files have round punctuation."""
+    """Remove the spaces that E2E's text files have around punctuation."""
     text = re.sub(r"\s+([.,;:!?)])", r"\1", text)
     text = re.sub(r"([(£])\s+", r"\1", text)
     text = re.sub(r"\s+('|n't\b)", r"\1", text)

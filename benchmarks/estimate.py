@@ -1,7 +1,7 @@
 """Estimated and measured memory of finished runs: ``python -m benchmarks.estimate RUN...``
 
-A run folder has its recipe and, in environment.json, the most memory that its process has held. The
-exit code is 1 if an estimate is off by more than a fifth.
+A run folder has its recipe and, in environment.json, the peak memory of its process. The exit code
+is 1 if an estimate is off by more than a fifth.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def make(spec: dict):
-    """One round decodes the next prompts, more than it has places for: others enter as some end."""
+    """One round decodes more prompts than fit in a batch: the next one replaces one that ends."""
     from jlora import PeftModel, engine, load
     from jlora.decoding.beam import BeamConfig, beam_search
     from jlora.layers import set_trainable

@@ -1,7 +1,7 @@
-"""``make bench-long``: many training steps of varying lengths: does time or memory grow?
+"""``make bench-long``: whether time or memory grows over many training steps of varying lengths.
 
-Also says how long five epochs of E2E take at the pace measured. With ``--train`` a small model goes
-through `jlora.training.loop.train` instead, with its checkpoints and validations: does that grow?
+It also prints how long five epochs of E2E take at the measured speed. With ``--train`` a small
+model is trained by `jlora.training.loop.train` instead, with checkpoints and validations.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def main() -> None:
     report(chosen, seconds, resident)
 
 
-#: Of the model of ``--train``: its blocks and products run as those of a large one do.
+#: The model of ``--train``; it uses the same operators as a large one.
 SMALL = {
     "model_type": "gpt2", "vocab_size": 1000, "n_positions": 128, "n_embd": 64, "n_layer": 2,
     "n_head": 2,
 }  # fmt: skip
-SAMPLED = 50  # steps between two looks at the memory
-WARM_UP = 0.2  # of the steps, which the slope leaves out
+SAMPLED = 50  # steps between two measurements of the memory
+WARM_UP = 0.2  # share of the first steps, which the slope does not include
 
 
 def train_small(steps: int, rows: int) -> None:
@@ -128,7 +128,7 @@ def report(chosen, seconds: list[float], resident: list[float]) -> None:
 
 
 def resident_mb() -> float:
-    """Memory of this process that is in the machine now."""
+    """Resident memory of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 

@@ -1,4 +1,4 @@
-"""microsoft/LoRA's own code, imported from a clone beside the project; none of it is in here."""
+"""Imports microsoft/LoRA's own code from a clone; none of it is part of this project."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FOLDER = Path(os.environ.get("JLORA_LORA_CODE", ROOT / "runs" / "benchmarks" / "
 
 
 def clone(folder: Path) -> Path:
-    """Clone the repository unless it is there; the folder, absolute.
+    """Clone the repository if it is missing; returns its absolute path.
 
     Raises:
         SystemExit: it could not be cloned; the message says what to do.
@@ -46,7 +46,7 @@ def modules(folder: str, *names: str) -> list[ModuleType]:
 
 
 def configuration(model: ModuleType, config: dict, lora: dict | None = None):
-    """The model configuration that stands for Hugging Face's ``config`` of a GPT-2."""
+    """The model configuration for a Hugging Face ``config`` of a GPT-2."""
     adapter = {}
     if lora is not None:
         adapter = {

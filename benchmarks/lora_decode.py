@@ -1,7 +1,7 @@
-"""The same by microsoft/LoRA's own beam search, in float32, its prompts padded to 512 as shipped.
+"""Beam search by microsoft/LoRA's own code, in float32, with prompts padded to 512 as shipped.
 
-Its function ``beam`` is called as its script calls it. Put in from outside is what the script makes
-from its command line (the module's ``args``) and what needs CUDA: gathering from several GPUs.
+Its function ``beam`` is called as its script calls it. Replaced are the module's ``args``, which
+the script makes from its command line, and gathering from several GPUs, which needs CUDA.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def make(spec: dict):
     import torch
 
     code, model = lora_code.modules(spec["code"], "gpt2_beam", "model")
-    # No adapter: the other sides have none either.
+    # Without an adapter, as on the other sides.
     network = model.GPT2LMModel(lora_code.configuration(model, spec["config"]))
     prompts = json.loads(Path(spec["prompts"]).read_text())
     size = spec["batch_size"]

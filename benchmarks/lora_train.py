@@ -1,4 +1,4 @@
-"""The same LoRA training step by microsoft/LoRA's own model, loss and optimizer, in float32."""
+"""A LoRA training step with microsoft/LoRA's own model, loss and optimizer, in float32."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from benchmarks import lora_code
 def make(spec: dict):
     """One round is one update on the next batch, or on its first ``rows`` rows.
 
-    ``length`` pads every batch as microsoft/LoRA's data is (to 512); None leaves it as long as its
-    longest row. What its trainer does around that needs CUDA and is left out.
+    ``length`` pads every batch, as microsoft/LoRA's data is (to 512); None: to its longest row. The
+    rest of its trainer needs CUDA and is left out.
     """
     import loralib
     import torch

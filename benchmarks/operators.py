@@ -1,4 +1,4 @@
-"""How many operators Jittor compiles for a training step, and whether other shapes add any."""
+"""The number of operators that Jittor compiles for a training step, and for other shapes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from benchmarks import jlora_train, work
 from benchmarks.sides import Side
 
-#: (rows, tokens a row) of the steps: the first compiles, another of its shape must not, the rest
-#: have other numbers of rows and of tokens. One row alone is a case of its own: what Jittor
-#: broadcasts over the rows becomes another operator.
+#: (rows, tokens in a row) of the steps: the first compiles, the second has the same shape and must
+#: not, the others have other numbers of rows and tokens. A single row is a separate case: operators
+#: that broadcast over the rows become different operators.
 SHAPES = {"first": [(8, 64)], "same": [(8, 64)], "other": [(4, 128), (3, 61), (16, 30), (2, 500)],
           "one row": [(1, 300)]}  # fmt: skip
 
@@ -20,9 +20,9 @@ SHAPES = {"first": [(8, 64)], "same": [(8, 64)], "other": [(4, 128), (3, 61), (1
 def make(spec: dict):
     """One round builds the model and takes steps of all ``SHAPES`` with an empty cache.
 
-    Jittor keeps one library file per distinct operator in its cache, so what a step adds to an
-    empty folder is what it compiles on a new machine. jlora's own library, compiled once for all
-    models, is loaded before.
+    Jittor's cache has one library file for each distinct operator, so the files that a step adds to
+    an empty folder are what it compiles on a new machine. jlora's own library, compiled once for
+    all models, is loaded before.
     """
     from jlora.kernels import native
     from jlora.system.runtime import jt
@@ -62,7 +62,7 @@ def make(spec: dict):
 
 
 def describe(model: str, precision: str) -> tuple[str, dict]:
-    """A line about one model, and the counts: model, first, same, other, one row."""
+    """A line about one model, and the counts: model, first step, same shape, others, one row."""
     settings = {"lora": work.lora_settings(model), "label_smoothing": 0.1}
     spec = {"config": work.MODELS[model], "precision": precision, **settings}
     side = Side(f"jlora {precision}", "operators", "jlora", spec)

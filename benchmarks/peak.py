@@ -1,14 +1,14 @@
-"""The largest matrix product of this machine, by either side's library: what MFU is a share of."""
+"""The fastest matrix product on this machine, with either side's library; MFU is relative to it."""
 
 from __future__ import annotations
 
 from benchmarks.sides import PYTHON, Side
 
-SIZES = (1024, 2048, 4096)  # rows, n and k; which is the fastest depends on the caches
+SIZES = (1024, 2048, 4096)  # rows, n and k; the fastest depends on the caches
 
 
 def make(spec: dict):
-    """One round is one bf16 product of the library of the environment it runs in."""
+    """One round is one bf16 product with the library of its environment."""
     try:
         import torch
     except ImportError:

@@ -1,8 +1,8 @@
 """Training by several processes on one machine: ``python -m benchmarks.processes``
 
-Two tables: how long sums of gradients take, through shared memory and through TCP; and steps of a
-recipe by one process with all threads beside N that divide them, in alternation. ``--compare RUN
-RUN...`` says instead how far finished runs are from the first.
+Two tables: the time of summing gradients, through shared memory and through TCP; and the time of a
+recipe's steps in one process with all threads and in N processes that divide them, in alternation.
+``--compare RUN RUN...`` prints instead how much finished runs differ from the first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jlora.system import distributed
 from jlora.system.machine import cpu_model, processors
 from jlora.training.loggers import read_metrics
 
-#: What is trained, and how many numbers that are.
+#: What is trained, and the number of trained values.
 SIZES = {
     "SmolLM2-135M, r = 4 on query and value": 230_400,
     "GPT-2 medium, r = 4 on query and value": 393_216,
@@ -113,7 +113,7 @@ def steps(chosen, numbers: list[int]) -> None:
 
 
 def compare(first: Path, *others: Path) -> None:
-    """Runs of one recipe: relative differences of losses, and of the adapters to their largest."""
+    """Relative differences between runs of one recipe: losses, and adapters (to the largest)."""
     from safetensors.numpy import load_file
 
     def of(run: Path):

@@ -1,6 +1,6 @@
-"""``make bench-scale``: a training step's time and memory against tokens in a batch, and against T.
+"""``make bench-scale``: time and memory of a step, by tokens in a batch and by row length T.
 
-Every point of a curve has processes of its own, since a process's peak memory only grows.
+Every point has new processes, since the peak memory of a process only grows.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def measure_point(model: str, rows: int, length: int, chosen, peak: float) -> di
 
 
 def print_straightness(points: list[dict]) -> None:
-    """How far each side's curve over tokens is from a straight line."""
+    """How far each side's times over the number of tokens are from a straight line."""
     tokens = [point["tokens"] for point in points]
     for name in common_sides(points):
         seconds = [point["sides"][name]["median"] for point in points]
@@ -96,7 +96,7 @@ def print_straightness(points: list[dict]) -> None:
 
 
 def print_growth(points: list[dict]) -> None:
-    """Each side's time a token over T, relative to the first, beside what the arithmetic says."""
+    """Each side's time for a token by T, relative to the first, and the expected arithmetic."""
     lengths, tokens = ([point[key] for point in points] for key in ("length", "tokens"))
     predicted = growth(tokens, [point["flops"] for point in points])
     print(f"by the arithmetic, a token costs: {listed(lengths, predicted)}")
@@ -112,7 +112,7 @@ def growth(tokens: list[int], cost: list[float]) -> np.ndarray:
 
 
 def common_sides(points: list[dict]) -> list[str]:
-    """Sides that every point has; a scaled one has another name where its batch fits whole."""
+    """The sides that all points have; a scaled side has another name where the whole batch fits."""
     return [name for name in points[0]["sides"] if all(name in point["sides"] for point in points)]
 
 
@@ -130,7 +130,7 @@ def straight_line(x, y) -> tuple[float, float, np.ndarray]:
     """The line ``a + b x`` with the least squares of relative errors; y must be above 0.
 
     Returns:
-        a, b, and by which share of the line each point lies above it.
+        a, b, and the relative distance of each point above the line.
     """
     x, y = np.array(x, float), np.array(y, float)
     a, b = np.linalg.lstsq(np.stack([1 / y, x / y], axis=1), np.ones_like(y), rcond=None)[0]

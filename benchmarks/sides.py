@@ -1,4 +1,4 @@
-"""Processes that do rounds of work on demand, and the alternation of several of them."""
+"""Processes that do rounds of work on request, and running several of them in alternation."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class Side:
     """A competitor.
 
     Attributes:
-        name: what the table calls it.
-        module: of this folder; its ``make(spec)`` gives a function that does one round.
+        name: its name in the table.
+        module: a module of this folder; its ``make(spec)`` returns a function that does one round.
         environment: "jlora" or "torch".
-        spec: what ``make`` needs, as JSON holds it.
-        most_rounds: of a slow side, which also warms up by one round only; None: as the others.
-        apart: it runs when the others have ended, because its memory fills the machine.
+        spec: the arguments of ``make``, as JSON values.
+        most_rounds: limit for a slow side, which also has only one warm-up round; None: no limit.
+        apart: run it after the others have ended, because it needs most of the machine's memory.
         variables: environment variables of its process.
         part: share of the work that a round does; ``median`` is what all of it would take.
-        seconds: of every round but the warm-up ones.
-        first_seconds: of the very first round, compilation included.
+        seconds: of every round except warm-up rounds.
+        first_seconds: of the first round, including compilation.
         peak_mb: largest resident memory of the process.
     """
 
@@ -71,7 +71,7 @@ class Side:
         return answer["seconds"]
 
     def stop(self) -> int:
-        """End the process; its exit code."""
+        """End the process and return its exit code."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         code = self.process.wait()
@@ -79,7 +79,7 @@ class Side:
         return code
 
     def _ask(self, what: str) -> dict:
-        with contextlib.suppress(BrokenPipeError):  # it has died: its output ends below
+        with contextlib.suppress(BrokenPipeError):  # it has ended; reading its output below fails
             self.process.stdin.write(what + "\n")
             self.process.stdin.flush()
         for line in self.process.stdout:
@@ -89,7 +89,7 @@ class Side:
 
 
 def alternate(sides: list[Side], rounds: int, warmup: int = 2) -> None:
-    """Start all sides, let each warm up, then do rounds in turn; those apart one by one after."""
+    """Start all sides, warm up, and do rounds in turn; then the sides ``apart``, one by one."""
     for group in [[s for s in sides if not s.apart], *([s] for s in sides if s.apart)]:
         for side in group:
             side.start()

@@ -1,4 +1,4 @@
-"""The same by transformers' ``generate``, as its users run it."""
+"""Beam search by transformers' ``generate``, as its users run it."""
 
 from __future__ import annotations
 

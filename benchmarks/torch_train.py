@@ -1,4 +1,4 @@
-"""The same LoRA training step with transformers and PEFT."""
+"""A LoRA training step with transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def make(spec: dict):
     dtype = torch.bfloat16 if spec["precision"] == "bf16" else torch.float32
     base = AutoModelForCausalLM.from_config(config, dtype=dtype)
     settings = dict(spec["lora"])
-    # PEFT's equal of two blocks of rank r is one of rank 2 r.
+    # PEFT's equivalent of two blocks of rank r is one adapter of rank 2 r.
     enabled = sum(settings.pop("enable_lora", [1]))
     settings["r"], settings["lora_alpha"] = (
         settings["r"] * enabled,

@@ -1,4 +1,4 @@
-"""``make bench-train``: a LoRA training step beside PEFT's and microsoft/LoRA's."""
+"""``make bench-train``: a LoRA training step, compared with PEFT and microsoft/LoRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who takes part when a training step is measured."""
+"""The sides of the training benchmarks and their options."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from benchmarks.sides import ROOT, Side
 from jlora.system.machine import cpu_model, processors
 
 MICROSOFT = "microsoft/LoRA, "
-# torch returns its large temporaries to the system at every step and faults their pages in again,
-# which is dear in a virtual machine. So told, glibc's malloc keeps them.
+# torch returns its large temporaries to the system at every step and gets their pages back by page
+# faults, which are slow in a virtual machine. With these settings glibc's malloc keeps them.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 PADDED_TO = 512  # the sequence length of microsoft/LoRA's README
 PEERS = {
@@ -30,7 +30,7 @@ PEERS = {
 
 
 def add_options(options: argparse.ArgumentParser, peers: list[str]) -> None:
-    """The options that decide who takes part; ``peers`` is the default."""
+    """Add the options that select the sides; ``peers`` is the default."""
     options.add_argument("--precisions", nargs="+", default=["bf16", "fp32"], help="jlora's own")
     options.add_argument("--peers", nargs="*", default=peers, choices=list(PEERS))
     options.add_argument("--lora-code", type=Path, default=lora_code.FOLDER,
@@ -43,7 +43,7 @@ def add_options(options: argparse.ArgumentParser, peers: list[str]) -> None:
 
 
 def begin(options: argparse.ArgumentParser) -> tuple[argparse.Namespace, float]:
-    """Parse the options, fetch what takes part and print the machine.
+    """Parse the options, fetch the code that is needed and print the machine.
 
     Returns:
         The options, and the FLOP/s of the largest matrix product measured.
@@ -59,14 +59,14 @@ def begin(options: argparse.ArgumentParser) -> tuple[argparse.Namespace, float]:
 
 
 def fetch_code(models: list[str], chosen: argparse.Namespace) -> None:
-    """Clone microsoft/LoRA if it takes part, so that a failure shows before any measuring."""
+    """Clone microsoft/LoRA if it is among the sides, to fail before any measurement."""
     wanted = any(name.startswith(MICROSOFT) for name in chosen.peers)
     if wanted and any(model.startswith("gpt2") for model in models):
         lora_code.clone(chosen.lora_code)
 
 
 def training_sides(model: str, batches: Path, chosen: argparse.Namespace) -> list[Side]:
-    """jlora's sides and those of the chosen peers that know the model; jlora's come first.
+    """jlora's sides, then those of the chosen peers that support the model.
 
     Args:
         model: name of ``work.MODELS``.
@@ -118,6 +118,6 @@ def rows_that_fit(config: dict, length: int, available: int) -> int:
     scores = config["n_head"] * length**2
     row = 4 * (5 * vocabulary * length + layers * (3 * scores + 16 * width * length))
     weights = 4 * (12 * width * width * layers + vocabulary * width)
-    # A fifth stays free, for what the estimate misses and for the rest of the machine.
+    # A fifth is left free, for errors of the estimate and for other programs.
     rows = int((0.8 * available - weights) / row)
     return 1 << (max(rows, 1).bit_length() - 1)

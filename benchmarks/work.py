@@ -1,4 +1,4 @@
-"""Models, batches, and the arithmetic that they need."""
+"""The benchmarks' models and batches, and their floating-point operations."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def e2e_batches(path: Path, data: Path, model: str, rows: int, count: int) -> Pa
 
 
 def tokenizer_of(model: str):
-    """GPT-2's words cut E2E's texts much as SmolLM2's do, which a package carries."""
+    """SmolLM2's tokenizer, which a package contains; it splits E2E's texts much like GPT-2's."""
     from jlora.data.pull_models import pull
     from jlora.data.tokenizer import Tokenizer
 
@@ -82,11 +82,11 @@ def write_batches(path: Path, rng, vocabulary: int, lengths, starts) -> Path:
 
 
 def training_flops(config: dict, lengths: np.ndarray, targets: int) -> float:
-    """What the mathematics of a LoRA step needs: forward, and the gradient of every input.
+    """Floating-point operations that a LoRA step needs: forward, and the gradient of every input.
 
-    Products with frozen weights at real tokens, attention's two products below the diagonal, the
-    head at target positions alone; each once forward and once backward (attention twice backward).
-    LoRA's own products and everything element by element are left out.
+    Counted are products with frozen weights at real tokens, attention's two products below the
+    diagonal, and the head at target positions only; each once forward and once backward (attention
+    twice backward). LoRA's own products and element-wise operations are not counted.
     """
     tokens, squares = int(lengths.sum()), float((lengths.astype(float) ** 2).sum())
     if config["model_type"] == "gpt2":

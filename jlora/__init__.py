@@ -32,6 +32,7 @@ _NAMES = {
     "register_task": "jlora.data.tasks",
     "Metric": "jlora.metrics",
     "register_metric": "jlora.metrics",
+    "register_family": "jlora.models.families",
     "TrainConfig": "jlora.training.loop",
     "OptimConfig": "jlora.training.adamw",
     "UserError": "jlora.system.errors",
@@ -43,6 +44,7 @@ _MODULES = {
         for name in ("adapters", "data", "engine", "layers", "metrics", "models")
     },
     "runtime": "jlora.system.runtime",
+    "distributed": "jlora.system.distributed",
     "generate": "jlora.decoding.sampling",
     "pull": "jlora.data.pull_models",
     "tasks": "jlora.data.tasks",

@@ -20,7 +20,7 @@ PACKAGES = ("torch", "transformers", "peft", "loralib")
 
 
 def main() -> int:
-    """Run the topics; 0 when every case passes, 1 when one fails."""
+    """Run the topics; returns 0 if every case passes, else 1."""
     arguments = argparse.ArgumentParser(prog="python -m parity", description=__doc__)
     arguments.add_argument("--seed", type=int, default=1)
     arguments.add_argument("--topics", nargs="+", choices=TOPICS, default=TOPICS)
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def run_topic(name: str, seed: int, folder: Path) -> list[tuple[Case, Outcome]]:
-    """Every stage of a topic in its own process, one after the other, then the comparison."""
+    """Run every stage of a topic in its own process, one after another, then compare."""
     topic = topic_module(name)
     cases = topic.cases(seed)
     shutil.rmtree(folder, ignore_errors=True)
@@ -69,7 +69,7 @@ def run_topic(name: str, seed: int, folder: Path) -> list[tuple[Case, Outcome]]:
 
 
 def judge(topic, case: Case, folder: Path) -> Outcome:
-    """Compare what the sides of a case left."""
+    """Compare the results of the two sides of a case."""
     failures = list(errors(topic, folder))
     if failures:
         last = failures[0].strip().splitlines()[-1]

@@ -1,8 +1,8 @@
-"""Adapters beside PEFT, both ways: the same logits, the same gradients, no key lost.
+"""Adapters compared with PEFT in both directions: same logits, same gradients, no key lost.
 
-1. PEFT puts an adapter on a random model, fills it with random numbers and writes its folder.
-2. jlora loads that folder, computes, and writes a folder of its own; it also makes a new adapter
-   by `get_peft_model` with the same settings and writes that.
+1. PEFT adds an adapter with random numbers to a random model and writes its folder.
+2. jlora loads that folder, computes, and writes it to a new folder; it also makes another adapter
+   with `get_peft_model` and the same settings, and writes it.
 3. PEFT loads both folders, without a warning about keys, and computes.
 """
 
@@ -29,7 +29,7 @@ QV = [True, False, True]
 GPT2_VARIANTS = {
     "c_attn": {"target_modules": ["c_attn"]},
     "c_proj-twice-a-block": {"target_modules": ["c_attn", "c_proj"]},
-    # PEFT's equal of MergedLinear(r=3) on query and value; jlora makes a MergedLinear of it again.
+    # PEFT's equivalent of MergedLinear(r=3) on query and value; jlora reads it as a MergedLinear.
     "merged-query-value": {"target_modules": ["c_attn"], "r": 6, "blocks": QV},
     "merged-key": {"target_modules": ["c_attn"], "r": 3, "blocks": [False, True, False]},
     "merged-rslora": {"target_modules": ["c_attn"], "r": 6, "blocks": QV, "use_rslora": True},
@@ -67,13 +67,13 @@ LLAMA_VARIANTS = {
     },
 }
 SHARED = ("gpt2_c_attn_c_proj", "gpt2_flag_false", "gpt2_sequence_classifier")
-#: What a base may have that an adapter's own has not.
+#: Changes to a base model, to which the adapter then does not belong.
 WRONG = {
     "weights": {},
     "shapes": {"n_embd": 24},
     "family": None,  # Llama
 }
-#: Keys of a variant that are ours and not PEFT's.
+#: Keys of a variant's settings that are not PEFT's.
 OWN = ("blocks", "tie", "model_type")
 
 
@@ -107,7 +107,7 @@ def cases(seed: int) -> list[Case]:
 
 
 def shared_adapters() -> Path | None:
-    """The folder of adapters that other people trained, if this machine has it."""
+    """The folder of adapters trained by other people, if this machine has it."""
     places = [Path(__file__).resolve().parents[2] / "shared" / "data"]
     if os.environ.get("JLORA_DATA"):
         places.insert(0, Path(os.environ["JLORA_DATA"]))
@@ -135,7 +135,7 @@ def peft_writes(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict
         other = SMALL_LLAMA if changes is None else {**SMALL_GPT2, **changes}
         make_model(other, seed + 1).save_pretrained(folder / "other")
         expected = {"refused by name": 1, "loaded by force": 1, "keys of no module refused": 1}
-        if changes != {}:  # nothing to put these on
+        if changes != {}:  # the model has no such modules
             expected["loaded by force"] = 0
         return {name: np.array(value) for name, value in expected.items()}
     if "folder" in case.settings:
@@ -148,7 +148,7 @@ def peft_writes(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict
         **{"r": 4, "lora_alpha": 9, "task_type": "CAUSAL_LM", **settings}, fan_in_fan_out=transposed
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's own about fan_in_fan_out and tied embeddings
+        warnings.simplefilter("ignore")  # PEFT's warnings about fan_in_fan_out and tied embeddings
         model = get_peft_model(base, config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -170,7 +170,7 @@ def peft_writes(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict
 
 
 def noise_scale(values) -> float:
-    """Size of random numbers that make an adapter matter without drowning the model."""
+    """The size of random numbers for which adapter and model both affect the result."""
     return 0.3 / np.prod(values.shape[1:]) ** 0.25
 
 
@@ -185,13 +185,13 @@ def torch_results(model, ids: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndar
     )
     wanted = {n: p for n, p in model.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
-    # Without a gradient: a bias of a module whose copy is trained instead.
+    # No gradient: the bias of a module of which a copy is trained.
     named = {n: g.numpy() for n, g in zip(wanted, gradients) if g is not None}
     return logits.detach().numpy(), named
 
 
 def block_mask(shape, blocks: list[bool]) -> np.ndarray:
-    """1 where PEFT's B (out, r * enabled) may differ from zero when it stands for blocks."""
+    """1 where PEFT's B (out, r * enabled) may be non-zero when it represents blocks."""
     out, columns = len(blocks), sum(blocks)
     mask = np.zeros((out, columns), np.float32)
     mask[np.flatnonzero(blocks), np.arange(columns)] = 1
@@ -199,7 +199,7 @@ def block_mask(shape, blocks: list[bool]) -> np.ndarray:
 
 
 def plain_key(name: str) -> str:
-    """PEFT's name of a parameter in memory -> its key in a file."""
+    """A parameter's key in a file, from its name in PEFT's model."""
     return re.sub(r"\.(default|modules_to_save\.default|base_layer)(?=\.|$)", "", name)
 
 
@@ -221,7 +221,7 @@ def peft_reads(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict[
 
 
 def peft_logits(folder: Path, adapter: Path, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """Logits (B, T, V) of ``folder``/base with an adapter; a lost key is an error."""
+    """Logits (B, T, V) of ``folder``/base with an adapter; a lost key raises an error."""
     import torch
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -243,7 +243,7 @@ def peft_logits(folder: Path, adapter: Path, arrays: dict[str, np.ndarray]) -> n
     with torch.no_grad():
         if not classifier:
             return model(tokens).logits.numpy()
-        # A language model's logits over the classifier's backbone, as jlora has them.
+        # The classifier's backbone with a language model's logits, which is what jlora loads.
         backbone = model.base_model.model.transformer
         return (backbone(tokens).last_hidden_state @ backbone.wte.weight.T).numpy()
 
@@ -295,7 +295,7 @@ def ours(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict[str, n
 
 
 def refusals(folder: Path) -> dict[str, np.ndarray]:
-    """Which of the wrong ways to load an adapter are errors that name both models."""
+    """Which wrong ways to load an adapter raise an error that names both models."""
     from jlora import LoraConfig, PeftModel, UserError, get_peft_model, load
 
     config = LoraConfig(target_modules=["c_attn"], r=2)

@@ -1,4 +1,4 @@
-"""Cases, and when two sides agree on one."""
+"""Cases, and the comparison of the two sides' results."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Case:
     """One comparison.
 
     Attributes:
-        row: the line of the table that it counts in.
-        name: its own name, unique in its topic and fit for a folder.
-        settings: whatever the two sides need to know, as JSON would hold it.
+        row: the row of the table that it belongs to.
+        name: unique in its topic, and usable as the name of a folder.
+        settings: what the two sides need to know; JSON values.
         tolerance: largest relative difference allowed.
         relative_to: what a difference is divided by: "largest", the largest magnitude in the
             reference's array; "each", every reference value itself; "exact", nothing may differ.
-        golden: whether `parity.golden` keeps it for the tests.
+        golden: whether `parity.golden` stores it for the tests.
     """
 
     row: str
@@ -39,7 +39,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What comparing the two sides of a case gave.
+    """The result of comparing the two sides of a case.
 
     ``where`` names the quantity that differs most; ``problem`` says what is wrong, or is empty.
     """
@@ -57,7 +57,7 @@ class Outcome:
 def compare(
     case: Case, reference: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray]
 ) -> Outcome:
-    """Hold jlora's quantities against the reference's; both must have given the same ones."""
+    """Compare jlora's quantities with the reference's; both sides must have the same names."""
     alone = sorted(set(reference) ^ set(ours))
     if alone or not reference:
         return Outcome(

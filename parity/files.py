@@ -1,4 +1,4 @@
-"""What the two sides exchange: arrays as safetensors, one folder a case."""
+"""The files that the two sides exchange: arrays as safetensors, one folder for each case."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def topic_module(topic: str) -> ModuleType:
 
 
 def generator(case: Case, seed: int) -> np.random.Generator:
-    """Random numbers of a case: a function of the seed and the case's name alone."""
+    """The random generator of a case, which depends on the seed and the case's name alone."""
     return np.random.default_rng([seed, zlib.crc32(case.name.encode())])
 
 
 def write_inputs(topic: ModuleType, case: Case, seed: int, folder: Path) -> None:
-    """Make a case's folder with the arrays that both sides start from."""
+    """Create a case's folder with the input arrays of both sides."""
     folder.mkdir(parents=True)
     save(folder / INPUTS, topic.inputs(case, generator(case, seed)))
 
 
 def run_stage(topic: ModuleType, stage: int, case: Case, folder: Path) -> None:
-    """Let one side compute a case and keep what it gives."""
+    """Compute a case on one side and store the results."""
     _, function = topic.STAGES[stage]
     result = function(case, load_file(folder / INPUTS), folder)
     save(folder / stage_file(topic, stage), result)
@@ -46,7 +46,7 @@ def stage_file(topic: ModuleType, stage: int) -> str:
 
 
 def results(topic: ModuleType, folder: Path, side: str) -> dict[str, np.ndarray]:
-    """All quantities that the stages of one side gave."""
+    """All results of the stages of one side."""
     found: dict[str, np.ndarray] = {}
     for stage, (stage_side, _) in enumerate(topic.STAGES):
         if stage_side == side:
@@ -59,7 +59,7 @@ def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def errors(topic: ModuleType, folder: Path) -> Iterator[str]:
-    """The tracebacks that stages left."""
+    """The tracebacks of stages that failed."""
     for stage in range(len(topic.STAGES)):
         path = (folder / stage_file(topic, stage)).with_suffix(".error")
         if path.is_file():

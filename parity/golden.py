@@ -1,8 +1,8 @@
 """Reference results kept for `make test`: ``.venv-parity/bin/python -m parity.golden``.
 
-For every case marked ``golden`` the inputs, the files that the reference wrote and its results go
-into ``tests/fixtures/parity/TOPIC.zip``. `tests/test_parity.py` runs jlora's side on them, without
-torch. To be made again when a golden case or a reference changes, not when jlora does.
+For every case marked ``golden`` the inputs, the files that the reference wrote and its results are
+stored in ``tests/fixtures/parity/TOPIC.zip``. `tests/test_parity.py` runs jlora's side on them,
+without torch. Make them again when a golden case or a reference changes, not when jlora changes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from parity.files import TOPICS, run_stage, stage_file, topic_module, write_inpu
 
 FIXTURES = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "parity"
 SEED = 0
-#: Files that the reference writes for people.
+#: Files of the reference that jlora does not read.
 LEFT_OUT = ("README.md",)
 
 
@@ -25,7 +25,7 @@ def golden_cases(topic: str) -> list[Case]:
 
 
 def reference_file(topic: str) -> str:
-    """The results that are kept: those of the first stage."""
+    """The file with the results that are stored: those of the first stage."""
     return stage_file(topic_module(topic), 0)
 
 

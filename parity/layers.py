@@ -1,9 +1,9 @@
-"""Every layer of `jlora.layers` beside loralib 0.1.2.
+"""Every layer of `jlora.layers` compared with loralib 0.1.2.
 
-What loralib cannot do is held against its corrected mathematics instead:
+Where loralib fails, the comparison is with its corrected mathematics:
 
-* `MergedLinear` with no block enabled has no adapter and must be its base layer; loralib's forward
-  looks for the adapter all the same and fails.
+* `MergedLinear` with no block enabled has no adapter and must equal its base layer; loralib's
+  forward uses the missing adapter and fails.
 * `Conv1d` and `Conv3d` with kernels longer than 1: loralib's A and B do not multiply to the
   kernel's size there. With jlora's shapes the change is B A in the kernel's shape, as for `Conv2d`.
 
@@ -35,8 +35,8 @@ CONVS = {
     "conv3d-2-groups": ("Conv3d", 2, {"groups": 2, "stride": 2}),
 }
 CHANNELS = {"in": 4, "out": 6}
-# Wider than the others': a gradient of rank 1 has four entries here, and where terms of both signs
-# leave little of all four, rounding counts for more.
+# A larger tolerance: a gradient of rank 1 has four entries here, and where terms of both signs
+# almost cancel in all four, rounding errors are relatively large.
 CONV_TOLERANCE = 3e-5
 
 
@@ -77,7 +77,7 @@ def inputs(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def shapes_of(settings: dict) -> dict[str, tuple[int, ...]]:
-    """Shapes of ``weight``, ``bias``, ``lora_A``, ``lora_B`` and ``x``, as far as there are any."""
+    """Shapes of those of ``weight``, ``bias``, ``lora_A``, ``lora_B`` and ``x`` that exist."""
     kind, r = settings["kind"], settings["r"]
     if kind == "Embedding":
         return {"weight": (9, 6), "lora_A": (r, 9), "lora_B": (6, r)}

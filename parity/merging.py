@@ -1,7 +1,7 @@
-"""Merged models, GGUF files and loralib's checkpoints, read by the tools they are for.
+"""Merged models, GGUF files and loralib's checkpoints, read by the tools they are made for.
 
 1. PEFT makes an adapter, and loralib the same kind of layer inside transformers' GPT-2.
-2. jlora merges, exports and converts by what stands behind `jlora merge`, `export`, `convert`.
+2. jlora merges, exports and converts with the functions of `jlora merge`, `export`, `convert`.
 3. transformers loads the merged folder and the GGUF file, gguf reads its tensors, loralib loads
    the ``.pt`` file.
 """
@@ -38,7 +38,7 @@ MERGED = {
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
         True,
     ),
-    # Llama 3.1's numbers: the only ones that GGUF files keep.
+    # Llama 3.1's numbers: the only ones that GGUF files can store.
     "llama3-rope": (
         {
             **LLAMA,
@@ -101,7 +101,7 @@ def load_peft(folder: Path):
 
 
 def loralib_model(base):
-    """transformers' GPT-2 with loralib's layer in place of c_attn, as microsoft/LoRA has it."""
+    """transformers' GPT-2 with loralib's layer in place of c_attn, as in microsoft/LoRA."""
     import loralib
 
     for block in base.transformer.h:
@@ -190,7 +190,7 @@ def reference_reads(case: Case, arrays: dict, folder: Path) -> dict[str, np.ndar
 
 
 def count_unequal(config: dict, folder: Path, kind: str) -> int:
-    """Numbers of a GGUF file that are not those of the merged folder, rounded to ``kind``."""
+    """How many numbers of a GGUF file differ from the merged folder's, rounded to ``kind``."""
     from gguf import MODEL_ARCH, GGUFReader, get_tensor_name_map
     from gguf.quants import dequantize
     from safetensors.numpy import load_file

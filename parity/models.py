@@ -1,8 +1,8 @@
-"""Logits beside transformers: real shapes of GPT-2, variants of the Llama family, real weights.
+"""Logits compared with transformers: GPT-2's real shapes, variants of Llama, real weights.
 
 The reference makes a model with random weights and writes it with ``save_pretrained``; jlora loads
-that folder as a user would. Weights are drawn so that attention and norms matter: with the usual
-small start every head would look at all tokens alike and hide mistakes.
+that folder as a user would. Weights are drawn such that attention and norms affect the result: with
+the usual small initial values every head would attend to all tokens alike, which would hide errors.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def cases(seed: int) -> list[Case]:
     for name, changes in FAMILY.items():
         settings = {"config": {**LLAMA, **changes}, "batch": 4, "tokens": 40}
         golden = name in ("grouped-query", "llama3-rope", "qwen2")
-        if golden:  # small enough to be kept
+        if golden:  # small enough for a fixture
             settings["config"].update(hidden_size=24, intermediate_size=32, num_hidden_layers=2)
             settings["config"].update(vocab_size=61)
             settings.update(batch=2, tokens=24)
@@ -77,7 +77,7 @@ def inputs(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
     settings = case.settings
     B, T = settings["batch"], settings["tokens"]
     if case.name == SMOLLM2:
-        smollm2_gguf()  # fetched once, here
+        smollm2_gguf()  # downloaded once, here
     lengths = rng.integers(T // 3, T, B)
     lengths[0] = T
     return {
@@ -91,7 +91,7 @@ def inputs(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def make_model(config: dict, seed: int):
-    """A transformers model with weights that make every part count."""
+    """A transformers model with weights for which every part affects the result."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -130,7 +130,7 @@ def reference(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict[s
     found = {}
     with torch.no_grad():
         whole = model(torch.from_numpy(ids).long()).logits.numpy()
-        # jlora must give the same by other ways: step by step, and by its fused operators.
+        # jlora must give the same in other ways: token by token, and with its fused operators.
         found.update({"logits": whole, "logits with the cache": whole, "logits, fused": whole})
         for side in ("left", "right"):
             padded, mask = pad(ids, lengths, side)

@@ -1,7 +1,7 @@
 """Byte-level BPE in plain Python, after GPT-2's publication and llama.cpp's regular expressions.
 
-transformers and jlora both stand on the Rust package `tokenizers`; this shares nothing with it, so
-that an equality of the three is more than one library agreeing with itself.
+transformers and jlora both use the Rust package `tokenizers`. This module shares no code with it,
+so that agreement of the three is more than one library agreeing with itself.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class PlainBPE:
 
     Args:
         vocab: token, written in GPT-2's byte alphabet, to id.
-        merges: pairs of tokens, the first one first.
-        splits: regular expressions, applied one after the other.
-        special: tokens that stand for themselves, never cut.
-        form: Unicode's normal form that a text is brought into first.
+        merges: pairs of tokens, in order of their rank.
+        splits: regular expressions, applied one after another.
+        special: tokens that are never split.
+        form: the Unicode normal form into which a text is converted first.
     """
 
     def __init__(
@@ -71,8 +71,11 @@ class PlainBPE:
         return unicodedata.normalize(self.form, text) if self.form else text
 
     def best_text(self, text: str) -> str:
-        """What its ids can give back at best: the normal form, without unknown bytes (what is left
-        of a character shows as U+FFFD)."""
+        """The text that decoding its ids can give.
+
+        It is in normal form, without bytes that are not in the vocabulary (an incomplete character
+        becomes U+FFFD).
+        """
         kept = bytes(
             byte for byte in self.normal(text).encode() if self.alphabet[byte] in self.vocab
         )
@@ -81,9 +84,9 @@ class PlainBPE:
     def merge(self, piece: str) -> list[int]:
         """Join the pair of the lowest rank, everywhere, until no pair is known.
 
-        Bytes that the vocabulary lacks (SmolLM2's has no control-D, for one) are left out before
-        the joining, as when the model was trained; llama.cpp leaves them out after it, so that a
-        blank before one and a byte after it do not become one token.
+        Bytes that are not in the vocabulary (such as control-D in SmolLM2's) are removed before
+        joining, as when the model was trained; llama.cpp removes them afterwards, so that a space
+        before one and a byte after it do not become one token.
         """
         tokens = [self.alphabet[byte] for byte in piece.encode()]
         tokens = [token for token in tokens if token in self.vocab]

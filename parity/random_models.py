@@ -1,4 +1,4 @@
-"""Small random language models whose texts are worth decoding."""
+"""Small random language models whose output is varied enough to test decoding."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ CONFIGS = {
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 24,
     },
 }  # fmt: skip
-#: GPT-2's tokens from here on are read, never generated.
+#: GPT-2's tokens from this id on occur in prompts only and are never generated.
 SILENT = 50
-#: Tokens that are made likelier, so that as end tokens they end texts at many lengths.
+#: Tokens with a raised probability: used as end tokens, they end texts at many lengths.
 ENDS = (3, 8, 9)
 
 
 def make_model(kind: str, seed: int, folder: Path) -> None:
     """Write a transformers model into a folder.
 
-    The weights are large enough that some words are likely and what comes before decides which. In
-    GPT-2 the last channel of the output is constant, so that it gives each token a bias of its own.
+    The weights are large enough that some tokens are likely, and that these depend on the tokens
+    before. In GPT-2 the last channel of the output is constant, which gives each token a bias.
     """
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -56,11 +56,11 @@ def make_model(kind: str, seed: int, folder: Path) -> None:
 
 
 def load_reference(folder: Path):
-    """The model in transformers, without the settings that it would bring for decoding."""
+    """The model in transformers, without decoding settings of its own."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    torch.set_num_threads(1)  # these models are too small to share out: threads only wait
+    torch.set_num_threads(1)  # such small models gain nothing from threads
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     model.generation_config = GenerationConfig()
     return model

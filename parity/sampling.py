@@ -1,10 +1,10 @@
-"""Probabilities with which the next token is drawn."""
+"""The probability of each next token in sampling."""
 
 from __future__ import annotations
 
 import numpy as np
 
-DRAWS = 40  # halvings of [0, 1) that find where one token's share ends
+DRAWS = 40  # bisection steps that find the end of one token's interval in [0, 1)
 
 
 def reference_chances(model, prompts: list[list[int]], warp: dict) -> dict[str, np.ndarray]:
@@ -25,9 +25,10 @@ def reference_chances(model, prompts: list[list[int]], warp: dict) -> dict[str, 
 
 
 def our_chances(model, prompts: list[list[int]], warp: dict) -> dict[str, np.ndarray]:
-    """By drawing: `jlora.decoding.sampling` turns a number of [0, 1) into a token, so that
-    bisection finds where the share of each ends. The numbers take the place of the random
-    generator's."""
+    """By sampling: `jlora.decoding.sampling` maps a random number of [0, 1) to a token.
+
+    Bisection finds the interval of each token; the numbers replace those of the random generator.
+    """
     from unittest.mock import patch
 
     from jlora.decoding import sampling as module
@@ -55,7 +56,7 @@ def our_chances(model, prompts: list[list[int]], warp: dict) -> dict[str, np.nda
 
 
 class _Fixed:
-    """A generator of one number."""
+    """A random generator that always gives one number."""
 
     def __init__(self, number: float):
         self.number = number
@@ -65,7 +66,7 @@ class _Fixed:
 
 
 def _shares(draw, count: int) -> np.ndarray:
-    """The width of the part of [0, 1) that gives each place."""
+    """The width of the interval of [0, 1) for each token."""
     ends = np.zeros(count)
     for place in range(count):
         low, high = 0.0, 1.0

@@ -1,7 +1,8 @@
 """Beam search step by step in PyTorch, by microsoft/LoRA's rules or by transformers'.
 
-One prompt at a time, whole sequences through the model at every step, all candidates sorted: slow
-and plain. What the two ways share is written once, so that `Rules` lists all that tells them apart.
+One prompt at a time, with whole sequences through the model at every step and all candidates
+sorted: slow and simple. Common parts are written once, and `Rules` lists all differences of the two
+searches.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rules:
-    """Where the two searches part.
+    """The differences between the two searches.
 
     Attributes:
-        before_softmax: bans and the repetition penalty change logits, whose softmax is then taken,
-            so that the tokens left share the probability of the banned ones; else they change
-            log-probabilities, which then no longer sum to 1.
-        prompt_counts: n-grams and repetitions are looked for in the prompt too.
-        replace_finished: a beam that ends gives its place to the next best candidate, so that
-            ``num_beams`` live ones go on; else only the others go on, until their own candidates
-            fill the places in the next step.
+        before_softmax: bans and the repetition penalty change logits before the softmax, so that
+            the remaining tokens share the probability of the banned ones; else they change
+            log-probabilities, which then do not sum to 1.
+        prompt_counts: n-grams and repetitions are also searched in the prompt.
+        replace_finished: a finished beam is replaced by the next best candidate, so that
+            ``num_beams`` unfinished ones remain; else only the other beams continue, and their
+            candidates fill the free places in the next step.
     """
 
     before_softmax: bool
@@ -33,11 +34,11 @@ TRANSFORMERS = Rules(before_softmax=False, prompt_counts=True, replace_finished=
 
 
 def search(model, prompt: list[int], settings: dict, rules: Rules):
-    """All hypotheses of a prompt, and by how much the closest decision was decided.
+    """All hypotheses of a prompt, and the margin of the closest decision.
 
     Returns:
         [(ids, sum of log-probabilities)] in the order found, and the smallest difference of two
-        scores whose order mattered: below some 1e-5 rounding may decide it another way.
+        scores whose order affected the result: below about 1e-5 rounding may reverse it.
     """
     import torch
 
@@ -79,7 +80,7 @@ def search(model, prompt: list[int], settings: dict, rules: Rules):
 
 
 def penalised(row, seen: list[int], penalty: float):
-    """The repetition penalty of CTRL: every token seen becomes less likely, once."""
+    """The repetition penalty of CTRL, applied once to every token that has occurred."""
     row = row.clone()
     for token in set(seen):
         row[token] *= penalty if row[token] < 0 else 1 / penalty
@@ -87,7 +88,7 @@ def penalised(row, seen: list[int], penalty: float):
 
 
 def banned(seen: list[int], size: int) -> list[int]:
-    """Tokens that would make an n-gram of this size a second time."""
+    """Tokens that would repeat an n-gram of this size."""
     if size == 0:
         return []
     grams = zip(*(seen[i:] for i in range(size)))

@@ -11,7 +11,7 @@ from parity.files import run_stage, stage_file, topic_module
 
 
 def main(topic_name: str, stage: int, seed: int, root: Path) -> None:
-    """Compute every case of a topic; a case that fails leaves its traceback."""
+    """Compute every case of a topic; the traceback of a failed case is stored."""
     topic = topic_module(topic_name)
     for case in topic.cases(seed):
         folder = root / case.name

@@ -1,4 +1,4 @@
-"""The table: one line a row, its worst case, and the verdict; Markdown and JSON."""
+"""The table of results: each row with its worst case and whether it passed; Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Line:
 
 
 def make_lines(topic: str, outcomes: Sequence[tuple[Case, Outcome]]) -> list[Line]:
-    """Rows in the order in which their first cases stand."""
+    """The rows, in the order of their first cases."""
     rows: dict[str, list[tuple[Case, Outcome]]] = {}
     for case, outcome in outcomes:
         rows.setdefault(case.row, []).append((case, outcome))
@@ -56,7 +56,7 @@ def make_lines(topic: str, outcomes: Sequence[tuple[Case, Outcome]]) -> list[Lin
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    """The table as Markdown, columns padded so that it reads well in a terminal."""
+    """The table as Markdown, with aligned columns for reading in a terminal."""
     header = ("topic", "case", "cases", "largest diff", "relative", "tolerance", "verdict")
     body = [
         (x.topic, x.row, str(x.cases), f"{x.absolute:.1e}", f"{x.relative:.1e}", x.tolerance,
@@ -72,7 +72,7 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def heading(seed: int, versions: dict[str, str]) -> str:
-    """Where and with what the table was made."""
+    """The machine and package versions with which the table was made."""
     ours = {"jittor": importlib.metadata.version("jittor")}
     named = ", ".join(f"{name} {version}" for name, version in {**ours, **versions}.items())
     return (

@@ -1,4 +1,4 @@
-"""Lines of text that tokenizers stumble over, made from a seed, and real ones from the data."""
+"""Lines of text that are difficult for tokenizers, made from a seed, and real lines of data."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ SUFFIXES = ("s", "t", "re", "ve", "m", "ll", "d", "S", "T", "RE", "Ve", "ſ", "x
 
 @lru_cache(maxsize=1)
 def blocks(assigned: bool = True) -> list[str]:
-    """The characters of Unicode, surrogates apart, in blocks of 256 code points.
+    """The characters of Unicode without surrogates, in blocks of 256 code points.
 
-    Only those that Python's own tables (14.0 in Python 3.11) name, private use among them: the
-    newest letters are no letters to a regular expression whose tables are older, so that two right
-    tokenizers differ on them. ``assigned=False`` gives the others.
+    Only characters that Python's Unicode tables (14.0 in Python 3.11) assign, including private
+    use: regular expressions with older tables do not treat newer letters as letters, so that two
+    correct tokenizers would differ on them. ``assigned=False`` gives the other characters.
     """
     found = []
     for start in range(0, 0x110000, 256):
@@ -111,7 +111,7 @@ def _emoji(rng) -> str:
 
 
 def _run(rng) -> str:
-    """One character again and again."""
+    """One character repeated."""
     options = [" ", "\n", "a", "0", "=", "'", "é", "日", _pick(rng, SPACES), _pick(rng, FACES)]
     options += [_pick(rng, _pick(rng, blocks()))]
     text = _pick(rng, options) * int(rng.integers(1, 200))
@@ -132,7 +132,7 @@ def _special(rng) -> str:
 
 
 def _edges(rng) -> str:
-    """Empty, or blank at an end."""
+    """An empty line, or spaces at the start or end."""
     left, right = (_pick(rng, ["", " ", "  ", "\t", "\r\n", "\n\n", "\u3000"]) for _ in range(2))
     return left + _pick(rng, ["", _words(rng), "1", "."]) + right
 
@@ -158,7 +158,7 @@ KINDS = (
 
 
 def data_folder() -> Path | None:
-    """The development data: $JLORA_DATA, else ../shared/data; None where neither is."""
+    """The development data: $JLORA_DATA, else ../shared/data; None if neither exists."""
     places = [ROOT.parent / "shared" / "data"]
     if os.environ.get("JLORA_DATA"):
         places.insert(0, Path(os.environ["JLORA_DATA"]))
@@ -179,22 +179,22 @@ def data_lines(rng: np.random.Generator, kind: str, count: int) -> list[str]:
 
 
 def pack(name: str, lines: Sequence[str]) -> dict[str, np.ndarray]:
-    """Texts as arrays: their UTF-8 bytes and where each ends."""
+    """Texts as arrays: their UTF-8 bytes, and the end of each text."""
     return pack_numbers(name, [list(line.encode()) for line in lines], np.uint8)
 
 
 def unpack(name: str, arrays: dict[str, np.ndarray]) -> list[str]:
-    """What `pack` took."""
+    """The inverse of `pack`."""
     return [bytes(part).decode() for part in unpack_numbers(name, arrays)]
 
 
 def pack_numbers(name: str, lists: Sequence[Sequence[int]], kind=np.int64) -> dict[str, np.ndarray]:
-    """Lists of numbers as arrays: all in a row and where each ends."""
+    """Lists of numbers as arrays: all numbers, and the end of each list."""
     flat = np.array([value for numbers in lists for value in numbers], dtype=kind)
     return {name: flat, f"{name}_ends": np.cumsum([len(numbers) for numbers in lists])}
 
 
 def unpack_numbers(name: str, arrays: dict[str, np.ndarray]) -> list[list[int]]:
-    """What `pack_numbers` took."""
+    """The inverse of `pack_numbers`."""
     parts = np.split(arrays[name], arrays[f"{name}_ends"])[:-1]
     return [part.tolist() for part in parts]

@@ -1,16 +1,15 @@
-"""Ids and texts of the tokenizers beside transformers and a BPE in plain Python.
+"""Tokenizers compared with transformers and with a BPE in plain Python.
 
-Each kind of file is read by the three, and their ids must be equal on every line. Texts must come
-back whole from their ids, and any ids at all, halves of characters included, must decode to
-transformers' text.
+Each kind of file is read by the three, and their ids must be equal on every line. Decoding the ids
+must give the text again, and any other ids, including halves of characters, must decode to the same
+text as in transformers.
 
-transformers 5.23 reads SmolLM2's GGUF file with GPT-2's own splitting, for its table of
-pre-tokenizers has no ``smollm``. llama.cpp, whose name for it that is, and SmolLM2's own
-tokenizer.json split off every number character first ("  1" is two spaces and a digit, not space,
-space, digit), and so does jlora. The file's vocabulary, merges and special tokens as transformers
-reads them are therefore compared with that splitting put in, as well as with the plain BPE, which
-has llama.cpp's expressions; and transformers' own reading, left as it is, on the lines without a
-number, where both ways agree.
+transformers 5.23 reads SmolLM2's GGUF file with GPT-2's splitting, because its table of
+pre-tokenizers does not have ``smollm``. llama.cpp (which has this name), SmolLM2's tokenizer.json
+and jlora split off every number character first ("  1" is two spaces and a digit, not space, space,
+digit). Therefore transformers' vocabulary, merges and special tokens are compared with this
+splitting set, as well as with the plain BPE, which has llama.cpp's expressions. transformers'
+unchanged result is compared on the lines without numbers, where both agree.
 """
 
 from __future__ import annotations
@@ -81,8 +80,10 @@ def inputs(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def _one_normal_form(line: str) -> bool:
-    """Whether NFC is the same by Python's tables and by those of `tokenizers`, which both sides
-    have: they are of Unicode 9 and leave some hundred later marks in the order in which they stand.
+    """Whether NFC is the same by Python's tables and by those of `tokenizers`.
+
+    Both sides use this package, whose tables are of Unicode 9 and do not reorder about a hundred
+    later combining marks.
     """
     from tokenizers import normalizers
 
@@ -90,14 +91,14 @@ def _one_normal_form(line: str) -> bool:
 
 
 def fetch(case: Case, inputs: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
-    """Lay the files into the case's folder, under the names that jlora is to read."""
+    """Put the files into the case's folder, under the names that jlora reads."""
     files = case.settings["files"]
     (folder / "files").mkdir()
     if files == "gguf":
         (folder / "files" / "model.gguf").symlink_to(smollm2_gguf())
     elif files == "saved":
         _jlora(str(smollm2_gguf())).save(folder / "files")
-        # transformers wants to know the kind of model.
+        # transformers needs the kind of model.
         (folder / "files" / "config.json").write_text('{"model_type": "llama"}')
     elif files == "llama3":
         (folder / "files" / "gguf.json").write_text(json.dumps(_llama3_metadata()))
@@ -121,7 +122,7 @@ def _gpt2() -> tuple[dict[str, int], list[tuple[str, ...]]]:
 
 
 def _llama3_metadata() -> dict:
-    """GPT-2's vocabulary as a GGUF file would hold it for Llama 3, whose own is in no package."""
+    """GPT-2's vocabulary in the form of a GGUF file of Llama 3, whose own is in no package."""
     vocab, merges = _gpt2()
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -137,7 +138,7 @@ def reference(case: Case, inputs: dict[str, np.ndarray], folder: Path) -> dict[s
     files, lines = case.settings["files"], unpack("lines", inputs)
     tokenizer, plain = _transformers(files, folder), _plain(files)
     found = {
-        # The lines themselves, but for Qwen2's normal form and bytes that SmolLM2 has not.
+        # The lines, except for Qwen2's normal form and bytes that SmolLM2 does not have.
         **pack("lossless", [plain.best_text(line) for line in lines]),
         **_decoded(lambda ids, skip: tokenizer.decode(ids, skip_special_tokens=skip), inputs),
         **pack_numbers("special", [[len(tokenizer), tokenizer.eos_token_id]]),
@@ -164,7 +165,7 @@ def _transformers(files: str, folder: Path):
         described = {names[key[len("tokenizer.") :]]: value for key, value in metadata.items()}
         backend, _ = gguf.convert_gguf_tokenizer("llama", described)
         return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END)
-    if files == "encoder":  # transformers knows these files under their later names only
+    if files == "encoder":  # transformers knows these files by their later names only
         for name, source in zip(HUGGING_FACE, _gpt2_files()):
             (folder / name).symlink_to(source)
         return transformers.GPT2TokenizerFast.from_pretrained(folder)
@@ -179,7 +180,7 @@ def _ids(tokenizer, lines: list[str]) -> list[list[int]]:
 
 
 def _split_numbers_off(tokenizer) -> None:
-    """Let the backend of a transformers tokenizer split as SmolLM2's tokenizer.json says."""
+    """Make the backend of a transformers tokenizer split as SmolLM2's tokenizer.json does."""
     from tokenizers import pre_tokenizers
 
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,18 +1,18 @@
-"""Training beside PyTorch: PEFT's model in a plain loop, and jlora's own `train`.
+"""Training compared with PyTorch: PEFT's model in a plain loop, and jlora's `train`.
 
-A run is one model, one starting adapter (both made on the reference's side) and one list of token
-rows, read in the same order. Each side leaves the loss and the learning rate of every step and the
-last adapter. Each of the three is a case of its own, since each has its own tolerance; the case of
-the losses makes the run.
+A run is one model, one initial adapter (both made by the reference) and one list of token rows,
+read in the same order. Each side stores the loss and the learning rate of every step and the last
+adapter. Each of the three is a case of its own with its own tolerance; the case of the losses does
+the run.
 
-The regime is calm on purpose. Two float32 programs never agree to the last bit, and training can
-multiply a difference at every step (the recorded run of microsoft/LoRA in tests/test_train.py does
-so at lr 0.02). So rates are moderate, and eps is 1e-6 or more: with 1e-8 AdamW makes steps of full
-size of gradients that are nothing but rounding. Weights are drawn five times as large as usual, or
-the loss would hardly move and agreement would mean little. The reference's side checks that the
-loss falls and that clipping clips. Breaking a rule on one side shows: the other AdamW moves the
-losses by 4e-2, the other unit of the schedule by 2e-2, no clipping by 4e-2, beta2 0.98 by 1e-3, and
-eps 1e-8 the adapter by 4e-3.
+The settings are chosen for stability. Two float32 programs never agree to the last bit, and
+training can multiply a difference at every step (the recorded run of microsoft/LoRA in
+tests/test_train.py does so at lr 0.02). So learning rates are moderate, and eps is 1e-6 or more:
+with 1e-8 AdamW makes steps of full size for gradients that consist of rounding errors. Weights are
+drawn five times as large as usual, or the loss would hardly change and agreement would mean little.
+The reference checks that the loss falls and that gradients are clipped. Errors are visible: the
+other AdamW changes the losses by 4e-2, the other unit of the schedule by 2e-2, no clipping by 4e-2,
+beta2 0.98 by 1e-3, and eps 1e-8 changes the adapter by 4e-3.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ENGINE_ROW = "fused fp32 engine"
 
 
 def runs() -> dict[str, tuple[str, dict]]:
-    """Name of a run -> (its row in the table, what it changes in `DEFAULTS`)."""
+    """The runs by name: (row in the table, settings that differ from `DEFAULTS`)."""
     found = {}
     for family, title, config in (("gpt2", "GPT-2", GPT2), ("llama", "Llama", LLAMA)):
         for accumulation in (1, 4):
@@ -61,7 +61,7 @@ def runs() -> dict[str, tuple[str, dict]]:
                 found[name] = f"{title}, {PEFT_ROW}", {"config": config, **changes}
     smoothed = {"config": GPT2, "label_smoothing": 0.1}
     found["gpt2-smoothing"] = f"GPT-2, {PEFT_ROW}", smoothed
-    # The larger eps and decay are, the further the two AdamWs are apart.
+    # The larger eps and decay are, the more the two AdamWs differ.
     loralib = {"variant": "loralib", "eps": 1e-3, "weight_decay": 0.5}
     found["gpt2-loralib"] = f"GPT-2, {LORALIB_ROW}", {**smoothed, **loralib}
     found["gpt2-loralib-batches"] = (
@@ -100,8 +100,8 @@ def cases(seed: int) -> list[Case]:
 def inputs(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Rows of token ids (N, L) with their lengths and those of their prompts.
 
-    Low ids are likelier than high ones, and every other token follows from the one before it: there
-    is something to learn.
+    Low ids are more likely than high ones, and every second token is determined by the one before
+    it, so that there is something to learn.
     """
     settings = case.settings
     if settings["part"] != "loss":
@@ -117,7 +117,7 @@ def inputs(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def part_of(case: Case, folder: Path, side: str) -> dict[str, np.ndarray]:
-    """The quantities of a case from the file that its run's own case has left."""
+    """The results of a case, from the file that the case of the run's losses has stored."""
     found = load_file(folder.parent / case.settings["run"] / f"run-{side}.safetensors")
     return {name: array for name, array in found.items() if case.settings["part"] in name}
 
@@ -138,7 +138,7 @@ def reference_run(settings: dict, arrays: dict[str, np.ndarray], folder: Path):
     from peft import LoraConfig, get_peft_model
     from transformers import get_linear_schedule_with_warmup
 
-    torch.set_num_threads(1)  # matrices this small gain nothing from threads that wait
+    torch.set_num_threads(1)  # such small matrices gain nothing from threads
     base = make_base(settings)
     base.save_pretrained(folder / "base")
     family = settings["config"]["model_type"]
@@ -213,7 +213,7 @@ def make_base(settings: dict):
 
 
 def batches(settings: dict):
-    """Rows of one batch after the other, epoch after epoch, in the order of the list."""
+    """The rows of each batch, epoch after epoch, in the order of the list."""
     while True:
         for start in range(0, settings["rows"], settings["batch"]):
             yield range(start, min(start + settings["batch"], settings["rows"]))
@@ -229,7 +229,7 @@ def mean_loss(model, arrays: dict[str, np.ndarray], rows, smoothing: float):
     for place, row in enumerate(rows):
         length = arrays["lengths"][row]
         ids[place, : length - 1] = torch.from_numpy(arrays["ids"][row, : length - 1])
-    logits = model(input_ids=ids).logits  # padding stands on the right, where nothing looks at it
+    logits = model(input_ids=ids).logits  # padding is on the right, where no token attends to it
     for place, row in enumerate(rows):
         prompt, length = arrays["prompts"][row], arrays["lengths"][row]
         logs = logits[place, prompt - 1 : length - 1].log_softmax(-1)

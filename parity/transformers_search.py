@@ -1,4 +1,4 @@
-"""transformers' own decoding, and the check that `parity.search` understands its rules."""
+"""transformers' own decoding, and a check that `parity.search` implements its rules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def generate_beams(
 ):
     """All beams of ``transformers.generate``, best first, as (ids, sum of log-probabilities).
 
-    With one beam, which is greedy search, also by how much the closest choice was won.
+    With one beam, which is greedy search, also the margin of the closest decision.
     """
     import torch
 
@@ -47,16 +47,16 @@ def generate_beams(
 
 
 def until_end(ids: list[int], ends: list[int]) -> list[int]:
-    """Without the padding after the end token."""
+    """The ids without the padding after the end token."""
     length = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
     return ids[:length]
 
 
 def check_search(model, prompt: list[int], settings: dict, closest: float) -> None:
-    """See that `search` with transformers' rules finds transformers' beams, in their order.
+    """Check that `search` with transformers' rules finds transformers' beams in the same order.
 
     Raises:
-        AssertionError: it does not, and no decision was closer than ``closest``.
+        AssertionError: it does not, although no decision was closer than ``closest``.
     """
     found, margin = search(model, prompt, settings, TRANSFORMERS)
     for penalty in (0.0, 0.8):

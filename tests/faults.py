@@ -1,4 +1,4 @@
-"""Hurts a small training in every way a machine can, and sees that nothing is lost.
+"""Injects faults into a small training run and checks that nothing is lost.
 
     python -m tests.faults --kills 300
 
@@ -41,7 +41,7 @@ DONE, REFUSED, BROKEN = 0, 2, 3  # exit codes of a child; a killed one has -9
 
 
 def train_once(run: Path, on_step: Callable[[int], None] = lambda step: None) -> None:
-    """Train the tiny model in ``run``, or go on with what is there, as `jlora run` does."""
+    """Train the tiny model in ``run``, or resume the run in it, as `jlora run` does."""
     from jlora.adapters import LoraConfig, get_peft_model
     from jlora.data.batches import TokenExample
     from jlora.system.files import recover_directory
@@ -75,7 +75,7 @@ def train_once(run: Path, on_step: Callable[[int], None] = lambda step: None) ->
 
 
 def outcome(run: Path) -> dict[str, object]:
-    """What a finished run is compared by: all tensors, the state, and all losses, exactly."""
+    """The results by which finished runs are compared: all tensors, the state, and all losses."""
     from jlora.training.checkpoint import newest, read_checkpoint
     from jlora.training.loggers import read_metrics
 
@@ -126,7 +126,7 @@ class Faults:
         raise OSError(self.what, os.strerror(self.what))
 
     def call(self, name: str, function: Callable, half: Callable | None = None):
-        """Do ``function()``, or strike; ``half`` does the half of it."""
+        """Call ``function``, or inject the fault; ``half`` does half of the call."""
         self.calls += 1
         self.names.append(name)
         if self.calls == self.at or (self.calls > self.at > 0 and self.what != "kill"):
@@ -141,7 +141,7 @@ class Faults:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[Faults]:
-        """Between this process and its files while the context lasts."""
+        """A context in which this process's file operations go through here."""
         import safetensors.numpy
 
         from jlora.training.loggers.metrics import MetricsLogger
@@ -213,7 +213,7 @@ class FullFile:
 
 
 def damage(path: Path, generator: random.Random) -> str:
-    """Damage a file in one of five ways; gives the name of the way."""
+    """Damage a file in one of five ways; returns the name of the way."""
     data = bytearray(path.read_bytes())
     ways = ["truncated", "bit flipped", "emptied", "zeroed", "removed"]
     way = generator.choice(ways if data else ["removed"])
@@ -275,7 +275,7 @@ class Child:
         return DONE
 
     def wait(self, cpu_seconds: float = 60, stop: bool = False) -> int | None:
-        """The exit code, or -9: it is killed after that much computing.
+        """The exit code, or -9 if the process is killed after that much processor time.
 
         With ``stop`` it is stopped then, not killed; None.
         """
@@ -293,7 +293,7 @@ class Child:
             time.sleep(0.0005)
 
     def words(self) -> str:
-        """What it has said; once it has ended."""
+        """The output of the process after its end."""
         if self.pipe is not None:
             with open(self.pipe, "rb") as pipe:
                 self.said = pipe.read()
@@ -336,7 +336,7 @@ class Trials:
                 raise SystemExit("two uninterrupted runs differ, so nothing can be compared")
 
     def trial(self, kind: str, work: Callable[[Path], str]) -> None:
-        """Do one trial in a new folder; ``work`` gives what came of it, or raises `Lost`."""
+        """Do one trial in a new folder; ``work`` returns the result, or raises `Lost`."""
         self.number += 1
         run = self.folder / f"{self.number}"
         try:
@@ -349,7 +349,7 @@ class Trials:
             shutil.rmtree(run, ignore_errors=True)
 
     def finish(self, run: Path) -> str:
-        """Resume to the end; the run must be the uninterrupted one."""
+        """Resume to the end; the results must equal those of the uninterrupted run."""
         child = Child(run)
         code = child.wait()
         if code != DONE:
@@ -365,7 +365,7 @@ class Trials:
     # The trials.
 
     def kill_at(self, at: int, how: str, again: int = 0) -> None:
-        """Kill it at a call, and the resumed one ``again`` times at a call of its own."""
+        """Kill the run at a call, and the resumed run ``again`` times at other calls."""
 
         def work(run: Path) -> str:
             child = Child(run, at=at, how=how)
@@ -383,7 +383,7 @@ class Trials:
         self.trial(f"killed in a write, {again + 1}x" if again else "killed in a write", work)
 
     def kill_later(self) -> None:
-        """Kill it at any moment, from outside."""
+        """Kill the run at a random moment, from outside."""
 
         def work(run: Path) -> str:
             Child(run).wait(self.generator.uniform(0.0, 1.2 * self.seconds))
@@ -393,7 +393,7 @@ class Trials:
         self.trial("killed at any moment", work)
 
     def fail_at(self, at: int, how: str, what: int) -> None:
-        """From a call on everything that writes fails; later the machine is well again."""
+        """From one call on everything that writes fails; later writing works again."""
 
         def work(run: Path) -> str:
             child = Child(run, at=at, how=how, what=what)
@@ -408,7 +408,7 @@ class Trials:
         self.trial(f"every write fails: {os.strerror(what)}", work)
 
     def small_disk(self, mount: Callable, kilobytes: int) -> None:
-        """A real disk of some kilobytes; then it is made larger."""
+        """A disk of some kilobytes, which is then made larger."""
 
         def work(run: Path) -> str:
             with mount(run, kilobytes) as enlarge:
@@ -424,7 +424,7 @@ class Trials:
         self.trial("a tmpfs that is full", work)
 
     def take_permission(self) -> None:
-        """Its files and folders become read-only in the midst; then they can be written again."""
+        """The run's files become read-only during the run; later they can be written again."""
 
         def nobody() -> None:
             if os.geteuid() == 0:  # root may write anything
@@ -469,7 +469,7 @@ class Trials:
         self.trial("a limit on file sizes", work)
 
     def damage_one(self, both: bool = False) -> None:
-        """Kill it, damage a file of the newest checkpoint (or of both), and resume."""
+        """Kill the run, damage a file of the newest checkpoint (or of both), and resume."""
 
         def work(run: Path) -> str:
             from jlora.training.checkpoint import newest, previous
@@ -496,7 +496,7 @@ class Trials:
         self.trial("both checkpoints damaged" if both else "newest checkpoint damaged", work)
 
     def damage_adapter(self) -> None:
-        """Kill it, damage what it wrote for users, and resume."""
+        """Kill the run, damage the adapter that it wrote, and resume."""
 
         def work(run: Path) -> str:
             saves = [i + 1 for i, name in enumerate(self.calls) if name == "log"]
@@ -513,7 +513,7 @@ class Trials:
 
 @contextlib.contextmanager
 def tmpfs(folder: Path, kilobytes: int) -> Iterator[Callable[[], None]]:
-    """A tmpfs of that size at ``folder``; gives what makes it large and writable again.
+    """Mount a tmpfs of that size; yields a function that makes it large and writable.
 
     Raises:
         subprocess.CalledProcessError: it cannot be mounted here.
@@ -542,7 +542,7 @@ def can_mount(folder: Path) -> bool:
 
 
 def run_trials(trials: Trials, kills: int, others: bool) -> None:
-    """``kills`` kills, half of them in the midst of a write, and, if wanted, all other faults."""
+    """``kills`` kills, half of them during a write, and optionally all other faults."""
     choose = trials.generator
     calls = len(trials.calls)
     written = [i + 1 for i, name in enumerate(trials.calls) if name in ("write", "save", "log")]
@@ -579,7 +579,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only-kills", action="store_true", help="leave the other faults out")
     options = parser.parse_args(arguments)
-    # A process that is forked from one with OpenMP's threads would wait for them for ever.
+    # A process that is forked from one with OpenMP's threads would wait for them forever.
     os.environ["OMP_NUM_THREADS"] = "1"
     import jlora.training.loop  # noqa: F401  (imports Jittor, once for all children)
 

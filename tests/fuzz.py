@@ -1,4 +1,4 @@
-"""Feeds every reader files that were made to hurt it.
+"""Gives every reader damaged and hostile files.
 
     python -m tests.fuzz --examples 5000 [READER ...]
 
@@ -345,7 +345,7 @@ _watch: list[Watch] = []
 
 @contextlib.contextmanager
 def limits(reader: Reader, size: int) -> Iterator[None]:
-    """Raises `Finding` for what the files' reading must not do; ``size``: of the files, bytes."""
+    """Raises `Finding` if reading exceeds its limits; ``size``: of the files in bytes."""
     if not _watch:
         _watch.append(Watch())
     watch = _watch[0]
@@ -389,7 +389,7 @@ def read_changed(reader: Reader, changes: list, folder: Path) -> str:
 
 
 def fuzz(name: str, examples: int, number: int = 0, tally: Counter | None = None) -> None:
-    """Read that many changed files with a reader; raises what it finds first, made small.
+    """Read changed files with a reader; raises the first finding, reduced by hypothesis.
 
     Args:
         number: seed.

@@ -1,4 +1,4 @@
-"""Makes tests/fixtures/peft_configs.json and peft_behaviour.json with PEFT itself.
+"""Writes tests/fixtures/peft_configs.json and peft_behaviour.json, with PEFT.
 
     .venv-parity/bin/python tests/make_peft_configs.py
 

@@ -1,4 +1,4 @@
-"""Changes to valid files that make hostile ones: of bytes, and of the structure of JSON."""
+"""Changes that make hostile files from valid ones: of bytes, and of JSON's structure."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CHANGES = st.lists(CHANGE, min_size=1, max_size=4)
 
 
 def change(data: bytes, kind: str, a: int, b: int) -> bytes:
-    """One change of a file; a JSON change of what holds no JSON is one of its bytes."""
+    """One change of a file; where a JSON change is impossible, bytes are changed."""
     if kind == "json":
         changed = change_json_file(data, a, b)
         if changed is not None:

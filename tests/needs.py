@@ -1,4 +1,4 @@
-"""What a machine must have for some of the tests."""
+"""Conditions of the machine for some of the tests."""
 
 from __future__ import annotations
 

@@ -365,6 +365,20 @@ def test_generate_reads_its_data_first(no_model, tmp_path):
     assert "test.jsonl:2: no key 'completion'" in said
 
 
+def test_generate_checks_prompts_and_tokens_first(no_model, tiny_model, tmp_path, run):
+    said = no_model("generate", "--model", tiny_model, "--prompt", "name : A | " * 60)
+    assert "prompt 1" in said and "shorten it" in said
+    said = no_model("generate", "--model", tiny_model, "--prompt", "x", "--end-id", "400")
+    assert "end tokens 400: the model's vocabulary has 400 words" in said
+    said = no_model("generate", "--model", tiny_model, "--prompt", "x", "--separator-id", "400")
+    assert "token ids outside the model's vocabulary of 400" in said
+    rows = [{"prompt": "name : A | " * count, "completion": "b"} for count in (1, 60)]
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = no_model("generate", "--adapter", run, "--data", path, "--task", "jsonl")
+    assert "prompt 2" in said and "loading" not in said
+
+
 def test_other_commands_refuse_what_has_no_effect(no_model, tmp_path, run):
     export = ["export", "m", "--gguf", tmp_path / "x.gguf"]
     assert "--force is for an --adapter" in no_model(*export, "--force")

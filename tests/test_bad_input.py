@@ -1,4 +1,4 @@
-"""What users get wrong, through the command line: one line with the way out, exit code 2.
+"""Mistakes of users on the command line: a one-line error with advice, exit code 2.
 
 Every case also checks that no traceback is shown and that no file was made, changed or left
 half-written.
@@ -135,7 +135,7 @@ def test_completion_longer_than_max_length(refused, tmp_path, tiny_model):
 
 @pytest.fixture
 def model(tiny_model, tmp_path) -> Path:
-    """A copy of the tiny model, to be spoilt."""
+    """A copy of the tiny model, to be damaged."""
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import plain_block
@@ -16,7 +17,7 @@ from jlora import engine
 from jlora.adapters import LoraConfig, get_peft_model
 from jlora.engine.blocks import BLOCKS
 from jlora.layers import assign
-from jlora.models import gpt2
+from jlora.models import gpt2, llama
 from jlora.models.attention import Stream
 from jlora.system.runtime import jt
 
@@ -171,6 +172,41 @@ def test_the_twin_is_the_plain_block(settings, shape):
 
 EVERYWHERE = [{}, MERGED, {"kind": "llama"}]
 NAMES = ["gpt2", "gpt2-merged", "llama"]
+
+
+def gelu_gate(self, gate, up):
+    return gpt2.GELU()(gate) * up
+
+
+def silu(self, x):
+    return x * jt.sigmoid(x)
+
+
+def rms_with_bias(self, x):
+    return x / jt.sqrt((x * x).mean(-1, keepdims=True) + self.eps) * self.weight + self.bias
+
+
+#: What no family has together; the plain module, and what it computes then.
+OTHERS = {
+    "gated-gelu": ("llama", {"activation": "gelu_tanh"}, llama.SwiGLU, gelu_gate),
+    "silu": ("gpt2", {"activation": "silu"}, gpt2.GELU, silu),
+    "rms-with-bias": ("gpt2", {"norm": "rms"}, gpt2.LayerNorm, rms_with_bias),
+}
+
+
+@pytest.mark.parametrize(("kind", "change", "plain", "execute"), OTHERS.values(), ids=OTHERS)
+def test_norm_and_activation_are_chosen_each_by_itself(kind, change, plain, execute, monkeypatch):
+    model = adapted(kind)
+    call = Call(model, B=2, T=9)
+    usual = call.run()
+    with monkeypatch.context() as patch:
+        patch.setattr(plain, "execute", execute)
+        expected = call.run()
+    engine.prepare(model, "bf16")
+    for block in blocks(model):
+        block._parts = replace(block._parts, **change)
+    assert (errors(call.run(), expected) < EXACT).all() and plans(model)[0] == 1
+    assert difference(usual[1], expected[1]) > 2 * EXACT[1]  # the change is seen
 
 
 @pytest.mark.parametrize("settings", EVERYWHERE, ids=NAMES)

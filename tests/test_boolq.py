@@ -1,4 +1,4 @@
-"""BoolQ: two layouts, one prompt; conversion; templates and what of a prompt stays."""
+"""BoolQ: two layouts, one prompt; conversion; templates and cut prompts."""
 
 from __future__ import annotations
 

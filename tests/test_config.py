@@ -1,4 +1,4 @@
-"""Recipes: what is written is what is read, and what cannot be is said with the way out."""
+"""Recipes: reading, writing, and errors with advice."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_no_separator():
 
 
 def reference_row(context, completion, max_length):
-    """microsoft/LoRA's FT_Dataset for the objective clm: context and completion hold their ends."""
+    """microsoft/LoRA's FT_Dataset for clm; context and completion include their end tokens."""
     ids = context + completion
     mask = [0.0] * (len(context) - 1) + [1.0] * (len(ids) - len(context))
     padded_ids = ids + [0] * (max_length - len(ids))
@@ -197,7 +197,7 @@ passages = st.text(alphabet=st.sampled_from("the a12.,'s!?()-éß日\t\n"), min_
 @settings(max_examples=100, deadline=None)
 @given(passage=passages, question=passages)
 def test_a_kept_end_has_the_tokens_that_it_has_in_the_whole(kind, template, passage, question):
-    """A cut prompt reads as the whole one does from its question on."""
+    """From its question on, a cut prompt has the same tokens as the whole one."""
     tokenizer = Tokenizer(byte_level_bpe(VOCAB, MERGES, kind, ["<|endoftext|>"]), VOCAB["!"])
     front, end = split_template(TEMPLATES[template])
     front, end = front.format(passage=passage), end.format(question=question.strip() or "is it")

@@ -1,4 +1,4 @@
-"""What the documents quote is what the program says."""
+"""Messages that the documents quote are in the program."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUOTES = [
 
 
 def texts() -> list[str]:
-    """Every text of the package's sources, the fields of f-strings as a character of their own."""
+    """Every string in the package's sources; fields of f-strings become a zero character."""
     found = []
     for path in sorted((ROOT / "jlora").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -38,13 +38,13 @@ def texts() -> list[str]:
 
 
 def fragments(quote: str) -> list[str]:
-    """What stands between the <placeholders> of a quoted message, and between its clauses."""
+    """The parts of a quoted message between <placeholders> and between clauses."""
     parts = re.split(r"<[^<>]*>|; ", quote)
     return [part.strip() for part in parts if part.strip(" :,.()`")]
 
 
 def missing(quote: str, sources: list[str]) -> list[str]:
-    """The fragments that no text of the sources holds."""
+    """The fragments that are in no string of the sources."""
     return [part for part in fragments(quote) if not any(part in text for text in sources)]
 
 
@@ -72,7 +72,7 @@ def test_oldest_jittor_of_the_table_is_the_one_that_pip_accepts():
 
 
 def dry_run(*arguments: str) -> str:
-    """What make would do, as from a shell of its own."""
+    """The commands that make would run, independent of this process's environment."""
     make = shutil.which("make")
     if make is None:
         pytest.skip("no make")

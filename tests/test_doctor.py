@@ -1,4 +1,4 @@
-"""`jlora doctor`: each missing thing is one line with the command that mends it."""
+"""`jlora doctor`: each missing thing is one line with the command that fixes it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_no_compiler_is_a_line_and_not_a_traceback(tmp_path: Path):
     assert "Traceback" not in result.stdout + result.stderr
 
 
-def test_missing_things_name_what_mends_them(tmp_path: Path, monkeypatch):
+def test_missing_things_name_what_fixes_them(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(machine, "install_command", lambda thing: f"install {thing}")
     monkeypatch.delenv("cc_path", raising=False)  # Jittor itself sets it when it is imported
     monkeypatch.setattr(machine, "compiler", lambda: None)

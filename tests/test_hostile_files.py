@@ -78,7 +78,7 @@ for call in {calls!r}:
         eval(call)
         print("read:", call)
     except UserError as error:
-        # Refused for what it is, not for want of memory.
+        # Refused because of its content, not because memory ran out.
         print("no memory:" if "Memory" in str(error) else "refused", call, error)
 """
     done = subprocess.run(

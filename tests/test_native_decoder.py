@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,8 @@ from jlora.decoding.native_decoder import NativeDecoder
 from jlora.decoding.native_weights import native_model
 from jlora.decoding.sampling import GenerateConfig, generate
 from jlora.kernels import packed_linear
+from jlora.kernels.block import ACTIVATIONS
+from jlora.models import gpt2, llama
 
 pytestmark = pytest.mark.skipif(not packed_linear.available("bf16"), reason="no bf16 products here")
 
@@ -90,6 +93,32 @@ def test_states_of_every_step(make):
             close(actual, step, tolerance)
 
 
+def test_a_processor_without_bf16_products_decodes_floats(monkeypatch):
+    model = tiny_llama()
+    engine.prepare(model, "fp32")
+    monkeypatch.setattr(packed_linear, "available", lambda kind: False)
+    assert isinstance(decoder_of(model), NativeDecoder)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-whole-panels"])
+def test_activation_and_positions_are_chosen_each_by_itself(kind, monkeypatch):
+    """A gated GELU without positions, which no family has."""
+    model = MAKE[kind]()
+    with monkeypatch.context() as patch:
+        patch.setattr(llama.SwiGLU, "execute", lambda self, gate, up: gpt2.GELU()(gate) * up)
+        patch.setattr(llama.Rotary, "execute", lambda self, x, cos, sin: x)
+        expected = states(Decoder(model))
+    usual = states(Decoder(model))
+    for precision, tolerance in (("fp32", 2e-4), ("bf16", 0.2)):
+        engine.prepare(model, precision)
+        decoder = decoder_of(model)
+        decoder.model.model["activation"] = ACTIVATIONS["gelu_tanh"]
+        decoder.model.model["frequencies"] = 0
+        for actual, step in zip(states(decoder), expected):
+            close(actual, step, tolerance)
+    assert max(np.abs(a - b).max() for a, b in zip(usual, expected)) > 0.4
+
+
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama-tied", "llama-whole-panels-lora"])
 def test_states_where_the_packed_weights_are_kept_alone(kind, precision):
@@ -161,6 +190,29 @@ def test_sampling_draws_the_same():
     expected = generate(model, prompts, config)
     engine.prepare(model, "fp32")
     assert [h.ids for h in generate(model, prompts, config)] == [h.ids for h in expected]
+
+
+def test_two_threads_with_two_models_give_what_one_gives():
+    """ctypes lets go of Python's lock, so the operators of both would run at once."""
+    models = []
+    for name in ("llama-whole-panels-lora", "gpt2-whole-panels"):
+        model = MAKE[name]()
+        engine.prepare(model, "bf16")
+        models.append((native_model(model), model))
+
+    def decode(number):
+        found = []
+        for _ in range(5):
+            decoder = NativeDecoder(*models[number])
+            found += [*states(decoder), *decoder.best(3)]
+        return found
+
+    alone = [decode(0), decode(1)]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(decode, range(2)))
+    for expected, found in zip(alone, together):
+        for a, b in zip(expected, found):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_memory_does_not_grow_with_the_prompts():

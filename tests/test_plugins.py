@@ -78,6 +78,12 @@ def test_the_file_of_the_documentation(tmp_path):
     assert code == 2 and "did you mean limericks" in said
 
 
+def test_every_module_of_the_folder_is_a_task():
+    assert {"e2e", "webnlg", "dart", "boolq", "jsonl", "restaurants"} <= set(tasks.NAMES)
+    for name in tasks.NAMES:
+        assert get_task(name).name == name
+
+
 def test_what_is_registered_is_known_everywhere():
     jlora.register_task(TASK)
     jlora.register_metric(WORDS)

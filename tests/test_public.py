@@ -28,3 +28,12 @@ def test_importing_jlora_imports_neither_jittor_nor_numpy():
     code = "import sys, jlora, jlora.runtime; print({'jittor', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_importing_jittor_leaves_no_process_behind():
+    code = (
+        "from jlora.runtime import jt; import psutil, jittor_utils; "
+        "print(psutil.Process().children(recursive=True), jittor_utils.pool_size)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[] 0\n"

@@ -125,7 +125,8 @@ def test_without_compiled_operators_the_twin_answers(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "width", "rows", "k"), [(1003, 64, 37, 10), (23, 12, 5, 23), (4100, 96, 3, 1)]
+    ("vocabulary", "width", "rows", "k"),
+    [(1003, 64, 37, 10), (23, 12, 5, 23), (23, 12, 5, 30), (4100, 96, 3, 1)],
 )
 def test_the_heads_product_and_its_best_words_together(vocabulary, width, rows, k):
     if not packed_linear.available("bf16"):

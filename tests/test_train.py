@@ -498,7 +498,7 @@ def test_a_resumed_run_writes_the_adapter_of_its_checkpoint(whole_run, tmp_path)
 
 @pytest.mark.parametrize("jump", [-(10**9), 10**9])
 def test_a_clock_that_jumps_changes_nothing(whole_run, tmp_path, monkeypatch, jump):
-    """NTP, or a machine that was asleep: the time of day is of no account."""
+    """NTP, or a suspended machine: changes of the time of day have no effect."""
     real, calls = time.time, itertools.count()
     monkeypatch.setattr(time, "time", lambda: real() + jump * (next(calls) % 2))
     model, result = run_tiny(tmp_path)

@@ -167,6 +167,6 @@ def test_a_damaged_file_of_the_base_is_named(tmp_path, base):
     folder = shutil.copytree(base, tmp_path / "base")
     model = jlora.load(folder)
     (folder / "generation_config.json").write_text("{")
-    with pytest.raises(UserError, match="generation_config.json: not JSON"):
+    with pytest.raises(UserError, match=r"base/generation_config.json:1: not JSON"):
         write_merged(model, tmp_path / "out", trained=TrainedTokens(STOP, STOP))
     assert not (tmp_path / "out").exists()

@@ -217,8 +217,8 @@ def lora_layer(name: str, module: nn.Module, config: LoraConfig) -> LoRALayer:
         layer = MergedLinear.from_base(module, r, alpha, config.lora_dropout, config.enable_lora)
     else:
         layer = Linear.from_base(module, r, alpha, config.lora_dropout)
-    layer.scaling = config.scaling(r, alpha)
     _initialise(layer, config.init_lora_weights)
+    layer.adapt(config.lora_variant)
     return layer
 
 

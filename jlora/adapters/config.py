@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from jlora.layers import VARIANTS, LoraVariant, find_variant
 from jlora.system.errors import UserError
 
 # Fields of PEFT's own that say nothing about what a trained adapter computes, whatever they hold:
@@ -25,6 +26,9 @@ _LACKING_FIELDS = {
     "layer_replication", "lora_bias", "megatron_config", "monteclora_config", "target_parameters",
     "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
 }  # fmt: skip
+
+# The peft_type of variants that PEFT does not have.
+_OWN_TYPE = "JLORA"
 
 _INITS = (True, False, "gaussian")
 # How an adapter was filled before it was trained does not matter once it is loaded. These leave the
@@ -54,12 +58,14 @@ class LoraConfig:
         init_lora_weights: True: A uniform, B zero; "gaussian": A normal with deviation 1/r, B
             zero; False: both random.
         rank_pattern, alpha_pattern: name pattern -> r or lora_alpha of the modules it fits.
-        use_rslora: scale by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732).
+        use_rslora: scale by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732); PEFT's way to say
+            ``variant="rslora"``.
         layers_to_transform: only the layers with these numbers.
         layers_pattern: name of the list of layers, where it cannot be guessed.
         enable_lora: loralib's setting for fused layers: one flag for each of the equal blocks of
             outputs, ``[True, False, True]`` for query and value of GPT-2's ``c_attn``; each
             enabled block gets its own rank r. Layers that are not fused so stay plain.
+        variant: which variant of LoRA, a key of `jlora.layers.VARIANTS`; None: "lora".
 
     Raises:
         UserError: a value that cannot be.
@@ -82,6 +88,7 @@ class LoraConfig:
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     enable_lora: list[bool] | None = None
+    variant: str | None = None
 
     def __post_init__(self):
         for name in ("rank_pattern", "alpha_pattern"):
@@ -130,15 +137,23 @@ class LoraConfig:
                 continue
             if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
                 raise UserError(f"{name} must be a list of {what}, not {value!r}")
+        if self.use_rslora and self.variant not in (None, "rslora"):
+            raise UserError(f"use_rslora and variant={self.variant!r} exclude each other")
+        find_variant(self.variant or "lora")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise UserError(
                 "layers_to_transform needs target_modules as a list of names, "
                 "not as a regular expression"
             )
 
+    @property
+    def lora_variant(self) -> LoraVariant:
+        """The variant that the settings ask for."""
+        return find_variant("rslora" if self.use_rslora else self.variant or "lora")
+
     def scaling(self, r: int, alpha: float) -> float:
-        """The factor of the change for a layer of rank ``r`` (PEFT's, with or without rslora)."""
-        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        """The factor of the change for a layer of rank ``r``."""
+        return self.lora_variant.scaling(r, alpha)
 
     @classmethod
     def from_dict(
@@ -155,17 +170,21 @@ class LoraConfig:
         Raises:
             UserError: a field asks for something that is not built here, or has a wrong value.
         """
-        if settings.get("peft_type", "LORA") != "LORA":
+        if settings.get("peft_type", "LORA") not in ("LORA", _OWN_TYPE):
             raise UserError(
                 f"{source}: peft_type {settings['peft_type']!r} is not supported; "
                 "jlora reads LORA adapters only"
             )
         known = {f.name: f for f in fields(cls)}
         values = {}
+        by_field = {v.peft_field: name for name, v in VARIANTS.items() if v.peft_field}
         for name, value in settings.items():
             if name in known:
                 if value is not None or _default(known[name]) is None:
                     values[name] = value
+            elif name in by_field:
+                if value:
+                    values["variant"] = by_field[name]
             elif name == "ensure_weight_tying" and not _can_tie(settings):
                 continue
             elif value and name not in _INERT_FIELDS:
@@ -181,13 +200,21 @@ class LoraConfig:
         """What PEFT writes to ``adapter_config.json``.
 
         Fields that only younger versions of PEFT know are written only when they are used, so that
-        older ones can read the file. ``enable_lora`` is none of PEFT's and left out.
+        older ones can read the file. ``enable_lora`` is none of PEFT's and left out. A variant that
+        PEFT lacks is written with a ``peft_type`` that PEFT refuses.
         """
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "enable_lora"}
+        field = self.lora_variant.peft_field
+        if field:
+            settings[field] = True
+        own = field is None and self.lora_variant is not VARIANTS["lora"]
+        settings["peft_type"] = _OWN_TYPE if own else "LORA"
+        if not own:
+            del settings["variant"]
         for name in ("exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern"):
             if not settings[name]:
                 del settings[name]
-        settings.update(peft_type="LORA", inference_mode=True, auto_mapping=None, revision=None)
+        settings.update(inference_mode=True, auto_mapping=None, revision=None)
         return dict(sorted(settings.items()))
 
 

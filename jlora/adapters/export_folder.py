@@ -10,7 +10,7 @@ from typing import Any
 
 from jlora.adapters import MergeReport, TunedModel, merged_weights
 from jlora.adapters.trained_tokens import UNKNOWN, TrainedTokens
-from jlora.data.tokenizer import find_files
+from jlora.data.tokenizer import find_files, read_json_object
 from jlora.formats.gguf_file import main_kind
 from jlora.formats.rounding import PrecisionLoss, narrow, norm, precision_loss, widen
 from jlora.formats.safetensors_file import write_bfloat16, write_safetensors
@@ -32,6 +32,7 @@ COPIED = (
     "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json",
     "special_tokens_map.json", "chat_template.jinja", TOKENIZER_SETTINGS,
 )  # fmt: skip
+SETTINGS = ("generation_config.json", "special_tokens_map.json", TOKENIZER_SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,10 @@ def write_merged(
     if dtype not in KINDS:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(KINDS)}")
     check_absent(folder)
-    weights = merged_weights(model)
     base = model.get_base_model() if isinstance(model, TunedModel) else model
+    for name in SETTINGS if source_folder(base) else ():  # what is wrong there is found at once
+        read_json_object(source_folder(base) / name)
+    weights = merged_weights(model)
     tensors, kind, loss = weights.tensors, KINDS[dtype], None
     with atomic_path(folder, directory=True) as temporary:
         file = temporary / "model.safetensors"

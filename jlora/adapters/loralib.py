@@ -18,6 +18,7 @@ from jlora.adapters.attach import linear_shape
 from jlora.adapters.config import LoraConfig
 from jlora.adapters.storage import with_patterns
 from jlora.adapters.targets import name_fits
+from jlora.formats.names import is_lora_name
 from jlora.formats.torch_file import read_torch
 from jlora.layers import Conv1D, LoRALayer, MergedLinear
 from jlora.system.errors import UserError
@@ -50,7 +51,7 @@ def read_loralib(path: str | Path) -> dict[str, np.ndarray]:
         return tensors
     first = next(iter(tensors), "none")
     what = "a model's own weights: give it as the base model"
-    if any("lora_" in name for name in tensors):
+    if any(is_lora_name(name) for name in tensors):
         what = "an adapter in another form: give the folder with its adapter_config.json"
     elif all("bias" in name for name in tensors):
         what = "biases only"

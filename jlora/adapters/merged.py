@@ -8,6 +8,7 @@ import numpy as np
 
 from jlora.adapters.model import MergeReport, PeftModel
 from jlora.adapters.tuned import TunedModel
+from jlora.formats.names import is_lora_name
 from jlora.formats.rounding import norm
 from jlora.layers import bias_names
 from jlora.system.errors import UserError
@@ -53,7 +54,7 @@ def merged_weights(model: nn.Module) -> MergedWeights:
         tensors = {
             plain_name(name): parameter.float32().numpy()
             for name, parameter in model.base_model.named_parameters()
-            if "lora_" not in name and ".original_module." not in name
+            if not is_lora_name(name) and ".original_module." not in name
         }
     changes = {name: norm(tensors[name] - array) for name, array in before.items()}
     return MergedWeights(tensors, changes, report)

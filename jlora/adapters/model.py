@@ -22,6 +22,7 @@ from jlora.adapters.attach import (
 from jlora.adapters.config import LoraConfig
 from jlora.adapters.targets import default_targets
 from jlora.adapters.tuned import TunedModel
+from jlora.formats.names import is_lora_name
 from jlora.formats.peft_file import read_peft, write_peft
 from jlora.formats.torch_write import write_torch
 from jlora.layers import Embedding, LoRALayer, MergedLinear, assign, bias_names, set_trainable
@@ -86,7 +87,7 @@ def _attach(model: nn.Module, config: LoraConfig) -> set[str]:
     """Put LoRA layers into ``model``; the names of what is to be trained."""
     attach(model, config)
     names = {name for name, _ in model.named_parameters()}
-    adapter = {n for n in names if "lora_" in n or ".modules_to_save." in f".{n}"}
+    adapter = {n for n in names if is_lora_name(n) or ".modules_to_save." in f".{n}"}
     return adapter | bias_names(model, config.bias)
 
 
@@ -183,9 +184,9 @@ class PeftModel(TunedModel):
         for name, layer in self.lora_layers().items():
             if layer.merged or not layer.has_adapter:
                 continue
-            if not isinstance(layer.weight, jt.Var):  # an engine keeps it in packed form alone
-                layer.weight = layer.weight.unpacked()
-            before, change = layer.weight.float32(), layer.delta_weight()
+            layer.unpack()
+            before = layer.weight.float32()
+            change = layer.variant.merged_weight(layer, before) - before
             largest = float(change.abs().max().item())
             layer.merge()
             lost = 0.0
@@ -340,13 +341,19 @@ class PeftModel(TunedModel):
 
         Raises:
             UserError: the file cannot be written, or the adapter has what loralib lacks:
-                modules_to_save, layers whose scalings ask for different lora_alpha.
+                modules_to_save, a variant other than plain LoRA, layers whose scalings ask for
+                different lora_alpha.
         """
         self._check_loaded()
         if self.peft_config.modules_to_save:
             raise UserError(
                 f"modules_to_save {self.peft_config.modules_to_save} have no place in a loralib "
                 "file; keep the PEFT folder"
+            )
+        if not self.peft_config.lora_variant.is_plain:
+            raise UserError(
+                f"variant {self.peft_config.variant!r} has no place in a loralib file; keep the "
+                "PEFT folder"
             )
         lora_alpha = loralib.loralib_alpha(self.lora_layers())
         write_torch(path, self.adapter_tensors(), "model_state_dict" if nested else None)

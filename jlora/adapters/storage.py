@@ -20,6 +20,7 @@ import numpy as np
 from jlora.adapters.attach import find_targets, linear_shape
 from jlora.adapters.config import LoraConfig
 from jlora.adapters.targets import pattern_value
+from jlora.formats.names import is_lora_name
 from jlora.layers import Embedding, LoRALayer, MergedLinear
 from jlora.system.errors import UserError
 from jlora.system.runtime import nn
@@ -32,6 +33,8 @@ PREFIX = "base_model.model."
 def to_peft_key(name: str, owner: object) -> str:
     """A parameter's name -> PEFT's key; ``owner`` is the module it belongs to."""
     module, _, last = name.rpartition(".")
+    if isinstance(owner, LoRALayer) and last in owner.variant.parameters:
+        return PREFIX + name
     if last in ("lora_A", "lora_B"):
         if isinstance(owner, Embedding):
             return f"{PREFIX}{module}.lora_embedding_{last[-1]}"
@@ -75,7 +78,7 @@ def from_peft_key(key: str) -> str:
         parts.pop()
     elif len(parts) > 2 and parts[-2] == "default":
         del parts[-2]
-    if parts[-1] == "weight" and parts[-2:-1] in (["lora_A"], ["lora_B"]):
+    if parts[-1] == "weight" and parts[-2:-1] != [] and is_lora_name(parts[-2]):
         parts.pop()
     elif parts[-1] in ("lora_embedding_A", "lora_embedding_B"):
         parts[-1] = f"lora_{parts[-1][-1]}"
@@ -127,7 +130,8 @@ def peft_config(config: LoraConfig, layers: Mapping[str, LoRALayer]) -> LoraConf
     settings = {}
     for name, layer in layers.items():
         enabled = sum(layer.enable_lora) if isinstance(layer, MergedLinear) else 1
-        settings[name] = (layer.r * enabled, _scaled(config, layer.lora_alpha, enabled))
+        r = layer.r * enabled
+        settings[name] = (r, _scaled(config, layer.lora_alpha, layer.r, r))
     return replace(with_patterns(config, settings), enable_lora=None)
 
 
@@ -177,15 +181,17 @@ def native_config(
         enabled = sum(enable_lora) if name in fused else 1
         r = pattern_value(name, config.rank_pattern, config.r)
         alpha = pattern_value(name, config.alpha_pattern, config.lora_alpha)
-        settings[name] = (r // enabled, _scaled(config, alpha, 1 / enabled))
+        settings[name] = (r // enabled, _scaled(config, alpha, r, r // enabled))
     parts = {f"{name}.lora_B": part for name, (_, part) in fused.items()}
     return with_patterns(config, settings), {**tensors, **parts}
 
 
-def _scaled(config: LoraConfig, alpha: float, factor: float) -> float:
-    """Alpha for a rank that is ``factor`` times as large, so that the scaling stays."""
-    alpha = alpha * (math.sqrt(factor) if config.use_rslora else factor)
-    return int(alpha) if float(alpha).is_integer() else alpha
+def _scaled(config: LoraConfig, alpha: float, r: int, new_r: int) -> float:
+    """Alpha for another rank, so that the scaling stays."""
+    if new_r != r:
+        alpha = alpha * config.scaling(r, 1.0) / config.scaling(new_r, 1.0)
+    whole = round(alpha)
+    return whole if math.isclose(alpha, whole, rel_tol=1e-12) else alpha
 
 
 def with_patterns(config: LoraConfig, settings: Mapping[str, tuple[int, float]]) -> LoraConfig:

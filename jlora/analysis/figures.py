@@ -1,4 +1,4 @@
-"""A study's figures as PNG: similarity as the paper's 3, 4, 6 and 7; spectra; amplification."""
+"""A study's figures as PNG: similarity (the paper's figures 3, 4, 6, 7), spectra, amplification."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_study(study: Study, folder: Path) -> list[Path]:
 
 
 def draw(study: Study, folder: Path) -> list[Path]:
-    """Draw what the study has into ``folder``; the files.
+    """Draw the study's figures into ``folder``; returns the files.
 
     Raises:
         UserError: a file cannot be written.
@@ -43,7 +43,7 @@ def draw(study: Study, folder: Path) -> list[Path]:
 
 
 def spectrum(study: Study, path: Path) -> Path:
-    """Singular values of dW: a panel an adapter and kind, a line a layer."""
+    """Singular values of dW: one panel for each adapter and kind of layer, one line a layer."""
     kinds = study.kinds
     figure, panels = _grid(len(study.layers), len(kinds), 3.4, 2.8, sharey=True)
     depths = [layer.depth for layers in study.layers for layer in layers.values()]
@@ -105,7 +105,7 @@ def similarity_by_layer(study: Study, path: Path) -> Path:
 
 
 def amplification(study: Study, path: Path) -> Path:
-    """The amplification factor over the depth: a panel an adapter, a line a kind."""
+    """The amplification factor by depth: one panel for each adapter, one line a kind of layer."""
     figure, ((*panels,),) = _grid(1, len(study.layers), 4.6, 3.2, sharey=True)
     for axes, name, layers in zip(panels, study.names, study.layers):
         for kind in study.kinds:

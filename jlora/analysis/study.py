@@ -31,7 +31,7 @@ from jlora.system.runtime import nn
 
 @dataclass
 class Layer:
-    """What was measured of one layer's change (or of one block's, see `Update`)."""
+    """The measurements of one layer's change (or of one block's, see `Update`)."""
 
     kind: str
     depth: int
@@ -46,9 +46,10 @@ class Study:
 
     Attributes:
         paths: the adapters.
-        layers: one dict an adapter, by `Update.key`.
-        matrix: whose directions were compared, see `subspaces.directions`.
-        similarity: phi (r of the first, r of the second) of the layers that both adapters have.
+        layers: a dict for each adapter, by `Update.key`.
+        matrix: the matrix whose directions were compared, see `subspaces.directions`.
+        similarity: phi, an array (r of the first, r of the second), for each layer of both
+            adapters.
         random: phi of random directions, by kind of layer.
     """
 
@@ -60,7 +61,7 @@ class Study:
 
     @property
     def names(self) -> list[str]:
-        """The adapters' shortest names that tell them apart."""
+        """The shortest names that distinguish the adapters."""
         if len(self.paths) == 2 and Path(self.paths[0]).name == Path(self.paths[1]).name:
             return self.paths
         return [Path(path).name for path in self.paths]
@@ -71,7 +72,7 @@ class Study:
         return list(dict.fromkeys(each.kind for layers in self.layers for each in layers.values()))
 
     def similarity_of(self, kind: str) -> dict[int, np.ndarray]:
-        """phi by the depth of the layers of a kind."""
+        """phi of the layers of a kind, by their depth."""
         return {
             self.layers[0][key].depth: phi
             for key, phi in self.similarity.items()
@@ -108,18 +109,18 @@ def analyze(
     layers: str | None = None,
     seed: int = 0,
 ) -> Study:
-    """Measure one adapter, or two and how much they have in common.
+    """Measure one adapter, or two and the similarity of their subspaces.
 
     Args:
         files: one or two adapters.
-        model: the base; None: that of the first adapter's run, if it is known and there.
-        matrix: whose directions are compared, see `subspaces.directions`.
-        layers: a regular expression; only layers whose key it is found in.
+        model: the base model; None: that of the first adapter's run, if it is available.
+        matrix: the matrix whose directions are compared, see `subspaces.directions`.
+        layers: a regular expression; layers are measured if it matches a part of their key.
         seed: of the random directions.
 
     Raises:
-        UserError: an adapter or the base cannot be read, was made for another base, or no layer
-            fits ``layers`` or is in both adapters.
+        UserError: an adapter or the base model cannot be read, they do not belong together, no
+            layer matches ``layers``, or the adapters have no layer in common.
     """
     adapters, names = [], []
     for file in files:
@@ -152,10 +153,10 @@ def measure(update: Update) -> Layer:
 
 
 def keep_layers(adapter: AdapterUpdates, pattern: str | None) -> AdapterUpdates:
-    """The adapter's layers that ``pattern`` is found in.
+    """The adapter's layers whose key has a match of ``pattern``.
 
     Raises:
-        UserError: no regular expression, or it fits none.
+        UserError: it is not a regular expression, or matches no layer.
     """
     if pattern is None:
         return adapter
@@ -174,10 +175,10 @@ def keep_layers(adapter: AdapterUpdates, pattern: str | None) -> AdapterUpdates:
 def compare(
     study: Study, first: list[Update], second: list[Update], rng: np.random.Generator
 ) -> None:
-    """Fill in the similarity of the layers that both have.
+    """Fill in the similarity of the layers that both adapters have.
 
     Raises:
-        UserError: there are none, or a layer's width differs.
+        UserError: there are no such layers, or a layer's width differs.
     """
     others = {update.key: update for update in second}
     for update in first:
@@ -205,7 +206,7 @@ def compare(
 
 
 def open_base(named: str | None, of_run: str | None) -> nn.Module | None:
-    """The base model; None, with a line that says so, where the run's own is not to be had.
+    """The base model; None, with a message, if the run's base model is unavailable.
 
     Raises:
         UserError: ``named`` cannot be loaded.
@@ -227,11 +228,11 @@ def base_weight(base: nn.Module, update: Update, path: Path) -> np.ndarray:
     """The frozen weight (out, in) of what ``update`` changes, float32.
 
     Raises:
-        UserError: the model has no such layer, or one of another shape.
+        UserError: the model has no such layer, or its shape differs.
     """
     modules = dict(base.named_modules())
     name, end = update.layer, f".{update.layer}"
-    if name not in modules:  # the names in a .pt file may lack their beginning
+    if name not in modules:  # the names in a .pt file may lack a prefix
         name = next((each for each in modules if each.endswith(end)), name)
     weight = getattr(modules.get(name), "weight", None)
     if weight is None or len(weight.shape) != 2:

@@ -19,8 +19,8 @@ NOISE = 1e-6
 def low_rank_svd(update: Update) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The singular value decomposition of ``dW = scaling B A``, from its factors.
 
-    With ``B = Q_B R_B`` and ``A^T = Q_A R_A``, that of the small ``scaling R_B R_A^T`` is all there
-    is to compute; dW itself is never formed.
+    With ``B = Q_B R_B`` and ``A^T = Q_A R_A`` only the small matrix ``scaling R_B R_A^T`` has to be
+    decomposed; dW itself is never formed.
 
     Returns:
         U (k, out), singular values (k,), V (k, in); k = min(r, in, out).
@@ -35,9 +35,9 @@ def directions(update: Update, matrix: str) -> np.ndarray:
     """The directions whose subspaces are compared, as orthonormal rows, the strongest first.
 
     Args:
-        matrix: "A": the right-singular vectors of A, as the paper has it; "B": the left-singular
-            vectors of B; "dW": the right-singular vectors of the change itself, in which the part
-            of A that B does not use counts for nothing.
+        matrix: "A": the right-singular vectors of A, as in the paper; "B": the left-singular
+            vectors of B; "dW": the right-singular vectors of the change itself, which ignore the
+            part of A that B does not use.
     """
     if matrix == "A":
         return np.linalg.svd(update.A, full_matrices=False)[2]
@@ -55,7 +55,7 @@ def similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         first: (a, d) orthonormal rows. second: (b, d).
 
     Returns:
-        (a, b); phi(i, j) stands at [i - 1, j - 1].
+        (a, b); phi(i, j) is at [i - 1, j - 1].
     """
     squares = np.square(first @ second.T).cumsum(0).cumsum(1)
     return squares / np.minimum(*np.ogrid[1 : len(first) + 1, 1 : len(second) + 1])
@@ -70,7 +70,7 @@ def random_similarity(a: int, b: int, width: int, rng: np.random.Generator) -> n
 
 
 def random_directions(count: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """(count, width) orthonormal rows, equally likely in every direction."""
+    """(count, width) orthonormal rows, uniformly distributed over all directions."""
     gaussian = rng.standard_normal((count, width))
     return np.linalg.svd(gaussian, full_matrices=False)[2]
 
@@ -95,14 +95,14 @@ class Amplification:
 
     @property
     def factor(self) -> float:
-        """||dW|| / ||U^T W V^T||: how much stronger the directions of dW have become than in W."""
+        """||dW|| / ||U^T W V^T||: how much stronger the directions of dW are in dW than in W."""
         return self.change / self.in_update if self.in_update else math.inf
 
 
 def amplification(update: Update, W: np.ndarray, rng: np.random.Generator) -> Amplification | None:
-    """How much ``update`` amplifies what is in ``W`` (out, in) already (appendix H.4).
+    """How much ``update`` amplifies directions that ``W`` (out, in) already has (appendix H.4).
 
-    None where the change is zero and has no directions.
+    None if the change is zero and has no directions.
     """
     U, values, V = low_rank_svd(update)
     if not values[0] > 0:

@@ -11,7 +11,7 @@ from jlora.report.tables import plain_table
 
 
 def tables(study: Study) -> str:
-    """All that was measured."""
+    """All tables of a study."""
     blocks = [
         spectrum_table(study),
         similarity_table(study) if study.similarity else None,
@@ -32,7 +32,7 @@ def _groups(study: Study) -> list[tuple[str, str, list[Layer]]]:
 
 
 def spectrum_table(study: Study) -> str:
-    """Frobenius norm, singular values, and how many of them make up most of the change."""
+    """Frobenius norm, singular values, and the number of them that make up most of the change."""
     rows = [["singular values of dW", "", "layers", "r", "||dW||", "s1", "s2/s1", "sr/s1", "90 %"]]
     for name, kind, layers in _groups(study):
         padded = [np.asarray([*layer.singular_values, 0.0]) for layer in layers]
@@ -51,13 +51,13 @@ def spectrum_table(study: Study) -> str:
 
 
 def most_of(values: np.ndarray, share: float = 0.9) -> int:
-    """How many of the singular values hold ``share`` of the sum of squares."""
+    """The number of singular values that make up ``share`` of the sum of squares."""
     sums = np.square(values).cumsum()
     return int(np.searchsorted(sums, share * sums[-1])) + 1 if sums[-1] else 0
 
 
 def similarity_table(study: Study) -> str:
-    """phi at the corners, beside that of random directions."""
+    """phi at the corners of its matrix, compared with that of random directions."""
     names = study.names
     rows = [["phi(i, j)", "layers", "a", "b", "(1, 1)", "(1, b)", "(a, b)", "random (a, b)"]]
     for kind, random in study.random.items():
@@ -89,7 +89,7 @@ def amplification_table(study: Study) -> str | None:
         ])  # fmt: skip
     if len(rows) == 1:
         return None
-    # No mean of the factors: one layer whose directions W hardly has would rule it.
+    # The median, not the mean: one layer whose directions W hardly has would dominate a mean.
     note = "factor: ||dW|| / ||U^T W V^T||, median, least and greatest; the rest are means."
     return f"{plain_table(rows)}\n{note}"
 

@@ -17,7 +17,7 @@ from jlora.adapters.targets import pattern_value
 from jlora.formats.peft_file import CONFIG, read_peft
 from jlora.system.errors import UserError
 
-#: The blocks of a layer that makes query, key and value in one product.
+#: The blocks of a layer that computes query, key and value in one product.
 ATTENTION = ("query", "key", "value")
 
 
@@ -27,9 +27,9 @@ class Update:
 
     Attributes:
         layer: the module's name.
-        block: which part of a fused layer's outputs, None for a layer that is not fused.
+        block: the part of a fused layer's outputs; None for a layer that is not fused.
         A: (r, in) float64. B: (out, r) float64.
-        rows: where the outputs of B are among the ``outputs`` of the layer.
+        rows: the positions of B's outputs among the ``outputs`` of the layer.
     """
 
     layer: str
@@ -47,12 +47,12 @@ class Update:
 
     @property
     def kind(self) -> str:
-        """The key without the number of the layer and what stands before: ``attn.c_attn[query]``"""
+        """The key after the layer's number: ``attn.c_attn[query]``"""
         return re.sub(r"^.*?\.\d+\.", "", self.key)
 
     @property
     def depth(self) -> int:
-        """The number of the layer, from 0; 0 where the name has none."""
+        """The number of the layer, from 0; 0 if the name has none."""
         number = re.search(r"\.(\d+)\.", self.layer)
         return int(number[1]) if number else 0
 
@@ -63,7 +63,7 @@ class AdapterUpdates:
 
     Attributes:
         path: as the user gave it.
-        base_record: what jlora noted of the base model, see `adapters.base_model.check_base`.
+        base_record: jlora's notes about the base model, see `adapters.base_model.check_base`.
     """
 
     path: Path
@@ -77,16 +77,16 @@ def read_updates(
     lora_alpha: float | None = None,
     enable_lora: Sequence[bool] | None = None,
 ) -> AdapterUpdates:
-    """The LoRA matrices of a PEFT folder or of loralib's .pt file; other tensors are passed over.
+    """The LoRA matrices of a PEFT folder or of loralib's .pt file; other tensors are ignored.
 
     Args:
-        path: what to call the adapter.
-        folder: the adapter folder (of a run, see `adapter_file.run_of`) or the .pt file.
-        lora_alpha, enable_lora: of a .pt file, which says neither.
+        path: the adapter's name in messages.
+        folder: the adapter folder (of a run, see `runs.adapter_file.run_of`) or the .pt file.
+        lora_alpha, enable_lora: settings of a .pt file, which does not contain them.
 
     Raises:
-        UserError: files missing or damaged, settings jlora lacks, matrices that do not fit each
-            other or are not finite, a fused layer of a .pt file without ``enable_lora``.
+        UserError: files are missing or damaged, a setting is not supported, matrices do not fit
+            each other or are not finite, or a .pt file with a fused layer needs ``enable_lora``.
     """
     if is_loralib(folder):
         tensors, record = read_loralib(folder), None
@@ -95,6 +95,11 @@ def read_updates(
         files = read_peft(folder)
         tensors = from_peft_keys(files.tensors, str(folder))
         config = LoraConfig.from_dict(files.config, source=str(folder / CONFIG))
+        if not config.lora_variant.is_plain:
+            raise UserError(
+                f"{folder}: variant {config.variant!r} changes the weights by more than B A, and "
+                "nothing else can be analysed"
+            )
         enable_lora, record = files.notes.get("enable_lora"), files.notes.get("base_model")
     names = [name[: -len(".lora_A")] for name in tensors if name.endswith(".lora_A")]
     if not names:
@@ -116,7 +121,7 @@ def read_updates(
 
 
 def check_factors(A: np.ndarray, B: np.ndarray | None, where: str) -> None:
-    """Raises: UserError: no pair of matrices, or one that holds no numbers."""
+    """Raises: UserError: it is not a pair of matrices, or has NaN or infinity."""
     if B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] % max(B.shape[1], 1):
         shape = None if B is None else B.shape
         raise UserError(
@@ -133,7 +138,7 @@ def peft_blocks(
     """(flags of the blocks, B as `MergedLinear` has it); (None, B) for a layer that is not fused.
 
     Args:
-        enable_lora: what the adapter's notes say, believed where the structure of B agrees.
+        enable_lora: from the adapter's notes, used if the structure of B agrees.
     """
     inputs, outputs = A.shape[1], B.shape[0]
     if outputs % inputs or outputs == inputs:
@@ -148,10 +153,10 @@ def peft_blocks(
 def loralib_flags(
     A: np.ndarray, B: np.ndarray, enable_lora: Sequence[bool] | None, where: str
 ) -> list[bool] | None:
-    """Which blocks the matrices of a .pt file belong to; None for a layer that is not fused.
+    """The blocks to which the matrices of a .pt file belong; None for a layer that is not fused.
 
     Raises:
-        UserError: the file alone does not tell.
+        UserError: the file alone does not say.
     """
     enabled = A.shape[0] // B.shape[1]
     if enable_lora is not None and sum(enable_lora) == 1:

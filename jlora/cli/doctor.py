@@ -1,4 +1,4 @@
-"""``jlora doctor``: what this machine has, what it lacks, and the command that mends each."""
+"""``jlora doctor``: what this machine has, what it lacks, and the command that fixes each."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Check:
         name: what was looked for.
         ok: whether it is there and works.
         detail: what was found, or what is wrong.
-        fix: the command or step that mends it; empty when there is nothing to do.
+        fix: the command or step that fixes it; empty when there is nothing to do.
         required: whether the main job (fine-tune, generate, score) needs it.
     """
 
@@ -253,7 +253,7 @@ def main(as_json: bool = False, look: Callable[[], list[Check]] = checks) -> int
         print("jlora is ready to fine-tune, generate and score on this machine.")
     else:
         names = ", ".join(check.name for check in found if check.required and not check.ok)
-        print(f"Not ready: {names}. Each line marked `missing` is followed by what mends it.")
+        print(f"Not ready: {names}. Each line marked `missing` is followed by what fixes it.")
     return 0 if ready else 2
 
 

@@ -79,8 +79,8 @@ class Batch:
         mask: (B, T) float32, 1 where the target counts in the loss.
         lengths: (examples,) int32, real input tokens of each.
         is_stream: whether this is a stream.
-        first_row: tokens of the same batch that other processes have before these, padding
-            included; dropout numbers the tokens from here on.
+        first_row: the number of tokens, with padding, that other processes have of this batch
+            before these; dropout numbers the tokens from here.
     """
 
     input_ids: np.ndarray
@@ -235,7 +235,7 @@ def _cut_prompt(
 
 
 def _encode_after(tokenizer, texts: list[str]) -> list[list[int]]:
-    """`Tokenizer.encode_after`; a tokenizer of someone else's may have `encode_batch` alone."""
+    """`Tokenizer.encode_after`; a user's own tokenizer may only have `encode_batch`."""
     return getattr(tokenizer, "encode_after", tokenizer.encode_batch)(texts)
 
 
@@ -261,7 +261,7 @@ def check_vocabulary(token_examples: Sequence[TokenExample], vocab_size: int) ->
 
 def _separator(separator_id: int | None, tokenizer) -> list[int]:
     if separator_id is None:
-        # A merged model knows with which it was trained.
+        # A merged model has the separator with which it was trained.
         separator_id = getattr(tokenizer, "separator_id", None)
     if separator_id == NO_SEPARATOR:
         return []

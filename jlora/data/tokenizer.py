@@ -54,8 +54,8 @@ class Tokenizer:
         vocab_size: number of ids, including special tokens.
         eos_token_id, bos_token_id: from the model's files, or None.
         pad_token_id: from the files, else the end token, else 0 (padding is always masked).
-        separator_id: token that jlora put between prompt and completion when it trained the model,
-            where that is not the end token; -1 for none (`batches.NO_SEPARATOR`); None: not known.
+        separator_id: the token between prompt and completion with which jlora trained the model, if
+            it is not the end token; -1 for none (`batches.NO_SEPARATOR`); None: unknown.
         chat_template: kept for other programs; jlora itself does not use it.
     """
 
@@ -93,12 +93,12 @@ class Tokenizer:
         ]
 
     def encode_after(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode_batch` for texts that go on after another one: ids as in those of the whole text.
+        """`encode_batch` for texts that continue another one: the ids are those in the whole text.
 
-        A tokenizer of SentencePiece's kind (Llama 2, TinyLlama) puts a space before whatever it
-        encodes, which belongs before the first text alone: " cat" would begin with two. Such a
-        text is encoded behind an anchor, whose ids are then taken off. Byte-level BPE has no such
-        space and encodes texts as they are.
+        A SentencePiece tokenizer (Llama 2, TinyLlama) adds a space before every text that it
+        encodes, which is right for the first text only: " cat" would begin with two spaces.
+        Therefore such a text is encoded after a short anchor text, whose ids are then removed.
+        Byte-level BPE adds no space.
         """
         alone = self.encode_batch(texts)
         if not self._adds_space:
@@ -114,7 +114,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _adds_space(self) -> bool:
-        """Whether a text at the beginning is encoded as if a space stood before it."""
+        """Whether encoding adds a space at the beginning of a text."""
         probes = (" a", "a")
         try:
             alone = self.encode_batch(probes)
@@ -227,7 +227,7 @@ class Tokenizer:
             if index < rows:
                 types[index] = CONTROL if token.special else USER_DEFINED
         if not settings["model"]["merges"] and needs_merges(tokens, types):
-            raise UserError("the tokenizer has words and no merges, which GGUF cannot say")
+            raise UserError("the tokenizer has words and no merges, which GGUF cannot represent")
         merges = [m if isinstance(m, str) else " ".join(m) for m in settings["model"]["merges"]]
         ids = {"bos": self.bos_token_id, "eos": self.eos_token_id, "padding": self.pad_token_id}
         begins = self.backend.encode("a").ids[:1] == [self.bos_token_id]
@@ -261,17 +261,17 @@ class Tokenizer:
 
 
 def needs_merges(tokens: Sequence[str], types: Sequence[int]) -> bool:
-    """Whether there are words of several characters, which only merges make.
+    """Whether there are tokens of several characters, which need merges.
 
-    GGUF has no empty lists: a vocabulary of single bytes comes without any merges.
+    GGUF has no empty lists, so the file of a vocabulary of single bytes has no merges.
     """
     return any(len(token) > 1 and kind == NORMAL for token, kind in zip(tokens, types))
 
 
 def assumed_pre(metadata: dict[str, Any], path: str | Path) -> str:
-    """What `tokenizer.ggml.pre` must have been in a file without it, which is said.
+    """The `tokenizer.ggml.pre` to use for a file without it; prints a warning.
 
-    llama.cpp splits such texts in a way of its own that is no model's, and warns.
+    (llama.cpp also warns, and splits texts in a default way that no model has.)
 
     Raises:
         UserError: models of this architecture differ.

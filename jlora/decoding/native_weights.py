@@ -8,7 +8,8 @@ from jlora.adapters import TunedModel
 from jlora.engine.blocks import BLOCKS, part
 from jlora.engine.parts import is_known
 from jlora.engine.products import LORA, PackedEmbedding, PackedHead
-from jlora.kernels import native, packed_linear
+from jlora.kernels import native
+from jlora.kernels.block import ACTIVATIONS
 from jlora.kernels.decoder import BLOCK, COLUMNS_FIRST, LINEAR, MODEL, NORM, PACKED, ROWS_FIRST
 from jlora.layers.base import Conv1D
 from jlora.models.families import Parts
@@ -68,6 +69,8 @@ class NativeModel:
             self.model["frequencies"] = self._address(body._frequencies)
         else:
             self.model["positions"] = self._address(getattr(body, parts.positions).weight)
+        self.model["activation"] = ACTIVATIONS[parts.activation]
+        self.model["gated"], self._centred = parts.gated, parts.norm == "layer"
         self.model["last"] = self._norm(getattr(body, parts.last_norm))
         sources = getattr(body, parts.blocks)
         self.blocks = np.zeros(len(sources), BLOCK)
@@ -98,6 +101,7 @@ class NativeModel:
             raise _Unsupported("norms with an eps of their own")
         result = np.zeros((), NORM)
         result["weight"] = self._address(module.weight)
+        result["centred"] = self._centred
         if hasattr(module, "bias"):
             result["bias"] = self._address(module.bias)
         return result
@@ -129,6 +133,8 @@ class NativeModel:
         return result
 
     def _read_branch(self, layer, result: np.ndarray) -> None:
+        if not layer.variant.is_plain:
+            raise _Unsupported("a variant of LoRA")
         drop = layer.lora_dropout
         if isinstance(drop, nn.Module) and drop.is_train:
             raise _Unsupported("dropout")
@@ -153,7 +159,7 @@ class NativeModel:
 
 def native_model(model) -> NativeModel | None:
     """The model for the native decoder; None where only the model's own layers can run it."""
-    if jt.flags.use_cuda or native.problem() is not None or not packed_linear.available("bf16"):
+    if jt.flags.use_cuda or native.problem() is not None or not native.has("run_prompts_op"):
         return None
     try:
         return NativeModel(model)

@@ -21,6 +21,7 @@ from jlora.engine.products import (
     PackedOnly,
     TrainedProduct,
 )
+from jlora.formats.names import is_lora_name
 from jlora.kernels import native, packed_linear
 from jlora.models.head import LanguageHead
 from jlora.system import machine
@@ -197,7 +198,8 @@ def _pack(model, precision: str, keep_weights: bool) -> None:
         else:
             module._packed = product
             module.__class__ = PACKED[type(module)]
-        if not keep_weights:
+        # Another variant than plain LoRA may read the weight in its forward pass.
+        if not keep_weights and not (is_lora and not module.variant.is_plain):
             release = _release_head if type(module) is PackedHead else _release
             release(model, product, module)
             del weight
@@ -242,7 +244,7 @@ def _trains_lora_alone(block, trainable: set[int]) -> bool:
     To be known beforehand: while eval() has stopped all gradients, a trained norm looks frozen.
     """
     trained = [name for name, p in block.named_parameters() if id(p) in trainable]
-    return all(name.rpartition(".")[2].startswith("lora_") for name in trained)
+    return all(is_lora_name(name) for name in trained)
 
 
 def _trainable(model) -> set[int]:

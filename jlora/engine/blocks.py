@@ -10,7 +10,7 @@ import numpy as np
 from jlora.engine.parts import PARTS, is_known, learn_modules
 from jlora.engine.products import FrozenProduct, PackedConv1D, PackedLinear, TrainedProduct
 from jlora.kernels import elementwise
-from jlora.kernels.block import BlockPlan, Layer, Shape, run_block
+from jlora.kernels.block import ACTIVATIONS, NORMS, BlockPlan, Layer, Shape, run_block
 from jlora.kernels.packed_linear import Branch
 from jlora.layers import Linear, MergedLinear
 from jlora.models.attention import Stream
@@ -123,7 +123,9 @@ class _FusedBlock:
         if key not in plans:
             attention, eps = part(self, self._parts.attention), part(self, self._parts.norms[0]).eps
             heads = attention.heads, attention.kv_heads, attention.head_dim
-            shape = Shape(*heads, self._parts.gated, eps)
+            positions = "rotary" if self._parts.positions is None else "learned"
+            kinds = self._parts.norm, positions, self._parts.activation, self._parts.gated
+            shape = Shape(*heads, eps, *kinds)
             fits = shape.fits(flat[0].product.packed.k, flat[-1].product.packed.k)
             arrays = [None if p is None else p.numpy() for p in norms]
             joints = [[layer.planned() for layer in joint] for joint in layers]
@@ -149,15 +151,13 @@ def _joined(biases: Sequence[jt.Var | None], layers: Sequence[_Layer]) -> jt.Var
 
 #: Plain block -> the class that a fused one has instead.
 BLOCKS: dict[type, type] = {}
-#: (norm, rotary positions, activation, gated) of the blocks that the operator computes.
-COMPUTED = {("layer", False, "gelu_tanh", False), ("rms", True, "silu", True)}
 
 
 def learn(parts: Parts) -> None:
     """Make the fused class of a family's blocks, where the operator computes them."""
-    computes = (parts.norm, parts.positions is None, parts.activation, parts.gated)
     plain = parts.block
-    if plain in BLOCKS or computes not in COMPUTED:
+    computed = parts.norm in NORMS and parts.activation in ACTIVATIONS
+    if plain in BLOCKS or not computed:
         return
     learn_modules(parts.modules)
     name = f"Fused{plain.__module__.rpartition('.')[2]}{plain.__name__}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from jlora.engine.beam_cache import BeamCache
 from jlora.kernels import attention, elementwise
 from jlora.models import attention as models_attention
 from jlora.models import gpt2, llama
@@ -14,9 +13,6 @@ class FusedAttention(models_attention.CausalAttention):
 
     def execute(self, q, k, v, keys=None):
         return attention.causal_attention(q, k, v, keys)
-
-    def new_cache(self, layers):
-        return BeamCache(layers)
 
 
 class FusedRMSNorm(llama.RMSNorm):

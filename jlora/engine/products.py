@@ -73,7 +73,7 @@ class FrozenProduct:
 
     def branch(self, layer) -> Branch | None:
         """The low-rank branch of a LoRA layer, or None where the layer has more to it."""
-        if type(layer) not in LORA:
+        if type(layer) not in LORA or not layer.variant.is_plain:
             return None
         drop = layer.lora_dropout
         dropped = type(drop) is elementwise.FusedDropout

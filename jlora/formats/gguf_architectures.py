@@ -23,7 +23,7 @@ from jlora.system.errors import UserError
 
 #: The tensor in which GGUF keeps Llama 3's rotary scaling, one divisor a frequency.
 ROPE_FACTORS = "rope_freqs.weight"
-#: jlora's own key: Llama 3's scaling as config.json has it, where it is not Meta's own.
+#: jlora's own key: that scaling as config.json has it, JSON.
 ROPE_SCALING = "jlora.rope_scaling"
 
 

@@ -21,8 +21,8 @@ from jlora.system.text import check_no_pointer
 
 QUANTIZATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
-#: Texts in lists of the metadata; each becomes some objects. 256,000 tokens with their merges make
-#: a million.
+#: Limit of strings in lists of the metadata, each of which becomes several objects. 256,000 tokens
+#: and their merges are about a million.
 MOST_ENTRIES = 2**21
 
 #: Settings under ``<architecture>.`` that change results and are not computed here, with the values
@@ -41,7 +41,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.attn_factor": (1,),
     "use_parallel_residual": (False,),
 }
-#: Settings that are one number for all layers here.
+#: Settings that must be one number for all layers.
 COUNTS = (
     "attention.head_count",
     "attention.head_count_kv",
@@ -55,7 +55,7 @@ COUNTS = (
 
 @dataclass
 class GGUFFile:
-    """What a GGUF file holds, in Hugging Face's terms.
+    """The content of a GGUF file, with Hugging Face's names.
 
     ``tensors``: name -> float32 array; ``config``: as in config.json; ``metadata``: the file's own
     key-value pairs (tokenizer included).
@@ -82,8 +82,8 @@ def read_gguf(
         architectures: those that are known, by their names.
 
     Raises:
-        UserError: no GGUF file, truncated, an unknown architecture or tensor, or a quantization
-            other than F32, F16, BF16, Q8_0, Q4_0, Q4_1.
+        UserError: the file is not GGUF or truncated, or has an unknown architecture or tensor, or a
+            quantization other than F32, F16, BF16, Q8_0, Q4_0, Q4_1.
     """
     path = Path(path)
     reader = open_gguf(path)
@@ -159,9 +159,9 @@ def read_tensors(path: Path, reader: Any, shapes_only: bool = False) -> dict[str
             tensors[tensor.name] = placeholder(shape)
             continue
         try:
-            with np.errstate(all="ignore"):  # NaN and infinity are the file's own
+            with np.errstate(all="ignore"):  # NaN and infinity come from the file
                 array = dequantize(tensor.data, kind).astype(np.float32)
-            # The copy lets go of the mapped file.
+            # A copy, so that the mapped file can be closed.
             tensors[tensor.name] = np.array(array.reshape(shape))
         except Exception as error:
             raise damaged(path, error) from error
@@ -169,10 +169,10 @@ def read_tensors(path: Path, reader: Any, shapes_only: bool = False) -> dict[str
 
 
 def open_gguf(path: Path) -> Any:
-    """The gguf package's reader of a file, which finds fault with what the package overlooks.
+    """The gguf package's reader of a file, with checks that the package lacks.
 
     Raises:
-        UserError: the file cannot be read, or is no GGUF file or a damaged one.
+        UserError: the file cannot be read, is not GGUF, or is damaged.
     """
     from gguf import GGUFReader, GGUFValueType
 
@@ -180,7 +180,7 @@ def open_gguf(path: Path) -> Any:
         entries = 0
 
         def _get(self, offset, dtype, count=1, override_order=None):
-            # The package takes as much as there is, and counts on for ever where nothing is left.
+            # The package reads past the end of the file without an error, and can loop forever.
             end = int(offset) + int(count) * np.dtype(dtype).itemsize
             if end > len(self.data):
                 raise ValueError(f"it ends at byte {len(self.data):,} of {end:,}")
@@ -193,7 +193,7 @@ def open_gguf(path: Path) -> Any:
             kind, count = self._get(start, np.uint32), self._get(start + 4, np.uint64)
             scalar = self.gguf_scalar_to_np.get(int(kind[0]))
             if scalar is not None:
-                # The package makes two objects of every number; this makes one of all.
+                # The package makes two objects for every number; this makes one array of all.
                 values = self._get(start + 12, scalar, count[0])
                 types = [GGUFValueType.ARRAY, GGUFValueType(int(kind[0]))]
                 return 12 + values.nbytes, [kind, count, values], [2], types
@@ -215,13 +215,13 @@ def open_gguf(path: Path) -> Any:
         raise os_error("read", path, error) from error
     except UserError:
         raise
-    except Exception as error:  # the reader indexes into the file without checks of its own
+    except Exception as error:  # the reader indexes into the file without checks
         raise damaged(path, error) from error
     return reader
 
 
 def main_kind(path: Path) -> str:
-    """The type in which a GGUF file holds most of its numbers, such as Q4_1."""
+    """The type of most numbers in a GGUF file, such as Q4_1."""
     sizes: Counter[str] = Counter()
     for tensor in open_gguf(path).tensors:
         sizes[tensor.tensor_type.name] += int(tensor.n_elements)
@@ -229,7 +229,7 @@ def main_kind(path: Path) -> str:
 
 
 def damaged(path: Path, error: BaseException) -> UserError:
-    """The error for a file that the gguf package cannot walk through."""
+    """The error for a file that the gguf package cannot read."""
     return UserError(
         f"{path}: a damaged or incomplete GGUF file ({one_line(error)[:200]}); download it again"
     )
@@ -254,11 +254,11 @@ def rename(path: Path, raw: dict[str, np.ndarray], own: Architecture) -> dict[st
 
 
 def check_metadata(path: Path, architecture: str, metadata: Mapping[str, Any]) -> None:
-    """Refuse settings that would change results and are not computed here.
+    """Refuse settings that change results and are not supported.
 
     Raises:
         UserError: one of `NEUTRAL` has another value, a sliding window is shorter than the context,
-            or a number of `COUNTS` is something else, such as a list with one for each layer.
+            or one of `COUNTS` is not a number, but for example a list with one for each layer.
     """
 
     def get(key: str) -> Any:

@@ -1,4 +1,4 @@
-"""Hugging Face names, shapes and config.json -> a GGUF file: `gguf_file` the other way round.
+"""Hugging Face names, shapes and config.json -> a GGUF file: the inverse of `gguf_file`.
 
 Names, layouts, metadata and the choice of types follow llama.cpp's ``convert_hf_to_gguf.py``.
 """
@@ -93,14 +93,14 @@ def stored_layout(
 
 
 def permute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's row order of q_proj and k_proj, the inverse of `gguf_file.unpermute`."""
+    """Put the rows of q_proj and k_proj in llama.cpp's order; inverse of `gguf_file.unpermute`."""
     half = rows.shape[0] // heads // 2
     halves = rows.reshape(heads, 2, half, *rows.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
 
 
 def kind_of(name: str, array: np.ndarray, kind: str) -> str:
-    """The type in which a tensor is stored where ``kind`` is asked for."""
+    """The type in which a tensor is stored if ``kind`` is requested."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if array.ndim == 1 or name == "position_embd.weight":
@@ -125,7 +125,7 @@ def add_metadata(
 
 
 def add_value(writer: Any, key: str, value: Any) -> None:
-    """One key-value pair of a plain Python value."""
+    """Add one key with a plain Python value."""
     if isinstance(value, list):
         writer.add_array(key, value)
     elif isinstance(value, bool):

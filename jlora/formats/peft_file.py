@@ -1,7 +1,8 @@
 """PEFT adapter folders <-> settings and numpy arrays.
 
-A folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``adapter_model.bin``),
-and ``jlora_adapter.json`` where jlora wrote it, with what PEFT's file has no field for.
+A folder contains ``adapter_config.json`` and ``adapter_model.safetensors`` (or
+``adapter_model.bin``). If jlora wrote it, ``jlora_adapter.json`` has the settings for which PEFT's
+file has no field.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ _OWN_FILES = {CONFIG, SAFETENSORS, NOTES}
 
 @dataclass
 class AdapterFiles:
-    """What a PEFT adapter folder holds.
+    """The content of a PEFT adapter folder.
 
     Attributes:
         config: ``adapter_config.json``.
         tensors: arrays by PEFT's keys (``base_model.model....lora_A.weight``).
-        notes: ``jlora_adapter.json``, empty where there is none.
-        path: the file the tensors came from.
+        notes: ``jlora_adapter.json``; empty if there is none.
+        path: the file of the tensors.
     """
 
     config: dict[str, Any]
@@ -48,7 +49,7 @@ def read_peft(folder: str | Path) -> AdapterFiles:
     """Read a PEFT adapter folder.
 
     Raises:
-        UserError: no such folder, a file missing, damaged or not of its kind.
+        UserError: there is no such folder, or a file is missing, damaged or of another kind.
     """
     folder = Path(folder)
     check_peft(folder)
@@ -82,9 +83,9 @@ def write_peft(
     tensors: Mapping[str, np.ndarray],
     notes: Mapping[str, Any],
 ) -> None:
-    """Write a PEFT adapter folder, all of it or nothing.
+    """Write a PEFT adapter folder, completely or not at all.
 
-    A folder that holds other files keeps them; its adapter files are then replaced one by one.
+    If the folder contains other files they are kept, and the adapter files are replaced one by one.
 
     Raises:
         UserError: the folder cannot be written.

@@ -1,7 +1,7 @@
-"""Float32 weights in narrower types, and what that costs an adapter, measured.
+"""Rounding float32 weights to narrower types, and measuring how much of an adapter that loses.
 
-The roundings are those of the gguf package (llama.cpp's own): to the nearest, ties to even, for F16
-and BF16; blocks of 32 with a scale for the Q kinds.
+Rounding is done as by the gguf package (llama.cpp's own): to nearest, ties to even, for F16 and
+BF16; blocks of 32 with a scale for the Q kinds.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from jlora.system.errors import UserError
 
 
 def narrow(name: str, array: np.ndarray, kind: str) -> np.ndarray:
-    """A float32 array as ``kind`` ("F32", "F16", "BF16", "Q8_0", ...) stores it.
+    """A float32 array converted to ``kind`` ("F32", "F16", "BF16", "Q8_0", ...).
 
     Args:
-        name: what to call the array in an error.
+        name: the array's name in error messages.
 
     Returns:
         float32 or float16 of the same shape; for other kinds the bytes, uint8 (..., bytes a row).
@@ -40,7 +40,7 @@ def narrow(name: str, array: np.ndarray, kind: str) -> np.ndarray:
 
 
 def widen(stored: np.ndarray, kind: str) -> np.ndarray:
-    """What `narrow` stored, as float32 of the array's own shape."""
+    """The inverse of `narrow`: float32 in the array's own shape."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -54,13 +54,13 @@ def norm(array: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class PrecisionLoss:
-    """How much of an adapter's change the rounding of the merged weights may cost.
+    """How much of an adapter's change may be lost by rounding the merged weights.
 
     With base weights W, merged weights W' (float32) and their rounded form R(W'), the loss is
-    ``rms(R(W') - W') / rms(W' - W)``: 0 for float32, 1 where the rounding error is as large as the
-    change itself. Both rms are taken over the weights that the adapter changes and no others.
-    It is a bound rather than a forecast: rounding noise is spread over all weights alike, and
-    rounding the base alone would bring about as much of it.
+    ``rms(R(W') - W') / rms(W' - W)``: 0 for float32, 1 if the rounding error is as large as the
+    change itself. Both rms are taken over the weights that the adapter changes.
+    It is a bound, not a prediction: the rounding error is spread evenly over all weights, and
+    rounding the base weights alone gives about the same error.
 
     Attributes:
         kind: the narrower type.
@@ -78,7 +78,7 @@ class PrecisionLoss:
             return (
                 f"{self.kind} rounds the changed weights by {self.overall:.1f} times the adapter's "
                 f"change (rms; worst {self.worst:.1f} times, in {self.tensor}): take a wider type, "
-                "or keep the adapter beside its base"
+                "or keep the adapter separate from its base model"
             )
         return (
             f"{self.kind} keeps {kept(self.overall)} of the adapter's change (the rounding error "
@@ -91,7 +91,7 @@ def kept(loss: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Enough digits to tell 99.99 % from all of it."""
+    """A percentage with enough digits to distinguish 99.99 % from 100 %."""
     return f"{100 * share:.3g} %" if share < 0.1 else f"{100 * share:.2f} %"
 
 
@@ -101,7 +101,7 @@ def precision_loss(
     """The `PrecisionLoss` from the norms of each tensor's rounding error and of its change.
 
     Returns:
-        None where nothing is changed, as by an adapter that was never trained.
+        None if nothing is changed, for example by an untrained adapter.
     """
     shares = {name: errors[name] / change for name, change in changes.items() if change > 0}
     if not shares:

@@ -55,9 +55,9 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
                 handle.seek(start + first)
                 try:
                     tensors[name] = to_array(path, name, entry, handle.read(last - first))
-                except ValueError as error:  # nothing in it, but other dimensions beyond NumPy's
+                except ValueError as error:  # one dimension is 0, others exceed NumPy's
                     raise UserError(
-                        f"{path}: tensor {name} of shape {entry['shape']} cannot be: {error}"
+                        f"{path}: tensor {name} has the impossible shape {entry['shape']}: {error}"
                     ) from error
     except OSError as error:
         raise os_error("read", path, error) from error
@@ -65,7 +65,7 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def read_shapes(path: str | Path) -> dict[str, np.ndarray]:
-    """What `read_safetensors` gives, as `placeholder` arrays: only the header is read.
+    """The tensors of `read_safetensors` as `placeholder` arrays; only the header is read.
 
     Raises:
         UserError: as `read_safetensors`.
@@ -77,7 +77,7 @@ def read_shapes(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def placeholder(shape: Sequence[int], dtype: str | type = np.float32) -> np.ndarray:
-    """An array of zeros that takes no memory: for whoever wants names and shapes alone."""
+    """An array of zeros that needs no memory, where only names and shapes are used."""
     return np.broadcast_to(np.zeros((), dtype), tuple(map(int, shape)))
 
 
@@ -90,8 +90,8 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def read_header(path: Path) -> tuple[dict, int]:
     """Return the header of a checked file and the offset of its data.
 
-    The safetensors package does the checking (sizes, offsets, overlaps, truncation), because it
-    is the format's definition; its numpy reader alone cannot give bfloat16.
+    The safetensors package, which defines the format, checks sizes, offsets, overlaps and
+    truncation. It is not used for reading because its numpy reader does not support bfloat16.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -138,7 +138,7 @@ def read_sharded(
     """Read the files that an index (``model.safetensors.index.json``) names, each with ``read``.
 
     Raises:
-        UserError: the index is malformed, a file is missing, or a tensor is not where it says.
+        UserError: the index is malformed, or a file or tensor that it names is missing.
     """
     index = Path(index)
     weight_map = read_index(index)
@@ -150,7 +150,7 @@ def read_sharded(
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """The tensor-to-file map of an ``*.index.json``, with every file present."""
+    """The tensor-to-file map of an ``*.index.json``; checks that every file exists."""
     try:
         weight_map = json.loads(read_text(index))["weight_map"]
         files = sorted(set(weight_map.values()))
@@ -171,7 +171,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def check_shards(index: Path, weight_map: Mapping[str, str], tensors: Mapping) -> None:
-    """Every tensor that the index promises must have been in the files."""
+    """Check that the files contained every tensor of the index."""
     lost = [name for name in weight_map if name not in tensors]
     if lost:
         raise UserError(
@@ -196,11 +196,11 @@ def write_safetensors(
         try:
             save_file(arrays, str(temporary), metadata=dict(metadata or {"format": "np"}))
         except SafetensorError as error:
-            # The package wraps a full disk or a missing permission in its own exception.
+            # The package raises its own exception for a full disk or a missing permission.
             raise UserError(
                 f"cannot write {path}: {one_line(error)}; free some space or choose another folder"
             ) from error
-        # The package makes files that only their owner may read, whatever the umask.
+        # The package creates files that only their owner can read, regardless of the umask.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -211,8 +211,8 @@ def write_bfloat16(
 ) -> None:
     """Write float32 arrays as a safetensors file of dtype BF16, atomically.
 
-    The package's numpy side has no bfloat16, so the file is laid out here: the header's length,
-    the header (JSON, padded to 8 bytes), the data.
+    The package's numpy functions do not support bfloat16, so the file is written here: the length
+    of the header, the header (JSON, padded to 8 bytes), the data.
 
     Raises:
         UserError: the file cannot be written.

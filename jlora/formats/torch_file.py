@@ -1,9 +1,8 @@
 """PyTorch's .bin and .pt files -> numpy arrays, without PyTorch and without running anything.
 
-Such a file is a pickle, a program that may call any function. `TensorUnpickler` knows the few
-names that saved tensors need and refuses every other one. Both layouts are read: the zip archive
-(torch 1.6 and later) and the older stream of pickles that starts with a magic number, in which
-GPT-2's original checkpoints are kept.
+Such a file is a pickle, a program that may call any function. `TensorUnpickler` allows only the few
+names that saved tensors need. Both layouts are read: the zip archive (torch 1.6 and later) and the
+older stream of pickles that starts with a magic number, which GPT-2's original checkpoints have.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from jlora.system.text import check_no_pointer
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
-#: Storage class -> dtype of its bytes; bfloat16 is read as its bits and widened to float32.
+#: Storage class -> dtype of its bytes; bfloat16 is read as bit patterns and converted to float32.
 STORAGES = {
     "DoubleStorage": "f8",
     "FloatStorage": "f4",
@@ -60,12 +59,12 @@ DTYPE_NAMES = (
     "uint8",
     "bool",
 )
-#: Under these keys training programs keep the weights beside optimizer states and the like.
+#: Keys under which training programs store the weights, besides optimizer states and the like.
 NESTED_KEYS = ("model_state_dict", "state_dict")
 
 
 class Sealed:
-    """A pickle may set the attributes of what it has made; not of these."""
+    """A pickle can set the attributes of objects that it creates, but not of these."""
 
     def __setstate__(self, state: Any) -> None:
         raise ValueError("it changes what it has made")
@@ -80,7 +79,7 @@ class StorageType(Sealed):
 
 @dataclass
 class Storage(Sealed):
-    """A flat array; ``values`` comes after the pickle that mentions it (legacy layout)."""
+    """A flat array; in the older layout ``values`` follow the pickle that refers to it."""
 
     kind: str
     count: int
@@ -89,7 +88,7 @@ class Storage(Sealed):
 
 @dataclass(frozen=True)
 class LazyTensor(Sealed):
-    """A strided view of a storage, checked and made into an array once the data is there."""
+    """A strided view of a storage; becomes an array, after checks, when the data has been read."""
 
     storage: Storage
     offset: int
@@ -114,7 +113,8 @@ class LazyTensor(Sealed):
         elements = 1
         for n in self.shape:
             elements *= n
-        # Views may repeat elements (stride 0), but a saved parameter never outgrows its storage.
+        # Views may repeat elements (stride 0), but a saved parameter is never larger than its
+        # storage.
         if last >= len(values) or elements > len(values):
             raise ValueError(
                 f"shape {self.shape} at offset {self.offset} reaches past its storage of "
@@ -142,7 +142,7 @@ def shape_tuple(values=()) -> tuple:
     return tuple(values)
 
 
-#: Every callable that a file may ask for.
+#: The callables that a file may use.
 ALLOWED = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch._utils", "_rebuild_tensor"): rebuild_tensor,
@@ -164,7 +164,7 @@ class TensorUnpickler(pickle.Unpickler):
             return OrderedDict
         if (module, name) in ALLOWED:
             function = ALLOWED[module, name]
-            # One of its own for each file, which may set the attributes of a function.
+            # Each file gets functions of its own, because a pickle can set a function's attributes.
             return lambda *arguments: function(*arguments)
         if module in ("torch", "torch.cuda") and name in STORAGES:
             return StorageType(name)
@@ -178,7 +178,7 @@ class TensorUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, storage_type, key, _location, count = pid[:5]
-        # What is no text is not shown either: its repr may be longer than any memory.
+        # Only text is shown: the repr of another value may be larger than memory.
         if kind != "storage" or not isinstance(storage_type, StorageType):
             raise ValueError("an unknown reference")
         if not isinstance(key, (str, int)):
@@ -189,7 +189,7 @@ class TensorUnpickler(pickle.Unpickler):
 
 
 class BoundedFile:
-    """A file of which no read asks for more than there is, whatever a length in it says."""
+    """A file whose reads are limited to its size, whatever lengths it contains."""
 
     def __init__(self, handle: BinaryIO):
         self.handle = handle
@@ -209,8 +209,8 @@ class BoundedFile:
     def load(self, path: Path, find_storage) -> Any:
         """Unpickle the next value.
 
-        Python's unpickler makes room for what a file says is to come, and a table as long as the
-        largest number under which a value is kept; so the file is gone through before.
+        Python's unpickler allocates the lengths that a file announces, and a table as long as the
+        largest memo number; therefore the file is scanned for such numbers first.
         """
         start = self.handle.tell()
         for opcode, argument, position in pickletools.genops(self):
@@ -223,14 +223,14 @@ class BoundedFile:
 def read_torch(path: str | Path, shapes_only: bool = False) -> dict[str, np.ndarray]:
     """Read the state dict of a .bin or .pt file; bfloat16 becomes float32.
 
-    ``{"model_state_dict": {...}}`` and ``{"state_dict": {...}}`` are looked into.
+    The state dict may also be under ``model_state_dict`` or ``state_dict``.
 
     Args:
         shapes_only: read no data; the arrays are `placeholder`.
 
     Raises:
-        UserError: missing, truncated or damaged file; one that asks for anything but tensors
-            (named); no tensors inside.
+        UserError: the file is missing, truncated or damaged, has no tensors, or needs anything but
+            tensors (which is named).
     """
     path = Path(path)
     try:
@@ -272,7 +272,7 @@ def read_zip(handle: BinaryIO, path: Path, shapes_only: bool) -> Any:
                 "torch.save(state_dict)"
             )
         root = pickles[0][: -len("data.pkl")]
-        # torch packs nothing. Packed, or several on the same bytes, they could be any size.
+        # torch does not compress. Compressed or overlapping entries could be of any size.
         size = handle.seek(0, os.SEEK_END)
         members = archive.infolist()
         if sum(max(m.file_size, m.compress_size) for m in members) > size:
@@ -365,7 +365,7 @@ def to_arrays(tree: Any, path: Path, size: int, shapes_only: bool = False) -> di
             array = tensor.numpy()
         except ValueError as error:
             raise UserError(f"{path}: tensor {name} is damaged: {error}") from error
-        # Tied weights share a storage; thousands of views of one would fill any memory.
+        # Tied weights share a storage; thousands of views of one would fill the memory.
         total += array.nbytes
         if total > 4 * size:
             raise ValueError(f"its tensors share storages and take over {total:,} bytes")

@@ -1,8 +1,8 @@
 """Numpy arrays -> a .pt file that ``torch.load(path, weights_only=True)`` reads; no PyTorch here.
 
-The layout is torch.save's zip archive: a pickle that says how each tensor is made of a storage,
-and the storages as raw bytes. Python's pickler cannot name classes of a package that is not
-installed, so the few operations are put together here.
+The layout is torch.save's zip archive: a pickle that describes each tensor as a view of a storage,
+and the storages as raw bytes. Python's pickler cannot refer to classes of a package that is not
+installed, so the few pickle operations are written directly.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def write_torch(
     """Write a state dict of float32 tensors, atomically.
 
     Args:
-        nested: put it into a dict under this key, such as ``"model_state_dict"``.
+        nested: store it in a dict under this key, such as ``"model_state_dict"``.
 
     Raises:
         UserError: the file cannot be written.
@@ -56,5 +56,5 @@ def tensor(number: int, array: np.ndarray) -> bytes:
 
 
 def plain(value: Any) -> bytes:
-    """The operations that make a string, a number or a tuple of numbers."""
-    return pickle.dumps(value, 2)[2:-1]  # between the protocol's number and the final stop
+    """The pickle operations for a string, a number or a tuple of numbers."""
+    return pickle.dumps(value, 2)[2:-1]  # between the protocol number and the final stop

@@ -1,1 +1,1 @@
-"""C++ operators compiled by Jittor's own JIT; the plain modules in ``jlora.models`` define them."""
+"""C++ operators, compiled into one library at first use; the plain modules define what is right."""

@@ -7,6 +7,7 @@
 #pragma once
 #include <algorithm>
 #include <vector>
+#include "activation.h"
 #include "elementwise.h"
 #include "lora.h"
 #include "norm.h"
@@ -34,7 +35,9 @@ struct JointSpec {  // linear layers that read the same rows
 constexpr int64_t joints = 4;
 struct BlockSpec {
     int64_t width, heads, key_heads, head_size, inner;
-    int64_t gated;          // Llama's RMSNorm, rotary embedding and SwiGLU; else LayerNorm and GELU
+    int64_t rotary;         // whether queries and keys are turned by their positions
+    int64_t activation;     // see activation.h
+    int64_t gated;          // whether that of the first half of `up` multiplies the second
     double eps;
     Norm norm1, norm2;
     JointSpec qkv, out, up, down;
@@ -189,7 +192,7 @@ public:
         up.forward(normed, saved.low_up, [&](int64_t m, int64_t n, F16 left, F16 right) {
             const bool gate = s.gated && n < s.inner;
             store32(gate ? saved.gate.at(m, n) : saved.up.at(m, s.gated ? n - s.inner : n), left, right);
-            if (!s.gated) store32(active.at(m, n), gelu16(left), gelu16(right));
+            if (!s.gated) store32(active.at(m, n), activation16(s.activation, left), activation16(s.activation, right));
         });
         if (s.gated) activate(saved, active);
         down.forward(active, saved.low_down, [&](int64_t m, int64_t n, F16 left, F16 right) {
@@ -212,14 +215,15 @@ public:
         down.backward(dres, [&](int64_t m, int64_t k, F16 left, F16 right) {
             const uint16_t* u = saved.up.at(m, k);
             if (!s.gated) {
-                store32(dup.at(m, k), left * gelu_slope16(load16(u)), right * gelu_slope16(load16(u + 16)));
+                store32(dup.at(m, k), left * activation_slope16(s.activation, load16(u)),
+                    right * activation_slope16(s.activation, load16(u + 16)));
                 return;
             }
             const uint16_t* g = saved.gate.at(m, k);
-            const F16 g0 = load16(g), g1 = load16(g + 16), s0 = sigmoid16(g0), s1 = sigmoid16(g1);
-            store32(dup.at(m, s.inner + k), left * g0 * s0, right * g1 * s1);
-            store32(dup.at(m, k), left * load16(u) * (s0 + g0 * s0 * (1.0f - s0)),
-                right * load16(u + 16) * (s1 + g1 * s1 * (1.0f - s1)));
+            const F16 g0 = load16(g), g1 = load16(g + 16);
+            store32(dup.at(m, s.inner + k), left * activation16(s.activation, g0), right * activation16(s.activation, g1));
+            store32(dup.at(m, k), left * load16(u) * activation_slope16(s.activation, g0),
+                right * load16(u + 16) * activation_slope16(s.activation, g1));
         });
         const Rows normed = rows_in(for_rows, M, C);
         if (up.reads()) normalise(saved.mid, c.norm2, normed);
@@ -282,16 +286,7 @@ private:
                 const float *row = x + m * C, *g = dy + m * C;
                 const NormRow of(norm, (float)s.eps, row, C);
                 part.take(row, g, of.mean, of.r);
-                if (!dx) continue;
-                float sum = 0, along = 0;
-                for (int64_t j = 0; j < C; j++) {
-                    const float w = g[j] * norm.weight[j];
-                    sum += w;
-                    along += w * (row[j] - of.mean);
-                }
-                const float c0 = norm.bias ? sum / C : 0.0f, c1 = along * of.r * of.r / C;
-                for (int64_t j = 0; j < C; j++)
-                    dx[m * C + j] = past[m * C + j] + of.r * (g[j] * norm.weight[j] - c0 - (row[j] - of.mean) * c1);
+                if (dx) norm_row_back(norm, row, of.mean, of.r, g, past + m * C, dx + m * C, C);
             }
             gradient.join(part);
         }
@@ -300,14 +295,9 @@ private:
         #pragma omp parallel for schedule(static)
         for (int64_t m = 0; m < M; m++)
             for (int64_t k = 0; k < s.inner; k += 32) {
-                const uint16_t* u = saved.up.at(m, k);
-                F16 left = load16(u), right = load16(u + 16);
-                if (s.gated) {
-                    const F16 g0 = load16(saved.gate.at(m, k)), g1 = load16(saved.gate.at(m, k) + 16);
-                    left *= g0 * sigmoid16(g0), right *= g1 * sigmoid16(g1);
-                } else {
-                    left = gelu16(left), right = gelu16(right);
-                }
+                const uint16_t* x = (s.gated ? saved.gate : saved.up).at(m, k);
+                F16 left = activation16(s.activation, load16(x)), right = activation16(s.activation, load16(x + 16));
+                if (s.gated) left *= load16(saved.up.at(m, k)), right *= load16(saved.up.at(m, k) + 16);
                 store32(active.at(m, k), left, right);
             }
     }

@@ -14,6 +14,9 @@ from jlora.kernels.packed_linear import Branch, PackedWeight, TrainedWeight
 from jlora.system.runtime import jt
 
 ROWS = 256
+NORMS = ("rms", "layer")
+#: Numbers in activation.h.
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,26 @@ class Layer:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a block's weights do not say. ``gated``: Llama's norm, rotary embedding and SwiGLU."""
+    """What a block's weights do not say.
+
+    Attributes:
+        heads, key_heads, head_size: of attention.
+        eps: of both norms.
+        norm: one of `NORMS`.
+        positions: "rotary", where queries and keys are turned, or "learned", where the embedding
+            has them.
+        activation: a key of `ACTIVATIONS`.
+        gated: whether the activation of one layer multiplies another's result.
+    """
 
     heads: int
     key_heads: int
     head_size: int
-    gated: bool
     eps: float
+    norm: str
+    positions: str
+    activation: str
+    gated: bool
 
     def fits(self, width: int, inner: int) -> bool:
         """Whether the operator can do it: rows are handled 32 numbers at a time."""
@@ -53,7 +69,7 @@ class BlockPlan:
         """Describe a block.
 
         Args:
-            norms: weight and bias of the first norm and of the second, biases None where gated.
+            norms: weight and bias of the first norm and of the second; biases None: there are none.
             joints: the layers that read the same rows: query-key-value, output, up, down.
             given: whether norms and biases come with each call instead of being those here.
         """
@@ -61,14 +77,15 @@ class BlockPlan:
         self.width = joints[0][0].weight.k
         self.branches = sum(layer.branch is not None for joint in joints for layer in joint)
         first, first_bias, second, second_bias = map(_pointer, norms)
+        centred = shape.norm == "layer"
         self.spec = structs.BlockSpec(
             self.width, shape.heads, shape.key_heads, shape.head_size, joints[2][0].weight.n,
-            shape.gated, shape.eps, (first, first_bias), (second, second_bias),
+            shape.positions == "rotary", ACTIVATIONS[shape.activation], shape.gated, shape.eps,
+            (first, first_bias, centred), (second, second_bias, centred),
             *(self._joint(joint) for joint in joints), given,
         )  # fmt: skip
         self.trained = [x.weight for j in joints for x in j if isinstance(x.weight, TrainedWeight)]
         self.address = ctypes.addressof(self.spec)
-        self.gated = shape.gated
 
     def _joint(self, layers: Sequence[Layer]) -> structs.JointSpec:
         joint = structs.JointSpec(count=len(layers))
@@ -148,7 +165,8 @@ def run_block(
     Args:
         x: (..., width) float32, the sequences one after the other.
         starts: (n + 1,) int32, first row of each sequence, and the number of rows.
-        rotation: cosine and sine, (rows, head_size / 2) each, where the plan is gated; else empty.
+        rotation: cosine and sine, (rows, head_size / 2) each, where they turn by
+            positions; else empty.
         adapters: A and B of each branch, in the order of the layers.
         keep: False recomputes the forward pass in the backward pass instead of keeping it.
         seed: of dropout, see `elementwise.dropout_seed`.

@@ -12,15 +12,16 @@ struct Block {
     Norm before_attention, before_mlp;
     Linear qkv[3], out, in[2], down;  // one Linear for query, key and value together, or three
     int64_t qkv_count() const { return qkv[1].kind ? 3 : 1; }
-    int64_t in_count() const { return in[1].kind ? 2 : 1; }  // 2: SwiGLU, 1: GELU
 };
 struct Model {
     int64_t layers, C, H, G, D, inner;
     double eps;
     const float* tokens;           // (V, C), or null where they are kept packed alone
     const Weight* packed_tokens;
-    const float *positions, *frequencies;  // learned, (any, C), or rotary, (D / 2,)
+    const float *positions, *frequencies;  // learned, (any, C), and rotary, (D / 2,); null: none
     Norm last;
+    int64_t activation;            // see activation.h
+    int64_t gated;                 // whether that of the first of two layers multiplies the second
 };
 constexpr int64_t row_block = 16;  // rows are made up to whole blocks: fewer kinds of products
 
@@ -68,13 +69,9 @@ inline void place_heads(const Model& m, const Tokens& tokens, int64_t layer, con
     for (int64_t i = 0; i < tokens.count; i++) {
         const float *row = qkv + i * (wide + 2 * width), *c = turns + i * m.D, *s = c + half;
         auto turn = [&](const float* x, int64_t heads, float* y) {
-            if (m.positions) std::copy_n(x, heads * m.D, y);
-            else for (int64_t h = 0; h < heads; h++)
-                for (int64_t j = 0; j < half; j++) {
-                    const float a = x[h * m.D + j], b = x[h * m.D + half + j];
-                    y[h * m.D + j] = a * c[j] - b * s[j];
-                    y[h * m.D + half + j] = b * c[j] + a * s[j];
-                }
+            std::copy_n(x, heads * m.D, y);
+            for (int64_t h = 0; m.frequencies && h < heads; h++)
+                for (int64_t j = 0; j < half; j++) rotate_pair(y[h * m.D + j], y[h * m.D + half + j], c[j], s[j]);
         };
         turn(row, m.H, q + i * wide);
         turn(row + wide, m.G, tokens.places[i].at(layer, 0, width));
@@ -97,7 +94,7 @@ inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens
         store_some(x + m * C + n, l + left, r + right, count);
     };
     embed(m, tokens, R, x);
-    if (!m.positions) angles(m, tokens, turns);
+    if (m.frequencies) angles(m, tokens, turns);
     for (int64_t layer = 0; layer < m.layers; layer++) {
         const Block& b = blocks[layer];
         const Input normed = for_normed.of(R, C, b.qkv, b.qkv_count());
@@ -115,10 +112,10 @@ inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens
             });
         apply(&b.out, 1, out, add_to_x);
 
-        const int64_t parts = b.in_count();
+        const int64_t parts = m.gated ? 2 : 1;
         const Input again = for_normed.of(R, C, b.in, parts), active = for_active.of(R, m.inner, &b.down, 1);
         normalise(b.before_mlp, m.eps, x, C, again);
-        if (parts == 1 || !swiglu(b.in, again, active)) {
+        if (!m.gated || !gate_in_registers(m.activation, b.in, again, active)) {
             apply(b.in, parts, again, [&](int64_t row, int64_t n, F16 left, F16 right, int64_t count) {
                 store_some(inner + row * parts * m.inner + n, left, right, count);
             });
@@ -127,13 +124,11 @@ inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens
                 active.put_row(i, [&](int64_t k, int64_t n, F16& left, F16& right) {
                     const float* g = inner + i * parts * m.inner + k;
                     load_some(g, left, right, n);
-                    if (parts == 1) {
-                        left = gelu16(left), right = gelu16(right);
-                        return;
-                    }
+                    left = activation16(m.activation, left), right = activation16(m.activation, right);
+                    if (!m.gated) return;
                     F16 l, r;
                     load_some(g + m.inner, l, r, n);
-                    left *= sigmoid16(left) * l, right *= sigmoid16(right) * r;
+                    left *= l, right *= r;
                 });
         }
         apply(&b.down, 1, active, add_to_x);

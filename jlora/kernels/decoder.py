@@ -12,6 +12,8 @@ from jlora.kernels.topk import rectangle
 PACKED, ROWS_FIRST, COLUMNS_FIRST = 1, 2, 3
 
 LINEAR, NORM = np.dtype(structs.Linear), np.dtype(structs.Norm)
+# MODEL: "positions" and "frequencies" are learned and rotary positions, 0 where there are none;
+# "activation" is one of block.ACTIVATIONS, "gated" whether blocks have two layers "in".
 BLOCK, MODEL = np.dtype(structs.Block), np.dtype(structs.Model)
 
 

@@ -1,54 +1,29 @@
 // Norms, activations and rotary embedding over rows of floats.
 #pragma once
+#include <algorithm>
+#include "activation.h"
 #include "lanes.h"
 #include "norm.h"
 #include "vector_math.h"
 
 namespace jlora {
-inline void rms_forward(const float* x, const float* w, float* y, float* rstd, int64_t rows, int64_t n, float eps) {
+// x (rows, n) -> y, and of each row the mean, unless it is null, and 1 / standard deviation.
+inline void norm_forward(const Norm& norm, const float* x, float* y, float* mean, float* rstd, int64_t rows, int64_t n, float eps) {
     #pragma omp parallel for
     for (int64_t i = 0; i < rows; i++) {
-        const float* a = x + i * n;
-        float sum = 0;
-        for (int64_t j = 0; j < n; j++) sum += a[j] * a[j];
-        const float r = rstd[i] = 1.0f / std::sqrt(sum / n + eps);
-        for (int64_t j = 0; j < n; j++) y[i * n + j] = a[j] * r * w[j];
-    }
-}
-// dw null: not wanted; likewise below.
-inline void rms_backward(const float* x, const float* w, const float* rstd, const float* dy, float* dx, float* dw,
-        int64_t rows, int64_t n) {
-    const NormGradient gradient(dw, nullptr, n);
-    #pragma omp parallel
-    {
-        NormGradient::Part part(gradient);
-        #pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows; i++) {
-            const float *a = x + i * n, *g = dy + i * n;
-            const float r = rstd[i];
-            part.take(a, g, 0.0f, r);
-            float sum = 0;
-            for (int64_t j = 0; j < n; j++) sum += g[j] * w[j] * a[j];
-            const float c = sum * r * r / n;
-            for (int64_t j = 0; j < n; j++) dx[i * n + j] = r * (g[j] * w[j] - a[j] * c);
+        const NormRow row(norm, eps, x + i * n, n);
+        rstd[i] = row.r;
+        if (mean) mean[i] = row.mean;
+        for (int64_t k = 0; k < n; k += 32) {
+            const int64_t count = std::min<int64_t>(32, n - k);
+            F16 left, right;
+            row(k, count, left, right);
+            store_some(y + i * n + k, left, right, count);
         }
-        gradient.join(part);
     }
 }
-inline void layer_forward(const float* x, const float* w, const float* b, float* y, float* mean, float* rstd,
-        int64_t rows, int64_t n, float eps) {
-    #pragma omp parallel for
-    for (int64_t i = 0; i < rows; i++) {
-        const float* a = x + i * n;
-        float sum = 0, square = 0;
-        for (int64_t j = 0; j < n; j++) sum += a[j];
-        const float m = mean[i] = sum / n;
-        for (int64_t j = 0; j < n; j++) square += (a[j] - m) * (a[j] - m);
-        const float r = rstd[i] = 1.0f / std::sqrt(square / n + eps);
-        for (int64_t j = 0; j < n; j++) y[i * n + j] = (a[j] - m) * r * w[j] + b[j];
-    }
-}
-inline void layer_backward(const float* x, const float* w, const float* mean, const float* rstd, const float* dy,
+// mean null: all 0. dw, db null: not wanted.
+inline void norm_backward(const Norm& norm, const float* x, const float* mean, const float* rstd, const float* dy,
         float* dx, float* dw, float* db, int64_t rows, int64_t n) {
     const NormGradient gradient(dw, db, n);
     #pragma omp parallel
@@ -56,50 +31,47 @@ inline void layer_backward(const float* x, const float* w, const float* mean, co
         NormGradient::Part part(gradient);
         #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows; i++) {
-            const float *a = x + i * n, *g = dy + i * n;
-            const float m = mean[i], r = rstd[i];
-            part.take(a, g, m, r);
-            float sum = 0, along = 0;
-            for (int64_t j = 0; j < n; j++) {
-                sum += g[j] * w[j];
-                along += g[j] * w[j] * (a[j] - m);
-            }
-            const float c0 = sum / n, c1 = along * r * r / n;
-            for (int64_t j = 0; j < n; j++) dx[i * n + j] = r * (g[j] * w[j] - c0 - (a[j] - m) * c1);
+            const float m = mean ? mean[i] : 0.0f;
+            part.take(x + i * n, dy + i * n, m, rstd[i]);
+            norm_row_back(norm, x + i * n, m, rstd[i], dy + i * n, nullptr, dx + i * n, n);
         }
         gradient.join(part);
     }
 }
-inline void swiglu_forward(const float* gate, const float* up, float* y, int64_t n) {
+// work(i, count): numbers i to i + count of n, 32 of them but at the end
+template <typename Work>
+inline void each_32(int64_t n, Work work) {
     #pragma omp parallel for
-    for (int64_t i = 0; i < n; i++) y[i] = gate[i] * sigmoid(gate[i]) * up[i];
+    for (int64_t i = 0; i < n; i += 32) work(i, std::min<int64_t>(32, n - i));
 }
-inline void swiglu_backward(const float* gate, const float* up, const float* dy, float* dgate, float* dup, int64_t n) {
-    #pragma omp parallel for
-    for (int64_t i = 0; i < n; i++) {
-        const float s = sigmoid(gate[i]), silu = gate[i] * s;
-        dgate[i] = dy[i] * up[i] * (s + silu * (1.0f - s));
-        dup[i] = dy[i] * silu;
-    }
+inline void gated_forward(int64_t kind, const float* gate, const float* up, float* y, int64_t n) {
+    each_32(n, [&](int64_t i, int64_t count) {
+        F16 g0, g1, u0, u1;
+        load_some(gate + i, g0, g1, count), load_some(up + i, u0, u1, count);
+        store_some(y + i, activation16(kind, g0) * u0, activation16(kind, g1) * u1, count);
+    });
 }
-// tanh form of GELU; u = sqrt(2 / pi) * (x + 0.044715 x^3), and 0.5 (1 + tanh u) = sigmoid(2u)
-inline float gelu(float x) {
-    const float u = 0.7978845608f * (x + 0.044715f * x * x * x);
-    return x * sigmoid(2.0f * u);
+inline void gated_backward(int64_t kind, const float* gate, const float* up, const float* dy, float* dgate, float* dup, int64_t n) {
+    each_32(n, [&](int64_t i, int64_t count) {
+        F16 g0, g1, u0, u1, d0, d1;
+        load_some(gate + i, g0, g1, count), load_some(up + i, u0, u1, count), load_some(dy + i, d0, d1, count);
+        store_some(dgate + i, d0 * u0 * activation_slope16(kind, g0), d1 * u1 * activation_slope16(kind, g1), count);
+        store_some(dup + i, d0 * activation16(kind, g0), d1 * activation16(kind, g1), count);
+    });
 }
-inline float gelu_slope(float x) {
-    const float u = 0.7978845608f * (x + 0.044715f * x * x * x);
-    const float du = 0.7978845608f * (1.0f + 3 * 0.044715f * x * x);
-    const float s = sigmoid(2.0f * u);
-    return s + x * 2.0f * s * (1.0f - s) * du;
+inline void activation_forward(int64_t kind, const float* x, float* y, int64_t n) {
+    each_32(n, [&](int64_t i, int64_t count) {
+        F16 left, right;
+        load_some(x + i, left, right, count);
+        store_some(y + i, activation16(kind, left), activation16(kind, right), count);
+    });
 }
-inline void gelu_forward(const float* x, float* y, int64_t n) {
-    #pragma omp parallel for
-    for (int64_t i = 0; i < n; i++) y[i] = gelu(x[i]);
-}
-inline void gelu_backward(const float* x, const float* dy, float* dx, int64_t n) {
-    #pragma omp parallel for
-    for (int64_t i = 0; i < n; i++) dx[i] = dy[i] * gelu_slope(x[i]);
+inline void activation_backward(int64_t kind, const float* x, const float* dy, float* dx, int64_t n) {
+    each_32(n, [&](int64_t i, int64_t count) {
+        F16 left, right, d0, d1;
+        load_some(x + i, left, right, count), load_some(dy + i, d0, d1, count);
+        store_some(dx + i, d0 * activation_slope16(kind, left), d1 * activation_slope16(kind, right), count);
+    });
 }
 // x, y (rows, H, D); cos, sin (rows, D / 2); sign -1 turns back.
 inline void rotate(const float* x, const float* cos, const float* sin, float* y, int64_t rows, int64_t H, int64_t D, float sign) {
@@ -111,8 +83,9 @@ inline void rotate(const float* x, const float* cos, const float* sin, float* y,
             const float* a = x + (i * H + h) * D;
             float* o = y + (i * H + h) * D;
             for (int64_t j = 0; j < half; j++) {
-                o[j] = a[j] * c[j] - sign * a[j + half] * s[j];
-                o[j + half] = a[j + half] * c[j] + sign * a[j] * s[j];
+                float left = a[j], right = a[j + half];
+                rotate_pair(left, right, c[j], sign * s[j]);
+                o[j] = left, o[j + half] = right;
             }
         }
     }

@@ -63,15 +63,6 @@ inline F16 exp16(F16 x) {
     return p * (F16)((n + 127) << 23);
 }
 inline F16 sigmoid16(F16 x) { return 1.0f / (1.0f + exp16(-x)); }
-// gelu and gelu_slope of elementwise.h
-inline F16 gelu16(F16 x) {
-    return x * sigmoid16(2.0f * 0.7978845608f * (x + 0.044715f * x * x * x));
-}
-inline F16 gelu_slope16(F16 x) {
-    const F16 du = 0.7978845608f * (1.0f + 3 * 0.044715f * x * x);
-    const F16 s = sigmoid16(2.0f * 0.7978845608f * (x + 0.044715f * x * x * x));
-    return s + x * 2.0f * s * (1.0f - s) * du;
-}
 constexpr I16 lane_numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 inline float largest16(F16 v) {
     float most = v[0];

@@ -26,7 +26,8 @@ inline std::string layouts() {
     text += JLORA_STRUCT(W, Weight) + JLORA_FIELD(W, tiles) + JLORA_FIELD(W, n) + JLORA_FIELD(W, k)
         + JLORA_FIELD(W, stride) + JLORA_FIELD(W, scales) + JLORA_FIELD(W, int8_back);
 #endif
-    text += JLORA_STRUCT(Norm, Norm) + JLORA_FIELD(Norm, weight) + JLORA_FIELD(Norm, bias);
+    text += JLORA_STRUCT(Norm, Norm) + JLORA_FIELD(Norm, weight) + JLORA_FIELD(Norm, bias)
+        + JLORA_FIELD(Norm, centred);
     using L = LinearSpec;
     text += JLORA_STRUCT(L, LinearSpec) + JLORA_FIELD(L, weight) + JLORA_FIELD(L, r) + JLORA_FIELD(L, blocks)
         + JLORA_FIELD(L, flags) + JLORA_FIELD(L, scale) + JLORA_FIELD(L, p) + JLORA_FIELD(L, trained);
@@ -34,7 +35,8 @@ inline std::string layouts() {
     text += JLORA_STRUCT(J, JointSpec) + JLORA_FIELD(J, count) + JLORA_FIELD(J, linears) + JLORA_FIELD(J, bias);
     using B = BlockSpec;
     text += JLORA_STRUCT(B, BlockSpec) + JLORA_FIELD(B, width) + JLORA_FIELD(B, heads) + JLORA_FIELD(B, key_heads)
-        + JLORA_FIELD(B, head_size) + JLORA_FIELD(B, inner) + JLORA_FIELD(B, gated) + JLORA_FIELD(B, eps)
+        + JLORA_FIELD(B, head_size) + JLORA_FIELD(B, inner) + JLORA_FIELD(B, rotary)
+        + JLORA_FIELD(B, activation) + JLORA_FIELD(B, gated) + JLORA_FIELD(B, eps)
         + JLORA_FIELD(B, norm1) + JLORA_FIELD(B, norm2) + JLORA_FIELD(B, qkv) + JLORA_FIELD(B, out)
         + JLORA_FIELD(B, up) + JLORA_FIELD(B, down) + JLORA_FIELD(B, given);
     using D = decode::Linear;
@@ -48,7 +50,7 @@ inline std::string layouts() {
     text += JLORA_STRUCT(M, Model) + JLORA_FIELD(M, layers) + JLORA_FIELD(M, C) + JLORA_FIELD(M, H)
         + JLORA_FIELD(M, G) + JLORA_FIELD(M, D) + JLORA_FIELD(M, inner) + JLORA_FIELD(M, eps) + JLORA_FIELD(M, tokens)
         + JLORA_FIELD(M, packed_tokens) + JLORA_FIELD(M, positions) + JLORA_FIELD(M, frequencies)
-        + JLORA_FIELD(M, last);
+        + JLORA_FIELD(M, last) + JLORA_FIELD(M, activation) + JLORA_FIELD(M, gated);
 #endif
     return text;
 }

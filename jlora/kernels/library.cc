@@ -3,7 +3,6 @@
 #include "native.h"
 #include "adamw.h"
 #include "attention.h"
-#include "decode_attention.h"
 #include "elementwise.h"
 #include "topk.h"
 #if defined(JLORA_TILES) || defined(JLORA_ONEDNN)
@@ -49,43 +48,26 @@ JLORA_OPERATOR(attention_backward_op) {
         in[1].size / (b.G * b.D), out[0].out(), out[1].out(), out[2].out());
 }
 
-// Decoding; see decode_attention.h.
-extern "C" int64_t padded_width(int64_t n) { return padded(n); }
-JLORA_OPERATOR(turn_keys_op) {
-    const int64_t* k = in[0].shape;
-    turn_keys(in[0].in(), out[0].out(), k[0], k[1], k[2], k[3]);
-}
-// q, k, v, turned, values, owner, first, ancestors, addresses -> out, the addresses of k and v;
-// number: T, steps, scale.
-JLORA_OPERATOR(decode_attention_op) {
-    const int64_t *q = in[0].shape, steps = number[1];
-    const DecodeShape s{q[0], q[2], in[1].shape[2], q[3], (int64_t)number[0], steps, (float)number[2]};
-    const int64_t* addresses = in[8].as<int64_t>();
-    decode_attention(s, in[0].in(), in[1].in(), in[2].in(), in[3].in(), in[4].in(), in[5].as<int>(),
-        in[6].as<int>(), in[7].as<int>(), in[7].shape[1], addresses, addresses + steps, out[0].out());
-    out[1].as<int64_t>()[0] = (int64_t)in[1].data;
-    out[1].as<int64_t>()[1] = (int64_t)in[2].data;
-}
-
 // Norms: x (..., n), weight (n,) -> y and what the backward pass needs; number: n, eps.
 JLORA_OPERATOR(rms_forward_op) {
     const int64_t n = number[0];
-    rms_forward(in[0].in(), in[1].in(), out[0].out(), out[1].out(), in[0].size / n, n, number[1]);
+    norm_forward({in[1].in(), nullptr, 0}, in[0].in(), out[0].out(), nullptr, out[1].out(), in[0].size / n, n, number[1]);
 }
 // number: n, for each gradient of a parameter whether it is wanted.
 static float* wanted(const Array& array, double flag) { return flag != 0 ? array.out() : nullptr; }
 JLORA_OPERATOR(rms_backward_op) {
     const int64_t n = number[0];
-    rms_backward(in[0].in(), in[1].in(), in[2].in(), in[3].in(), out[0].out(), wanted(out[1], number[1]), in[0].size / n, n);
+    norm_backward({in[1].in(), nullptr, 0}, in[0].in(), nullptr, in[2].in(), in[3].in(), out[0].out(),
+        wanted(out[1], number[1]), nullptr, in[0].size / n, n);
 }
 JLORA_OPERATOR(layer_forward_op) {
     const int64_t n = number[0];
-    layer_forward(in[0].in(), in[1].in(), in[2].in(), out[0].out(), out[1].out(), out[2].out(),
-        in[0].size / n, n, number[1]);
+    norm_forward({in[1].in(), in[2].in(), 1}, in[0].in(), out[0].out(), out[1].out(), out[2].out(), in[0].size / n, n,
+        number[1]);
 }
 JLORA_OPERATOR(layer_backward_op) {
     const int64_t n = number[0];
-    layer_backward(in[0].in(), in[1].in(), in[2].in(), in[3].in(), in[4].in(), out[0].out(),
+    norm_backward({in[1].in(), nullptr, 1}, in[0].in(), in[2].in(), in[3].in(), in[4].in(), out[0].out(),
         wanted(out[1], number[1]), wanted(out[2], number[2]), in[0].size / n, n);
 }
 
@@ -119,14 +101,14 @@ JLORA_OPERATOR(adamw_op) {
 
 // Activations, element by element.
 JLORA_OPERATOR(swiglu_forward_op) {
-    swiglu_forward(in[0].in(), in[1].in(), out[0].out(), in[0].size);
+    gated_forward(silu, in[0].in(), in[1].in(), out[0].out(), in[0].size);
 }
 JLORA_OPERATOR(swiglu_backward_op) {
-    swiglu_backward(in[0].in(), in[1].in(), in[2].in(), out[0].out(), out[1].out(), in[0].size);
+    gated_backward(silu, in[0].in(), in[1].in(), in[2].in(), out[0].out(), out[1].out(), in[0].size);
 }
-JLORA_OPERATOR(gelu_forward_op) { gelu_forward(in[0].in(), out[0].out(), in[0].size); }
+JLORA_OPERATOR(gelu_forward_op) { activation_forward(gelu_tanh, in[0].in(), out[0].out(), in[0].size); }
 JLORA_OPERATOR(gelu_backward_op) {
-    gelu_backward(in[0].in(), in[1].in(), out[0].out(), in[0].size);
+    activation_backward(gelu_tanh, in[0].in(), in[1].in(), out[0].out(), in[0].size);
 }
 // x (..., H, D), cos and sin (..., D / 2); number: H, D, sign.
 JLORA_OPERATOR(rotate_op) {
@@ -307,7 +289,7 @@ struct BlockArrays {
     BlockArrays(const Array* in, const int64_t* integer, const double* number)
         : s(*(const BlockSpec*)(uintptr_t)integer[0]), call{in[0].size / s.width, in[1].size - 1, in[0].in(), in[1].as<int>()} {
         call.seed = Seed(integer + 1);
-        if (s.gated) call.cos = in[next++].in(), call.sin = in[next++].in();
+        if (s.rotary) call.cos = in[next++].in(), call.sin = in[next++].in();
         for (int64_t i = 0; i < 2 * (int64_t)number[0]; i++) call.adapters.push_back(in[next++].in());
         call.norm1 = s.norm1, call.norm2 = s.norm2;
         for (int64_t i = 0; i < joints; i++) call.biases[i] = joint(i).bias;

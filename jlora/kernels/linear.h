@@ -138,8 +138,8 @@ void apply(const Linear* layers, int64_t count, const Input& x, Store store, int
     else product_of_floats(x, layers[0], sink);
 }
 
-// SwiGLU of two layers straight from their product, where that can be: a panel takes 16 outputs of
-// each, so that gate and value meet in registers. active (rows, n) is what it makes.
+// The gated activation of two layers straight from their product, where that can be: a panel takes 16
+// outputs of each, so that gate and value meet in registers. active (rows, n) is what it makes.
 #if defined(JLORA_TILES)
 struct Paired {
     const Weight &gate, &up;
@@ -155,7 +155,7 @@ struct Paired {
         _mm_prefetch((const char*)up.tile(tile(p), s) + line * 64, _MM_HINT_T1);
     }
 };
-inline bool swiglu(const Linear* layers, const Input& x, const Input& active) {
+inline bool gate_in_registers(int64_t activation, const Linear* layers, const Input& x, const Input& active) {
     if (!joined(layers, 2) || active.wants_full || layers[0].n % 32) return false;
     for (int i = 0; i < 2; i++)
         if (layers[i].A || layers[i].bias) return false;
@@ -164,7 +164,7 @@ inline bool swiglu(const Linear* layers, const Input& x, const Input& active) {
     tiles::product<false>((const char*)x.rounded.data, x.rounded.rows, layers[0].n / 16, x.rounded.steps(), paired,
         [&](int64_t m, int64_t n, F16 gate, F16 up) {
             const int64_t k = paired.tile(n / 32) * 16;
-            const F16 y = gate * sigmoid16(gate) * up;
+            const F16 y = activation16(activation, gate) * up;
             uint16_t both[32];
             store32(both, y, y);
             std::memcpy(active.rounded.at(m, k / 32 * 32) + k % 32, both, 32);
@@ -172,6 +172,6 @@ inline bool swiglu(const Linear* layers, const Input& x, const Input& active) {
     return true;
 }
 #else
-inline bool swiglu(const Linear*, const Input&, const Input&) { return false; }
+inline bool gate_in_registers(int64_t, const Linear*, const Input&, const Input&) { return false; }
 #endif
 }  // namespace jlora::decode

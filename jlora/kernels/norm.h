@@ -7,7 +7,10 @@
 #include "lanes.h"
 
 namespace jlora {
-struct Norm { const float *weight, *bias; };  // no bias: RMSNorm, otherwise LayerNorm
+struct Norm {
+    const float *weight, *bias;  // bias: null where there is none
+    int64_t centred;             // LayerNorm takes the mean off; RMSNorm, 0, does not
+};
 
 // Called, it gives n normalised numbers from column k on, at most 32, and zeros beyond.
 struct NormRow {
@@ -16,7 +19,7 @@ struct NormRow {
     float mean = 0, r;  // r: 1 / standard deviation
     NormRow(const Norm& norm, float eps, const float* x, int64_t C) : x(x), norm(norm) {
         float sum = 0, square = 0;
-        if (norm.bias) for (int64_t j = 0; j < C; j++) sum += x[j];
+        if (norm.centred) for (int64_t j = 0; j < C; j++) sum += x[j];
         mean = sum / C;
         for (int64_t j = 0; j < C; j++) square += (x[j] - mean) * (x[j] - mean);
         r = 1.0f / std::sqrt(square / C + eps);
@@ -29,6 +32,22 @@ struct NormRow {
         left = (left - mean) * r * w0 + b0, right = (right - mean) * r * w1 + b1;
     }
 };
+
+// dx = the gradient of a row's norm, plus `past`, what flows past the norm, unless that is null.
+inline void norm_row_back(const Norm& norm, const float* x, float mean, float r, const float* dy, const float* past,
+        float* dx, int64_t C) {
+    float sum = 0, along = 0;
+    for (int64_t j = 0; j < C; j++) {
+        const float w = dy[j] * norm.weight[j];
+        sum += w;
+        along += w * (x[j] - mean);
+    }
+    const float c0 = norm.centred ? sum / C : 0.0f, c1 = along * r * r / C;
+    for (int64_t j = 0; j < C; j++) {
+        const float own = r * (dy[j] * norm.weight[j] - c0 - (x[j] - mean) * c1);
+        dx[j] = past ? past[j] + own : own;
+    }
+}
 
 // Gradients of a norm's weight and bias, (n,); null: not wanted. Every thread sums its own rows.
 class NormGradient {

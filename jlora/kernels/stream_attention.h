@@ -1,6 +1,7 @@
 // A block's attention in float32, for processors without AMX; tile_attention.h has it for the others.
 #pragma once
 #include <vector>
+#include "activation.h"
 #include "attention.h"
 #include "stream.h"
 
@@ -26,11 +27,7 @@ struct StreamHeads {
             const float *cos = s.cos + (first + t) * half, *sin = s.sin + (first + t) * half;
             for (int64_t h = 0; h < heads; h++) {
                 float* a = x + (t * heads + h) * s.D;
-                for (int64_t j = 0; j < half; j++) {
-                    const float l = a[j], r = a[j + half];
-                    a[j] = l * cos[j] - sign * r * sin[j];
-                    a[j + half] = r * cos[j] + sign * l * sin[j];
-                }
+                for (int64_t j = 0; j < half; j++) rotate_pair(a[j], a[j + half], cos[j], sign * sin[j]);
             }
         }
     }

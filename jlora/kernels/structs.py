@@ -36,9 +36,9 @@ class Weight(Structure):
 
 
 class Norm(Structure):
-    """norm.h: addresses of a norm's weight and bias, (C,) float32; no bias: RMSNorm."""
+    """norm.h: addresses of a norm's weight and bias, (C,) float32; LayerNorm is centred."""
 
-    _fields_ = [("weight", c_void_p), ("bias", c_void_p)]
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("centred", c_int64)]
 
 
 class LinearSpec(Structure):
@@ -59,7 +59,8 @@ class BlockSpec(Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("width", "heads", "key_heads", "head_size", "inner")),
-        ("gated", c_int64), ("eps", c_double), ("norm1", Norm), ("norm2", Norm),
+        *((name, c_int64) for name in ("rotary", "activation", "gated")),
+        ("eps", c_double), ("norm1", Norm), ("norm2", Norm),
         *((name, JointSpec) for name in ("qkv", "out", "up", "down")),
         ("given", c_int64),
     ]  # fmt: skip
@@ -87,8 +88,8 @@ class Model(Structure):
         *((name, c_int64) for name in ("layers", "C", "H", "G", "D", "inner")),
         ("eps", c_double),
         *((name, c_void_p) for name in ("tokens", "packed_tokens", "positions", "frequencies")),
-        ("last", Norm),
-    ]
+        ("last", Norm), ("activation", c_int64), ("gated", c_int64),
+    ]  # fmt: skip
 
 
 MIRRORS = (

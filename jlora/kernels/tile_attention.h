@@ -6,6 +6,7 @@
 // take the probabilities as they are, and only the gradient of the scores has to be turned for dq.
 #pragma once
 #include <algorithm>
+#include "activation.h"
 #include "stream.h"
 #include "tile_forms.h"
 
@@ -83,9 +84,7 @@ struct Sequence {
 private:
     void rotate(int64_t m, int64_t d, float sign, F16& left, F16& right) const {
         const int64_t half = s.D / 2;
-        const F16 cos = load16(s.cos + m * half + d), sin = sign * load16(s.sin + m * half + d), l = left;
-        left = l * cos - right * sin;
-        right = right * cos + l * sin;
+        rotate_pair(left, right, load16(s.cos + m * half + d), sign * load16(s.sin + m * half + d));
     }
     static int64_t in_tiles(int64_t d) { return d / 32 * tile + d % 32; }  // from a row's start
     static void store_half(uint16_t* to, F16 x) {

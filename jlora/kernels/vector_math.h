@@ -24,7 +24,6 @@ inline float fast_exp(float x) {
     std::memcpy(&scale, &bits, 4);
     return p * scale;
 }
-inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 inline float dot(const float* a, const float* b, int64_t n) {
     float sum = 0;
     for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];

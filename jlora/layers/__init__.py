@@ -27,8 +27,11 @@ from jlora.layers.trainable import (
     mark_only_lora_as_trainable,
     set_trainable,
 )
+from jlora.layers.variant import LoraVariant
+from jlora.layers.variants import VARIANTS, find_variant
 
 __all__ = [
+    "VARIANTS",
     "Conv1D",
     "Conv1d",
     "Conv2d",
@@ -36,9 +39,11 @@ __all__ = [
     "Embedding",
     "Linear",
     "LoRALayer",
+    "LoraVariant",
     "MergedLinear",
     "assign",
     "bias_names",
+    "find_variant",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "set_trainable",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 
+from jlora.formats.names import is_lora_name
+from jlora.layers.variant import PLAIN, LoraVariant
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt, nn
 
@@ -38,8 +40,10 @@ class LoRALayer:
         merged: whether the weight now contains the change.
         adapter_enabled: False makes an unmerged layer compute what its base computes.
         scaling: factor of the change.
+        variant: what is done with ``lora_A`` and ``lora_B``; plain LoRA unless an adapter sets it.
     """
 
+    variant: LoraVariant = PLAIN
     # A packed copy of the weight (`jlora.engine.FrozenProduct`): called, it gives ``W0 x + b``;
     # its ``with_lora(x, layer)`` gives the layer's whole result, or None where it cannot.
     _engine = None
@@ -51,7 +55,7 @@ class LoRALayer:
             raise UserError(f"lora_dropout must be at least 0 and below 1, not {lora_dropout!r}")
         self.r = r
         self.lora_alpha = lora_alpha
-        self.scaling = lora_alpha / r if r else 0.0
+        self.scaling = self.variant.scaling(r, lora_alpha) if r else 0.0
         # loralib's layers drop from the start; Jittor's Dropout would wait for train().
         self.lora_dropout = nn.Dropout(lora_dropout, is_train=True) if lora_dropout else identity
         self.merge_weights = merge_weights
@@ -98,22 +102,50 @@ class LoRALayer:
             self.weight.stop_grad()
         return self.weight
 
+    def adapt(self, variant: LoraVariant) -> None:
+        """Make plain LoRA whose parameters have their first values a layer of ``variant``.
+
+        Raises:
+            UserError: the variant cannot go on this layer.
+            ValueError: its ``parameters`` are not those that its ``init`` makes.
+        """
+        self.variant = variant
+        self.scaling = variant.scaling(self.r, self.lora_alpha) if self.r else 0.0
+        if not self.has_adapter:
+            return
+        before = set(vars(self))
+        variant.init(self)
+        made = {name for name in set(vars(self)) - before if isinstance(vars(self)[name], jt.Var)}
+        if made != set(variant.parameters) or not all(map(is_lora_name, made)):
+            raise ValueError(
+                f"{type(variant).__name__} makes the parameters {sorted(made)} and lists "
+                f"{sorted(variant.parameters)}; both must be the same, and begin with lora_"
+            )
+
+    def low_rank(self, x: jt.Var) -> jt.Var:
+        """``scaling * B A dropout(x)``, of the shape of the layer's result."""
+        raise NotImplementedError
+
     def delta_weight(self) -> jt.Var:
         """The change ``scaling * B A`` in the layout of ``weight``, float32."""
         raise NotImplementedError
 
+    def unpack(self) -> None:
+        """Have the weight as a Var again where an engine keeps it in packed form alone."""
+        if not isinstance(self.weight, jt.Var):
+            self.weight = self.weight.unpacked()
+
     def merge(self) -> None:
-        """Add the change to the weight, in float32; nothing happens if it is there already."""
+        """Put the change into the weight, in float32; nothing happens if it is there already."""
         if self.merged:
             return
         if self.has_adapter:
-            if not isinstance(self.weight, jt.Var):  # an engine keeps it in packed form alone
-                self.weight = self.weight.unpacked()
+            self.unpack()
             with jt.no_grad():
                 # A copy is kept: subtracting would leave a rounding error at each round, and would
                 # take away the wrong change after lora_A or lora_B were replaced meanwhile.
                 self._unmerged = self.weight.clone().stop_grad()
-                merged = self.weight.float32() + self.delta_weight()
+                merged = self.variant.merged_weight(self, self.weight.float32())
                 self.weight.update(merged.cast(self.weight.dtype))
                 self._merged_digest = _digest(self.weight)
         self.merged = True
@@ -121,8 +153,11 @@ class LoRALayer:
     def unmerge(self) -> None:
         """Give the weight back as it was before `merge`; nothing happens if it is not merged.
 
-        When other weights were loaded into the merged layer, the change is subtracted from those,
-        as loralib does.
+        When other weights were loaded into the merged layer, the change is taken away from those
+        (plain LoRA subtracts it, as loralib does).
+
+        Raises:
+            UserError: the variant cannot do that.
         """
         if not self.merged:
             return
@@ -133,7 +168,7 @@ class LoRALayer:
                 elif _digest(self.weight) == self._merged_digest:
                     self.weight.update(self._unmerged)
                 else:
-                    plain = self.weight.float32() - self.delta_weight()
+                    plain = self.variant.unmerged_weight(self, self.weight.float32())
                     self.weight.update(plain.cast(self.weight.dtype))
             self._unmerged = self._merged_digest = None
         self.merged = False

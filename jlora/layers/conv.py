@@ -1,4 +1,8 @@
-"""`Conv1d`, `Conv2d` and `Conv3d`: LoRA on convolutions."""
+"""`Conv1d`, `Conv2d` and `Conv3d`: LoRA on convolutions, for whoever builds models by hand.
+
+They are here for loralib's sake: language models have no convolutions, so adapters
+(`jlora.adapters`) place none, and variants of LoRA do not apply to them.
+"""
 
 from __future__ import annotations
 

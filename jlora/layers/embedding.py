@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jlora.layers.base import LoRALayer, assign, cast
+from jlora.layers.base import LoRALayer, assign
 from jlora.system.runtime import jt, nn
 
 
@@ -67,11 +67,13 @@ class Embedding(LoRALayer, nn.Embedding):
 
     def execute(self, x: jt.Var) -> jt.Var:
         y = self._frozen()[x]
-        if not self._adds_lora:
-            return y
+        return self.variant.forward(self, x, y) if self._adds_lora else y
+
+    def low_rank(self, x: jt.Var) -> jt.Var:
+        """int ``(...)`` -> ``(..., dim)``"""
         rows = self.lora_A.transpose(0, 1)[x]  # (..., r)
         if self.padding_idx is not None:
             # As in PyTorch, the padding entry is looked up but never learns.
             keep = (x != self.padding_idx).float32().unsqueeze(-1)
             rows = rows * keep + rows.detach() * (1 - keep)
-        return y + cast(nn.matmul_transpose(rows * self.scaling, self.lora_B), y.dtype)
+        return nn.matmul_transpose(rows * self.scaling, self.lora_B)

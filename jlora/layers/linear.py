@@ -75,13 +75,15 @@ class _LinearBase(LoRALayer, nn.Linear):
             if y is not None:
                 return y
         y = self._frozen_product(x)
-        if not self._adds_lora:
-            return y
+        return self.variant.forward(self, x, y) if self._adds_lora else y
+
+    def low_rank(self, x: jt.Var) -> jt.Var:
+        """``(..., in) -> (..., out)``"""
+        shape = (*x.shape[:-1], self.out_features)
         x = cast(self.lora_dropout(x), self.lora_A.dtype).reshape(-1, self.in_features)
         # The scaling goes to the (N, r) product, the smallest of the three.
         low = nn.matmul_transpose(x, self.lora_A) * self.scaling
-        change = nn.matmul_transpose(low, self._lora_B_matrix())
-        return y + cast(change, y.dtype).reshape(y.shape)
+        return nn.matmul_transpose(low, self._lora_B_matrix()).reshape(shape)
 
 
 class Linear(_LinearBase):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from jlora.formats.names import is_lora_name
 from jlora.layers.base import LoRALayer
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt, nn
@@ -19,7 +20,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
         UserError: another value of ``bias``.
     """
     biases = bias_names(model, bias)
-    set_trainable(model, {n for n, _ in model.named_parameters() if "lora_" in n} | biases)
+    set_trainable(model, {n for n, _ in model.named_parameters() if is_lora_name(n)} | biases)
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, jt.Var]:
@@ -28,7 +29,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, jt.Var]:
     Args and Raises: as `mark_only_lora_as_trainable`.
     """
     biases = bias_names(model, bias)
-    return {n: p for n, p in model.state_dict().items() if "lora_" in n or n in biases}
+    return {n: p for n, p in model.state_dict().items() if is_lora_name(n) or n in biases}
 
 
 def set_trainable(model: nn.Module, names: Iterable[str]) -> None:

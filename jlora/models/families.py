@@ -13,7 +13,10 @@ from jlora.formats.gguf_architectures import GPT2, LLAMA, QWEN2, Architecture
 from jlora.layers import Conv1D
 from jlora.models import gpt2, llama
 from jlora.models.attention import CausalAttention
+from jlora.system.plugins import load_plugin
 from jlora.system.runtime import nn
+
+GROUP = "jlora.families"  # of entry points
 
 
 @dataclass(frozen=True)
@@ -189,9 +192,25 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def register(family: Family) -> None:
-    """Add a family, or another version of one; from then on `jlora.load` knows it."""
+def register_family(family: Family) -> None:
+    """Make a family known in this process, in the place of one with its model_type."""
     FAMILIES[family.model_type] = family
+
+
+def find_family(model_type: str) -> Family | None:
+    """The family of a ``model_type``, of this package or of another.
+
+    In a package of its own an entry point of the group ``jlora.families`` makes a family known to
+    every process: its name is the model_type, its object the `Family`.
+
+    Raises:
+        UserError: another package's family cannot be used.
+    """
+    if model_type not in FAMILIES:
+        found = load_plugin(GROUP, model_type, Family)
+        if found is not None:
+            register_family(found)
+    return FAMILIES.get(model_type)
 
 
 def gguf_architectures() -> dict[str, Architecture]:

@@ -14,6 +14,7 @@ import numpy as np
 from jlora.data.pull_models import GPT2_TOKENIZER, NAME, WHEELS, pull, pulled
 from jlora.data.tokenizer import Tokenizer, find_files
 from jlora.formats.gguf_file import GGUFFile, read_gguf
+from jlora.formats.names import is_lora_name
 from jlora.formats.safetensors_file import (
     one_line,
     read_safetensors,
@@ -21,7 +22,7 @@ from jlora.formats.safetensors_file import (
     read_sharded,
 )
 from jlora.formats.torch_file import read_torch
-from jlora.models.families import FAMILIES, gguf_architectures
+from jlora.models.families import FAMILIES, find_family, gguf_architectures
 from jlora.models.random_gpt2 import CONTEXT, SIZES, VOCABULARY
 from jlora.models.weights import check_fit, hugging_face_names, load_weights
 from jlora.system.console import say
@@ -312,10 +313,10 @@ def read_weights(path: Path, shapes_only: bool = False) -> dict[str, np.ndarray]
 
 def check_no_adapter(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Raises: UserError: the weights are an adapter's, or have one in them (microsoft/LoRA#138)."""
-    lora = [name for name in tensors if "lora_" in name]
+    lora = [name for name in tensors if is_lora_name(name)]
     if not lora:
         return
-    if all("lora_" in name or "bias" in name for name in tensors):
+    if all(is_lora_name(name) or "bias" in name for name in tensors):
         what = "a LoRA adapter and no model"
     else:
         what = "a model with an unmerged LoRA adapter inside"
@@ -405,11 +406,11 @@ def build_model(config: dict[str, Any], source: str = "config.json") -> Any:
     nothing.
     """
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    family = find_family(model_type) if isinstance(model_type, str) else None
+    if family is None:
         raise UserError(
             f"{source}: model_type {model_type!r} is not supported; only {', '.join(FAMILIES)}"
         )
-    family = FAMILIES[model_type]
     try:
         return family.model(family.config.from_dict(config))
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:

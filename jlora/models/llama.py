@@ -32,16 +32,6 @@ ROPE_SETTINGS = {
         "original_max_position_embeddings",
     ),
 }
-#: What transformers takes for a field that the file of a family other than Llama lacks.
-DEFAULTS = {
-    "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8},
-    "qwen2": {
-        "vocab_size": 151936,
-        "intermediate_size": 22016,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-    },
-}
 
 
 @dataclass
@@ -72,6 +62,16 @@ class LlamaConfig:
         "mistral": "MistralForCausalLM",
         "qwen2": "Qwen2ForCausalLM",
     }
+    #: model_type -> what transformers takes for fields that a file lacks, where it is not Llama's.
+    defaults: ClassVar[dict[str, dict]] = {
+        "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8},
+        "qwen2": {
+            "vocab_size": 151936,
+            "intermediate_size": 22016,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 32768,
+        },
+    }
 
     def __post_init__(self):
         if self.num_key_value_heads is None:
@@ -90,8 +90,8 @@ class LlamaConfig:
         if model_type not in cls.architectures:
             types = ", ".join(cls.architectures)
             raise ValueError(f"model_type {model_type!r} is not one of {types}")
-        config = {**DEFAULTS.get(model_type, {}), **config}
-        if model_type in DEFAULTS:  # their classes in transformers do not read these
+        config = {**cls.defaults.get(model_type, {}), **config}
+        if model_type in ("mistral", "qwen2"):  # their classes in transformers do not read these
             config.update(attention_bias=False, mlp_bias=False)
         theta, scaling = rope_settings(config)
         config.update(rope_theta=theta, rope_scaling=scaling)
@@ -304,11 +304,17 @@ class Attention(nn.Module):
         self.rotary = Rotary()
         self.attention = CausalAttention()
 
-    def execute(self, x, cos, sin, keys: KeyRange | Stream | None, cache: KVCache | None) -> jt.Var:
+    def project(self, x: jt.Var) -> tuple[jt.Var, jt.Var, jt.Var]:
+        """x (B, T, C) -> queries (B, T, H, D), keys and values (B, T, H_kv, D), not yet turned."""
         B, T, _ = x.shape
         q = self.q_proj(x).reshape(B, T, self.heads, self.head_dim)
         k = self.k_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
         v = self.v_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
+        return q, k, v
+
+    def execute(self, x, cos, sin, keys: KeyRange | Stream | None, cache: KVCache | None) -> jt.Var:
+        B, T, _ = x.shape
+        q, k, v = self.project(x)
         q, k = self.rotary(q, cos, sin), self.rotary(k, cos, sin)
         if cache is None:
             y = self.attention(q, k, v, keys)
@@ -330,9 +336,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    attention: type = Attention  # a family with another one says so in a subclass
+
     def __init__(self, config: LlamaConfig, layer: int):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = self.attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -342,9 +350,13 @@ class Block(nn.Module):
 
 
 class LlamaModel(nn.Module):
+    block: type = Block
+
     def __init__(self, config: LlamaConfig):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList(
+            [self.block(config, i) for i in range(config.num_hidden_layers)]
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._frequencies = jt.array(rope_frequencies(config))  # underscore: no parameter
 
@@ -364,9 +376,11 @@ class LlamaModel(nn.Module):
 class LlamaForCausalLM(CausalLM):
     """A Llama-family model with its language-model head, tied to the embedding or not."""
 
+    backbone: type = LlamaModel
+
     def __init__(self, config: LlamaConfig):
         self.config = config
-        self.model = LlamaModel(config)
+        self.model = self.backbone(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.head = LanguageHead()

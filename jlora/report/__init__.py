@@ -1,1 +1,1 @@
-"""What a finished run looks like: tables for the terminal, a loss curve, one HTML page."""
+"""Reports of runs: tables for the terminal, a loss curve, an HTML page."""

@@ -10,7 +10,8 @@ from markupsafe import Markup
 from jlora.report.plots import COLORS, Line, Points, series, smooth, svg_chart
 from jlora.report.runs import RunSummary
 
-STEEP = 0.1  # of the longest run's steps: the fall at the start would flatten all that follows
+# Share of the longest run's steps that is left out: the steep start would flatten the rest.
+STEEP = 0.1
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Chart:
 
 
 def charts_of(run: RunSummary) -> list[Chart]:
-    """Loss, validation loss, learning rate and speed of one run, as far as it recorded them."""
+    """Loss, validation loss, learning rate and speed of one run, if they were recorded."""
     loss, valid = series(run.records, "loss"), series(run.records, "valid_loss")
     charts = []
     if loss:
@@ -46,7 +47,7 @@ def charts_of(run: RunSummary) -> list[Chart]:
 
 
 def overlaid_charts(runs: Sequence[RunSummary]) -> list[Chart]:
-    """Training loss (moving mean), validation loss and learning rate, a line a run."""
+    """Training loss (moving mean), validation loss and learning rate, one line for each run."""
     charts = []
     for title, key in (
         ("Training loss", "loss"),
@@ -69,7 +70,7 @@ def overlaid_charts(runs: Sequence[RunSummary]) -> list[Chart]:
 
 
 def line_style(index: int) -> str:
-    """Classes of the style sheet: a colour for each run, then dashes."""
+    """Classes of the style sheet: each run has a colour; when these run out, dashes."""
     return f"run c{index % len(COLORS)} d{index // len(COLORS) % 3}"
 
 
@@ -88,7 +89,7 @@ def short(value: float) -> str:
 
 
 def _settled(curves: Sequence[Points]) -> list[Points]:
-    """The curves without the start; of a short run at least the second half stays."""
+    """The curves without the start; a short run keeps at least its second half."""
     ends = [points[-1][0] if points else 0 for points in curves]
     cut = STEEP * max(ends, default=0)
     return [

@@ -1,4 +1,4 @@
-"""The machine and the versions a run was made with, kept as RUN/environment.json."""
+"""The machine and the package versions of a run, stored as RUN/environment.json."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGES = ("jlora", "jittor", "numpy", "tokenizers", "safetensors")
 def describe() -> dict[str, Any]:
     """This machine and this process: processor, memory, versions, peak memory in bytes so far.
 
-    Importing nothing heavy: package versions are read from their metadata.
+    Nothing heavy is imported: package versions are read from their metadata.
     """
     found: dict[str, Any] = {
         "processor": machine.cpu_model(),
@@ -49,17 +49,17 @@ def record(
     data_hashes: Mapping[str, str] | None = None,
     total_steps: int | None = None,
 ) -> None:
-    """Write environment.json: `describe`, and what this run was made of and when.
+    """Write environment.json: the result of `describe`, the run's data files, commands and times.
 
-    Called at each stage of a run and again when it is resumed: the highest peak memory, the first
-    start, every command line and what earlier calls were told stay.
+    Called at each stage of a run and again when it is resumed. The highest peak memory, the first
+    start, all command lines and the arguments of earlier calls are kept.
 
     Args:
         data_hashes: SHA-256 of each data file, by the file's name.
-        total_steps: of the whole training, where the recipe says it in epochs.
+        total_steps: of the whole training, if the recipe gives epochs.
 
     Raises:
-        UserError: the file cannot be written, or one that is there is damaged.
+        UserError: the file cannot be written, or the existing one is damaged.
     """
     path = Path(run_folder) / ENVIRONMENT_NAME
     found = describe()
@@ -94,10 +94,10 @@ def read(run_folder: str | Path) -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """Revision of jlora's own checkout, with ``(dirty)`` where tracked files are changed.
+    """Revision of jlora's own checkout, with ``(dirty)`` if tracked files have changed.
 
-    None where there is no git, or this jlora is not a checkout: an installed one may well lie in
-    somebody else's repository.
+    None without git, or if this jlora is not a checkout: an installed one may be inside another
+    project's repository.
     """
     here = Path(__file__)
 
@@ -117,7 +117,7 @@ def git_revision() -> str | None:
 
 
 def command_line() -> str:
-    """How this process was called; paths of the program itself do not matter and are cut off."""
+    """The command line of this process, without the path of the program itself."""
     program, *arguments = sys.argv or [""]
     name = Path(program).name
     name = "jlora" if name in ("__main__.py", "cli.py", "jlora") else name or "python"
@@ -130,7 +130,7 @@ def _utc(seconds: float) -> str:
 
 
 def peak_memory() -> int | None:
-    """The most memory this process has held, in bytes; None where the system does not tell."""
+    """The peak memory of this process in bytes; None if the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows

@@ -28,14 +28,13 @@ def write_report(
 ) -> Path:
     """Write a page about one run or several, and table.md and loss.png beside it.
 
-    metrics.jsonl is needed; config.yaml, scores.json, predictions.jsonl,
-    predictions_before.jsonl and environment.json each add their part of the page.
+    metrics.jsonl is required; config.yaml, scores.json, predictions.jsonl, predictions_before.jsonl
+    and environment.json each add a section to the page.
 
     Args:
         runs: run folders.
-        references: target texts by prompt, shown beside the outputs where a line of
-            predictions.jsonl has no ``references`` of its own; None: those of the run's test
-            data, where they are still to be found.
+        references: target texts by prompt, for lines of predictions.jsonl without ``references``;
+            None: those of the run's test data, if it can still be found.
         out: the HTML file; None: RUN/report.html of a single run, runs/report.html of several.
 
     Returns:
@@ -56,14 +55,14 @@ def write_report(
         out = found[0].folder / REPORT_NAME if len(found) == 1 else Path("runs") / REPORT_NAME
     path, boards = Path(out), score_boards(found)
     loader = jinja2.Environment(
-        autoescape=True,  # everything a user or a model wrote is text, never markup
+        autoescape=True,  # everything that a user or a model wrote is escaped
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     template = loader.from_string(read_text(Path(__file__).with_name("report.html.j2")))
     html = template.render(_page(found, boards, references))
-    # JSON may spell half of a surrogate pair, which no file takes.
+    # JSON can contain half of a surrogate pair, which a UTF-8 file cannot.
     write_text(path, html.encode("utf-8", "replace").decode("utf-8"))
     _write_beside(path.parent, found, boards)
     return path
@@ -90,14 +89,14 @@ def _healthy(folder: str | Path) -> RunSummary:
         raise UserError(run.problems[0])
     if not run.records:
         raise UserError(
-            f"{run.folder / METRICS_NAME} holds no training records; train first with "
+            f"{run.folder / METRICS_NAME} has no training records; train first with "
             "`jlora finetune`, or check the folder"
         )
     return run
 
 
 def _tell_apart(runs: Sequence[RunSummary]) -> None:
-    """Lengthen names that are alike by the folders above until they differ."""
+    """Add parent folders to equal names until they differ."""
     paths = [run.folder.resolve() for run in runs]
     for depth in range(2, max(len(path.parts) for path in paths)):
         names = [run.name for run in runs]
@@ -109,12 +108,12 @@ def _tell_apart(runs: Sequence[RunSummary]) -> None:
 def _page(
     runs: Sequence[RunSummary], boards: Sequence[Board], references: References | None
 ) -> dict[str, Any]:
-    """What the template shows."""
+    """The values that the template shows."""
     one = runs[0] if len(runs) == 1 else None
     tasks = list(dict.fromkeys(run.task for run in runs))
     samples = []
     for task in tasks:
-        # Seeds of one recipe write much the same: the first of them speaks for all.
+        # Runs that differ by their seed write similar texts: only the first of them is shown.
         mine = [group[0] for group in group_by_seed(runs) if group[0].task == task]
         samples.append((task, shown_samples(mine, references, SAMPLES if one else SAMPLES_OF_MANY)))
     models = dict.fromkeys(run.model for run in runs)
@@ -154,7 +153,7 @@ def _fact(label: str, value: str, note: str = "") -> dict[str, str]:
 
 
 def _facts_of(run: RunSummary) -> list[dict[str, str]]:
-    """The few numbers at the top of the page."""
+    """The main numbers at the top of the page."""
     facts = []
     for metric in metrics_of(run.after)[:1]:
         value, _, interval = metric.cell(run.after).partition(" ")
@@ -222,7 +221,7 @@ def _cost(run: RunSummary) -> list[str]:
 
 
 def _changes(runs: Sequence[RunSummary]) -> list[list[str]]:
-    """The settings that are not the same in all runs: name, then a value for each run."""
+    """The settings that differ between the runs: name, then the value in each run."""
     flat = [_flat(run.config) for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)
     rows = [[name, *(settings.get(name, "–") for settings in flat)] for name in names]
@@ -243,7 +242,7 @@ def _machine(run: RunSummary) -> dict[str, Any]:
     """Heading and (label, text) rows about the machine."""
     found = run.environment or environment.describe()
     if not run.environment:
-        # This process's memory says nothing about the training's.
+        # The memory of this process is not that of the training.
         found.pop("peak_memory_bytes", None)
     rows = [] if run.seconds is None else [("Training time", duration(run.seconds))]
     labels = {"peak_memory_bytes": "Peak memory", "memory_bytes": "Memory"}

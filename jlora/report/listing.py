@@ -23,7 +23,7 @@ MAIN_SCORES = 2
 
 
 def sort_runs(runs: Sequence[RunSummary], by: str) -> list[RunSummary]:
-    """In order of the folders' names, newest first, or lowest validation loss first."""
+    """Sort by folder name, by age (newest first), or by validation loss (lowest first)."""
 
     def key(run: RunSummary) -> Any:
         if by == "age":
@@ -36,16 +36,16 @@ def sort_runs(runs: Sequence[RunSummary], by: str) -> list[RunSummary]:
 
 
 def list_runs(runs: Sequence[RunSummary], group: bool = False) -> str:
-    """The runs as a table, what is wrong with damaged ones beneath it.
+    """The runs as a table, followed by the problems of damaged ones.
 
     Args:
-        group: runs that differ by their seed as one row: mean ± sample standard deviation.
+        group: show runs that differ by their seed as one row: mean ± sample standard deviation.
     """
     now = time.time()
     rows = [HEAD]
     for members in group_by_seed(runs) if group else [[run] for run in runs]:
         rows.append(_row(members, now))
-    # A table is wide enough without what no run has.
+    # Columns that are empty for all runs are left out.
     columns = [i for i in range(len(HEAD)) if any(row[i] != "–" for row in rows[1:])]
     shown = [[row[i] for i in columns] for row in rows]
     lines = [plain_table(shown, left=sum(i < TEXTS for i in columns))]
@@ -54,7 +54,7 @@ def list_runs(runs: Sequence[RunSummary], group: bool = False) -> str:
 
 
 def describe_runs(runs: Sequence[RunSummary], group: bool = False) -> list[dict[str, Any]]:
-    """The same for programs: a JSON object a run, or a group of seeds.
+    """The same for programs: one JSON object for each run, or for each group of seeds.
 
     Returns:
         objects with ``folder``, ``task``, ``model``, ``method``, ``seed``, ``steps``,

@@ -32,10 +32,10 @@ def series(metrics: Sequence[Mapping[str, Any]], key: str) -> Points:
 
 
 def smooth(points: Points, window: int | None = None) -> Points:
-    """Centred moving mean over ``window`` points (a fortieth of them unless told).
+    """Centred moving mean over ``window`` points (default: a fortieth of all points).
 
-    At the start the window narrows to both sides, to keep the steep fall of a loss; at the end it
-    keeps its left half, or the last points would be as noisy as the raw ones.
+    At the start the window is smaller on both sides, to keep the steep fall of a loss; at the end
+    only the right side is cut, or the last points would be as noisy as the raw ones.
     """
     half = (window or len(points) // 40) // 2
     sums = [0.0]
@@ -50,7 +50,7 @@ def smooth(points: Points, window: int | None = None) -> Points:
 
 
 def thin(points: Points, buckets: int = 300) -> Points:
-    """At most ``2 * buckets`` points that keep every bucket's least and greatest value."""
+    """At most ``2 * buckets`` points: the minimum and maximum of each bucket."""
     if len(points) <= 2 * buckets:
         return points
     kept = []
@@ -105,7 +105,7 @@ def loss_curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: s
         raise UserError(f"no loss to draw into {path}: the metrics hold none; train first")
     _dress(axes[0], "training loss, moving mean (nats per token)")
     _dress(axes[1], "validation loss (nats per token)")
-    # matplotlib leaves out what begins with an underscore.
+    # matplotlib's legend omits labels that begin with an underscore.
     labels = [f" {name}" if name.startswith("_") else name for name in handles]
     legend = figure.legend(
         list(handles.values()), labels, loc="outside lower center", ncols=3, frameon=False
@@ -115,7 +115,7 @@ def loss_curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: s
     return save_png(figure, path)
 
 
-# Of the lines of several runs; the page's style sheet has the same order.
+# Colours of the lines of several runs, in the order of the page's style sheet.
 COLORS = ("#1f5fa8", "#b4510f", "#17693a", "#8a3ffc", "#b3266b", "#0f7c86", "#7a6200", "#59616b")
 
 
@@ -161,7 +161,7 @@ class Line:
     markers: bool = False
 
 
-# A chart's coordinates: the page scales the drawing to the room it has.
+# Size in the chart's own coordinates; the page scales it.
 WIDTH, HEIGHT = 480, 250
 LEFT, RIGHT, TOP, BOTTOM = 64, 30, 12, 34
 
@@ -170,9 +170,9 @@ def svg_chart(lines: Sequence[Line], label: str, number: Callable[[float], str])
     """A line chart over the steps as inline SVG.
 
     Args:
-        lines: drawn in this order; those without points are left out.
-        label: what a screen reader says.
-        number: prints a value of the vertical axis.
+        lines: drawn in this order; lines without points are omitted.
+        label: the description for screen readers.
+        number: formats a value of the vertical axis.
     """
     lines = [line for line in lines if line.points]
     steps = [step for line in lines for step, _ in line.points]

@@ -1,4 +1,4 @@
-"""What a run folder says: read once, for the list of runs and for the report alike."""
+"""Reading a run folder, for the list of runs and for the report."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class RunSummary:
     """One run folder.
 
     Attributes:
-        name: the folder's own name, in one printable line.
+        name: the folder's name, as one printable line.
         config, config_text: config.yaml; {} and None without one.
         records: metrics.jsonl.
-        steps: updates made; total_steps: of the whole training, None where nothing says it.
-        best_valid_loss: nats per token; best_step: where.
-        before, after: scores as fractions, {} where there are none.
+        steps: finished updates; total_steps: of the whole training, or None if unknown.
+        best_valid_loss: in nats per token, reached at best_step.
+        before, after: scores as fractions, {} if there are none.
         seconds: training time; peak_memory: bytes.
         environment: environment.json.
-        modified: when the folder's newest file was written, seconds since the epoch.
-        problems: what is damaged, one message (with file and line) each.
+        modified: time of the newest file in the folder, in seconds since the epoch.
+        problems: one message, with file and line, for each damaged file.
     """
 
     folder: Path
@@ -91,7 +91,8 @@ class RunSummary:
     def state(self) -> str:
         """``damaged``, ``finished``, ``running`` or ``interrupted``.
 
-        Finished are scored runs, and those whose training is complete while no decoding was begun.
+        A run is finished if it has scores, or if its training is complete and no decoding has
+        begun.
         """
         if self.problems:
             return "damaged"
@@ -105,7 +106,7 @@ class RunSummary:
         return "running" if is_held(self.folder) else "interrupted"
 
     def setting(self, path: str) -> Any:
-        """A setting such as ``train.optim.lr``; None where the recipe has it not."""
+        """A setting such as ``train.optim.lr``; None if the recipe does not have it."""
         value: Any = self.config
         for key in path.split("."):
             value = value.get(key) if isinstance(value, dict) else None
@@ -113,10 +114,10 @@ class RunSummary:
 
 
 def read_run(folder: str | Path) -> RunSummary:
-    """Read a run folder; what is damaged in it goes into ``problems``.
+    """Read a run folder; damaged files in it are reported in ``problems``.
 
     Raises:
-        UserError: ``folder`` is no folder.
+        UserError: ``folder`` is not a folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -151,9 +152,9 @@ def read_run(folder: str | Path) -> RunSummary:
 
 
 def find_runs(folder: str | Path, depth: int = 3) -> list[Path]:
-    """Run folders in ``folder`` (itself too), at most ``depth`` levels below it, in order of names.
+    """Run folders at or below ``folder``, at most ``depth`` levels down, sorted by name.
 
-    A run folder holds config.yaml or metrics.jsonl; what lies in one is not looked into.
+    A run folder contains config.yaml or metrics.jsonl; its subfolders are not searched.
 
     Raises:
         UserError: there is no such folder, or it cannot be read.
@@ -169,9 +170,9 @@ def find_runs(folder: str | Path, depth: int = 3) -> list[Path]:
 
 
 def group_by_seed(runs: Sequence[RunSummary]) -> list[list[RunSummary]]:
-    """Put finished runs together that differ by ``train.seed`` alone; order of the first of each.
+    """Group finished runs that differ only by ``train.seed``, ordered by their first run.
 
-    A seed that comes twice is the same run again and stays alone, as does a run without settings.
+    A second run with the same seed, and a run without settings, form groups of their own.
     """
     groups: dict[Any, list[RunSummary]] = {}
     for run in runs:
@@ -186,7 +187,7 @@ def group_by_seed(runs: Sequence[RunSummary]) -> list[list[RunSummary]]:
 
 
 def group_name(runs: Sequence[RunSummary]) -> str:
-    """What the names of a group's runs begin with: ``lora-seed1``, ``lora-seed2`` -> ``lora``."""
+    """The common beginning of the names of a group: ``lora-seed1``, ``lora-seed2`` -> ``lora``."""
     first, last = min(run.name for run in runs), max(run.name for run in runs)
     same = next((i for i, pair in enumerate(zip(first, last)) if pair[0] != pair[1]), len(first))
     return re.sub(r"([-_. ]+(seed|s)?|seed)[-_. ]*\d*$", "", first[:same]) or runs[0].name
@@ -202,19 +203,19 @@ def read_config(path: Path) -> tuple[str, dict[str, Any]]:
 
     text = read_text(path)
     try:
-        # Aliases, which jlora never writes, can make a small file endless.
+        # Aliases, which jlora never writes, can expand a small file without limit.
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise UserError(f"{path}: a YAML alias (*name) in it; mend or remove the file")
+            raise UserError(f"{path}: a YAML alias (*name) in it; fix or remove the file")
         config = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise UserError(f"{where}: not YAML ({problem}); mend or remove the file") from error
+        raise UserError(f"{where}: not YAML ({problem}); fix or remove the file") from error
     except ValueError as error:  # an impossible date, say
-        raise UserError(f"{path}: not YAML ({error}); mend or remove the file") from error
+        raise UserError(f"{path}: not YAML ({error}); fix or remove the file") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path}: not a mapping of settings; mend or remove the file")
+        raise UserError(f"{path}: not a mapping of settings; fix or remove the file")
     return text, config
 
 
@@ -222,7 +223,7 @@ def read_scores(path: Path) -> dict[str, dict[str, float]]:
     """``{"before": {...}, "after": {...}}`` of scores.json: the finite numbers of each.
 
     Raises:
-        UserError: it cannot be read, or has another form.
+        UserError: it cannot be read, or does not have this form.
     """
     scores = read_object(path, "run `jlora evaluate` again")
     parts = [scores.get(key) for key in ("before", "after")]
@@ -241,7 +242,7 @@ def read_scores(path: Path) -> dict[str, dict[str, float]]:
 
 
 def _read(path: Path, read: Callable[[Path], T], default: T, problems: list[str]) -> T:
-    """What ``read`` makes of a file; ``default`` where it is not there or, noted, is damaged."""
+    """The result of ``read``; ``default`` if the file is missing or (added to problems) damaged."""
     if not os.path.lexists(path):
         return default
     try:
@@ -261,7 +262,7 @@ def _find(folder: Path, depth: int) -> Iterator[Path]:
         return
     try:
         children = sorted(child for child in folder.iterdir() if child.is_dir())
-    except OSError:  # a folder that may not be entered holds no run of ours
+    except OSError:  # folders without read permission are skipped
         return
     for child in children:
         if not child.name.startswith("."):
@@ -269,7 +270,7 @@ def _find(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _newest(folder: Path) -> float:
-    """When the run was last worked on; a report written again is no work on it."""
+    """When a file of the run last changed; files of the report do not count."""
     names = (CONFIG_NAME, METRICS_NAME, SCORES_NAME, PREDICTIONS_NAME)
     paths = [folder / name for name in names if os.path.exists(folder / name)]
     return max(os.path.getmtime(path) for path in paths or [folder])

@@ -1,4 +1,4 @@
-"""What models wrote, side by side, with what differs from the reference marked."""
+"""Texts of several models side by side, with the differences from the reference marked."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from jlora.system.errors import UserError
 BEFORE_NAME = "predictions_before.jsonl"
 LONGEST_PROMPT = 700  # characters shown
 LONGEST_DIFF = 400  # words compared
-ALIKE = 0.35  # below this share of common words a marked text would be all marks,
-SHORT = 3  # unless neither is longer than so many words, as answers are
+# Texts with a smaller share of common words are not marked: almost every word would be.
+ALIKE = 0.35
+SHORT = 3  # words; two texts of at most this length, such as answers, are always marked
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
@@ -28,7 +29,7 @@ References = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True)
 class Output:
-    """A text of one model as HTML; ``is_before``: the untouched model's."""
+    """A text of one model as HTML; ``is_before``: of the model before training."""
 
     label: str
     html: Markup
@@ -51,11 +52,11 @@ def shown_samples(
 ) -> list[Shown]:
     """``count`` inputs, evenly spaced, that all ``runs`` (of one task) answered.
 
-    Where some inputs were answered by the untouched model, only those are shown.
+    If some inputs were also answered before training, only those are shown.
 
     Args:
-        references: target texts by prompt for predictions that bring none; None: those of the
-            run's own test data, where they are still to be found.
+        references: target texts by prompt, for predictions without ``references``; None: those of
+            the run's test data, if it can still be found.
 
     Raises:
         UserError: a file of predictions is damaged.
@@ -86,7 +87,7 @@ def shown_samples(
 
 
 def marked(text: str, reference: str) -> Markup:
-    """``text`` with ``<ins>`` about what the reference has not, ``<del>`` about what it alone has.
+    """``text`` with ``<ins>`` around words not in the reference, and ``<del>`` for missing words.
 
     Words are compared without regard to case and spacing. A text that has little in common with
     the reference, or is very long, is not marked.
@@ -115,7 +116,7 @@ def marked(text: str, reference: str) -> Markup:
 
 
 def task_references(run: RunSummary) -> dict[str, list[str]]:
-    """References of the run's test inputs by prompt; {} where its data are not found."""
+    """References of the run's test inputs by prompt; {} if its data are not found."""
     from jlora.data.tasks import get_task
 
     file, folder = run.setting("data.test"), run.setting("data.folder")
@@ -130,7 +131,7 @@ def task_references(run: RunSummary) -> dict[str, list[str]]:
 
 
 def _predictions(path: Path, references: dict[str, Sequence[str]]) -> dict[str, str]:
-    """Predictions by prompt, {} where the file is not there; its references are added."""
+    """Predictions by prompt, {} if the file is missing; adds its references to ``references``."""
     if not path.exists():
         return {}
     texts = {}
@@ -161,14 +162,14 @@ def _shown(
         for label, is_before, texts in columns
     ]
     text = prompt.strip()
-    if len(text) > LONGEST_PROMPT:  # the question of a passage stands at its end
+    if len(text) > LONGEST_PROMPT:  # a passage has its question at the end
         text = text[: LONGEST_PROMPT // 2].rstrip() + " … " + text[-LONGEST_PROMPT // 2 :].lstrip()
     note = f"the nearest of {len(references)}" if len(references) > 1 else ""
     return Shown(text, slots(text), reference, note, outputs)
 
 
 def _nearest(text: str, references: Sequence[str]) -> str | None:
-    """The reference that shares most words with ``text``, None without any."""
+    """The reference with most words in common with ``text``; None if there are none."""
     words = [match.group().casefold() for match in _WORD.finditer(text)][:LONGEST_DIFF]
 
     def likeness(reference: str) -> float:

@@ -1,4 +1,4 @@
-"""The score table of one or several runs: a row a system, beside what others have published."""
+"""The score table of one or several runs: one row for each system, with published scores."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ class Row:
     """One system.
 
     Attributes:
-        kind: ``before`` (the untouched model), ``run``, ``difference``, ``mean`` or ``published``.
+        kind: ``before`` (the model before training), ``run``, ``difference``, ``mean`` or
+            ``published``.
         trends: for a difference, ``better``, ``worse`` or empty for each cell.
-        note: where a published row comes from.
+        note: the source of a published row.
     """
 
     name: str
@@ -46,10 +47,10 @@ class Board:
 
 
 def score_boards(runs: Sequence[RunSummary]) -> list[Board]:
-    """One table a task, in the order of the runs; runs that differ by their seed have a mean row.
+    """One table for each task, in the order of the runs; groups of seeds get a row with their mean.
 
     The validation loss is the last column. A task whose runs have neither scores nor validation
-    has no table; without scores there is nothing to set published rows beside.
+    has no table; a table without scores has no published rows.
     """
     boards = []
     for task in dict.fromkeys(run.task for run in runs):
@@ -73,7 +74,7 @@ def published(task: str | None) -> list[dict[str, Any]]:
 
 
 def markdown(boards: Sequence[Board]) -> str:
-    """The tables in Markdown, with the sources of what is published beneath."""
+    """The tables in Markdown, followed by the sources of the published rows."""
     blocks = []
     for board in boards:
         if len(boards) > 1:
@@ -89,17 +90,17 @@ def markdown(boards: Sequence[Board]) -> str:
 
 
 def trend(metric: Metric, change: float | None) -> str:
-    """``better`` or ``worse``; empty where the printed difference is nothing."""
+    """``better`` or ``worse``; empty if the printed difference is zero."""
     if change is None or not metric.text(change, sign=True).strip("+-0."):
         return ""
     return "better" if (change > 0) != metric.lower_is_better else "worse"
 
 
 def confusion(scores: Mapping[str, float]) -> list[list[str]] | None:
-    """Counts of a choice between answers as rows of cells, the first the head; None without any.
+    """The confusion matrix of a choice between answers, as rows with a header; or None.
 
-    A score ``confusion/true->false`` counts inputs whose answer is true and that got false. What
-    is none of the answers (``unparseable``) has a column where there was any.
+    A score ``confusion/true->false`` counts inputs whose answer is true and for which the model
+    said false. Predictions that are no answer (``unparseable``) have a column if there are any.
     """
     counts = {}
     for key, value in scores.items():
@@ -176,6 +177,6 @@ def _whole(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def _labels(metrics: Sequence[Metric]) -> list[str]:
-    """Column heads; a metric that is there for parts too says that it is over all."""
+    """Column headers; a metric that also exists for parts of the data is marked "all"."""
     parts = {metric.key.split("/")[0] for metric in metrics if "/" in metric.key}
     return [f"{metric.label} all" if metric.key in parts else metric.label for metric in metrics]

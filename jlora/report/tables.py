@@ -16,13 +16,13 @@ from jlora.system.errors import UserError
 METRICS = TABLE
 VALID_LOSS = Metric("valid_loss", "Valid. loss", 1, 3, lower_is_better=True)
 
-# Scores that say something about another one, or counts; the report shows them in their own place.
+# Intervals of other scores, and counts; the report shows them elsewhere.
 _NO_SCORE = re.compile(r"(.+_(low|high)|confusion/.*|.*unparseable)")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One input with what the model made of it; ``before`` and ``reference`` may be missing."""
+    """One input with the model's output; ``before`` and ``reference`` may be missing."""
 
     prompt: str
     after: str
@@ -33,8 +33,8 @@ class Sample:
 def metrics_of(*scores: Mapping[str, Any] | None) -> list[Metric]:
     """The metrics that occur in any of ``scores``: known ones in the paper's order, then others.
 
-    A metric over a part of the test set (``multi-BLEU/unseen``) stands behind that over all of it.
-    Values that are no numbers (and counts, which are whole numbers) are no scores.
+    A metric over a part of the test set (``multi-BLEU/unseen``) follows that over all of it. Values
+    that are not numbers, and whole numbers (counts), are not scores.
     """
     present: dict[str, Metric] = {}
     for one in scores:
@@ -78,10 +78,10 @@ def score_table(
     extra_rows: Iterable[tuple[str, Mapping[str, float]]] = (),
     markdown: bool = False,
 ) -> str:
-    """A table of scores, one row a system, as the paper prints them (BLEU x 100 and so on).
+    """A table of scores, one row for each system, printed as in the paper (BLEU x 100 and so on).
 
     Args:
-        before: scores of the untouched model as fractions ({"BLEU": 0.56, ...}), or None.
+        before: scores before training as fractions ({"BLEU": 0.56, ...}), or None.
         after: scores of the fine-tuned model, or None.
         extra_rows: (name, scores) to compare with, for example a published system.
         markdown: a Markdown table instead of aligned plain text.
@@ -90,7 +90,7 @@ def score_table(
         lines joined by newlines, without one at the end.
 
     Raises:
-        UserError: there is no score at all.
+        UserError: there are no scores.
     """
     rows = [(name, scores) for name, scores in (("before", before), ("after", after)) if scores]
     rows += list(extra_rows)
@@ -112,7 +112,7 @@ def score_table(
 def difference_of(
     metric: Metric, before: Mapping[str, float], after: Mapping[str, float]
 ) -> float | None:
-    """``after - before`` of the values as printed, so that the table adds up; None if one lacks."""
+    """``after - before`` of the printed values, so that tables add up; None if one is missing."""
     if before.get(metric.key) is None or after.get(metric.key) is None:
         return None
     digits = metric.decimals
@@ -126,7 +126,7 @@ def pair_samples(
 ) -> list[Sample]:
     """Join prediction records ({"prompt", "prediction", "references"?}) by their prompt.
 
-    Where some inputs were predicted before training, only those are kept.
+    If some inputs were also predicted before training, only those are kept.
     """
     old = {record["prompt"]: record["prediction"] for record in before}
     samples = []
@@ -160,9 +160,9 @@ def samples(items: Sequence[Sample], count: int = 5, width: int = 88) -> str:
 
 
 def slots(prompt: str) -> list[tuple[str, str]] | None:
-    """The slots of an E2E input, None for any other text.
+    """The slots of an E2E input; None for any other text.
 
-    Both notations are known: ``name : Blue Spice | area : riverside`` and
+    Both notations are recognised: ``name : Blue Spice | area : riverside`` and
     ``name[Blue Spice], area[riverside]``.
     """
     text = prompt.strip()
@@ -170,7 +170,7 @@ def slots(prompt: str) -> list[tuple[str, str]] | None:
         pairs = re.findall(r"([^\[\],]+)\[([^\[\]]*)\]", text)
     else:
         parts = [part.partition(" : ") for part in text.split(" | ")]
-        # One "a : b" alone is as likely a sentence with a colon as an input with one slot.
+        # A single "a : b" may just as well be a sentence with a colon.
         if len(parts) < 2 or not all(separator for _, separator, _ in parts):
             return None
         pairs = [(key, value) for key, _, value in parts]
@@ -178,7 +178,7 @@ def slots(prompt: str) -> list[tuple[str, str]] | None:
 
 
 def visible(text: str) -> str:
-    """``text`` on one line, control characters (which could drive the terminal) made visible."""
+    """``text`` on one line, with control characters (which could affect the terminal) shown."""
     text = " ".join(text.split())
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
 
@@ -191,7 +191,7 @@ def _field(label: str, text: str, width: int) -> list[str]:
 
 
 def plain_table(cells: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows as lines in aligned columns, ``left`` of them to the left; ``cells[0]`` is the head."""
+    """Rows with aligned columns, the first ``left`` to the left; ``cells[0]`` is the header."""
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = []
     for row in cells:
@@ -205,7 +205,7 @@ def plain_table(cells: Sequence[Sequence[str]], left: int = 1) -> str:
 
 
 def markdown_table(cells: Sequence[Sequence[str]]) -> str:
-    """Rows as a Markdown table; ``cells[0]`` is the head."""
+    """Rows as a Markdown table; ``cells[0]`` is the header."""
     head, *rows = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in cells]
     lines = ["| " + " | ".join(head) + " |", "|:--|" + "--:|" * (len(head) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]

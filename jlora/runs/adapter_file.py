@@ -125,6 +125,20 @@ def run_of(adapter: Path) -> tuple[Path, Recipe | None]:
     return adapter, load_run_recipe(config) if config.is_file() else None
 
 
+def base_name(name: str | None, adapter: AdapterFile | None) -> str:
+    """The name of the base model, None being that of the adapter's run; the adapter is checked.
+
+    Raises:
+        UserError: no model is named, or the adapter cannot be loaded (see `AdapterFile.check`).
+    """
+    name = name or (adapter and adapter.recipe and adapter.recipe.model)
+    if not name:
+        raise UserError("no --model given, such as --model smollm2-135m")
+    if adapter:
+        adapter.check()
+    return name
+
+
 def open_model(name: str | None, adapter: AdapterFile | None) -> Any:
     """The model, with its adapter on it if there is one; nothing in it is trained.
 
@@ -134,11 +148,7 @@ def open_model(name: str | None, adapter: AdapterFile | None) -> Any:
     Raises:
         UserError: no model is named, or model or adapter cannot be loaded.
     """
-    name = name or (adapter and adapter.recipe and adapter.recipe.model)
-    if not name:
-        raise UserError("no --model given, such as --model smollm2-135m")
-    if adapter:
-        adapter.check()
+    name = base_name(name, adapter)
     say(f"loading {name}")
     model = load(name)
     set_trainable(model, ())  # so the engine may pack every weight

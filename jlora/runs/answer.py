@@ -15,6 +15,7 @@ import numpy as np
 from jlora import engine
 from jlora.data.batches import TokenExample, encode_prompts
 from jlora.decoding.beam import BeamConfig, search
+from jlora.decoding.decoder import check_prompts
 from jlora.decoding.hypothesis import Hypothesis
 from jlora.decoding.predictions import (
     Prediction,
@@ -23,8 +24,8 @@ from jlora.decoding.predictions import (
     save_predictions,
 )
 from jlora.decoding.sampling import GenerateConfig, sample
-from jlora.models.hub import require_tokenizer
-from jlora.runs.adapter_file import AdapterFile, open_model
+from jlora.models.hub import outline, require_tokenizer
+from jlora.runs.adapter_file import AdapterFile, base_name, open_model
 from jlora.runs.recipe import DataConfig
 from jlora.system.distributed import world
 from jlora.system.errors import UserError
@@ -179,25 +180,24 @@ def answer(
     Raises:
         UserError: no model, no such adapter, or prompts that do not fit.
     """
-    model = open_model(model_name, adapter)
-    tokenizer = require_tokenizer(model)
+    name = base_name(model_name, adapter)
+    seen = outline(name).model  # enough to see whether all fits, before a minute of loading
+    tokenizer = require_tokenizer(seen)
     trained = adapter.recipe.data if adapter and adapter.recipe else DataConfig()
     separator_id = trained.separator_id if separator_id is None else separator_id
-    end_ids = end_ids or config.eos_token_ids or [end_token(model, trained.end_id)]
-    vocabulary = model.config.vocab_size
+    end_ids = end_ids or config.eos_token_ids or [end_token(seen, trained.end_id)]
+    context, vocabulary = seen.config.max_positions, seen.config.vocab_size
     if not all(0 <= token < vocabulary for token in end_ids):
         raise UserError(
             f"end tokens {', '.join(map(str, end_ids))}: the model's vocabulary has {vocabulary} "
             "words, numbered from 0; give --end-id one of them"
         )
-    encoded = encode_prompts(
-        prompts,
-        tokenizer,
-        model.config.max_positions - config.max_new_tokens + 1,
-        separator_id,
-        trained.max_prompt if keeps else None,
-        keeps,
-    )
+    longest = context - config.max_new_tokens + 1
+    max_prompt = trained.max_prompt if keeps else None
+    encoded = encode_prompts(prompts, tokenizer, longest, separator_id, max_prompt, keeps)
+    check_prompts(seen, encoded, config.max_new_tokens)
+    del seen  # see Outline
+    model = open_model(name, adapter)
     engine.prepare(model, precision, keep_weights=False)
     config = replace(config, eos_token_ids=tuple(end_ids))
     return decode(

@@ -9,10 +9,10 @@ from typing import Any
 from jlora.data.batches import TokenExample
 from jlora.data.tasks import get_task
 from jlora.metrics import find_metric
-from jlora.models.hub import outline, require_tokenizer
+from jlora.models.hub import outline
 from jlora.runs.memory_estimate import MIB, Estimate, Texts, estimate
 from jlora.runs.recipe import Recipe
-from jlora.runs.run_data import RunData
+from jlora.runs.run_data import RunData, load_data
 from jlora.system import machine
 from jlora.system.distributed import world
 from jlora.system.errors import UserError
@@ -28,10 +28,7 @@ def measure_texts(recipe: Recipe, test: bool = True) -> Texts:
     Raises:
         UserError: data or model are not there, or do not fit each other.
     """
-    data = RunData(recipe, test)
-    model = outline(recipe.model).model
-    require_tokenizer(model)
-    return texts_of(data.encode(model))
+    return texts_of(load_data(recipe, test))
 
 
 def texts_of(data: RunData) -> Texts:

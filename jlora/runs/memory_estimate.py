@@ -21,6 +21,7 @@ from jlora.adapters.model import add_adapter
 from jlora.adapters.partial import add_biases, trained_names
 from jlora.data.batches import epoch_batches
 from jlora.decoding.native_decoder import PROMPT_TOKENS, SLAB
+from jlora.formats.names import is_lora_name
 from jlora.kernels import packed_linear
 from jlora.models.hub import Outline
 from jlora.runs.recipe import Recipe
@@ -166,7 +167,8 @@ def trainable(recipe: Recipe, model) -> set[str]:
 
 def loading_bytes(outline: Outline) -> int:
     """A checkpoint at the height of its way from the file to Vars in float32."""
-    parameters = [FLOAT * size(p) for n, p in outline.model.named_parameters() if "lora_" not in n]
+    named = outline.model.named_parameters()
+    parameters = [FLOAT * size(p) for name, p in named if not is_lora_name(name)]
     largest = max(parameters)  # is copied once more, to be recognised by an adapter
     return max(outline.reading, int(LOADING * max(outline.arrays, sum(parameters))) + largest)
 
@@ -179,7 +181,7 @@ def weight_bytes(model, precision: str, trained: set[str]) -> int:
     named = {id(p): name for name, p in model.named_parameters()}
     sizes = {i: FLOAT * size(p) for i, p in ((id(p), p) for p in model.parameters()) if i in named}
     frozen = {i for i, name in named.items() if name not in trained}
-    total = sum(bytes_ for i, bytes_ in sizes.items() if "lora_" not in named[i])
+    total = sum(bytes_ for i, bytes_ in sizes.items() if not is_lora_name(named[i]))
     if precision not in packed_linear.KINDS:
         return total
     head = model.output_embedding
@@ -195,7 +197,9 @@ def weight_bytes(model, precision: str, trained: set[str]) -> int:
         )
         if id(weight) not in done:
             done.add(id(weight))
-            total += packed_linear.packed_bytes(n, k, precision) - sizes[id(weight)]
+            total += packed_linear.packed_bytes(n, k, precision)
+            if not isinstance(module, layers.LoRALayer) or module.variant.is_plain:
+                total -= sizes[id(weight)]
     if id(head) in frozen:
         n, k = head.shape
         total += packed_linear.packed_bytes(n, k, "bf16")
@@ -293,7 +297,9 @@ def activation_bytes(
     shape, rows = BlockShape.of(model.config), batch.tokens
     through = rows * shape.width * FLOAT  # the residual stream at one place
     copied = trained_copies(model, trained)
-    if precision in packed_linear.KINDS and shape.is_fused and (copied == 0 or follows()):
+    plain = recipe.method != "lora" or recipe.lora.lora_variant.is_plain
+    fused = plain and shape.is_fused and (copied == 0 or follows())
+    if precision in packed_linear.KINDS and fused:
         ranks = sum(size(p) // p.shape[1] for n, p in model.named_parameters() if "lora_A" in n)
         saved = shape.saved_bytes(rows, round(ranks / shape.layers))
         differentiated = shape.layers - blocks_below(model, trained)

@@ -16,7 +16,7 @@ from jlora.data.tasks import get_task
 from jlora.layers import set_trainable
 from jlora.metrics import check_metrics, evaluate_parts
 from jlora.metrics.accuracy import accuracy, parse_choice
-from jlora.models.hub import load, outline, require_tokenizer
+from jlora.models.hub import load, require_tokenizer
 from jlora.report import environment
 from jlora.report.html import write_report
 from jlora.report.plots import loss_curve
@@ -25,7 +25,7 @@ from jlora.runs.adapter_file import load_tuned, tuned_folder
 from jlora.runs.answer import choice_logprobs, decode, describe_source, end_token
 from jlora.runs.memory_check import check_fits
 from jlora.runs.recipe import Recipe, dump_recipe, load_recipe
-from jlora.runs.run_data import RunData
+from jlora.runs.run_data import RunData, load_data
 from jlora.system.console import say
 from jlora.system.distributed import world
 from jlora.system.errors import UserError
@@ -38,7 +38,7 @@ from jlora.training.loop import train
 
 
 def open_run(run: Path, recipe: Recipe, resume: bool) -> Recipe:
-    """Take up the recipe of the run that is there, or see that a new run can be there.
+    """The recipe of the run that is there, if it goes on, or check that a new run can be there.
 
     A new run writes nothing before `begin_run`, so what goes wrong earlier leaves nothing behind.
 
@@ -223,11 +223,7 @@ def open_data(recipe: Recipe, test: bool, check_memory: bool) -> RunData:
         UserError: data or model are missing or broken or do not fit each other, or the run does not
             fit.
     """
-    data = RunData(recipe, test)
-    model = outline(recipe.model).model
-    require_tokenizer(model)
-    data.encode(model)
-    del model  # see Outline
+    data = load_data(recipe, test)
     if check_memory and not jt.flags.use_cuda:
         world().first(lambda: check_fits(recipe, data))
     return data

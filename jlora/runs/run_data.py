@@ -17,10 +17,23 @@ from jlora.data.batches import (
     encode_prompts,
 )
 from jlora.data.tasks import ReferenceGroup, Task, get_task
+from jlora.models.hub import outline, require_tokenizer
 from jlora.runs.recipe import Recipe
 from jlora.system.console import say
 from jlora.system.errors import UserError
 from jlora.system.files import sha256_of
+
+
+def load_data(recipe: Recipe, test: bool = True) -> RunData:
+    """The recipe's data as tokens; of its model, tokenizer and sizes are read, but no weights.
+
+    Raises:
+        UserError: data or model are missing or broken, or do not fit each other.
+    """
+    data = RunData(recipe, test)
+    model = outline(recipe.model).model
+    require_tokenizer(model)
+    return data.encode(model)
 
 
 class RunData:

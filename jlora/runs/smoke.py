@@ -1,4 +1,4 @@
-"""`jlora run RECIPE --smoke`: the whole pipeline of a recipe in seconds, to see that it runs."""
+"""`jlora run RECIPE --smoke`: the whole pipeline of a recipe in seconds, to check that it runs."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What stands below all else: errors, files, locks, processes, the machine, and Jittor itself."""
+"""The basis of all other folders: errors, files, locks, processes, the machine, and Jittor."""

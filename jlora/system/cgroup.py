@@ -1,7 +1,7 @@
-"""What Linux's control groups leave to this process: containers, Slurm's jobs, systemd's slices.
+"""The limits of Linux's control groups for this process: containers, Slurm jobs, systemd slices.
 
-A process stands in one group of a tree, and the limits of all groups above it hold too. Version 2
-has one tree for everything, version 1 one for each controller; a machine may have both.
+A process is in one group of a tree, and the limits of all groups above apply as well. Version 2 has
+one tree, version 1 has one for each controller; a machine may have both.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ UNLIMITED = 1 << 60
 
 
 def groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
-    """The groups of this process for a controller, its own first and then those above.
+    """The groups of this process for a controller: its own, then those above.
 
     Args:
         controller: "memory" or "cpu".
-        root: where /proc and /sys are.
+        root: the folder with /proc and /sys.
 
     Yields:
         The version (1 or 2) and the folder of each.
@@ -53,7 +53,7 @@ def _upwards(top: Path, mounted: str, own: str) -> Iterator[Path]:
     """From a process's own group to the top one that is mounted (``mounted`` of the whole tree)."""
     below = own[len(mounted.rstrip("/")) :] if own.startswith(mounted) else ""
     folder = top / below.strip("/")
-    if ".." in folder.parts or not folder.is_dir():  # outside what this container is shown
+    if ".." in folder.parts or not folder.is_dir():  # outside the part that this container can see
         folder = top
     while True:
         yield folder
@@ -68,17 +68,17 @@ def _unescaped(path: str) -> str:
 
 
 def memory_limit(root: Path = Path("/")) -> int | None:
-    """The least of the limits above this process in bytes, None: there is none."""
+    """The smallest limit for this process in bytes; None: no limit."""
     return min((limit for limit, _ in _memory(root)), default=None)
 
 
 def memory_left(root: Path = Path("/")) -> int | None:
-    """What may still be taken until the first of the limits is reached, None: there is none."""
+    """Bytes that this process can still allocate before it reaches a limit; None: no limit."""
     return min((max(0, limit - used) for limit, used in _memory(root)), default=None)
 
 
 def _memory(root: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use of each group that has a limit. Files in the page cache make room for more."""
+    """Limit and usage of each group with a limit; the page cache does not count as used."""
     for version, folder in groups("memory", root):
         limit_name, use_name, prefix = {
             1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
@@ -96,7 +96,7 @@ def _memory(root: Path) -> Iterator[tuple[int, int]]:
 
 
 def processor_quota(root: Path = Path("/")) -> int | None:
-    """The processors that the quotas allow (``docker run --cpus``), rounded up; None: all."""
+    """The number of processors that quotas allow (``docker run --cpus``), rounded up; None: all."""
     found = []
     for version, folder in groups("cpu", root):
         if version == 2:
@@ -110,7 +110,7 @@ def processor_quota(root: Path = Path("/")) -> int | None:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None if there is no file or it says "max"."""
+    """The number in a file; None if the file is missing or contains "max"."""
     text = "".join(_lines(path))
     return int(text) if text.isdecimal() else None
 

@@ -1,4 +1,4 @@
-"""What jlora tells its user: single lines on standard error, so that results can be piped."""
+"""Messages to the user: single lines on standard error, so that results can be piped."""
 
 from __future__ import annotations
 

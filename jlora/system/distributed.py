@@ -1,12 +1,12 @@
-"""Several processes as one run, over MPI: what they share, who writes, and how they end.
+"""One run in several processes, over MPI: their communication, and how they start and end.
 
-``mpirun -np N jlora run RECIPE``, or `launch`, which ``--nproc N`` is, starts N processes that each
-call `join`. From then on `world` knows them all. A batch is divided among them, the gradients of
-what is trained are summed, and nothing else travels; the first process alone writes the run folder.
-docs/scale.md says what is the same for every N.
+``mpirun -np N jlora run RECIPE``, or `launch` (``--nproc N``), starts N processes that each call
+`join`; `world` then returns the group of all. Each batch is divided among them and the gradients of
+trained parameters are summed; nothing else is exchanged. Only the first process writes the run
+folder. docs/scale.md says which results do not depend on N.
 
-MPI itself is mpi4py's. Jittor's own operators for it stay off: they reduce the gradients of every
-batch inside its optimisers, which jlora does not use.
+MPI is used through mpi4py. Jittor's own MPI operators are off: they sum gradients inside its
+optimisers, which jlora does not use.
 """
 
 from __future__ import annotations
@@ -28,51 +28,51 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from jlora.system.errors import UserError
 from jlora.system.files import make_folder
 
-if TYPE_CHECKING:  # the command line is there before NumPy is read
+if TYPE_CHECKING:  # keeps NumPy out of the start of the command line
     import numpy as np
 
 T = TypeVar("T")
 #: Set by Open MPI's mpirun, by MPICH's and Intel's, and by Slurm's srun --mpi=pmix.
 MARKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 INSTALL = "run `pip install 'jlora[mpi]'`"
-LOGS = "JLORA_RANK_LOGS"  # folder of the logs of all processes but the first, set by `launch`
-JOINED = 1 << 16  # gradients with fewer numbers travel together
+LOGS = "JLORA_RANK_LOGS"  # folder for the logs of all processes except the first; set by `launch`
+JOINED = 1 << 16  # gradients with fewer numbers are sent together
 
 
 class World:
-    """The processes of a run; one alone unless `join` found others.
+    """The processes of a run; only this one unless `join` found others.
 
     Attributes:
-        rank: number of this process, from 0.
-        size: number of processes.
-        local_size: number of those on this machine.
+        rank: the number of this process, from 0.
+        size: the number of processes.
+        local_size: the number of processes on this machine.
     """
 
     rank, size, local_size = 0, 1, 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that writes."""
+        """Whether this process is the first, which writes the files."""
         return self.rank == 0
 
     def mine(self, items: Sequence[T]) -> Sequence[T]:
-        """Every size-th item, from the rank-th on."""
+        """This process's share of the items: every ``size``-th, starting with number ``rank``."""
         return items[self.rank :: self.size]
 
     def threads(self, cores: int) -> int:
-        """How many of the ``cores`` that this process may use are its own."""
+        """The number of threads for this process: its share of ``cores``."""
         return cores
 
     def first(self, work: Callable[[], T]) -> T:
-        """What the first process's ``work()`` gives; the others wait asleep.
+        """The result of ``work()`` in the first process; the others wait without using the CPU.
 
         Raises:
-            UserError: the first process's one, everywhere.
+            UserError: that of the first process, in all processes.
         """
         return work()
 
     def gather(self, item: T) -> list[T]:
-        """The item of each process, by rank."""
+        """The items of all processes, by rank."""
         return [item]
 
     def total(self, numbers: Sequence[float]) -> list[float]:
@@ -80,21 +80,21 @@ class World:
         return list(numbers)
 
     def sum_arrays(self, arrays: Sequence[np.ndarray]) -> None:
-        """Replace each array by its sum over the processes, the same bits everywhere."""
+        """Replace each array by its sum over the processes; all get identical bits."""
 
     def interleave(self, mine: Sequence[T]) -> list[T]:
-        """The items that `mine` divided, in their old order."""
+        """The items that `mine` divided, in their original order."""
         parts, found = self.gather(list(mine)), []
         for place in range(max(map(len, parts))):
             found += [part[place] for part in parts if place < len(part)]
         return found
 
     def finish(self, code: int) -> int:
-        """Wait for the others to come to their end; the exit code of this process."""
+        """Wait for the others to finish; returns the exit code for this process."""
         return code
 
     def abort(self, message: str, code: int) -> None:
-        """End all processes because of what happened in this one; returns if there is no other."""
+        """End all processes because of an error in this one; returns if there are no others."""
 
 
 _world = World()
@@ -136,7 +136,7 @@ def without_mpi() -> dict[str, str]:
 
 
 def join() -> World:
-    """Find the other processes; to be called before Jittor is imported.
+    """Connect to the other processes; must be called before Jittor is imported.
 
     Raises:
         UserError: mpi4py, or the MPI that it needs, is missing.
@@ -156,16 +156,16 @@ def join() -> World:
 
 
 def _stop_by_signal() -> None:
-    """Take SIGUSR1, which mpirun passes on, for Ctrl-C, which it does not."""
+    """Handle SIGUSR1, which mpirun forwards, like Ctrl-C, which it does not forward."""
     process = os.getpid()
 
     def stop(number, frame) -> None:
-        # It goes to the compilers that Jittor has forked too, which must not die holding a lock.
+        # The compilers that Jittor has forked get it too, and must not die while they hold a lock.
         if os.getpid() == process:
             raise KeyboardInterrupt
 
     signal.signal(signal.SIGUSR1, stop)
-    # Jittor takes a lock that a signal has interrupted for one that failed.
+    # Jittor treats locking that a signal interrupts as failed.
     signal.siginterrupt(signal.SIGUSR1, False)
 
 
@@ -190,7 +190,7 @@ class MPIWorld(World):
             print(f"jlora: {self.size} processes; should one die, see {logs}", file=sys.stderr)
 
     def _take_log(self, folder: Path) -> None:
-        """Send what this process prints to a file; errors go where they went, see `abort`."""
+        """Redirect this process's output to a file; `abort` still prints on the original stderr."""
         make_folder(folder)  # on another machine it does not exist yet
         self._log = log_file(folder, self.rank)
         self._stderr = os.fdopen(os.dup(2), "w")
@@ -244,7 +244,7 @@ class MPIWorld(World):
                 self._comm.Allreduce(self._mpi.IN_PLACE, array)
 
     def _wait(self) -> None:
-        """For all others, asleep: MPI itself would keep a core busy, and one may score for long."""
+        """Wait for all others with sleeps: MPI would keep a core busy, and scoring takes long."""
         request = self._comm.Ibarrier()
         pause = 0.0001
         while not request.Test():
@@ -256,23 +256,23 @@ class MPIWorld(World):
         if self._log is not None:
             with contextlib.suppress(OSError):
                 if self.is_first:
-                    shutil.rmtree(self._log, ignore_errors=True)  # the others remove theirs
+                    shutil.rmtree(self._log, ignore_errors=True)  # the others remove their own
                 else:
                     self._log.unlink()
-        # mpirun takes a process that ends with another code for one that failed.
+        # mpirun treats a process with another exit code as failed.
         return code if self.is_first else 0
 
     def abort(self, message: str, code: int) -> None:
-        """Ends all processes; what is known everywhere is said by the first alone."""
+        """End all processes; an error that all have is printed by the first only."""
         if not self.is_first:
-            time.sleep(2)  # the first, which fails alike, ends this one before
+            time.sleep(2)  # the first process has the same error and ends this one
             message = f"jlora: process {self.rank} of {self.size} on {self._host} failed\n{message}"
         print(message, file=self._stderr, flush=True)
         self._comm.Abort(code)
 
 
 def _affinity() -> set[int]:
-    """The cores that this process may use."""
+    """The cores that this process is allowed to use."""
     try:
         return os.sched_getaffinity(0)
     except AttributeError:  # macOS
@@ -280,7 +280,7 @@ def _affinity() -> set[int]:
 
 
 def log_file(folder: Path, rank: int | str) -> Path:
-    """Where a process writes what it says."""
+    """The file to which a process's output goes."""
     return folder / f"rank-{rank}.log"
 
 
@@ -294,7 +294,7 @@ def find_mpirun() -> str | None:
 
 
 def mpirun(processes: int, *flags: str) -> list[str]:
-    """The command before what is to be run as several processes on this machine."""
+    """The mpirun command line in front of the command for several processes on this machine."""
     options = ["-np", str(processes), "--bind-to", "none"]
     if processes > len(_affinity()):
         options.append("--oversubscribe")
@@ -322,13 +322,13 @@ def mpi_problem() -> str | None:
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Start ``jlora`` as several processes on this machine; the exit code of the first.
+    """Start ``jlora`` as several processes on this machine; returns the exit code.
 
-    The first Ctrl-C (or SIGTERM) lets the step end and saves, as in one process; the second ends
-    all at once.
+    The first Ctrl-C (or SIGTERM) finishes the step and saves, as in one process; the second ends
+    all processes at once.
 
     Raises:
-        UserError: there is no MPI, or a process has died, with its name and what it said last.
+        UserError: there is no MPI, or a process has died (with its name and its last output).
     """
     problem = mpi_problem()
     if problem is not None:
@@ -340,7 +340,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
             env={**without_mpi(), LOGS: logs},
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # so that Ctrl-C comes here alone
+            start_new_session=True,  # only this process gets Ctrl-C
         )
         errors = _Messages(job.stderr)
         asked = 0
@@ -348,7 +348,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         def stop(number, frame) -> None:
             nonlocal asked
             asked += 1
-            # mpirun passes SIGUSR1 on to every process, and ends them all at SIGTERM.
+            # mpirun forwards SIGUSR1 to every process, and ends all on SIGTERM.
             job.send_signal(signal.SIGUSR1 if asked == 1 else signal.SIGTERM)
 
         before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -380,20 +380,20 @@ def _signal_name(number: int) -> str:
 def _last_words(log: Path) -> str:
     try:
         lines = log.read_text(errors="replace").replace("\r", "\n").split("\n")
-    except OSError:  # the first process has none: it speaks to the terminal
+    except OSError:  # the first process has no log: its output goes to the terminal
         return ""
     said = [line.strip() for line in lines if line.strip()]
-    return f"; it was {said[0]}, and the last it said: {' / '.join(said[1:][-3:]) or 'nothing'}"
+    return f"; it was {said[0]}, and its last output is: {' / '.join(said[1:][-3:]) or 'nothing'}"
 
 
 class _Messages(threading.Thread):
-    """Passes on what the processes and mpirun write, but for mpirun's own explanations.
+    """Prints the output of the processes and mpirun, without mpirun's explanations.
 
     Attributes:
-        died: rank and signal of the process that mpirun found dead, or None.
+        died: rank and signal of the process that died according to mpirun, or None.
     """
 
-    RULE = b"-" * 60  # mpirun's explanations stand between two of these
+    RULE = b"-" * 60  # mpirun's explanations are between two of these lines
     DIED = re.compile(rb"process rank (\d+) with PID .* exited on\s+signal (\d+)", re.DOTALL)
 
     def __init__(self, source):
@@ -414,11 +414,11 @@ class _Messages(threading.Thread):
             else:
                 sys.stderr.buffer.write(line)
                 sys.stderr.flush()
-        if not line.endswith(b"\n"):  # a progress bar that was cut short
+        if not line.endswith(b"\n"):  # an unfinished progress bar
             sys.stderr.write("\n")
 
     def _lines(self):
-        """Lines, with a progress bar's carriage return ending one too."""
+        """Lines; the carriage return of a progress bar ends a line, too."""
         rest = b""
         while chunk := os.read(self._source.fileno(), 1 << 16):
             *whole, rest = re.split(rb"(?<=[\r\n])", rest + chunk)

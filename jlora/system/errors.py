@@ -1,4 +1,4 @@
-"""The one exception that reaches a user as a single line, and words for its messages."""
+"""The exception that users see as a single line, and words for its messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 class UserError(Exception):
     """Something the user can fix: a bad file, a bad setting, a missing program.
 
-    The message is one line that names what is wrong, where, and the way out. The command line
+    The message is one line that says what is wrong, where, and what to do. The command line
     prints it as ``jlora: error: MESSAGE`` and exits with code 2; library users can catch it.
     """
 
@@ -20,7 +20,7 @@ class UserError(Exception):
 
 
 def kind_of(value: Any) -> str:
-    """What a value out of a JSON or YAML file is, in a user's words: "a number", "null"."""
+    """The kind of a value from a JSON or YAML file, in plain words: "a number", "null"."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Reading and writing files so that nothing half-written is left and errors say where."""
+"""Reading and writing files, with errors that name the file, leaving nothing half-written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jlora.system.text import decode_text
 
 
 def os_error(action: str, path: str | Path, error: OSError) -> UserError:
-    """Turn an OSError into a UserError that names the path and the usual way out."""
+    """Turn an OSError into a UserError that names the path and the usual remedy."""
     reason = error.strerror or str(error)
     hints = {
         "No space left on device": "free some space or choose another folder",
@@ -29,7 +29,7 @@ def os_error(action: str, path: str | Path, error: OSError) -> UserError:
         "Read-only file system": "choose a folder that can be written",
         "No such file or directory": "check the path",
         "Is a directory": "give a file, not a folder",
-        "Not a directory": "a file stands where a folder should; choose another path",
+        "Not a directory": "a part of the path is a file, not a folder; choose another path",
     }
     hint = hints.get(reason)
     return UserError(f"cannot {action} {path}: {reason}" + (f"; {hint}" if hint else ""))
@@ -39,17 +39,17 @@ def os_error(action: str, path: str | Path, error: OSError) -> UserError:
 def atomic_path(
     path: str | Path, directory: bool = False, keep: Path | None = None
 ) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it takes the place of ``path``.
+    """Yield a temporary path next to ``path``, which replaces ``path`` on success.
 
     With ``directory=True`` the temporary path is a new folder that replaces the whole folder
-    ``path``. On any error the temporary is removed and ``path`` stays as it was.
+    ``path``. On any error the temporary path is removed and ``path`` is not changed.
 
     Args:
-        keep: where the folder that is replaced goes, in place of what stands there; None: it is
+        keep: a path to which the replaced folder is moved, replacing what is there; None: it is
             removed.
 
     Raises:
-        UserError: the folder cannot be made or written (full disk, permissions).
+        UserError: the folder cannot be created or written (full disk, permissions).
     """
     path = Path(path)
     temporary = None
@@ -69,20 +69,21 @@ def atomic_path(
         raise os_error("write", path, error) from error
     finally:
         if temporary is not None:
-            with contextlib.suppress(OSError):  # what went wrong before is what counts
+            with contextlib.suppress(OSError):  # an earlier error is the one to report
                 remove(temporary)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder with its parents, unless it exists.
+    """Create a folder with its parents, unless it exists.
 
-    Other processes may make and remove the same folders meanwhile (`lock_run` removes the ones
-    that stayed empty). ``Path.mkdir`` then fails between two of its own calls, so it is repeated.
+    Other processes may create and remove the same folders at the same time (`lock_run` removes
+    those that stay empty). ``Path.mkdir`` can then fail between two of its own calls, so it is
+    repeated.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
-    attempts = 100  # far more than there are crossings; a lasting error costs a millisecond
+    attempts = 100  # far more often than processes interfere; a permanent error takes a millisecond
     for attempt in range(1, attempts + 1):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -93,10 +94,10 @@ def make_folder(folder: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A new name beside ``path``, under which it is written or removed.
+    """A new temporary name next to ``path``, for writing or removing it.
 
-    It tells `remove_leftovers` whose it is. The pid alone would not do: two containers that share
-    a volume number their processes alike.
+    It contains the process that uses it, for `remove_leftovers`. The process id alone is not
+    enough: two containers that share a volume may have equal ones.
     """
     return path.with_name(
         f".{path.name}.{_processes_here()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
@@ -105,7 +106,7 @@ def temporary_name(path: Path) -> Path:
 
 @functools.cache
 def _processes_here() -> str:
-    """Names the machine, its boot and the container: within all three a pid means one process."""
+    """Identifies machine, boot and container, within which a process id is unique."""
     marks = [socket.gethostname()]
     with contextlib.suppress(OSError):  # not Linux: the machine alone
         marks.append(Path("/proc/sys/kernel/random/boot_id").read_text())
@@ -114,11 +115,12 @@ def _processes_here() -> str:
 
 
 def replace_directory(new: Path, path: Path, keep: Path | None = None) -> None:
-    """Put a folder in the place of another; see `atomic_path`.
+    """Replace a folder by another; see `atomic_path`.
 
-    A folder cannot be replaced in one rename: the old one is moved out of the way first. What
-    stands under a name is whole at any time, and if the process dies between the two renames the
-    old one is still there, as ``keep`` or for `recover_directory`.
+    A folder cannot be replaced by one rename: the old one is moved away first. A folder under
+        either
+    name is always complete, and if the process dies between the two renames the old one still
+    exists, as ``keep`` or for `recover_directory`.
     """
     old = keep or _moved_away(path)
     while True:
@@ -127,7 +129,7 @@ def replace_directory(new: Path, path: Path, keep: Path | None = None) -> None:
             # Another process that replaces the same folder has moved it away, or filled `old`.
             if not _renamed(path, old):
                 continue
-        # A reader that came between the two renames has put the old one back.
+        # A reader between the two renames has recovered the old one.
         if _renamed(new, path, missing_ok=False):
             break
     if keep is None:
@@ -147,9 +149,9 @@ def _renamed(source: Path, target: Path, missing_ok: bool = True) -> bool:
 
 
 def recover_directory(path: str | Path) -> None:
-    """Undo a folder replacement of `atomic_path` that was killed between its two renames."""
+    """Undo a replacement by `atomic_path` that was interrupted between its two renames."""
     path = Path(path)
-    # It fails where another process has recovered the folder, or has finished replacing it.
+    # It fails if another process has recovered the folder, or finished replacing it.
     with contextlib.suppress(OSError):
         if not path.exists():
             os.rename(_moved_away(path), path)
@@ -160,7 +162,7 @@ def _moved_away(path: Path) -> Path:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder if it is there; a process that dies meanwhile leaves no part of it."""
+    """Remove a folder if it exists; after an interruption no part of it has the old name."""
     if folder.is_dir():
         doomed = temporary_name(folder)
         if _renamed(folder, doomed):
@@ -170,13 +172,13 @@ def discard(folder: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that killed processes have left in a folder.
 
-    Whether another machine's or container's process lives cannot be known here: its files are
-    left alone unless nobody has touched them for a day.
+    Whether a process of another machine or container is alive is not known here: its files are
+    removed only if they have not changed for a day.
     """
     for path in folder.glob(".*.tmp"):
         if (found := _TEMPORARY.search(path.name)) is None:
             continue
-        with contextlib.suppress(OSError):  # a failed cleaning up stops nobody
+        with contextlib.suppress(OSError):  # a failed clean-up is no error
             if found["here"] == _processes_here():
                 stale = not is_alive(int(found["pid"]))
             else:
@@ -191,20 +193,20 @@ _TEMPORARY = re.compile(r"^\..+?\.((?P<here>[0-9a-f]{8})\.)?(?P<pid>\d+)(\.[0-9a
 
 
 def is_alive(pid: int) -> bool:
-    """Whether this machine has a process of that number."""
+    """Whether this machine has a process with this id."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # someone else's
+    except PermissionError:  # another user's process
         pass
     return True
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's names, to the disk.
+    """Flush a file, or the names in a folder, to the disk.
 
-    Without it a power cut could show a rename and an empty file.
+    Without it a power cut can leave a renamed but empty file.
     """
     if not path.exists():
         return
@@ -229,7 +231,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder if it is there, whoever else removes it at the same time."""
+    """Remove a file or folder if it exists, even if others remove it at the same time."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -256,10 +258,10 @@ def read_text(path: str | Path) -> str:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Fail now rather than after an hour of training.
+    """Check that a folder can be written, before an hour of training.
 
     Raises:
-        UserError: ``folder`` cannot be made or written.
+        UserError: ``folder`` cannot be created or written.
     """
     folder = Path(folder)
     try:
@@ -271,10 +273,10 @@ def check_writable(folder: str | Path) -> None:
 
 
 def check_absent(path: str | Path) -> None:
-    """See that a result would overwrite nothing.
+    """Check that writing ``path`` would overwrite nothing.
 
     Raises:
-        UserError: a file or a folder with something in it stands at ``path``.
+        UserError: ``path`` is a file, or a folder that is not empty.
     """
     path = Path(path)
     if path.is_dir() and not any(path.iterdir()):

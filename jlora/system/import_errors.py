@@ -1,4 +1,4 @@
-"""What Jittor says when it cannot be imported -> one line with the cause and the way out."""
+"""Turns the output of a failed import of Jittor into one line with the cause and the remedy."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ DOCTOR = "`jlora doctor` shows what this machine lacks"
 
 
 def install(thing: str) -> str:
-    """How to install a key of `machine.PACKAGES`, in words."""
+    """Advice for installing a key of `machine.PACKAGES`."""
     command = machine.install_command(thing)
     return f"run `{command}`" if command else f"install it; {DOCTOR}"
 
 
 def explain(output: str) -> UserError:
-    """What Jittor printed or raised -> one line with the cause and the way out."""
-    mends = [
-        (r"(GLIBCXX|CXXABI)_[\d.]+\S? not found", _conda_mend),
+    """The error for what Jittor printed or raised: one line with the cause and the remedy."""
+    remedies = [
+        (r"(GLIBCXX|CXXABI)_[\d.]+\S? not found", _conda_remedy),
         (r"Python\.h: No such file|python3[.\d]*-config\b.*not found", lambda: install("headers")),
         (r"openmp library not found|omp\.h: No such file", lambda: install("openmp")),
         (
@@ -41,15 +41,15 @@ def explain(output: str) -> UserError:
         ),
         (r"numpy.*(_ARRAY_API|1\.x|compiled using)", lambda: "run `pip install 'numpy<2'`"),
     ]
-    for pattern, mend in mends:
+    for pattern, remedy in remedies:
         match = re.search(pattern, output)
         if match:
             line = next(part for part in output.splitlines() if match.group(0)[:20] in part)
-            return UserError(f"Jittor cannot be imported: {_short(line)}; {mend()}")
+            return UserError(f"Jittor cannot be imported: {_short(line)}; {remedy()}")
     return UserError(f"Jittor cannot be imported: {cause(output)}; {DOCTOR}, -v the whole output")
 
 
-def _conda_mend() -> str:
+def _conda_remedy() -> str:
     library = f"/usr/lib/{platform.machine()}-linux-gnu/libstdc++.so.6"
     return (
         "this Python brings a libstdc++ older than the compiler's: run "
@@ -58,7 +58,7 @@ def _conda_mend() -> str:
 
 
 def cause(output: str) -> str:
-    """The line of an output that says most: the first error, else the last line."""
+    """The most informative line of an output: the first error, else the last line."""
     lines = [line for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"\berror:|^\w*(Error|Exception)\b", line)]
     return _short((errors or lines or ["it said nothing"])[0 if errors else -1])

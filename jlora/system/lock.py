@@ -1,4 +1,4 @@
-"""One process a run folder, one compiler a cache: locks that die with who holds them."""
+"""Locks of run folders and compiler caches; a lock ends with the process that holds it."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ ATTEMPTS = 10  # a hundredth of a second apart
 
 @contextlib.contextmanager
 def lock_run(run: str | Path) -> Iterator[None]:
-    """Hold a run folder, which is made if it is not there, for this process alone.
+    """Lock a run folder for this process; the folder is created if it does not exist.
 
-    Of the processes of one run (`jlora.system.distributed`) the first holds it; others wait.
+    Of the processes of one run (`jlora.system.distributed`) the first holds the lock; others wait.
 
-    ``RUN/.lock`` says who holds it. What counts is the kernel's lock on that file (flock), which
-    ends with the process however it ends, so a file left behind locks nothing. What killed
-    processes have left half-written in the folder is removed. A folder that was made and is still
-    empty at the end is taken away again.
+    ``RUN/.lock`` contains the process that holds the lock. The lock itself is the kernel's (flock)
+    on that file; it ends with the process, so a remaining file locks nothing. Half-written files of
+    killed processes in the folder are removed. If the folder was created here and is still empty at
+    the end, it is removed.
 
-    On NFS the kernel turns flock into a lock on the server, which other machines see, unless the
-    folder is mounted with ``nolock`` or ``local_lock``; where locks are not supported there is a
-    warning and no lock.
+    On NFS the kernel turns flock into a lock on the server, which other machines respect, unless
+    the folder is mounted with ``nolock`` or ``local_lock``. Where locks are not supported there is
+    a warning and no lock.
 
     Raises:
-        UserError: another process holds the folder (with its pid, owner, machine and start), the
-            folder cannot be made or written, or it is not the one that the first process holds.
+        UserError: another process holds the lock (the message has its id, user, machine and start
+            time), the folder cannot be created or written, or it is not the first process's folder.
     """
     run = Path(run)
     if not world().is_first:
@@ -57,7 +57,7 @@ def lock_run(run: str | Path) -> Iterator[None]:
         handle = None
         while handle is None:
             make_folder(run)
-            # The one before may have taken an empty folder away again meanwhile.
+            # The process before may have removed the empty folder in the meantime.
             with contextlib.suppress(FileNotFoundError):
                 handle = _take(run / NAME)
     except OSError as error:
@@ -67,8 +67,8 @@ def lock_run(run: str | Path) -> Iterator[None]:
         world().first(lambda: None)
         yield
     finally:
-        # Removed before it is unlocked, so that nobody locks a file that is about to go. In a
-        # folder that can no longer be written it stays, and says nothing once it is unlocked.
+        # Removed before it is unlocked, so that nobody locks a file that is being removed. In a
+        # folder that can no longer be written it remains, and unlocked it has no effect.
         with contextlib.suppress(OSError):
             (run / NAME).unlink()
         handle.close()
@@ -78,7 +78,7 @@ def lock_run(run: str | Path) -> Iterator[None]:
 
 
 def is_held(run: str | Path) -> bool:
-    """Whether a process is at work in a run folder, as far as the file system tells."""
+    """Whether a process holds the lock of a run folder, if the file system supports locks."""
     try:
         with open(Path(run) / NAME, "rb") as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -91,13 +91,13 @@ def is_held(run: str | Path) -> bool:
 
 @contextlib.contextmanager
 def one_at_a_time(path: Path, work: str) -> Iterator[None]:
-    """Do something that other processes may be about to do, too, after them.
+    """A context that only one process enters at a time; others wait until it is free.
 
-    Where the lock file cannot be made (a cache that is shared and may only be read) or the file
-    system has no locks, nobody waits.
+    If the lock file cannot be created (a shared cache that is read-only) or the file system has no
+    locks, no process waits.
 
     Args:
-        work: what the others are doing, for the message of the one that waits.
+        work: what the other process is doing, for the message while waiting.
     """
     try:
         make_folder(path.parent)
@@ -116,7 +116,7 @@ def one_at_a_time(path: Path, work: str) -> Iterator[None]:
 
 
 def _take(path: Path) -> BinaryIO:
-    """The locked file, open, with this process in it."""
+    """Open and lock the file, and write this process into it."""
     attempts = 0
     while True:
         handle = open(path, "ab+")  # noqa: SIM115  (held as long as the run)
@@ -126,7 +126,7 @@ def _take(path: Path) -> BinaryIO:
             holder = _holder(path)
             handle.close()
             attempts += 1
-            if attempts < ATTEMPTS:  # it may be `is_held`, which only looks
+            if attempts < ATTEMPTS:  # the other may be `is_held`, which holds the lock for a moment
                 time.sleep(0.01)
                 continue
             raise UserError(
@@ -141,7 +141,7 @@ def _take(path: Path) -> BinaryIO:
                 f"{path.parent} cannot be locked ({error.strerror}); make sure that no other run "
                 "writes there"
             )
-        # The one before may have removed the file between opening and locking it.
+        # The process before may have removed the file between opening and locking it.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle.fileno()), path.stat()):
                 break
@@ -159,14 +159,14 @@ def _take(path: Path) -> BinaryIO:
 
 
 def _holder(path: Path) -> str:
-    """Who holds a lock, in words."""
+    """The holder of a lock, for messages."""
     try:
         owner = json.loads(path.read_bytes())
         return (
             f"process {owner['pid']} of {owner['owner']} on {owner['host']}, "
             f"started {owner['started']}"
         )
-    except (OSError, ValueError, KeyError, TypeError):  # it is just being written
+    except (OSError, ValueError, KeyError, TypeError):  # it is being written at this moment
         return "another process"
 
 

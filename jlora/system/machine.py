@@ -1,4 +1,4 @@
-"""What this machine has: compiler, Python headers, processor, GPU. Looks only, changes nothing."""
+"""What this machine has: compiler, Python headers, processor, memory, GPU. Changes nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jlora.system import cgroup
 
-# What each package manager calls the things Jittor needs.
+# Each package manager's names of the packages that Jittor needs.
 PACKAGES = {
     "compiler": {"apt-get": "g++", "dnf": "gcc-c++", "apk": "g++", "pacman": "gcc"},
     "headers": {"apt-get": "python3-dev", "dnf": "python3-devel", "apk": "python3-dev"},
@@ -33,7 +33,7 @@ def install_command(thing: str) -> str | None:
         return "xcode-select --install" if thing in ("compiler", "headers", "openmp") else None
     for manager, verb in INSTALL.items():
         package = PACKAGES[thing].get(manager)
-        # The system's folders too: a PATH that has lost g++ may have lost the manager with it.
+        # Also in the system's folders: a PATH without g++ may lack the package manager, too.
         if package and (shutil.which(manager) or shutil.which(manager, path=SYSTEM_PATH)):
             sudo = "" if os.geteuid() == 0 else "sudo "
             update = f"{sudo}apt-get update && " if manager == "apt-get" else ""
@@ -49,7 +49,7 @@ def compiler() -> str | None:
 
 
 def compiler_problem(path: str) -> str | None:
-    """Compile nothing: ask the compiler for its version. None if it answers, else why not."""
+    """Why a compiler does not run (asked for its version), or None."""
     try:
         result = subprocess.run(
             [path, "--version"], capture_output=True, text=True, errors="replace", timeout=20
@@ -63,7 +63,7 @@ def compiler_problem(path: str) -> str | None:
 
 
 def python_header() -> Path:
-    """Where Python.h of the running interpreter belongs, there or not."""
+    """The path of the running interpreter's Python.h, whether or not it exists."""
     return Path(sysconfig.get_paths()["include"]) / "Python.h"
 
 
@@ -75,7 +75,7 @@ def python_config() -> Path | None:
 
 
 def find_nvcc() -> Path | None:
-    """A CUDA compiler whose runtime library stands where Jittor will look for it."""
+    """A CUDA compiler whose runtime library is where Jittor looks for it."""
     candidates = [
         os.environ.get("nvcc_path"),
         shutil.which("nvcc"),
@@ -86,7 +86,7 @@ def find_nvcc() -> Path | None:
     for candidate in candidates:
         if not candidate or not Path(candidate).is_file():
             continue
-        # /usr/bin/nvcc is the distribution's package, whose libraries are not beside it.
+        # /usr/bin/nvcc is the distribution's package, whose libraries are elsewhere.
         folder = Path(candidate).resolve().parent.parent / "lib64"
         if candidate == "/usr/bin/nvcc":
             folder = Path(f"/usr/lib/{platform.machine()}-linux-gnu")
@@ -96,7 +96,7 @@ def find_nvcc() -> Path | None:
 
 
 def gpu_problem() -> str | None:
-    """Why Jittor cannot use an NVIDIA GPU here; None when everything it needs seems to be there."""
+    """Why Jittor cannot use an NVIDIA GPU here; None if nothing seems to be missing."""
     if not glob.glob("/dev/nvidia[0-9]*") and not Path("/dev/dxg").exists():
         return "no NVIDIA GPU"
     try:
@@ -109,14 +109,14 @@ def gpu_problem() -> str | None:
 
 
 def processors() -> int:
-    """Processor cores this process may use: affinity, container quota, no hyper-threads."""
+    """The number of processor cores for this process: affinity, quota, no hyper-threads."""
     try:
         available = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS
         available = os.cpu_count() or 1
     total = os.cpu_count() or 1
     physical = _physical_cores() or total
-    # Matrix products gain nothing from a second thread on the same core; keep the same share.
+    # Matrix products gain nothing from a second thread on a core: count cores, not threads.
     cores = max(1, round(available * min(1.0, physical / total)))
     quota = cgroup.processor_quota()
     return max(1, min(cores, quota)) if quota else cores
@@ -129,19 +129,19 @@ def _physical_cores() -> int | None:
 
 
 def memory_limit(root: Path = Path("/")) -> int:
-    """Bytes of memory this process may use: the machine's, or its control group's if less.
+    """Bytes of memory that this process may use: the machine's, or its control group's limit.
 
     Args:
-        root: where /proc and /sys are; another one is for tests.
+        root: the folder with /proc and /sys; tests use another one.
     """
     total = _meminfo(root, "MemTotal", "total")
     return min(total, cgroup.memory_limit(root) or total)
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process may still take before the system or its control group runs out.
+    """Bytes that this process can still allocate before the system or its control group runs out.
 
-    What caches of files take counts as available.
+    Memory of file caches counts as available.
     """
     available = _meminfo(root, "MemAvailable", "available")
     left = cgroup.memory_left(root)
@@ -149,7 +149,7 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def _meminfo(root: Path, key: str, otherwise: str) -> int:
-    """A value of /proc/meminfo in bytes, or psutil's of another name where there is none."""
+    """A value of /proc/meminfo in bytes; without that file, psutil's value ``other``."""
     with contextlib.suppress(OSError, ValueError):
         for line in (root / "proc/meminfo").read_text().splitlines():
             name, _, value = line.partition(":")
@@ -161,10 +161,10 @@ def _meminfo(root: Path, key: str, otherwise: str) -> int:
 
 
 def usable_memory(processes: int = 1) -> int:
-    """Bytes that this process can have in all: what it has and its share of what is available.
+    """Bytes that this process can use in total: its own, and its share of what is available.
 
     Args:
-        processes: how many on this machine share it.
+        processes: the number of processes that share this machine's memory.
     """
     import psutil
 
@@ -173,7 +173,7 @@ def usable_memory(processes: int = 1) -> int:
 
 
 def cpu_model() -> str:
-    """The processor's name, as the system gives it."""
+    """The processor's name, from the system."""
     for line in _cpuinfo():
         key, _, value = line.partition(":")
         if key.strip() in ("model name", "Model", "Hardware") and value.strip():
@@ -182,7 +182,7 @@ def cpu_model() -> str:
 
 
 def cpu_features() -> list[str]:
-    """Which of the vector and matrix extensions that matter for training the CPU has."""
+    """The CPU's vector and matrix extensions that matter for training."""
     names = {
         "avx2": "AVX2",
         "avx512f": "AVX-512",
@@ -202,7 +202,7 @@ def cpu_features() -> list[str]:
 
 
 def cpu_flags() -> set[str]:
-    """Every extension of the processor by the kernel's name; empty where it gives none."""
+    """All extensions of the processor, by the kernel's names; empty if unknown."""
     for line in _cpuinfo():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):

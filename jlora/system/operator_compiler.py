@@ -1,9 +1,9 @@
 """Makes Jittor compile an operator in a quarter of the time, and say less about it.
 
-Of the 1.1 s that an operator takes (Zen 4, g++ 12), 0.6 s go into reading headers that are the same
-for every operator, and 0.4 s into a Python process that has nothing to do for most. So the headers
-are compiled once, and `compile_operator.sh` starts Python only where it is needed. The code that
-comes out is the same.
+Of the 1.1 s that an operator takes (Zen 4, g++ 12), 0.6 s are spent on reading headers that are the
+same for every operator, and 0.4 s on a Python process that most operators do not need. Therefore
+the headers are precompiled, and `compile_operator.sh` starts Python only if it is needed. The
+resulting code is the same.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _HEADER = """#define JIT 1
 #include "misc/cpu_math.h"
 #include "ops/op_register.h"
 """
-# Flags of the linker; a header knows none.
+# Flags of the linker, which do not apply to a header.
 _LINKER = re.compile(r"-(?:l|L|Wl,|shared$)")
 
 
 def set_up(jt: Any, cache: Path) -> None:
-    """Change Jittor's flags so that operators compile faster; where that cannot be, do nothing.
+    """Change Jittor's flags so that operators compile faster, if that is possible here.
 
     Args:
         jt: Jittor, imported.
@@ -55,9 +55,9 @@ def set_up(jt: Any, cache: Path) -> None:
     paths = (flags.python_path, flags.jittor_path, str(cache))
     if sys.platform != "linux" or flags.nvcc_path or any(shlex.quote(p) != p for p in paths):
         return
-    # OSError, UserError: the cache is shared and may only be read.
+    # OSError, UserError: the cache is shared and read-only.
     with contextlib.suppress(OSError, UserError, subprocess.SubprocessError, ValueError):
-        # In the cache, since Jittor compiles an operator anew when any path in its command changes.
+        # In the cache folder: Jittor recompiles an operator if any path in its command changes.
         script = _kept(cache, "compile-operator.sh", SCRIPT.read_bytes())
         header = None
         if flags.cc_type == "g++":
@@ -83,7 +83,7 @@ def _quiet(flags: Any, cache: Path) -> None:
 
 
 def compile_flags(flags: str) -> list[str]:
-    """Those of Jittor's flags that concern a header."""
+    """Jittor's flags that apply to a header."""
     return [flag for flag in shlex.split(flags) if not _LINKER.match(flag)]
 
 
@@ -110,7 +110,7 @@ def _precompiled(compiler: str, flags: str, jittor: Path, cache: Path) -> Path:
 
 
 def _kept(cache: Path, name: str, content: bytes) -> Path:
-    """A file of that content in the cache; another content has another name."""
+    """A file in the cache with this content; its name depends on the content."""
     path = cache / f"jlora-{hashlib.sha256(content).hexdigest()[:12]}-{name}"
     if not path.exists():
         with atomic_path(path) as temporary:

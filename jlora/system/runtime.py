@@ -2,19 +2,21 @@
 
     from jlora.system.runtime import jt
 
-imports Jittor at that line (``import jlora.system.runtime`` alone does not). What happens then:
+imports Jittor at that line (``import jlora.system.runtime`` alone does not), in these steps:
 
-1. The environment is checked, so that a missing compiler is one line and not a traceback.
-2. Jittor's environment variables get defaults that work; what the user has set stays.
-3. If this machine has not compiled this Jittor yet, a child process does it while this one shows
-   the time that passes. A child, because a failed import of Jittor cannot be repeated in the same
-   process, and because Jittor may end the process when it finds its own cache outdated.
+1. The environment is checked, so that a missing compiler is a one-line error and not a traceback.
+2. Jittor's environment variables get working defaults; variables set by the user are not changed.
+3. If this machine has not compiled this Jittor yet, a child process does so while this one shows
+the
+   elapsed time. A child process, because a failed import of Jittor cannot be repeated in the same
+   process, and because Jittor may end the process if its cache is outdated.
 4. Jittor is imported, and what it changes for the whole process (signal handlers, certificate
-   checks, the recursion limit) is put back.
+   checks, the recursion limit) is restored.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import hashlib
@@ -65,11 +67,11 @@ def set_verbose(verbose: bool = True) -> None:
 def set_seed(seed: int) -> None:
     """Seed Jittor, NumPy and Python's own random numbers.
 
-    Of a run's processes each has other numbers from Jittor, whose dropout would otherwise drop the
-    same places in every share of a batch; those of the other two are the same.
+    In a run with several processes each gets different numbers from Jittor, or dropout would drop
+    the same positions in every share of a batch; NumPy's and Python's are the same in all.
 
     Args:
-        seed: not negative, of any size. Jittor takes 32 bits; a larger seed is hashed to that.
+        seed: not negative, of any size. Jittor's seed has 32 bits; a larger one is hashed.
     """
     import random
 
@@ -80,18 +82,18 @@ def set_seed(seed: int) -> None:
     if seed >= 2**32:
         words = [seed >> shift & 0xFFFFFFFF for shift in range(0, seed.bit_length(), 32)]
         jittors, numpys = int(np.random.SeedSequence(seed).generate_state(1)[0]), words
-    # It seeds the other two as well, so it comes first.
+    # First, because it also seeds the other two.
     __getattr__("jt").set_global_seed((jittors + 1_000_003_001 * rank) % 2**31 if rank else jittors)
     random.seed(seed)
     np.random.seed(numpys)
 
 
 def release_memory() -> None:
-    """Give memory that is free inside this process back to the system.
+    """Return memory that this process has freed to the system.
 
-    Jittor keeps freed memory by size, and glibc keeps what lies between pieces that are in use:
-    after a model's weights were packed, as much as the weights took. Between two stages of a run
-    nobody wants it again; within one, taking it from the system anew costs time.
+    Jittor keeps freed memory by size, and glibc keeps free memory between blocks that are in use:
+    after packing a model's weights this is as much as the weights. Between two stages of a run it
+    is not needed again; within a stage, getting it from the system again costs time.
     """
     __getattr__("jt").gc()
     with contextlib.suppress(OSError, AttributeError):  # another C library has no such function
@@ -127,7 +129,7 @@ def use_gpu(wanted: bool | None = None) -> bool:
 
 @dataclass(frozen=True)
 class OneDNN:
-    """A oneDNN to compile and link against: the folder of its headers and its library."""
+    """An installed oneDNN: its include folder and its library."""
 
     include: Path
     library: Path
@@ -153,7 +155,7 @@ def installed_onednn() -> list[Path]:
         home = Path(os.environ.get("JITTOR_HOME") or Path.home())
     except RuntimeError:
         return []
-    if "jittor_utils" in sys.modules:  # it also knows a home kept from an earlier JITTOR_HOME
+    if "jittor_utils" in sys.modules:  # it may have stored an earlier JITTOR_HOME
         home = Path(sys.modules["jittor_utils"].home())
     headers = sorted((home / ".cache" / "jittor" / "mkl").glob("dnnl*/include/dnnl.hpp"))
     homes = [header.parent.parent for header in headers]
@@ -164,7 +166,7 @@ def installed_onednn() -> list[Path]:
 
 
 def check_environment() -> None:
-    """Look for what Jittor cannot do without, before it fails in its own words.
+    """Check what Jittor requires, before it fails with messages of its own.
 
     Raises:
         UserError: Jittor, a C++ compiler, Python's headers or a writable home are missing.
@@ -192,17 +194,17 @@ def check_environment() -> None:
 
 def home_problem() -> str | None:
     """Why Jittor cannot keep its compiled code under the home folder; None if it can."""
-    mend = "set HOME to a folder that can be written, for example `export HOME=/tmp/home`"
+    remedy = "set HOME to a folder that can be written, for example `export HOME=/tmp/home`"
     try:
         cache = Path.home() / ".cache" / "jittor"
     except RuntimeError:
-        return f"there is no home folder for Jittor's compiled code; {mend}"
+        return f"there is no home folder for Jittor's compiled code; {remedy}"
     try:
         make_folder(cache)
         with tempfile.TemporaryFile(dir=cache):
             pass
     except OSError as error:
-        return f"cannot write {cache} (Jittor's compiled code): {error.strerror}; {mend}"
+        return f"cannot write {cache} (Jittor's compiled code): {error.strerror}; {remedy}"
     return None
 
 
@@ -210,7 +212,7 @@ def home_problem() -> str | None:
 
 
 def environment_defaults() -> dict[str, str]:
-    """Values for Jittor's environment variables, used where the user has set none."""
+    """Default values for Jittor's environment variables that the user has not set."""
     defaults = {
         # Jittor imports torch at start to work around a clash that jlora does not have.
         "FIX_TORCH_ERROR": "0",
@@ -221,21 +223,21 @@ def environment_defaults() -> dict[str, str]:
         # Downloaded from Jittor's site whenever CUDA is used, needed by nothing.
         "use_cutlass": "0",
         "OMP_NUM_THREADS": str(distributed.world().threads(machine.processors())),
-        # Turns that a thread waits awake for the others, some ten microseconds. By default it is
-        # milliseconds, which on a busy machine keeps the thread it waits for from running.
+        # How long a thread waits actively for the others: about ten microseconds. By default it is
+        # milliseconds, which on a busy machine takes the processor from the thread it waits for.
         "GOMP_SPINCOUNT": "10000",
-        # Compilers at a time for new operators; by default one for every 3 GiB of memory.
+        # The number of parallel compilers for operators; by default one for every 3 GiB of memory.
         "use_parallel_op_compiler": str(max(1, min(16, machine.processors()))),
     }
     if not _verbose:
         defaults["log_silent"] = "1"
     if not distributed.started_by_mpi():
-        # Without mpirun an mpicc on the PATH only costs time and can only fail; and the processes
-        # of one run talk for themselves.
+        # Without mpirun, an mpicc on the PATH only costs time or fails; and the processes
+        # of a run communicate through mpi4py.
         defaults["use_mpi"] = "0"
     config = machine.python_config()
     if config is not None:
-        # Jittor takes /usr/bin/python3.x-config first, which may be another Python's.
+        # Jittor prefers /usr/bin/python3.x-config, which may belong to another Python.
         defaults["python_config_path"] = str(config)
     if machine.gpu_problem() is None:
         defaults["nvcc_path"] = str(machine.find_nvcc())
@@ -252,7 +254,7 @@ def environment_defaults() -> dict[str, str]:
 
 # --- 3. the first compilation ---------------------------------------------------------------
 
-# Prints a marker at the end because Jittor may leave with exit code 0 half-way.
+# Prints a last line, because Jittor may exit early with code 0.
 _FIRST_IMPORT = """
 import json, socket, sys
 sys.path[:] = json.loads(sys.argv[1])
@@ -265,9 +267,9 @@ print("\\njlora: imported", jittor.__version__)
 
 
 def _compile_once(cache: Path, ours: set[str]) -> None:
-    """Have a child process import Jittor, unless one has done so with these very settings.
+    """Import Jittor in a child process, unless this has been done with the same settings.
 
-    Of several processes that start together one has it done, and the others wait.
+    If several processes start together, one does it and the others wait.
 
     Args:
         cache: Jittor's folder for this compiler, Python and processor.
@@ -282,7 +284,7 @@ def _compile_once(cache: Path, ours: set[str]) -> None:
 
 
 def _is_compiled(cache: Path, stamp: Path) -> bool:
-    """Whether Jittor has been compiled so; the environment gets what that has shown."""
+    """Whether Jittor has been compiled with these settings; updates the environment from that."""
     if any(cache.glob("jittor_core*.so")) or any(cache.glob("cu*/jittor_core*.so")):
         with contextlib.suppress(OSError, ValueError):
             os.environ.update(json.loads(stamp.read_text()))
@@ -309,7 +311,7 @@ def _compile(stamp: Path, ours: set[str]) -> None:
 
 
 def _fingerprint() -> str:
-    """A hash of what decides whether Jittor compiles itself anew, its cache folder aside."""
+    """A hash of the settings, besides the cache folder, for which Jittor compiles itself anew."""
     names = (
         *("cc_path", "cc_flags", "nvcc_path", "nvcc_flags", "kernel_flags", "python_config_path"),
         *("debug", "enable_lto", "use_mkl", "use_cutlass", "use_cutt", "use_data_gz"),
@@ -320,13 +322,13 @@ def _fingerprint() -> str:
 
 
 def _first_import() -> str | None:
-    """Import Jittor in a child process. Returns None if that went well, else its output."""
-    # Seen by MPI as one of its ranks, the child would wait for the others without end.
+    """Import Jittor in a child process; returns None if it succeeds, else its output."""
+    # As one of MPI's ranks the child would wait for the others forever.
     environment = distributed.without_mpi()
-    # With log_v 1 Jittor tells why its own library cannot be loaded (conda's libstdc++).
+    # With log_v 1 Jittor prints why its library cannot be loaded (conda's libstdc++).
     environment.update(use_mpi="0", log_silent="0", log_v="1", PYTHONUNBUFFERED="1")
-    # Jittor starts a g++ for every 3 GiB of memory it sees; this makes it one a core, and no more
-    # than fit into the container's memory.
+    # Jittor starts a g++ for every 3 GiB of memory; this makes it one for each core, and no more
+    # than the container's memory allows.
     workers = max(1, min(machine.processors(), machine.memory_limit() // 2**30))
     arguments = [json.dumps(sys.path), str(workers * 3 * 2**30)]
     for _ in range(3):
@@ -341,7 +343,7 @@ def _first_import() -> str | None:
             )
             try:
                 _wait(child, output)
-            except BaseException:  # Ctrl-C: the compilers must not go on in the background
+            except BaseException:  # Ctrl-C: the compilers must not continue in the background
                 with contextlib.suppress(OSError):
                     os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
@@ -352,7 +354,7 @@ def _first_import() -> str | None:
             return None
         if child.returncode != 0:
             return text or f"the first import of Jittor ended with exit code {child.returncode}"
-        # Exit code 0 without the last line: Jittor renewed its helper and asks to be run again.
+        # Exit code 0 without the last line: Jittor has updated its helper and must be run again.
     return text
 
 
@@ -370,7 +372,7 @@ def _wait(child: subprocess.Popen, output: Any) -> None:
 
 
 def _compiles(output: Any) -> bool:
-    """Whether Jittor's own progress line is in the child's output so far."""
+    """Whether the child's output so far has Jittor's progress line."""
     return b"Compiling " in os.pread(output.fileno(), 1 << 20, 0)
 
 
@@ -378,11 +380,11 @@ def _compiles(output: Any) -> bool:
 
 
 def _load() -> Any:
-    if "jittor" in sys.modules:  # the user imported it first, in their own way
+    if "jittor" in sys.modules:  # the user has imported it before
         return sys.modules["jittor"]
     check_environment()
     if distributed.world().size > 1:
-        for mark in distributed.MARKS:  # Jittor, and programs that this one starts, would take part
+        for mark in distributed.MARKS:  # else Jittor and child programs would use MPI
             os.environ.pop(mark, None)
     ours = set()
     for name, value in environment_defaults().items():
@@ -397,6 +399,7 @@ def _load() -> Any:
             import jittor
 
             operator_compiler.set_up(jittor, Path(jittor_utils.cache_path))
+            _end_pool(jittor_utils)
     except UserError:
         raise
     except (Exception, SystemExit) as error:
@@ -407,14 +410,26 @@ def _load() -> Any:
     return jittor
 
 
+def _end_pool(jittor_utils: Any) -> None:
+    """End the processes that Jittor has forked to compile itself, even if nothing was to compile.
+
+    They would live as long as this one, and its end would wait forever if one of them had died.
+    Jittor makes new ones when it needs them.
+    """
+    if getattr(jittor_utils, "pool_size", 0):
+        jittor_utils.pool_cleanup()
+        atexit.unregister(jittor_utils.pool_cleanup)
+        jittor_utils.pool_size = 0
+
+
 @contextlib.contextmanager
 def _process_settings_kept() -> Iterator[None]:
     """Undo what importing Jittor does to the whole process.
 
-    Its SIGINT handler ends the process at once, so that Ctrl-C could save nothing; its SIGCHLD
-    handler does the same when any child is killed (a Java that hangs). It also turns off the
-    certificate checks of urllib and raises the recursion limit so far that runaway recursion is a
-    crash.
+    Its SIGINT handler ends the process at once, so that nothing could be saved on Ctrl-C; its
+    SIGCHLD handler does the same if any child is killed (such as a Java that hangs). It also turns
+    off the certificate checks of urllib, and raises the recursion limit so much that infinite
+    recursion crashes the process.
     """
     handlers = {
         number: signal.getsignal(number)

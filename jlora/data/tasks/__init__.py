@@ -1,6 +1,7 @@
 """Tasks: how a dataset is read, how its references are grouped, and which metrics score it.
 
-A task is a module of this folder with a `TASK`; `get_task` finds it by name.
+A task is a module of this folder with a `TASK`, or of another package (`register_task`); `get_task`
+finds it by name.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +19,8 @@ from jlora.data.pull_datasets import DATASETS, data_cache
 from jlora.system.errors import UserError
 from jlora.system.plugins import load_plugin, plugins
 
-# A module is imported when its task is requested.
-NAMES = ("e2e", "webnlg", "dart", "boolq", "jsonl", "restaurants")
+#: The modules of this folder, each of which is imported when its task is requested.
+NAMES = tuple(each.name for each in pkgutil.iter_modules(__path__) if each.name != "split")
 GROUP = "jlora.tasks"  # of entry points
 
 

@@ -1,7 +1,7 @@
-"""Where training records go: metrics.jsonl, the progress bar, services such as TensorBoard.
+"""Loggers of training records: metrics.jsonl, the progress bar, services such as TensorBoard.
 
-A record is a flat dict with an integer ``step`` (steps finished, from 1) and the values of that
-moment: ``{"step", "loss", "lr", "tokens_per_s", "seconds"}`` from training, where ``seconds`` is
+A record is a flat dict with an integer ``step`` (number of finished steps, from 1) and its values:
+``{"step", "loss", "lr", "tokens_per_s", "seconds"}`` from training, where ``seconds`` is
 the training time so far, and ``{"step", "valid_loss"}`` from validation.
 """
 

@@ -1,4 +1,4 @@
-"""What a logger is, and several of them as one."""
+"""The interface of a logger, and several loggers as one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Logger(Protocol):
         """Finish; called once, after the last record."""
 
 
-# What a foreign library may raise; SystemExit because some call sys.exit where a login fails.
+# What a service's library may raise; some call sys.exit when a login fails.
 FAILURES = (Exception, SystemExit)
 
 
@@ -35,7 +35,7 @@ class Loggers:
         self.loggers = list(loggers)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Give ``record`` to every logger still on."""
+        """Give ``record`` to every logger that has not been switched off."""
         for logger in list(self.loggers):
             try:
                 logger.log(record)
@@ -46,7 +46,7 @@ class Loggers:
                 warn(f"{_name(logger)} failed and is switched off ({_reason(error)})")
 
     def close(self) -> None:
-        """Close every logger, also when one of them fails to."""
+        """Close every logger, even if closing one of them fails."""
         loggers, self.loggers = self.loggers, []
         failure = None
         for logger in loggers:
@@ -67,7 +67,7 @@ class Loggers:
 
 
 def plain(value: Any) -> Any:
-    """A JSON value: numpy scalars as Python numbers, NaN and infinity as None."""
+    """A value for JSON: numpy scalars become Python numbers, NaN and infinity None."""
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""metrics.jsonl: the records of a run, one JSON object a line."""
+"""metrics.jsonl: the records of a run, one JSON object for each line."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ METRICS_NAME = "metrics.jsonl"
 
 
 class MetricsLogger:
-    """Appends one JSON line a record to ``path``; a line is on its way to the disk when `log` ends.
+    """Appends a JSON line for each record to ``path``; `log` returns when the line is written.
 
     Args:
         path: usually ``RUN/metrics.jsonl``.
-        resume_step: None starts an empty file; a number continues the file of a run resumed at
-            that step: later lines, which the resumed run will write again, are cut first.
+        resume_step: None starts an empty file. A number continues the file of a run that is resumed
+            at that step: later lines, which the run will write again, are removed first.
 
     Raises:
         UserError: the file cannot be written, or the file to continue is damaged.
@@ -36,13 +36,13 @@ class MetricsLogger:
             with atomic_path(self.path) as temporary:
                 temporary.write_bytes(b"")
         try:
-            # Unbuffered: each record is one write, which a killed process cannot lose.
+            # Unbuffered: each record is one write, and none is lost if the process is killed.
             self._handle = open(self.path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise os_error("write", self.path, error) from error
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append ``record``; NaN and infinity, which JSON has not, are written as null."""
+        """Append ``record``; NaN and infinity, which JSON does not have, are written as null."""
         values = {key: plain(value) for key, value in record.items()}
         line = json.dumps(values).encode() + b"\n"
         end = None
@@ -50,7 +50,7 @@ class MetricsLogger:
             end = self._handle.seek(0, 2)
             written = self._handle.write(line)
             if written != len(line):
-                # A disk that fills up takes the first part of the line: take that back.
+                # A full disk may have written the first part of the line: remove it.
                 raise OSError(28, "No space left on device")
         except OSError as error:
             if end is not None:
@@ -66,7 +66,7 @@ class MetricsLogger:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Read the records of a metrics.jsonl.
 
-    A last line that a killed process left torn is dropped.
+    An incomplete last line, left by a killed process, is ignored.
 
     Returns:
         the records in the file's order, each with an integer ``step``.
@@ -78,7 +78,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def truncate_metrics(path: str | Path, step: int) -> None:
-    """Drop the records after ``step`` and a torn last line, atomically; kept lines do not change.
+    """Remove the records after ``step`` and an incomplete last line; atomic, other lines are kept.
 
     Raises:
         UserError: the file is missing, damaged or cannot be written.
@@ -90,9 +90,9 @@ def truncate_metrics(path: str | Path, step: int) -> None:
 
 
 def training_seconds(metrics: Sequence[Mapping[str, Any]]) -> float | None:
-    """Training time of a run, None when the records have no ``seconds``.
+    """Training time of a run; None if the records have no ``seconds``.
 
-    A clock that starts again (a resumed run that counts from its own start) is added up.
+    If the clock starts again at zero, as in a resumed run, the times are added.
     """
     total, previous = 0.0, None
     for record in metrics:
@@ -133,7 +133,7 @@ def _parse(path: Path) -> list[tuple[dict[str, Any], bytes]]:
 
 
 def _problem(record: object) -> str | None:
-    """What keeps ``record`` from being a record of metrics, None when nothing does."""
+    """What is wrong with ``record`` as a record of metrics, or None."""
     if not isinstance(record, dict):
         return "is not a JSON object"
     step = record.get("step")

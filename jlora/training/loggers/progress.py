@@ -12,8 +12,8 @@ class ProgressLogger:
 
     Args:
         total_steps: steps of the whole run.
-        start_step: steps done before a resume; they do not count for the time left.
-        stream: a text stream, by default stderr. A stream that is no terminal gets a line at most
+        start_step: steps done before a resume; they do not count in the estimate of the time left.
+        stream: a text stream, by default stderr. If it is not a terminal it gets at most one line
             every 30 seconds instead of a moving bar.
     """
 
@@ -29,7 +29,7 @@ class ProgressLogger:
             file=stream,
             dynamic_ncols=terminal,
             mininterval=0.2 if terminal else 30.0,
-            # The bar takes the room that the rest leaves, so that 80 columns show everything.
+            # The bar takes the space that the other fields leave: everything fits in 80 columns.
             bar_format="{n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
         )
 

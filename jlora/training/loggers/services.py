@@ -1,9 +1,9 @@
 """Services that show training records: Weights & Biases, TensorBoard, SwanLab.
 
-Each is an extra of jlora, imported with the first record: what is not installed is an error before
-training starts, and whatever goes wrong later (a broken import, a refused key, a lost network) is
-under the care of `Loggers`. Nothing leaves the machine unless the service's own environment
-variable asks for it.
+Each is an extra of jlora, imported at the first record. A package that is not installed is an error
+before training starts; `Loggers` handles all later failures (a broken import, a refused key, a lost
+network). Nothing is sent from the machine unless the service's own environment variable requests
+it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from jlora.training.loggers.base import plain
 
 
 class ServiceLogger(ABC):
-    """Sends records to a service, which is opened with the first one.
+    """Sends records to a service, which is opened at the first record.
 
     Args:
         run_name: name of the run.
-        config: settings shown with the run.
+        config: settings that the service shows with the run.
         folder: the run folder; the service keeps its files in it.
         start_step: steps done before a resume.
 
@@ -37,7 +37,7 @@ class ServiceLogger(ABC):
         UserError: the package is not installed.
     """
 
-    #: The package and the extra of jlora that brings it.
+    #: The package, and the extra of jlora that installs it.
     package: ClassVar[str]
 
     def __init__(
@@ -88,7 +88,8 @@ class ServiceLogger(ABC):
 class WandbLogger(ServiceLogger):
     """Weights & Biases, below ``folder/wandb``.
 
-    Offline, and ``wandb sync`` sends it later; WANDB_MODE and WANDB_PROJECT change that.
+    The run is stored offline and can be sent with ``wandb sync``; WANDB_MODE and WANDB_PROJECT
+    change that.
     """
 
     package = "wandb"
@@ -114,8 +115,8 @@ class WandbLogger(ServiceLogger):
 class TensorBoardLogger(ServiceLogger):
     """TensorBoard's event files in ``folder/tensorboard``, by its own writer (no TensorFlow).
 
-    A resumed run goes on in the same curves: what an interrupted one wrote beyond ``start_step``
-    is told to be void.
+    A resumed run continues the same curves: TensorBoard is told to discard what the interrupted run
+    wrote after ``start_step``.
     """
 
     package = "tensorboard"
@@ -130,7 +131,7 @@ class TensorBoardLogger(ServiceLogger):
             started = SessionLog(status=SessionLog.START)
             writer.add_event(_event(self.start_step + 1, session_log=started))
         for key, value in self.config.items():
-            # Four spaces before a line keep it as it is in TensorBoard's Markdown.
+            # A line that is indented by four spaces is shown unchanged in TensorBoard's Markdown.
             text = "\n".join("    " + line for line in str(value).splitlines())
             writer.add_event(_event(self.start_step, summary=text_pb(key, text)))
         return writer
@@ -155,7 +156,7 @@ def _event(step: int, **content: Any) -> Any:
 class SwanLabLogger(ServiceLogger):
     """SwanLab, below ``folder/swanlog``.
 
-    Offline, and ``swanlab sync`` sends it later; SWANLAB_MODE changes that.
+    The run is stored offline and can be sent with ``swanlab sync``; SWANLAB_MODE changes that.
     """
 
     package = "swanlab"
@@ -163,7 +164,7 @@ class SwanLabLogger(ServiceLogger):
     def _open(self) -> Any:
         import swanlab
 
-        # The names of the arguments that old and new versions take.
+        # Old and new versions have different argument names.
         swanlab.init(
             project="jlora",
             experiment_name=self.run_name,
@@ -180,7 +181,7 @@ class SwanLabLogger(ServiceLogger):
         self._run.finish()
 
 
-#: What ``log`` of a recipe may name.
+#: The names that a recipe's ``log`` may have.
 LOGGERS: dict[str, type[ServiceLogger]] = {
     "wandb": WandbLogger,
     "tensorboard": TensorBoardLogger,
@@ -189,7 +190,7 @@ LOGGERS: dict[str, type[ServiceLogger]] = {
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Before anything is loaded: can all of these log?
+    """Check these loggers' names and packages, before anything is loaded.
 
     Raises:
         UserError: there is no such logger, or its package is not installed.
@@ -205,7 +206,7 @@ def make_logger(
     folder: str | Path,
     start_step: int = 0,
 ) -> ServiceLogger:
-    """The logger called ``name`` in `LOGGERS`; the rest as for `ServiceLogger`.
+    """The logger called ``name`` in `LOGGERS`; other arguments as for `ServiceLogger`.
 
     Raises:
         UserError: as `check_loggers`.
@@ -222,7 +223,7 @@ def _kind(name: str) -> type[ServiceLogger]:
 
 @contextlib.contextmanager
 def _ctrl_c_kept() -> Iterator[None]:
-    """Leaves SIGINT to training, which saves on it; SwanLab would take it when it starts."""
+    """Keep training's SIGINT handler, which saves; SwanLab would replace it when it starts."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -236,5 +237,5 @@ def _is_installed(package: str) -> bool:
     if package in sys.modules:
         return True
     spec = importlib.util.find_spec(package)
-    # A folder of that name where Python looks, such as wandb's own files, is no package.
+    # A folder of that name on Python's path, such as one with wandb's files, is not the package.
     return spec is not None and spec.origin is not None
