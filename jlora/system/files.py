@@ -118,9 +118,8 @@ def replace_directory(new: Path, path: Path, keep: Path | None = None) -> None:
     """Replace a folder by another; see `atomic_path`.
 
     A folder cannot be replaced by one rename: the old one is moved away first. A folder under
-        either
-    name is always complete, and if the process dies between the two renames the old one still
-    exists, as ``keep`` or for `recover_directory`.
+    either name is always complete, and if the process dies between the two renames the old one
+    still exists, as ``keep`` or for `recover_directory`.
     """
     old = keep or _moved_away(path)
     while True:
