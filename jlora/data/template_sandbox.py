@@ -36,8 +36,6 @@ SIZED = frozenset(
     ("center", "ljust", "rjust", "zfill", "expandtabs", "indent", "wordwrap", "batch", "slice")
     + ("tojson", "to_bytes")
 )
-    "center ljust rjust zfill expandtabs indent wordwrap batch slice tojson to_bytes".split()
-)
 
 
 class Budget:
