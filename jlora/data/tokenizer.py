@@ -56,7 +56,7 @@ class Tokenizer:
         pad_token_id: from the files, else the end token, else 0 (padding is always masked).
         separator_id: the token between prompt and completion with which jlora trained the model, if
             it is not the end token; -1 for none (`batches.NO_SEPARATOR`); None: unknown.
-        chat_template: kept for other programs; jlora itself does not use it.
+        chat_template: kept for other programs; see `jlora.data.chat_template`, which reads it.
     """
 
     def __init__(
@@ -126,6 +126,11 @@ class Tokenizer:
         except Exception:  # a vocabulary of whole words without a token for unknown ones
             pass
         return False
+
+    @functools.cached_property
+    def begin_ids(self) -> list[int]:
+        """The begin token, where the model's own files put it before every text; else nothing."""
+        return [token for token in self.backend.encode("a").ids[:1] if token == self.bos_token_id]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; incomplete UTF-8 sequences become U+FFFD."""
@@ -230,7 +235,6 @@ class Tokenizer:
             raise UserError("the tokenizer has words and no merges, which GGUF cannot represent")
         merges = [m if isinstance(m, str) else " ".join(m) for m in settings["model"]["merges"]]
         ids = {"bos": self.bos_token_id, "eos": self.eos_token_id, "padding": self.pad_token_id}
-        begins = self.backend.encode("a").ids[:1] == [self.bos_token_id]
         metadata = {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": pre,
@@ -238,7 +242,7 @@ class Tokenizer:
             "tokenizer.ggml.token_type": types,
             "tokenizer.ggml.merges": merges,
             **{f"tokenizer.ggml.{key}_token_id": index for key, index in ids.items()},
-            "tokenizer.ggml.add_bos_token": begins,
+            "tokenizer.ggml.add_bos_token": bool(self.begin_ids),
             "tokenizer.chat_template": self.chat_template,
             GGUF_SEPARATOR: self.separator_id,
         }
