@@ -21,6 +21,7 @@ from jlora.system.console import warn
 from jlora.system.errors import UserError
 
 NO_THOUGHTS = re.compile(r"\s*<think>\s*</think>\s*")
+OPEN_THOUGHTS = re.compile(r"<think>\s*\Z")
 #: What looks like a special token in a template's text.
 MARK = re.compile(r"<[|｜][^<>{}'\"\s]+[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]")
 TRAIN_ON = ("all", "last", "each")
@@ -228,7 +229,8 @@ def answer_spans(row: Conversation, template: ChatTemplate) -> tuple[str, Spans]
             else:
                 raise _no_prefix(row, number, whole, until, "it as the last message")
         _check_prompt(row, template, number, before, whole[start:end])
-        thoughts = NO_THOUGHTS.match(whole, start, end)
+        opened = OPEN_THOUGHTS.search(before)  # a generation prompt may begin the block
+        thoughts = NO_THOUGHTS.match(whole, opened.start() if opened else start, end)
         spans.append((thoughts.end() if thoughts else start, end))
     return whole, spans
 
