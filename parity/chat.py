@@ -2,8 +2,8 @@
 
 The templates in ``chat_templates`` are written for this comparison, each in the style of a family.
 $JLORA_TEMPLATES adds a folder of real ones, such as ``trl/chat_templates`` of TRL's wheel. The mask
-is transformers' ``return_assistant_tokens_mask``, which is what TRL's ``assistant_only_loss`` trains
-on, for templates with ``generation`` tags.
+is transformers' ``return_assistant_tokens_mask``, which TRL's ``assistant_only_loss`` trains on; it
+needs templates with ``generation`` tags.
 """
 
 from __future__ import annotations
@@ -48,11 +48,15 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place
 CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "single": ([ASK, ANSWER], {}),
     "system": ([say("system", "Be short.\nVery."), ASK, ANSWER], {}),
-    "turns": ([ASK, ANSWER, say("user", " And 3 + 3? \n"), say("assistant", "6 &\u2028\"7\" <b>")], {}),
+    "turns": (
+        [ASK, ANSWER, say("user", " And 3 + 3? \n"), say("assistant", "6 &\u2028\"7\" <b>")], {}
+    ),
     "asked": ([say("system", "Be short."), ASK], {"add_generation_prompt": True}),
     "no thoughts": ([ASK], {"add_generation_prompt": True, "enable_thinking": False}),
     "quiet": ([ASK, ANSWER], {"enable_thinking": False}),
-    "thoughts": ([ASK, say("assistant", "4", reasoning_content="2 and\n2")], {"enable_thinking": True}),
+    "thoughts": (
+        [ASK, say("assistant", "4", reasoning_content="2 and\n2")], {"enable_thinking": True}
+    ),
     "older name": ([ASK, say("assistant", "4", reasoning="easy", name=None)], {}),
     "inline": ([ASK, say("assistant", "<think>\nso\n</think>\n\n4"), ASK, ANSWER], {}),
     "tools": ([ASK], {"tools": TOOLS, "add_generation_prompt": True}),

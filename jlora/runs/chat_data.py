@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,7 @@ def complete(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class ChatData(RunData):
-    """`RunData` of conversations.
-
-    Attributes:
-        dropped: examples of each split that are left out, since no answer of theirs fits.
-    """
+    """`RunData` of conversations."""
 
     def find_template(self, source: Path | None) -> None:
         """Find the template that the recipe chooses, or else the model's.
@@ -61,6 +58,11 @@ class ChatData(RunData):
             UserError: there is no such template, or it is damaged.
         """
         data = self.recipe.data
+        rows = [row for rows in self._examples.values() for row in rows]
+        if all(row.text is not None for row in rows):
+            # So that nothing is put into a template when the adapter of this run answers.
+            data = replace(data, chat_template=NO_TEMPLATE)
+            self.recipe = replace(self.recipe, data=data)
         if data.chat_template == NO_TEMPLATE:
             return
         self.template = find_template(source, data.chat_template, data.chat_template_args)
