@@ -28,13 +28,17 @@ def add_merge(verb: Verb) -> None:
 
 def run_merge(arguments: argparse.Namespace) -> int:
     from jlora.adapters.export_folder import write_merged
+    from jlora.adapters.loralib import is_loralib
+    from jlora.data.chat_template import find_template
     from jlora.runs.adapter_file import open_model
     from jlora.system.files import check_absent
 
     check_absent(arguments.out)  # before a minute of loading
     adapter = adapter_file(arguments)
     model = open_model(arguments.base, adapter)
-    print(write_merged(model, arguments.out, arguments.dtype, trained_tokens(model, adapter)))
+    tokens = trained_tokens(model, adapter)
+    template = None if is_loralib(adapter.folder) else find_template(adapter.folder)
+    print(write_merged(model, arguments.out, arguments.dtype, tokens, template))
     return 0
 
 
