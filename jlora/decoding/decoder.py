@@ -56,7 +56,7 @@ class Decoder:
         self._run(np.asarray(tokens, dtype=np.int32)[:, None], None)
 
     def resume(self, length: int, tokens: Sequence[int]) -> None:
-        """Keep the only row's first ``length`` tokens, at least one, and run ``tokens`` after them."""
+        """Keep the only row's first ``length`` (> 0) tokens and run ``tokens`` after them."""
         self.cache.keep(length)
         jt.gc()
         self._run(np.asarray([tokens], dtype=np.int32), None)

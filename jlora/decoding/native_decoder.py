@@ -50,7 +50,7 @@ class NativeDecoder:
         self._enter(part)
 
     def resume(self, length: int, tokens: Sequence[int]) -> None:
-        """Keep the only row's first ``length`` tokens, at least one, and run ``tokens`` after them."""
+        """Keep the only row's first ``length`` (> 0) tokens and run ``tokens`` after them."""
         shape = (self.model.layers, 2, length + len(tokens), self.model.width)
         block = np.empty(shape, np.float32)
         prompt = self._prompts[int(self._owner[0])]
