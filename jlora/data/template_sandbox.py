@@ -32,8 +32,9 @@ LENGTH, LENGTH_A_CHARACTER = 4_000_000, 20
 NUMBER_BITS = 4096
 WIDE_FIELD = re.compile(r"%[-+ #0(\w)]*?(\d{5,}|\*)|:[^{}]*\d{5,}[^{}]*\}")
 #: Functions and filters that make a text as long as a number says.
-SIZED = set(
-    "center ljust rjust zfill expandtabs indent wordwrap batch slice tojson to_bytes".split()
+SIZED = frozenset(
+    ("center", "ljust", "rjust", "zfill", "expandtabs", "indent", "wordwrap", "batch", "slice")
+    + ("tojson", "to_bytes")
 )
 
 
