@@ -88,6 +88,13 @@ class Tokenizer:
         """
         return self.backend.encode(text, add_special_tokens=False).ids
 
+    def encode_text(self, text: str) -> list[int]:
+        """`encode` for the beginning of a text: with the begin token where the model has it."""
+        begins = self.bos_token_id is not None
+        begins = begins and self.backend.encode("a").ids[:1] == [self.bos_token_id]
+        ids = self.encode(text)
+        return [self.bos_token_id, *ids] if begins and ids[:1] != [self.bos_token_id] else ids
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts, in parallel."""
         return [

@@ -56,10 +56,9 @@ class TextStream:
 
     def _show(self, text: str) -> str:
         text = self._waiting + text
-        found = [place for place in (text.find(stop) for stop in self._stops) if place >= 0]
-        if found:
+        if any(stop in text for stop in self._stops):
             self.stopped, self._waiting = True, ""
-            return text[: min(found)]
+            return up_to_stop(text, self._stops)
         held = max((_begun(text, stop) for stop in self._stops), default=0)
         self._waiting = text[len(text) - held :]
         return text[: len(text) - held]
@@ -87,3 +86,21 @@ def pieces(
     piece = text.finish()
     if piece:
         yield piece
+
+
+def stripped(found: Iterable[str]) -> Iterator[str]:
+    """``found`` without the spaces and line ends round the whole, as predictions are stored."""
+    begun, held = False, ""
+    for piece in found:
+        text = held + piece if begun else piece.lstrip()
+        shown = text.rstrip()
+        held = text[len(shown) :]
+        if shown:
+            begun = True
+            yield shown
+
+
+def up_to_stop(text: str, stops: Sequence[str]) -> str:
+    """``text`` up to the first stop text in it."""
+    places = [text.find(stop) for stop in stops]
+    return text[: min((place for place in places if place >= 0), default=len(text))]

@@ -48,6 +48,11 @@ class AdapterFile:
         """The recipe of the adapter's run; None where the adapter was made elsewhere."""
         return self._found[1]
 
+    @property
+    def of_task(self) -> bool:
+        """Whether it was trained for a task: by jlora, or it is a .pt file as microsoft/LoRA's."""
+        return self.recipe is not None or is_loralib(self.folder)
+
     def check(self) -> None:
         """Check that the adapter is there and that the settings go with its form.
 
