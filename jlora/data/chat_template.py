@@ -57,6 +57,11 @@ class ChatTemplate:
             if source is not None:
                 self._compiled(source)
 
+    @property
+    def reads_tools(self) -> bool:
+        """Whether the template says anything about tools."""
+        return self.with_tools is not None or "tools" in self.source
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -153,6 +158,8 @@ def find_template(
     if place is not None:
         folder = place if place.is_dir() else place.parent
         template, tokens, kept = _in_folder(folder)
+        if template is None and (folder.absolute().parent / SETTINGS_FILE).is_file():
+            template, tokens, kept = _in_folder(folder.absolute().parent)  # an adapter in its run
         if place.suffix.lower() == ".gguf" and (template is None or not tokens):
             own, special = _in_gguf(place)
             template, tokens = template or own, tokens or special

@@ -57,7 +57,7 @@ class Tokenizer:
         end_token_ids: further tokens that end a text, as a model's files name them.
         separator_id: the token between prompt and completion with which jlora trained the model, if
             it is not the end token; -1 for none (`batches.NO_SEPARATOR`); None: unknown.
-        chat_template: as the files have it, see `jlora.data.chat_template`.
+        chat_template: kept for other programs; see `jlora.data.chat_template`, which reads it.
     """
 
     def __init__(
@@ -87,13 +87,6 @@ class Tokenizer:
         A byte that is not in the vocabulary (U+0004 in SmolLM2's) is omitted, as in transformers.
         """
         return self.backend.encode(text, add_special_tokens=False).ids
-
-    def encode_text(self, text: str) -> list[int]:
-        """`encode` for the beginning of a text: with the begin token where the model has it."""
-        begins = self.bos_token_id is not None
-        begins = begins and self.backend.encode("a").ids[:1] == [self.bos_token_id]
-        ids = self.encode(text)
-        return [self.bos_token_id, *ids] if begins and ids[:1] != [self.bos_token_id] else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts, in parallel."""
@@ -135,6 +128,11 @@ class Tokenizer:
         except Exception:  # a vocabulary of whole words without a token for unknown ones
             pass
         return False
+
+    @functools.cached_property
+    def begin_ids(self) -> list[int]:
+        """The begin token, where the model's own files put it before every text; else nothing."""
+        return [token for token in self.backend.encode("a").ids[:1] if token == self.bos_token_id]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; incomplete UTF-8 sequences become U+FFFD."""
@@ -245,7 +243,6 @@ class Tokenizer:
             raise UserError("the tokenizer has words and no merges, which GGUF cannot represent")
         merges = [m if isinstance(m, str) else " ".join(m) for m in settings["model"]["merges"]]
         ids = {"bos": self.bos_token_id, "eos": self.eos_token_id, "padding": self.pad_token_id}
-        begins = self.backend.encode("a").ids[:1] == [self.bos_token_id]
         metadata = {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": pre,
@@ -253,7 +250,7 @@ class Tokenizer:
             "tokenizer.ggml.token_type": types,
             "tokenizer.ggml.merges": merges,
             **{f"tokenizer.ggml.{key}_token_id": index for key, index in ids.items()},
-            "tokenizer.ggml.add_bos_token": begins,
+            "tokenizer.ggml.add_bos_token": bool(self.begin_ids),
             "tokenizer.chat_template": self.chat_template,
             GGUF_SEPARATOR: self.separator_id,
         }

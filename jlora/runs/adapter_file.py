@@ -50,8 +50,10 @@ class AdapterFile:
 
     @property
     def of_task(self) -> bool:
-        """Whether it was trained for a task: by jlora, or it is a .pt file as microsoft/LoRA's."""
-        return self.recipe is not None or is_loralib(self.folder)
+        """Whether it was trained for a task and not on chat data; .pt files are microsoft/LoRA's."""
+        if self.recipe is not None:
+            return self.recipe.data.task != "chat"
+        return is_loralib(self.folder)
 
     def check(self) -> None:
         """Check that the adapter is there and that the settings go with its form.

@@ -249,7 +249,7 @@ def ready(
         encoded = [
             form.chat.encode([{"role": "user", "content": prompt}], tokenizer)
             if form.chat
-            else tokenizer.encode_text(prompt)
+            else [*tokenizer.begin_ids, *tokenizer.encode(prompt)]
             for prompt in prompts
         ]
         check_lengths(prompts, encoded, longest)
