@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from jlora.cli.options import (
     adapter_file,
     add_adapter_options,
     add_nproc,
+    json_object,
     refuse,
 )
 from jlora.system.errors import UserError
@@ -105,17 +105,6 @@ def add_choice_options(command: argparse.ArgumentParser, new_tokens: str) -> Non
     command.add_argument("--end-id", type=int, action="append", help="end token; may repeat")
 
 
-def json_object(text: str) -> dict[str, Any]:
-    """``{"enable_thinking": false}``"""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'{text!r} is not of the form {{"name": value}}')
-    return value
-
-
 def method_of(arguments: argparse.Namespace, task: bool) -> str:
     """How tokens are chosen: beam, greedy or sample."""
     if arguments.method == "sample" and arguments.temperature == 0:
@@ -201,8 +190,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
         prompts, keeps = [group.prompt for group in groups], [group.keep for group in groups]
     else:
         prompts = [read_prompt() if prompt == "-" else prompt for prompt in prompts]
-    form = form_of(arguments, adapter)
-    of_task = not (form.chat or form.plain)
+    form, of_task = form_of(arguments, adapter)
     config = decoding(arguments, trained, of_task)
     shown = [arguments.model, adapter, config, form, arguments.precision]
     streams = isinstance(config, GenerateConfig) and world().size == 1 and not arguments.data
@@ -233,7 +221,7 @@ def read_prompt() -> str:
 
 
 def form_of(arguments: argparse.Namespace, adapter):
-    """How `jlora generate` asks: as a task, by a chat template, or with a plain text."""
+    """How `jlora generate` asks, and whether as in a task (by beams, if nothing else is said)."""
     from jlora.data.batches import NO_SEPARATOR
     from jlora.models.hub import outline
     from jlora.runs.adapter_file import base_name
@@ -241,23 +229,25 @@ def form_of(arguments: argparse.Namespace, adapter):
     from jlora.runs.chat import Chat, find_chat_template
 
     ends, fits = arguments.end_id, arguments.max_new_tokens is None
-    in_task = arguments.data or arguments.separator_id is not None
-    if in_task or (adapter and adapter.of_task and not arguments.chat_template):
+    choice, values = arguments.chat_template, arguments.chat_template_args
+    of_task = arguments.data is not None or arguments.separator_id is not None
+    of_task |= adapter is not None and adapter.of_task and choice is None
+    name = arguments.model if of_task else base_name(arguments.model, adapter)
+    if not of_task and not arguments.raw and adapter is None and choice is None:
+        tokenizer = outline(name).model.tokenizer
+        of_task = tokenizer is not None and tokenizer.separator_id is not None  # a merged one
+    if of_task:
         refuse(arguments, TEMPLATE_OPTIONS, "is for a chat template, which a task has not")
         separator = NO_SEPARATOR if arguments.raw else arguments.separator_id
-        return Form(separator_id=separator, end_ids=ends)
-    name = base_name(arguments.model, adapter)
+        return Form(separator_id=separator, end_ids=ends), True
     if arguments.raw:
-        return Form(plain=True, end_ids=ends, shorten=fits)
-    choice, values = arguments.chat_template, arguments.chat_template_args
-    if adapter is None and choice is None:
-        tokenizer = outline(name).model.tokenizer
-        if tokenizer is not None and tokenizer.separator_id is not None:  # a merged task
-            refuse(arguments, TEMPLATE_OPTIONS, "is for a chat template, which a task has not")
-            return Form(end_ids=ends)
+        return Form(plain=True, end_ids=ends, shorten=fits), False
     template = find_chat_template(name, adapter, choice, values)
     if template is not None:
-        return Form(Chat(template, arguments.system_prompt), end_ids=ends, shorten=fits)
+        return Form(Chat(template, arguments.system_prompt), end_ids=ends, shorten=fits), False
     refuse(arguments, TEMPLATE_OPTIONS, f"is for a chat template, and {name} has none")
-    # Adapters that were made elsewhere have always been asked as those of a task.
-    return Form(plain=adapter is None, end_ids=ends, shorten=fits and adapter is None)
+    recipe = adapter and adapter.recipe
+    if adapter is None or (recipe and recipe.data.separator_id == NO_SEPARATOR):
+        return Form(plain=True, end_ids=ends, shorten=fits), False
+    # Pairs without a template; of adapters that were made elsewhere it has always been assumed.
+    return Form(end_ids=ends), recipe is None

@@ -50,7 +50,7 @@ class AdapterFile:
 
     @property
     def of_task(self) -> bool:
-        """Whether it was trained for a task and not on chat data; .pt files are microsoft/LoRA's."""
+        """Whether it was trained for a task, and not to talk; .pt files are microsoft/LoRA's."""
         if self.recipe is not None:
             return self.recipe.data.task != "chat"
         return is_loralib(self.folder)

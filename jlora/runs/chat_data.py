@@ -18,7 +18,11 @@ from jlora.system.console import say
 from jlora.system.errors import UserError
 
 #: What `jlora finetune` without a recipe takes for chat data, where nothing else is said.
-DEFAULTS = {"lora": {"target_modules": "all-linear"}, "train": {"max_length": 2048}}
+DEFAULTS = {
+    "lora": {"target_modules": "all-linear"},
+    "train": {"max_length": 2048},
+    "decode": {"num_beams": 1, "no_repeat_ngram_size": 0, "max_new_tokens": 256},
+}
 #: As ``data.chat_template``: none at all.
 NO_TEMPLATE = "none"
 
