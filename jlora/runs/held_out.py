@@ -118,24 +118,29 @@ class HeldOut:
         """How the data are read, as in the adapter's run if nothing else is said, and the rows."""
         recipe = self.adapter and self.adapter.recipe
         data = recipe.data if recipe else DataConfig()
-        folder = self.file if self.file.is_dir() else None
         task = self.task or (recipe and recipe.data.task)
-        task = task or guess_task(folder, None if folder else self.file) or "jsonl"
+        file = self._find(get_task(task or "chat"))
+        task = task or guess_task(None, file)
+        if task is None:
+            raise UserError(f"{file}: its keys do not say how it is read; give --task, such as e2e")
         if task != data.task:
             data = DataConfig(task=task)
-        file = self.file if folder is None else self._split(get_task(task), folder)
         if task == "chat":
             return data, get_task(task).read_file(file, data.features)
         return data, get_task(task).read(file, data.template)
 
-    def _split(self, task: Any, folder: Path) -> Path:
+    def _find(self, task: Any) -> Path:
+        if not self.file.is_dir():
+            if self.split is not None:
+                raise UserError(f"--split is for a folder, and {self.file} is none; leave it out")
+            return self.file
         if self.split is not None:
-            return task.find_data(folder, self.split)
+            return task.find_data(self.file, self.split)
         try:
-            return task.find_data(folder, "test")
+            return task.find_data(self.file, "test")
         except UserError:
-            file = task.find_data(folder, "valid")
-            say(f"{folder} has no test data, so {file.name} is taken")
+            file = task.find_data(self.file, "valid")
+            say(f"{self.file} has no test data, so {file.name} is taken")
             return file
 
     def _template(self, name: str, data: DataConfig) -> Any:
