@@ -81,7 +81,9 @@ def talk(out: str) -> int:
     print()
     for question, old, new in zip(questions, before, answers(tuned, questions)):
         print(f"{question}\n  before: {shorten(old, 90)}\n  now:    {shorten(new, 90)}")
-    print(f"\nTook {(time.monotonic() - started) / 60:.1f} minutes. What it learned stands in {data},")
+    print(
+        f"\nTook {(time.monotonic() - started) / 60:.1f} minutes. What it learned stands in {data},"
+    )
     print("these questions in other words. Ask it yourself, now or later:")
     print(f"  jlora chat {run}", flush=True)
     return converse(tuned, sys.stdin.isatty())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jlora.data.batches import TokenExample, encode_prompts
+from jlora.data.batches import NO_SEPARATOR, TokenExample, encode_prompts
 from jlora.data.chat_template import find_template
 from jlora.data.conversations import Conversation, read_conversations
 from jlora.data.loss_mask import encode_conversations
@@ -52,11 +53,7 @@ def complete(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class ChatData(RunData):
-    """`RunData` of conversations.
-
-    Attributes:
-        dropped: examples of each split that are left out, since no answer of theirs fits.
-    """
+    """`RunData` of conversations."""
 
     def find_template(self, source: Path | None) -> None:
         """Find the template that the recipe chooses, or else the model's.
@@ -65,12 +62,17 @@ class ChatData(RunData):
             UserError: there is no such template, or it is damaged.
         """
         data = self.recipe.data
+        rows = [row for rows in self._examples.values() for row in rows]
+        if all(row.text is not None for row in rows):
+            # So that nothing is put into a template when the adapter of this run answers.
+            data = replace(data, chat_template=NO_TEMPLATE, separator_id=NO_SEPARATOR)
+            self.recipe = replace(self.recipe, data=data)
         if data.chat_template == NO_TEMPLATE:
             return
         self.template = find_template(source, data.chat_template, data.chat_template_args)
         if self.template is not None:
             self._check_settings()
-            say(f"chat template: {self.template.name}")
+            say(f"conversations are written by {self.template.name}")
 
     def _check_settings(self) -> None:
         for name in ("separator_id", "max_prompt"):
@@ -115,18 +117,16 @@ class ChatData(RunData):
         found = encode_conversations(
             examples, tokenizer, self.template, longest, self.recipe.data.masking
         )
-        cut = sum(example.cut > 0 for example in found.examples)
-        notes = [
-            (cut, f"cut at the beginning to {longest:,} tokens"),
+        examples = found.examples
+        trained = sum(example.target_count for example in examples)
+        note = f", {trained:,} of {sum(len(example.ids) for example in examples):,} tokens trained"
+        for count, what in (
+            (sum(example.cut > 0 for example in examples), f"cut at the beginning to {longest:,}"),
             (found.dropped, f"left out, whose answers do not fit into {longest:,} tokens"),
             (found.joined, "with a token that is half prompt, half answer"),
-        ]
-        trained = sum(example.target_count for example in found.examples)
-        total = sum(len(example.ids) for example in found.examples)
-        note = f", {trained:,} of {total:,} tokens trained"
-        return found.examples, note + "".join(
-            f", {count:,} {what}" for count, what in notes if count
-        )
+        ):
+            note += f", {count:,} {what}" if count else ""
+        return examples, note
 
 
 def _drawn(count: int, share: float, seed: int) -> np.ndarray:

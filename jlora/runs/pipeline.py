@@ -248,6 +248,7 @@ def train_recipe(
     here = world()
     recipe = here.first(lambda: open_run(run, recipe, resume))
     data = open_data(recipe, False, check_memory)
+    recipe = data.recipe
     model = build(recipe)
     if here.is_first and not resume:
         begin_run(run, recipe)
@@ -282,6 +283,7 @@ def run_recipe(
     if not task.choices:
         here.first(lambda: check_metrics(recipe.data.metrics or task.metrics))
     data = open_data(recipe, True, check_memory)
+    recipe = data.recipe
     scores = here.first(lambda: read_scores(run))
 
     def begin() -> None:
