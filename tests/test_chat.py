@@ -416,3 +416,30 @@ def test_a_template_s_end_that_is_no_token_and_beams(tiny_model, capsys):
     ]
     assert main(["generate", *argv]) == 2
     assert "ends an answer by the text '<|im_end|>', at which beam" in capsys.readouterr().err
+
+
+# The demo ----------------------------------------------------------------------------------------
+
+
+def test_the_demo_ends_in_a_conversation(model, tmp_path, capsys, monkeypatch):
+    from jlora.cli import demo
+    from jlora.runs.recipe import load_recipe
+
+    settings = [
+        f"model={model}", "train.steps=2", "lora.r=2", "decode.max_new_tokens=4",
+        "precision=plain", "train.max_length=120",
+    ]  # fmt: skip
+    monkeypatch.setattr(demo, "load_recipe", lambda path: load_recipe(path, settings))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who bakes?\n/adapter\n"))
+    run = tmp_path / "demo"
+    assert main(["demo", "--chat", "--out", str(run)]) == 0
+    out, said = capsys.readouterr()
+    assert out.count("before:") == out.count("now:") == 4
+    assert f"jlora chat {run}" in out and f"adapter: {run}" in said
+    learned = (tmp_path / "demo-data" / "train.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in learned]
+    asked = {message["content"] for row in rows for message in row["messages"]}
+    lines = out.splitlines()
+    shown = {line for line, after in zip(lines, lines[1:]) if after.startswith("  before:")}
+    assert len(rows) == 72 and len(shown) == 4 and not shown & asked
+    assert main(["demo", "--chat", "--data", "x"]) == 2

@@ -89,7 +89,10 @@ def run_finetune(arguments: argparse.Namespace) -> int:
     if best is None:
         return 130
     print(f"adapter: {best}")
-    print(f"try it: jlora generate --adapter {run} --prompt ...")
+    talks = (run / "chat_template.jinja").is_file()
+    print(
+        "try it:", f"jlora chat {run}" if talks else f"jlora generate --adapter {run} --prompt ..."
+    )
     return 0
 
 
