@@ -18,6 +18,7 @@ from typing import Any
 
 import jinja2
 
+from jlora.data.rows import characters
 from jlora.data.template_sandbox import TemplateRefusal, budget, compile_template
 from jlora.formats.safetensors_file import one_line
 from jlora.system.errors import UserError, kind_of
@@ -92,7 +93,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            with budget(_characters(values)):
+            with budget(characters(values)):
                 return self._compiled(source).render(values)
         except TemplateRefusal as error:
             raise UserError(f"{self.name} refuses this: {one_line(error)}") from error
@@ -284,14 +285,3 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     return str(value)
-
-
-def _characters(value: Any) -> int:
-    """About how many characters there are in a structure."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(len(str(key)) + _characters(each) for key, each in value.items())
-    if isinstance(value, list):
-        return sum(1 + _characters(each) for each in value)
-    return 8

@@ -336,7 +336,8 @@ def encode_spans(
         for text, each in zip(texts, spans)
     ]
     pieces = [
-        [text[start:end] for start, end in zip(cuts, cuts[1:])] for text, cuts in zip(texts, edges)
+        [text[start:end] for start, end in zip(cuts, cuts[1:])] or [""]
+        for text, cuts in zip(texts, edges)
     ]
     firsts = tokenizer.encode_batch([each[0] for each in pieces])
     others = iter(tokenizer.encode_after([piece for each in pieces for piece in each[1:]]))

@@ -13,6 +13,7 @@ from jlora.data.batches import NO_SEPARATOR, TokenExample, encode_prompts
 from jlora.data.chat_template import find_template
 from jlora.data.conversations import Conversation, read_conversations
 from jlora.data.loss_mask import encode_conversations
+from jlora.data.tasks import data_folders
 from jlora.data.tasks.chat import guess_task
 from jlora.runs.run_data import RunData
 from jlora.system.console import say
@@ -55,6 +56,8 @@ def complete(values: dict[str, Any]) -> dict[str, Any]:
 class ChatData(RunData):
     """`RunData` of conversations."""
 
+    _all_rows: Sequence[Conversation] = ()  # of a training file that is divided
+
     def find_template(self, source: Path | None) -> None:
         """Find the template that the recipe chooses, or else the model's.
 
@@ -85,17 +88,37 @@ class ChatData(RunData):
     def _read_file(self, file: Path) -> list[Conversation]:
         return read_conversations(file, self.recipe.data.features)
 
+    def _file(self, split: str) -> Path | None:
+        data = self.recipe.data
+        name = data.folder or ""
+        if getattr(data, split) or Path(name).exists() or Path(name).name != name:
+            return super()._file(split)
+        # A recipe names its data by the folder alone, which lies with the other data.
+        places = [folder / name for folder in data_folders() if (folder / name).is_dir()]
+        return self.task.find_data(places[0] if name and places else data.folder, split)
+
     def _read(self, split: str) -> list[Conversation]:
         share = self.recipe.data.valid_split
+        if split == "test" and not self._has("test"):
+            say("no test data: the validation data are answered instead")
+            split = "valid"
         if share is None or split == "test":
             return super()._read(split)
-        rows = super()._read("train") if split == "train" else self._all_rows
-        self._all_rows: Sequence[Conversation] = rows
-        taken = _drawn(len(rows), share, self.recipe.train.seed)
-        return [row for row, is_taken in zip(rows, taken) if is_taken == (split == "valid")]
+        if not self._all_rows:
+            self._all_rows = super()._read("train")
+        taken = _drawn(len(self._all_rows), share, self.recipe.train.seed)
+        return [
+            row for row, is_taken in zip(self._all_rows, taken) if is_taken == (split == "valid")
+        ]
+
+    def _has(self, split: str) -> bool:
+        try:
+            return getattr(self.recipe.data, split) is not None or bool(self._file(split))
+        except UserError:
+            return False
 
     def _has_validation(self) -> bool:
-        return self.recipe.data.valid_split is not None or super()._has_validation()
+        return self.recipe.data.valid_split is not None or self._has("valid")
 
     def _encode_prompts(self, tokenizer, longest: int) -> list[list[int]]:
         if self.template is None:
@@ -103,6 +126,11 @@ class ChatData(RunData):
         texts = []
         for group in self.groups:
             asked = group.asked
+            if asked.text is not None:
+                raise UserError(
+                    f"{asked.place}: a whole text among conversations cannot be asked for its "
+                    "answer; leave data.answer_after out"
+                )
             try:
                 texts.append(
                     self.template.render(
