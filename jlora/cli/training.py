@@ -90,9 +90,8 @@ def run_finetune(arguments: argparse.Namespace) -> int:
         return 130
     print(f"adapter: {best}")
     talks = (run / "chat_template.jinja").is_file()
-    print(
-        "try it:", f"jlora chat {run}" if talks else f"jlora generate --adapter {run} --prompt ..."
-    )
+    way = f"chat {run}" if talks else f"generate --adapter {run} --prompt ..."
+    print(f"try it: jlora {way}")
     return 0
 
 
