@@ -48,6 +48,8 @@ class NativeDecoder:
 
     def _enter(self, prompts: Sequence[Sequence[int]]) -> None:
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        if self.model.rope is not None:
+            self.model.rope.is_long(lengths, lengths)
         ids = np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts])
         positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
         shape = (self.model.layers, 2, self.model.width)
@@ -71,6 +73,8 @@ class NativeDecoder:
         """
         self._owner, self._prompt_lengths = self._owner[rows], self._prompt_lengths[rows]
         lengths = self._lengths[rows]
+        if self.model.rope is not None:
+            self.model.rope.is_long(self._prompt_lengths + lengths + 1, 1)
         most = int(lengths.max(initial=0)) + 1
         table = np.full((len(rows), most), -1, np.int32)
         width = min(most, self._table.shape[1])

@@ -77,6 +77,8 @@ def read_share(config: dict, usual: float) -> tuple[float, dict]:
 
 
 class Attention(llama.Attention):
+    layer_names = "qkv_proj", "o_proj"
+
     def make_layers(self, config: Phi3Config) -> None:
         C, D = config.hidden_size, config.head_dim
         self.qkv_proj = nn.Linear(C, (self.heads + 2 * self.kv_heads) * D, bias=config.qkv_bias)
@@ -88,6 +90,8 @@ class Attention(llama.Attention):
 
 
 class MLP(llama.MLP):
+    layer_names = "gate_up_proj", "down_proj"
+
     def make_layers(self, config: llama.LlamaConfig) -> None:
         C, inner = config.hidden_size, config.intermediate_size
         self.gate_up_proj = nn.Linear(C, 2 * inner, bias=config.mlp_bias)
