@@ -1,4 +1,4 @@
-"""Every family's fast forms against its plain one, which `make parity` compares with transformers."""
+"""Every family's fast forms against its plain one, which `make parity` holds to transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small model of every family: sizes that the block operator takes, windows of 4, caps that bend."""
+"""A small model of every family: sizes that the block operator takes, short windows, low caps."""
 
 from __future__ import annotations
 

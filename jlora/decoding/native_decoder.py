@@ -99,7 +99,8 @@ class NativeDecoder:
     def best(self, k: int, banned=None, penalised=None, penalty: float = 1.0):
         """The k likeliest next tokens; see `jlora.kernels.topk.log_softmax_topk`."""
         if self.model.head is not None and k <= FUSED_K:
-            return head_topk(self.hidden, self.model.head, k, banned, penalised, penalty)
+            model = self.model
+            return head_topk(self.hidden, model.head, k, banned, penalised, penalty, model.head_cap)
         with jt.no_grad():
             logits = self._source.lm_head_logits(jt.array(self.hidden))
         return log_softmax_topk(logits, k, banned, penalised, penalty)

@@ -32,6 +32,7 @@ class NativeModel:
         model, blocks: MODEL (1,) and BLOCK (layers,), see `jlora.kernels.decoder`.
         width: floats that one token's keys take in one layer.
         head: address of the head's packed weight; None where it is not packed.
+        head_cap: see `jlora.models.head.LanguageHead`.
         rope: rotary positions that are right up to some length of the text; None: of any.
 
     Raises:
@@ -58,6 +59,7 @@ class NativeModel:
         packed = model.head._packed if own_head else None
         fits = packed is not None and packed.fits(model.output_embedding)
         self.head = self._packed_address(packed) if fits else None
+        self.head_cap = model.head.cap
         self.width = int(self.model["G"][0] * self.model["D"][0])
 
     @property

@@ -221,17 +221,17 @@ JLORA_OPERATOR(trained_backward_op) {
         weight_gradient(x, dy, number[2] != 0, dw);
     }
 }
-// hidden (N, C), targets (N,), packed head (V, C) -> losses, log_sums (N,); number: V, smoothing
+// hidden (N, C), targets (N,), packed head (V, C) -> losses, log_sums (N,); number: V, smoothing, cap
 JLORA_OPERATOR(trained_loss_op) {
     const int64_t* shape = in[0].shape;
     target_loss(in[0].in(), weight_of(in[2].data, number[0], shape[1]), in[1].as<int>(), out[0].out(), out[1].out(),
-        nullptr, shape[0], number[1]);
+        nullptr, shape[0], number[1], number[2]);
 }
 // As above, then log_sums and dlosses -> dhidden, dhead
 JLORA_OPERATOR(trained_loss_back_op) {
     const int64_t* shape = in[0].shape;
     target_loss_back(in[0].in(), weight_of(in[2].data, number[0], shape[1]), in[1].as<int>(), in[3].in(), in[4].in(),
-        out[0].out(), out[1].out(), shape[0], number[1]);
+        out[0].out(), out[1].out(), shape[0], number[1], number[2]);
 }
 #endif
 // A linear layer with its low-rank branch. integer: address of the weight, seed, first row; number: r,
@@ -274,11 +274,11 @@ JLORA_OPERATOR(lora_backward_op) {
     });
 }
 // hidden (N, C), targets (N,) -> losses (N,), d hidden. integer: address of the head; number:
-// smoothing, whether the gradient is wanted.
+// smoothing, whether the gradient is wanted, cap.
 JLORA_OPERATOR(target_loss_op) {
     std::vector<float> log_sums(in[0].shape[0]);
     target_loss(in[0].in(), weight_at(integer), in[1].as<int>(), out[0].out(), log_sums.data(),
-        number[1] != 0 ? out[1].out() : nullptr, in[0].shape[0], number[0]);
+        number[1] != 0 ? out[1].out() : nullptr, in[0].shape[0], number[0], number[2]);
 }
 
 // Blocks. in: x, starts, cos and sin if there are, A and B of each branch; where `given`, weights and
@@ -357,10 +357,10 @@ JLORA_OPERATOR(run_step_op) {
         in[8].as<float*>(), (int64_t)number[0], in[8].size, out[0].out());
 }
 // hidden (rows, C), penalised and banned ids (rows, any) -> values, ids (rows, k). integer: address of
-// the head's weight; number: penalty.
+// the head's weight; number: penalty, cap of the logits.
 JLORA_OPERATOR(head_topk_op) {
     const Edits edits{in[1].as<int>(), in[2].as<int>(), in[1].shape[1], in[2].shape[1], (float)number[0]};
     head_topk(in[0].in(), in[0].shape[0], weight_at(integer), edits, out[0].shape[1],
-        out[0].out(), out[1].as<int>());
+        out[0].out(), out[1].as<int>(), number[1]);
 }
 #endif
