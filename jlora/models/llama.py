@@ -138,11 +138,17 @@ class Block(nn.Module):
     )  # fmt: skip
 
     def __init__(self, config: LlamaConfig, layer: int):
-        for name in filter(None, self.norms):
+        first, after_attention, second, after_mlp = self.norms
+        self.add_norm(config, first)
+        setattr(self, self.names[0], self.attention(config, layer))
+        self.add_norm(config, after_attention)
+        self.add_norm(config, second)
+        setattr(self, self.names[1], self.mlp_type(config))
+        self.add_norm(config, after_mlp)
+
+    def add_norm(self, config: LlamaConfig, name: str | None) -> None:
+        if name is not None:
             setattr(self, name, norm_of(config, config.hidden_size))
-        attention, mlp = self.names
-        setattr(self, attention, self.attention(config, layer))
-        setattr(self, mlp, self.mlp_type(config))
 
     def norm(self, place: int, x: jt.Var) -> jt.Var:
         name = self.norms[place]
