@@ -8,6 +8,12 @@ from jlora.decoding.decoder import check_prompts, decoder_of
 from jlora.decoding.sampling import GenerateConfig, next_tokens
 
 
+def angle_limit(model) -> int | None:
+    """The length of a text beyond which rope_type longrope turns all its keys by other angles."""
+    ropes = (rope for module in model.modules() for rope in module.__dict__.get("ropes", ()))
+    return next((rope.limit for rope in ropes if rope.long is not None), None)
+
+
 class Session:
     """Answers one prompt after the other; what two of them begin with is computed once.
 
@@ -21,6 +27,7 @@ class Session:
     def __init__(self, model):
         self._model = model
         self._decoder = None
+        self._limit = angle_limit(model)
         self._held: list[int] = []  # the tokens whose keys and values the decoder has
 
     def tokens(
@@ -36,6 +43,8 @@ class Session:
         """
         check_prompts(self._model, [prompt], config.max_new_tokens)
         kept = self._common(prompt)
+        if self._limit is not None and kept <= self._limit < len(prompt):
+            kept = 0
         self._held = []  # unknown until the prompt has been run
         if kept:
             self._decoder.resume(kept, prompt[kept:])
@@ -49,6 +58,13 @@ class Session:
             self._held += unread
             unread = [token]
             yield token
+
+    def room(self, prompt: Sequence[int]) -> int:
+        """How many tokens can follow ``prompt``; below 1 it does not fit the model's context."""
+        limit = self._limit
+        if limit is None or len(prompt) > limit:
+            limit = self._model.config.max_positions
+        return limit - len(prompt) + 1  # the last one is never read
 
     def _common(self, prompt: Sequence[int]) -> int:
         """Tokens at the beginning of ``prompt`` that need not be run; its last one always is."""

@@ -185,12 +185,11 @@ class Talk:
         """
         before, asked = self.messages, [*self.messages, {"role": "user", "content": text}]
         prompt = self.chat.encode(asked, self._tokenizer)
-        context = self.model.config.max_positions
-        room = context - len(prompt) + 1  # the last new token is never read
+        room = self._session.room(prompt)
         if room < 1:
             raise UserError(
                 f"the conversation has {len(prompt)} tokens, and the model's context is "
-                f"{context}; begin a new one (/reset)"
+                f"{self.model.config.max_positions}; begin a new one (/reset)"
             )
         config = replace(self._config, max_new_tokens=min(self._config.max_new_tokens, room))
         answer, tokens = {"role": "assistant", "content": ""}, []
