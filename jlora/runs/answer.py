@@ -18,7 +18,7 @@ from jlora.data.conversations import Conversation
 from jlora.data.end_tokens import find_ends
 from jlora.data.readers import shorten
 from jlora.decoding.beam import BeamConfig, search
-from jlora.decoding.decoder import check_prompts
+from jlora.decoding.decoder import check_prompts, room
 from jlora.decoding.hypothesis import Hypothesis
 from jlora.decoding.predictions import (
     Prediction,
@@ -263,8 +263,8 @@ def ready(
         max_prompt = trained.max_prompt if keeps else None
         encoded = encode_prompts(prompts, tokenizer, longest, separator, max_prompt, keeps)
     if form.shorten:
-        room = context + 1 - max(map(len, encoded))
-        config = replace(config, max_new_tokens=min(config.max_new_tokens, room))
+        most = min(room(seen, prompt) for prompt in encoded)
+        config = replace(config, max_new_tokens=min(config.max_new_tokens, most))
     check_prompts(seen, encoded, config.max_new_tokens)
     del seen  # see Outline
     model = open_model(name, adapter)
