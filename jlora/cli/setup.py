@@ -11,22 +11,28 @@ from jlora.cli.options import (
     data_settings,
     make_recipe_of,
     positive,
+    refuse,
     whole_numbers,
 )
 
 
 def add_demo(verb: Verb) -> None:
     command = verb(
-        "demo", run_demo, "Tune a small model on E2E in minutes: scores before and after."
-    )
-    command.add_argument("--out", default="runs/demo", help="run folder (default: %(default)s)")
+        "demo", run_demo, "Tune a small model on E2E in minutes: scores before and after. With "
+        "--chat: on conversations, and then talk to it.",
+    )  # fmt: skip
+    command.add_argument("--chat", action="store_true", help="end in a conversation")
+    command.add_argument("--out", help="run folder (default: runs/demo, runs/demo-chat)")
     command.add_argument("--data", help="folder with the E2E files")
 
 
 def run_demo(arguments: argparse.Namespace) -> int:
     from jlora.cli import demo
 
-    return demo.main(arguments.out, arguments.data)
+    if arguments.chat:
+        refuse(arguments, ["data"], "is of the demo without --chat, which brings its own")
+        return demo.talk(arguments.out or "runs/demo-chat")
+    return demo.main(arguments.out or "runs/demo", arguments.data)
 
 
 def add_doctor(verb: Verb) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.data.batches import TokenExample, encode_prompts
+from jlora.data.batches import NO_SEPARATOR, TokenExample, encode_prompts
 from jlora.data.chat_template import find_template, tokens_of
 from jlora.data.conversations import Conversation, read_conversations
 from jlora.data.loss_mask import encode_conversations
@@ -21,7 +21,11 @@ from jlora.system.console import say
 from jlora.system.errors import UserError
 
 #: What `jlora finetune` without a recipe takes for chat data, where nothing else is said.
-DEFAULTS = {"lora": {"target_modules": "all-linear"}, "train": {"max_length": 2048}}
+DEFAULTS = {
+    "lora": {"target_modules": "all-linear"},
+    "train": {"max_length": 2048},
+    "decode": {"num_beams": 1, "no_repeat_ngram_size": 0, "max_new_tokens": 256},
+}
 #: As ``data.chat_template``: none at all.
 NO_TEMPLATE = "none"
 
@@ -65,7 +69,7 @@ class ChatData(RunData):
         rows = [row for rows in self._examples.values() for row in rows]
         if all(row.text is not None for row in rows):
             # So that nothing is put into a template when the adapter of this run answers.
-            data = replace(data, chat_template=NO_TEMPLATE)
+            data = replace(data, chat_template=NO_TEMPLATE, separator_id=NO_SEPARATOR)
             self.recipe = replace(self.recipe, data=data)
         if data.chat_template == NO_TEMPLATE:
             return
@@ -138,7 +142,7 @@ class ChatData(RunData):
                 )
             except UserError as error:
                 raise UserError(f"{asked.place}: {error}") from error
-        return encode_prompts(texts, tokenizer, longest, -1)
+        return encode_prompts(texts, tokenizer, longest, NO_SEPARATOR)
 
     def _encode(self, examples: list, tokenizer, longest: int) -> tuple[list[TokenExample], str]:
         found = encode_conversations(
