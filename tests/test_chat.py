@@ -187,6 +187,7 @@ def test_a_pipe(model, adapters, capsys, monkeypatch):
         ("", ["--temp", "-1"], "temperature is -1.0, but must be >= 0"),
         ("", ["--stop", ""], "stops is [''], but must be texts of a character or more"),
         ("", ["--adapter", "nowhere"], "nowhere is no folder"),
+        ("", ["--end-id", "402"], "end tokens 402: the model's vocabulary has 402 words"),
         ("", ["--lora-alpha", "1"], "--lora-alpha is for an --adapter"),
         ("", ["--chat-template", "nope"], "no chat template nope"),
     ],

@@ -30,7 +30,7 @@ from jlora.decoding.sampling import GenerateConfig, sample, stream
 from jlora.decoding.text_stream import stripped, up_to_stop
 from jlora.models.hub import outline, require_tokenizer
 from jlora.runs.adapter_file import AdapterFile, base_name, open_model
-from jlora.runs.chat import Chat
+from jlora.runs.chat import Chat, check_end_ids
 from jlora.runs.recipe import DataConfig
 from jlora.system.distributed import world
 from jlora.system.errors import UserError
@@ -237,19 +237,17 @@ def ready(
     end_ids, stops = form.end_ids or config.eos_token_ids, ()
     if form.chat or form.plain:
         ends = find_ends(tokenizer, form.chat and form.chat.template)
-        end_ids, stops = end_ids or ends.ids, ends.texts
-    end_ids = end_ids or [end_token(seen, trained.end_id)]
+        own = [] if trained.end_id is None else [trained.end_id]
+        end_ids, stops = end_ids or [*ends.ids, *own], ends.texts
+    else:
+        end_ids = end_ids or [end_token(seen, trained.end_id)]
     if stops and isinstance(config, BeamConfig):
         raise UserError(
             f"{form.chat.template.name} ends an answer by the text {stops[0]!r}, at which beam "
             "search does not stop; take --method greedy or sample"
         )
-    context, vocabulary = seen.config.max_positions, seen.config.vocab_size
-    if not all(0 <= token < vocabulary for token in end_ids):
-        raise UserError(
-            f"end tokens {', '.join(map(str, end_ids))}: the model's vocabulary has {vocabulary} "
-            "words, numbered from 0; give --end-id one of them"
-        )
+    context = seen.config.max_positions
+    check_end_ids(end_ids, seen.config.vocab_size)
     longest = context - (0 if form.shorten else config.max_new_tokens - 1)
     if form.chat or form.plain:
         if form.chat:
