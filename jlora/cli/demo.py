@@ -71,12 +71,13 @@ def talk(out: str) -> int:
     recipe = load_recipe(find_recipe("demo-chat"))
     recipe.data.folder = str(data)
     questions = [messages[0]["content"] for messages in conversations("valid")[:12:3]]
-    config = GenerateConfig((), recipe.decode.max_new_tokens)
-    before = answers(Talk(recipe.model, None, config), questions)
+    # As much of what the untouched model would say as is shown.
+    before = answers(Talk(recipe.model, None, GenerateConfig((), 24)), questions)
     with lock_run(run):
         finished = train_recipe(recipe, run, resume) is not None
     if not finished:
         return 130
+    config = GenerateConfig((), recipe.decode.max_new_tokens)
     tuned = Talk(recipe.model, AdapterFile(run), config)
     print()
     for question, old, new in zip(questions, before, answers(tuned, questions)):
