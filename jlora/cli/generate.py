@@ -41,8 +41,8 @@ def add_generate(verb: Verb) -> None:
     add_adapter_options(command)
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--prompt", action="append", type=utf8, help="a prompt; may be given several times; - reads one from "
-        "standard input",
+        "--prompt", action="append", type=utf8, help="a prompt; may be given several times; - "
+        "reads one from standard input",
     )  # fmt: skip
     source.add_argument("--data", help="a file of the task; its distinct inputs are the prompts")
     command.add_argument("--task", help="how --data is read (default: e2e)")
@@ -70,7 +70,7 @@ def add_generate(verb: Verb) -> None:
 def add_template_options(command: argparse.ArgumentParser) -> None:
     """How a conversation is written, of ``generate`` and ``chat``; see `template_options`."""
     command.add_argument(
-        "--system-prompt", metavar="TEXT", help="what stands before the first turn"
+        "--system-prompt", metavar="TEXT", type=utf8, help="what stands before the first turn"
     )
     command.add_argument(
         "--chat-template", metavar="FILE|NAME", help="instead of the model's or the adapter's own"
