@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jlora.system import distributed, machine, operator_compiler
+from jlora.system import cuda_toolkit, distributed, machine, operator_compiler
 from jlora.system.errors import UserError
 from jlora.system.files import make_folder
 from jlora.system.import_errors import DOCTOR, cause, explain, install, last_line
@@ -239,8 +239,12 @@ def environment_defaults() -> dict[str, str]:
     if config is not None:
         # Jittor prefers /usr/bin/python3.x-config, which may belong to another Python.
         defaults["python_config_path"] = str(config)
-    if machine.gpu_problem() is None:
-        defaults["nvcc_path"] = str(machine.find_nvcc())
+    toolkit = cuda_toolkit.find() if machine.gpu_problem() is None else None
+    if toolkit is not None:
+        # Downloads, all of them: faster transpositions, and sums over several cards.
+        defaults.update(use_cutt="0", use_nccl="0", conv_opt=str(int(not toolkit.has_cudnn)))
+        cache = Path.home() / ".cache" / "jittor" / "jlora-cuda"
+        defaults["nvcc_path"] = str(cuda_toolkit.set_up(toolkit, cache))
     elif not (Path.home() / ".cache" / "jittor" / "jtcuda").is_dir():
         # An empty path also keeps Jittor from downloading gigabytes of CUDA by itself.
         defaults["nvcc_path"] = ""
