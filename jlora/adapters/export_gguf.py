@@ -8,7 +8,7 @@ from typing import Any
 from jlora.adapters import TunedModel, merged_weights
 from jlora.adapters.export_folder import WrittenModel
 from jlora.adapters.trained_tokens import UNKNOWN, TrainedTokens
-from jlora.formats.gguf_file import QUANTIZATIONS
+from jlora.formats.gguf_kinds import check_written
 from jlora.formats.gguf_write import write_gguf
 from jlora.formats.rounding import precision_loss
 from jlora.system.errors import UserError
@@ -27,8 +27,8 @@ def export_gguf(
     Args:
         model: a tuned model, or a plain one as `jlora.load` gives it; it stays as it is.
         path: of a new file.
-        kind: of the matrices: f32, f16, bf16, q8_0, q4_0 or q4_1, in either case (see
-            `formats.gguf_write.write_gguf`).
+        kind: of the matrices, one of `formats.gguf_kinds.WRITTEN` in either case, such as q8_0 or
+            q4_k_m.
         tokenizer: put the model's tokenizer into the file; llama.cpp needs it there.
         trained: the tokens round the completions that the adapter was trained with, where they are
             not the base's own.
@@ -39,9 +39,7 @@ def export_gguf(
             adapter cannot be merged (see `PeftModel.merge_adapter`).
     """
     path, kind = Path(path), kind.upper()
-    if kind not in QUANTIZATIONS:
-        kinds = ", ".join(QUANTIZATIONS).lower()
-        raise UserError(f"type {kind.lower()!r} is not one of {kinds}")
+    check_written(kind)
     check_absent(path)
     base = model.get_base_model() if isinstance(model, TunedModel) else model
     architecture = getattr(getattr(base, "family", None), "gguf", None)
