@@ -17,7 +17,8 @@ import jlora
 from jlora.adapters import LoraConfig, get_peft_model, merged_weights
 from jlora.adapters.export_gguf import export_gguf
 from jlora.cli import main
-from jlora.data.tokenizer import GGUF_PRE, Tokenizer, byte_level_bpe
+from jlora.data.pretokenizers import GGUF_PRE, byte_level_bpe
+from jlora.data.tokenizer import Tokenizer
 from jlora.formats.gguf_file import main_kind, read_gguf, unpermute
 from jlora.formats.gguf_kinds import MIXTURES, WRITTEN
 from jlora.formats.gguf_write import permute
