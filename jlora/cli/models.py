@@ -56,15 +56,17 @@ def add_export(verb: Verb) -> None:
 def run_export(arguments: argparse.Namespace) -> int:
     from jlora.adapters.export_gguf import export_gguf
     from jlora.formats.gguf_kinds import check_written
-    from jlora.runs.adapter_file import open_model
+    from jlora.runs.adapter_file import base_name, open_model
+    from jlora.runs.chat import find_chat_template
     from jlora.system.files import check_absent
 
     check_written(arguments.type.upper())  # before a minute of loading
     check_absent(arguments.gguf)
     adapter = adapter_file(arguments)
     model = open_model(arguments.model, adapter)
-    tokens = trained_tokens(model, adapter)
-    print(export_gguf(model, arguments.gguf, arguments.type, not arguments.no_tokenizer, tokens))
+    tokens, tokenizer = trained_tokens(model, adapter), not arguments.no_tokenizer
+    template = find_chat_template(base_name(arguments.model, adapter), adapter)
+    print(export_gguf(model, arguments.gguf, arguments.type, tokenizer, tokens, template))
     return 0
 
 

@@ -29,6 +29,8 @@ TOKENIZER_FILES = (
 ANCHORS = ("\n", "a", ".")
 #: jlora's own key in GGUF for `Tokenizer.separator_id`.
 GGUF_SEPARATOR = "jlora.separator_id"
+#: Ollama's key in GGUF for all tokens that end an answer.
+GGUF_ENDS = "tokenizer.ggml.eos_token_ids"
 
 
 class Tokenizer:
@@ -171,7 +173,7 @@ class Tokenizer:
         special_ids = (None if i is None else int(i) for i in ids)
         tokenizer = cls(backend, *special_ids, metadata.get("tokenizer.chat_template"))
         ends = [f"tokenizer.ggml.{key}_token_id" for key in ("eos", "eot", "eom")]
-        tokenizer.end_token_ids = named_ids([metadata], ends, tokenizer.vocab_size)
+        tokenizer.end_token_ids = named_ids([metadata], [*ends, GGUF_ENDS], tokenizer.vocab_size)
         if type(metadata.get(GGUF_SEPARATOR)) is int:
             tokenizer.separator_id = metadata[GGUF_SEPARATOR]
         return tokenizer
