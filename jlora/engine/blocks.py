@@ -79,10 +79,10 @@ class _FusedBlock:
             return plain()
         if not is_known(self):
             return plain()
-        norm_1, norm_2 = (part(self, path) for path in self._parts.norms)
-        if norm_1.eps != norm_2.eps:  # the operator has one for both
-            return plain()
         parts = self._parts
+        norm_1, norm_2 = (part(self, parts.norms[place]) for place in (0, 2))
+        if norm_1.eps != norm_2.eps or not is_usual(part(self, parts.attention)):
+            return plain()  # the operator has one eps for both
         joints = parts.qkv, (parts.output,), parts.up, (parts.down,)
         layers = [[_Layer.of(part(self, path)) for path in joint] for joint in joints]
         flat = [layer for joint in layers for layer in joint]
@@ -137,6 +137,13 @@ class _FusedBlock:
             joints = [[layer.planned() for layer in joint] for joint in layers]
             plans[key] = BlockPlan(shape, arrays, joints, self._given) if fits else None
         return plans[key]
+
+
+def is_usual(attention) -> bool:
+    """Whether scores are neither windowed nor capped, nor scaled by another number."""
+    own = attention.attention
+    turns = getattr(attention, "rotary", True) is not None
+    return turns and (own.scale, own.window, own.cap) == (None, None, None)
 
 
 def part(module, path: str):
