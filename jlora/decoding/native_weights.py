@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from jlora.adapters import TunedModel
-from jlora.engine.blocks import BLOCKS, part
+from jlora.engine.blocks import BLOCKS, is_usual, part
 from jlora.engine.parts import is_known
 from jlora.engine.products import LORA, PackedEmbedding, PackedHead
 from jlora.kernels import native
@@ -66,7 +66,10 @@ class NativeModel:
             self.model[name] = number
         self._read_tokens(getattr(body, parts.tokens))
         if parts.positions is None:
-            self.model["frequencies"] = self._address(body._frequencies)
+            rope = body.ropes[0]
+            if rope.limit is not None or rope.amplitude != 1:
+                raise _Unsupported("rotary positions that change with the text")
+            self.model["frequencies"] = self._array(rope.frequencies)
         else:
             self.model["positions"] = self._address(getattr(body, parts.positions).weight)
         self.model["activation"] = ACTIVATIONS[parts.activation]
@@ -77,8 +80,10 @@ class NativeModel:
         for block, source in zip(self.blocks, sources):
             attention = part(source, parts.attention)
             self._check_heads(attention.heads, attention.kv_heads, attention.head_dim)
-            for name, path in zip(("before_attention", "before_mlp"), parts.norms):
-                block[name] = self._norm(part(source, path))
+            if not is_usual(attention):
+                raise _Unsupported("windows")
+            for name, place in (("before_attention", 0), ("before_mlp", 2)):
+                block[name] = self._norm(part(source, parts.norms[place]))
             for name, paths in (("qkv", parts.qkv), ("in", parts.up)):
                 for i, path in enumerate(paths):
                     block[name][i] = self._linear(part(source, path))
@@ -148,6 +153,10 @@ class NativeModel:
         weight = product.packed.settled()
         self._held.append(weight)
         return weight.address
+
+    def _array(self, array: np.ndarray) -> int:
+        self._held.append(array)
+        return array.ctypes.data
 
     def _address(self, var: jt.Var) -> int:
         if not isinstance(var, jt.Var) or var.dtype != "float32":

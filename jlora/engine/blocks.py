@@ -79,10 +79,10 @@ class _FusedBlock:
             return plain()
         if not is_known(self):
             return plain()
-        norm_1, norm_2 = (part(self, path) for path in self._parts.norms)
-        if norm_1.eps != norm_2.eps:  # the operator has one for both
-            return plain()
         parts = self._parts
+        norm_1, norm_2 = (part(self, parts.norms[place]) for place in (0, 2))
+        if norm_1.eps != norm_2.eps or not is_usual(part(self, parts.attention)):
+            return plain()  # the operator has one eps for both
         joints = parts.qkv, (parts.output,), parts.up, (parts.down,)
         layers = [[_Layer.of(part(self, path)) for path in joint] for joint in joints]
         flat = [layer for joint in layers for layer in joint]
@@ -120,7 +120,13 @@ class _FusedBlock:
     def _plan(self, layers, flat, norms) -> BlockPlan | None:
         plans = self.__dict__.setdefault("_plans", {})
         key = tuple(layer.key for layer in flat)
+        if not self._given:
+            # The plan holds copies, and an adapter may have other biases than its base.
+            fixed = (*norms, *(layer.product.bias for layer in flat))
+            key += tuple(p.id for p in fixed if p is not None)
         if key not in plans:
+            if len(plans) >= MOST_PLANS:
+                plans.clear()
             attention, eps = part(self, self._parts.attention), part(self, self._parts.norms[0]).eps
             heads = attention.heads, attention.kv_heads, attention.head_dim
             positions = "rotary" if self._parts.positions is None else "learned"
@@ -131,6 +137,13 @@ class _FusedBlock:
             joints = [[layer.planned() for layer in joint] for joint in layers]
             plans[key] = BlockPlan(shape, arrays, joints, self._given) if fits else None
         return plans[key]
+
+
+def is_usual(attention) -> bool:
+    """Whether scores are neither windowed nor capped, nor scaled by another number."""
+    own = attention.attention
+    turns = getattr(attention, "rotary", True) is not None
+    return turns and (own.scale, own.window, own.cap) == (None, None, None)
 
 
 def part(module, path: str):
@@ -149,6 +162,8 @@ def _joined(biases: Sequence[jt.Var | None], layers: Sequence[_Layer]) -> jt.Var
     return parts[0] if len(parts) == 1 else jt.concat(parts)
 
 
+#: Plans of a block that are kept: one for each adapter that takes its turn, and its base.
+MOST_PLANS = 16
 #: Plain block -> the class that a fused one has instead.
 BLOCKS: dict[type, type] = {}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jlora.kernels import attention, elementwise
 from jlora.models import attention as models_attention
-from jlora.models import gpt2, llama
+from jlora.models import gpt2, llama, rope
 from jlora.system.runtime import nn
 
 
@@ -12,11 +12,15 @@ class FusedAttention(models_attention.CausalAttention):
     reads_streams = True
 
     def execute(self, q, k, v, keys=None):
+        if (self.scale, self.window, self.cap) != (None, None, None):
+            return super().execute(q, k, v, keys)
         return attention.causal_attention(q, k, v, keys)
 
 
 class FusedRMSNorm(llama.RMSNorm):
     def execute(self, x):
+        if self.offset:
+            return super().execute(x)
         return elementwise.rms_norm(x, self.weight, self.eps)
 
 
@@ -35,8 +39,10 @@ class FusedGELU(gpt2.GELU):
         return elementwise.gelu(x)
 
 
-class FusedRotary(llama.Rotary):
+class FusedRotary(rope.Rotary):
     def execute(self, x, cos, sin):
+        if 2 * cos.shape[-1] < x.shape[-1]:
+            return super().execute(x, cos, sin)
         return elementwise.rotary(x, cos, sin)
 
 
@@ -49,7 +55,7 @@ FUSED = {
     models_attention.CausalAttention: FusedAttention,
     llama.SwiGLU: FusedSwiGLU,
     gpt2.GELU: FusedGELU,
-    llama.Rotary: FusedRotary,
+    rope.Rotary: FusedRotary,
     nn.Dropout: elementwise.FusedDropout,
     llama.RMSNorm: FusedRMSNorm,
     gpt2.LayerNorm: FusedLayerNorm,

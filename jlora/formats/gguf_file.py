@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 
 from jlora.formats.gguf_architectures import ARCHITECTURES, ROPE_FACTORS, Architecture
+from jlora.formats.gguf_kinds import READ, dequantize
 from jlora.formats.safetensors_file import one_line, placeholder
 from jlora.system.errors import UserError
 from jlora.system.files import os_error
 from jlora.system.text import check_no_pointer
-
-QUANTIZATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
 #: Limit of strings in lists of the metadata, each of which becomes several objects. 256,000 tokens
 #: and their merges are about a million.
@@ -83,7 +82,7 @@ def read_gguf(
 
     Raises:
         UserError: the file is not GGUF or truncated, or has an unknown architecture or tensor, or a
-            quantization other than F32, F16, BF16, Q8_0, Q4_0, Q4_1.
+            type that is none of `gguf_kinds.READ`.
     """
     path = Path(path)
     reader = open_gguf(path)
@@ -139,20 +138,17 @@ def read_metadata(path: Path, reader: Any) -> dict[str, Any]:
 def read_tensors(path: Path, reader: Any, shapes_only: bool = False) -> dict[str, np.ndarray]:
     """Dequantized float32 tensors of an open file, under its own names.
 
+    One after the other: beside the result there is never more than one tensor's worth of memory.
+
     Args:
         shapes_only: give `placeholder` arrays; only `ROPE_FACTORS`, which belong to the
             configuration, are read.
     """
-    from gguf.quants import dequantize
-
     tensors = {}
     for tensor in reader.tensors:
-        kind = tensor.tensor_type
-        if kind.name not in QUANTIZATIONS:
-            raise UserError(
-                f"{path}: tensor {tensor.name} is quantized as {kind.name}; only "
-                f"{', '.join(QUANTIZATIONS)} are read: take a file of one of these kinds"
-            )
+        kind = tensor.tensor_type.name
+        if kind not in READ:
+            raise unread(path, tensor.name, kind)
         # GGUF lists the fastest dimension first.
         shape = tuple(int(n) for n in reversed(tensor.shape))
         if shapes_only and tensor.name != ROPE_FACTORS:
@@ -160,9 +156,9 @@ def read_tensors(path: Path, reader: Any, shapes_only: bool = False) -> dict[str
             continue
         try:
             with np.errstate(all="ignore"):  # NaN and infinity come from the file
-                array = dequantize(tensor.data, kind).astype(np.float32)
-            # A copy, so that the mapped file can be closed.
-            tensors[tensor.name] = np.array(array.reshape(shape))
+                array = dequantize(tensor.data, kind).reshape(shape)
+            # A copy of what is the file's own memory, so that the mapped file can be closed.
+            tensors[tensor.name] = np.array(array) if kind == "F32" else array
         except Exception as error:
             raise damaged(path, error) from error
     return tensors
@@ -174,7 +170,7 @@ def open_gguf(path: Path) -> Any:
     Raises:
         UserError: the file cannot be read, is not GGUF, or is damaged.
     """
-    from gguf import GGUFReader, GGUFValueType
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 
     class Reader(GGUFReader):
         entries = 0
@@ -202,6 +198,13 @@ def open_gguf(path: Path) -> Any:
                 raise ValueError(f"its metadata have over {MOST_ENTRIES:,} texts")
             return super()._get_field_parts(orig_offs, raw_type)
 
+        def _get_tensor_info_field(self, orig_offs):
+            field = super()._get_tensor_info_field(orig_offs)
+            kind = int(field.parts[4][0])
+            if kind not in set(GGMLQuantizationType):  # of a newer llama.cpp, or withdrawn
+                raise unread(path, field.name, f"type {kind}")
+            return field
+
     try:
         with open(path, "rb") as handle:
             head = handle.read(64)
@@ -218,6 +221,14 @@ def open_gguf(path: Path) -> Any:
     except Exception as error:  # the reader indexes into the file without checks
         raise damaged(path, error) from error
     return reader
+
+
+def unread(path: Path, name: str, kind: str) -> UserError:
+    """The error for a tensor of a type that is not dequantized here."""
+    return UserError(
+        f"{path}: tensor {name} is quantized as {kind}; only {', '.join(READ)} are read: take a "
+        "file of one of these kinds"
+    )
 
 
 def main_kind(path: Path) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from jlora.formats.gguf_architectures import (
     Architecture,
     rope_factors,
 )
+from jlora.formats.gguf_kinds import kind_of
 from jlora.formats.rounding import narrow, norm, widen
 from jlora.system.files import atomic_path
 
@@ -38,8 +39,9 @@ def write_gguf(
         architecture: how models of this family stand in GGUF files.
         config: config.json with every field that the family's ``to_dict`` gives.
         tensors: float32 arrays by Hugging Face's names; a tied head is left out.
-        kind: of the matrices, one of `gguf_file.QUANTIZATIONS`. Vectors, position embeddings and
-            rotary factors stay F32; matrices whose rows do not divide into blocks become F16.
+        kind: of the matrices, one of `gguf_kinds.WRITTEN`. Vectors, position embeddings and
+            rotary factors stay F32; matrices whose rows do not divide into blocks get another type
+            (`gguf_kinds.kind_of`).
         tokenizer: metadata as `Tokenizer.to_gguf` gives it.
         name: ``general.name``.
 
@@ -62,8 +64,9 @@ def write_gguf(
             if factors is not None:
                 writer.add_tensor(ROPE_FACTORS, factors)
                 writer.add_string(ROPE_SCALING, json.dumps(config["rope_scaling"]))
+            layers, tied = block_count(architecture, tensors), "lm_head.weight" not in tensors
             for old, new, array in stored_layout(architecture, config, tensors):
-                own = kind_of(new, array, kind)
+                own = kind_of(new, array.shape, kind, layers, tied)
                 stored = narrow(old, array, own)
                 errors[old] = 0.0 if own == "F32" else norm(widen(stored, own) - array)
                 writer.add_tensor(new, stored, raw_dtype=GGMLQuantizationType[own])
@@ -73,6 +76,12 @@ def write_gguf(
         finally:
             writer.close()
     return errors
+
+
+def block_count(own: Architecture, names: Iterable[str]) -> int:
+    """How many blocks a model's tensors belong to."""
+    start = own.blocks + "."
+    return len({name[len(start) :].split(".")[0] for name in names if name.startswith(start)})
 
 
 def stored_layout(
@@ -97,16 +106,6 @@ def permute(rows: np.ndarray, heads: int) -> np.ndarray:
     half = rows.shape[0] // heads // 2
     halves = rows.reshape(heads, 2, half, *rows.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
-
-
-def kind_of(name: str, array: np.ndarray, kind: str) -> str:
-    """The type in which a tensor is stored if ``kind`` is requested."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    if array.ndim == 1 or name == "position_embd.weight":
-        return "F32"
-    block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    return kind if array.shape[-1] % block == 0 else "F16"
 
 
 def add_metadata(
