@@ -76,6 +76,16 @@ class Adapter:
         set_modules(model, self.modules)
         self._swap_biases(model)
 
+    def peft_form(self, model: nn.Module) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+        """Settings and tensors as PEFT has them, by its keys; ``model`` is plain, and stays so."""
+        self.put_on(model)
+        try:
+            named = self._parameters(model, self.names)
+            tensors = {name: var.float32().numpy() for name, var in named.items()}
+            return storage.peft_form(model, self.config, tensors)
+        finally:
+            self.take_off(model)
+
     def _parameters(self, model: nn.Module, names: set[str]) -> dict[str, jt.Var]:
         return {name: var for name, var in model.named_parameters() if name in names}
 

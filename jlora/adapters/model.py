@@ -14,6 +14,7 @@ import numpy as np
 from jlora.adapters import base_model, loralib, storage
 from jlora.adapters.adapter import Adapter, adapter_names, is_adapted
 from jlora.adapters.attach import attach, check_patterns, detach
+from jlora.adapters.combine import Part, combine
 from jlora.adapters.config import LoraConfig
 from jlora.adapters.merging import MergeReport, check_untied, merge_layers
 from jlora.adapters.targets import default_targets
@@ -191,6 +192,37 @@ class PeftModel(TunedModel):
         self._adapters[adapter_name] = new
         self._switch(active)
 
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Make an adapter of several loaded ones, which stay; `set_adapter` puts it on.
+
+        It is not trained.
+
+        Args:
+            adapters: their names.
+            weights, combination_type, svd_rank: see `jlora.adapters.combine.combine`.
+
+        Raises:
+            UserError: a name is unknown or taken, or as `combine`.
+        """
+        self._check_new(adapter_name)
+        parts = []
+        with self._plain():
+            for name in adapters:
+                form = self._find(name).peft_form(self.base_model)
+                parts.append(Part(f"adapter {name!r}", *form))
+        config, tensors = combine(parts, weights, combination_type, svd_rank)
+        named = storage.from_peft_keys(tensors, adapter_name)
+        with self._plain():
+            config, named = storage.native_config(self.base_model, config, named, {})
+        self._adapters[adapter_name] = self._made(config, named, adapter_name, is_trainable=False)
+
     def _find(self, adapter_name: str) -> Adapter:
         self._check_loaded()
         if adapter_name not in self._adapters:
@@ -232,6 +264,8 @@ class PeftModel(TunedModel):
         trains = self._current is not None and self._current.is_trainable
         self._trainable_names = self._adapter_names if trains else set()
         set_trainable(self.base_model, self._trainable_names)
+        for layer in self.lora_layers().values():
+            layer.is_frozen = not trains
 
     @contextlib.contextmanager
     def _plain(self) -> Iterator[None]:
@@ -287,6 +321,7 @@ class PeftModel(TunedModel):
         """As `TunedModel.freeze`."""
         if self._current:
             self._current.is_trainable = False
+        self._set_names()
         super().freeze()
 
     # --- on, off, merged ---

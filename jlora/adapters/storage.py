@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -83,6 +84,29 @@ def from_peft_key(key: str) -> str:
     elif parts[-1] in ("lora_embedding_A", "lora_embedding_B"):
         parts[-1] = f"lora_{parts[-1][-1]}"
     return ".".join(part for part in parts if part not in ("base_layer", "modules_to_save"))
+
+
+def peft_keys(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
+    """Tensors by whatever keys a PEFT wrote -> by those that PEFT 0.21 writes.
+
+    Raises:
+        UserError: as `from_peft_keys`.
+    """
+    tables = {from_peft_key(key) for key in tensors if "lora_embedding_" in key}
+    found = {}
+    for name, array in from_peft_keys(tensors, source).items():
+        module, _, last = name.rpartition(".")
+        if name in tables:
+            found[f"{PREFIX}{module}.lora_embedding_{last[-1]}"] = array
+        else:
+            found[PREFIX + name + ".weight" * (last in ("lora_A", "lora_B"))] = array
+    return found
+
+
+def factor_of(key: str) -> tuple[str, str] | None:
+    """PEFT's key of A or B -> the key with ``*`` for the letter, and the letter; None: another."""
+    found = re.fullmatch(r"(.*\.lora_(?:embedding_)?)([AB])((?:\.weight)?)", key)
+    return (f"{found[1]}*{found[3]}", found[2]) if found else None
 
 
 def block_matrix(B: np.ndarray, enable_lora: list[bool], r: int) -> np.ndarray:

@@ -113,6 +113,14 @@ def whole_numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 2400,400,470") from None
 
 
+def decimals(text: str) -> list[float]:
+    """``.7,.3`` -> [0.7, 0.3]"""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form .7,.3") from None
+
+
 def add_nproc(command: argparse.ArgumentParser, dest: str = "nproc") -> None:
     command.add_argument(
         "--nproc", dest=dest, type=positive, default=1, metavar="N",
