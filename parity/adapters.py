@@ -110,7 +110,7 @@ def cases(seed: int) -> list[Case]:
                 row = "DoRA with PEFT's settings, both ways"
             golden = name in (
                 *("merged-query-value", "rank-and-alpha-pattern", "bias-lora-only"),
-                *("dora", "dora-embedding", "dora-patterns"),
+                *("dora-embedding", "dora-patterns"),
             )
             settings = {"config": config, "peft": variant}
             found.append(Case(row, f"{family}-{name}", settings, 1e-4, golden=golden))

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from parity.case import Case
 
 TOPICS = (
-    "layers", "models", "adapters", "merging", "tokenizers", "training", "decoding",
+    "layers", "models", "adapters", "combining", "merging", "tokenizers", "training", "decoding",
 )  # fmt: skip
 INPUTS = "inputs.safetensors"
 

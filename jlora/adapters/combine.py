@@ -150,16 +150,14 @@ def _factors(part: Part) -> dict[str, _Factors]:
             "leave it out"
         )
     found = {}
-    for key, A in part.tensors.items():
-        other, letter = storage.factor_of(key)
-        if letter != "A":
-            continue
-        B, name = part.tensors.get(other.replace("*", "B")), _layer(other)
-        if B is None or A.ndim != 2 or B.ndim != 2 or B.shape[1] != len(A):
+    for key in dict.fromkeys(storage.factor_of(key)[0] for key in part.tensors):
+        A, B = (part.tensors.get(key.replace("*", letter)) for letter in "AB")
+        name = _layer(key)
+        if A is None or B is None or A.ndim != 2 or B.ndim != 2 or B.shape[1] != len(A):
             raise UserError(f"{part.name}: A and B of {name} do not fit; get the file anew")
         r = pattern_value(name, config.rank_pattern, config.r)
         alpha = pattern_value(name, config.alpha_pattern, config.lora_alpha)
-        found[other] = _Factors(A.astype("d"), B.astype("d"), config.scaling(r, alpha))
+        found[key] = _Factors(A.astype("d"), B.astype("d"), config.scaling(r, alpha))
     if not found:
         raise UserError(f"{part.name} holds no LoRA matrices")
     return found

@@ -129,8 +129,10 @@ def add_nproc(command: argparse.ArgumentParser, dest: str = "nproc") -> None:
     )  # fmt: skip
 
 
-def names(text: str) -> list[str]:
-    """``q_proj, v_proj`` -> ["q_proj", "v_proj"]"""
+def targets(text: str) -> list[str] | str:
+    """``q_proj, v_proj`` -> ["q_proj", "v_proj"], and ``all-linear`` as it is."""
+    if text.strip().lower() == "all-linear":
+        return "all-linear"
     found = [name.strip() for name in text.split(",") if name.strip()]
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} names nothing; write a,b")
