@@ -76,6 +76,16 @@ class Adapter:
         set_modules(model, self.modules)
         self._swap_biases(model)
 
+    def parameter_count(self) -> int:
+        """Of its own parameters, biases of the base not among them."""
+        own = [
+            var
+            for module in self.modules.values()
+            for name, var in getattr(module, "modules_to_save", module).named_parameters()
+            if not isinstance(module, LoRALayer) or is_lora_name(name)
+        ]
+        return sum(int(np.prod(var.shape)) for var in own)
+
     def peft_form(self, model: nn.Module) -> tuple[LoraConfig, dict[str, np.ndarray]]:
         """Settings and tensors as PEFT has them, by its keys; ``model`` is plain, and stays so."""
         self.put_on(model)
