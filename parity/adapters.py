@@ -52,6 +52,9 @@ GPT2_VARIANTS = {
     "exclude": {"target_modules": ["c_attn", "c_proj"], "exclude_modules": ["mlp.c_proj"]},
     "embedding": {"target_modules": ["wpe", "c_attn"]},
     "embedding-tied": {"target_modules": ["wte"]},
+    "dora": {"target_modules": ["c_attn", "c_proj"], "use_dora": True},
+    "dora-blocks": {"target_modules": ["c_attn"], "r": 6, "blocks": QV, "use_dora": True},
+    "dora-embedding": {"target_modules": ["wpe", "c_fc"], "use_dora": True, "use_rslora": True},
 }  # fmt: skip
 LLAMA_VARIANTS = {
     "query-value": {"target_modules": ["q_proj", "v_proj"]},
@@ -65,7 +68,19 @@ LLAMA_VARIANTS = {
         "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 1, "down_proj": 6},
         "alpha_pattern": {"down_proj": 3.5},
     },
-}
+    "dora": {"target_modules": "all-linear", "use_dora": True},
+    "dora-patterns": {
+        "target_modules": ["q_proj", "down_proj"],
+        "rank_pattern": {"down_proj": 6},
+        "alpha_pattern": {"q_proj": 3.5},
+        "use_dora": True,
+        "use_rslora": True,
+        "modules_to_save": ["norm"],
+    },
+    "dora-biases": {
+        "target_modules": ["q_proj"], "bias": "lora_only", "model_type": "qwen2", "use_dora": True,
+    },
+}  # fmt: skip
 SHARED = ("gpt2_c_attn_c_proj", "gpt2_flag_false", "gpt2_sequence_classifier")
 #: Changes to a base model, to which the adapter then does not belong.
 WRONG = {
@@ -91,7 +106,12 @@ def cases(seed: int) -> list[Case]:
             )
             if "blocks" in variant:
                 row = "MergedLinear <-> PEFT, both ways"
-            golden = name in ("merged-query-value", "rank-and-alpha-pattern", "bias-lora-only")
+            if variant.get("use_dora"):
+                row = "DoRA with PEFT's settings, both ways"
+            golden = name in (
+                *("merged-query-value", "rank-and-alpha-pattern", "bias-lora-only"),
+                *("dora-embedding", "dora-patterns"),
+            )
             settings = {"config": config, "peft": variant}
             found.append(Case(row, f"{family}-{name}", settings, 1e-4, golden=golden))
     settings = {"config": REAL_GPT2, "peft": {"target_modules": ["c_attn"], "r": 4}}
@@ -200,7 +220,8 @@ def block_mask(shape, blocks: list[bool]) -> np.ndarray:
 
 def plain_key(name: str) -> str:
     """A parameter's key in a file, from its name in PEFT's model."""
-    return re.sub(r"\.(default|modules_to_save\.default|base_layer)(?=\.|$)", "", name)
+    key = re.sub(r"\.(default|modules_to_save\.default|base_layer)(?=\.|$)", "", name)
+    return key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
 
 
 def norm(found: dict[str, np.ndarray]) -> np.ndarray:

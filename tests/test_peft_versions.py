@@ -54,7 +54,6 @@ REFUSED = {
     "target_parameters": "LoRA on a parameter that is no module",
     "trainable_token_indices": "rows of the embedding",
     "use_bdlora": "A or B is stored as blocks",
-    "use_dora": "a magnitude for each output",
     "use_qalora": "A reads pooled inputs",
     "velora_config": "a buffer beside A; another backward pass",
 }

@@ -199,6 +199,27 @@ def test_merging_weights_that_are_packed_alone(folders):
     assert type(model.base_model.model.layers[0].self_attn.q_proj).__name__ == "PackedLinear"
 
 
+def test_status(folders):
+    model = PeftModel.from_pretrained(base("gpt2"), folders["gpt2", "biases"], adapter_name="b")
+    model.load_adapter(folders["gpt2", "copies"], "c", is_trainable=True)
+    status = model.get_model_status()
+    plain = sum(var.numel() for var in base("gpt2").parameters())
+    assert status.active_adapters == ["b"] and status.available_adapters == ["b", "c"]
+    assert status.requires_grad == {"b": False, "c": True} and status.merged_adapters == []
+    own = 2 * 3 * (256 + 64) + 2 * 2 * (64 + 192) + 2 * 64 + 128 * 64  # the last: ln_f, wpe
+    assert status.total_params == plain + own and status.trainable_params == 0
+    # c_proj of two layers; c_attn of two, ln_f and wpe.
+    assert status.num_adapter_layers == 2 + 4 and status.enabled
+    assert status.peft_types == {"b": "LORA", "c": "LORA"}
+    model.set_adapter("c")
+    assert model.get_model_status().total_params == status.total_params
+    assert model.get_model_status().trainable_params == 2 * 2 * (64 + 192) + 2 * 64 + 128 * 64
+    model.merge_adapter()
+    assert model.get_model_status().merged_adapters == ["c"]
+    with model.disable_adapter():
+        assert not model.get_model_status().enabled
+
+
 def test_mistakes(folders, tmp_path):
     model = PeftModel.from_pretrained(base("gpt2"), folders["gpt2", "a"], adapter_name="mine")
     right = logits(model)

@@ -48,12 +48,12 @@ class Gated(LoraVariant):
 def table(monkeypatch, tmp_path_factory):
     """The table with two more: the class of docs/adding.md, read from a file, and `Gated`."""
     section = ADDING.read_text(encoding="utf-8").partition("## A LoRA variant")[2]
-    file = tmp_path_factory.mktemp("outside") / "dora.py"
+    file = tmp_path_factory.mktemp("outside") / "weighed.py"
     file.write_text(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1])
-    spec = importlib.util.spec_from_file_location("outside_dora", file)
+    spec = importlib.util.spec_from_file_location("outside_weighed", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setitem(VARIANTS, "dora", module.Dora())
+    monkeypatch.setitem(VARIANTS, "weighed", module.Weighed())
     monkeypatch.setitem(VARIANTS, "gated", Gated())
 
 
@@ -65,7 +65,7 @@ MODELS = {
     ),
     "llama": (wide_llama, {"target_modules": ["q_proj", "down_proj", "lm_head"]}),
 }
-KINDS = [(variant, kind) for variant in ("rslora", "dora", "gated") for kind in MODELS]
+KINDS = [(v, kind) for v in ("rslora", "dora", "rsdora", "weighed", "gated") for kind in MODELS]
 
 
 def adapted(variant, kind="llama", scale=0.1):
@@ -148,9 +148,12 @@ def test_training_changes_all_of_its_parameters():
 
 @needs_bf16
 @pytest.mark.parametrize("keep_weights", [True, False])
-@pytest.mark.parametrize("variant", ["rslora", "dora", "gated"])
+@pytest.mark.parametrize("variant", ["rslora", "dora", "weighed"])
 def test_the_engine_computes_the_variant(variant, keep_weights):
-    """rsLoRA in the fused operators, which know LoRA with any scaling; the others by themselves."""
+    """rsLoRA in the fused operators, which know LoRA with any scaling; the others by themselves.
+
+    Once nothing of it is trained, they read a weight with its change in it.
+    """
     model = adapted(variant)
     right, slopes = logits(model), gradients(model)
     engine.prepare(model, "bf16", keep_weights=keep_weights)
@@ -167,8 +170,22 @@ def test_the_engine_computes_the_variant(variant, keep_weights):
     decoder.enter([[3, 1, 4]])
     plain = Decoder(model)
     plain.enter([[3, 1, 4]])
-    assert difference(np.array(decoder.hidden), np.array(plain.hidden)) < 2e-2
+    states = np.array(plain.hidden)
+    assert difference(np.array(decoder.hidden), states) < 2e-2
+    model.freeze()
+    assert difference(logits(model), right) < 2e-2
+    assert all(any(p for p in vars(block)["_plans"].values()) for block in blocks)
+    decoder = decoder_of(model)
+    assert isinstance(decoder, NativeDecoder)
+    decoder.enter([[3, 1, 4]])
+    assert difference(np.array(decoder.hidden), states) < 2e-2
+    with model.disable_adapter():
+        assert difference(logits(model), logits(MODELS["llama"][0]())) < 2e-2
+    tensors = model.adapter_tensors()  # what was folded follows
+    model.set_adapter_tensors({name: 0.5 * array for name, array in tensors.items()})
+    changed = logits(model)
     engine.restore(model)
+    assert difference(changed, logits(model)) < 2e-2 < difference(changed, right)
 
 
 def test_dora_is_what_its_paper_says():
@@ -219,9 +236,6 @@ def test_files_say_the_variant(tmp_path, monkeypatch):
     monkeypatch.delitem(VARIANTS, "gated")
     with pytest.raises(UserError, match=r"adapter_config.json: variant 'gated' is no variant"):
         PeftModel.from_pretrained(wide_gpt2(), tmp_path / "gated")
-    monkeypatch.delitem(VARIANTS, "dora")
-    with pytest.raises(UserError, match="use_dora=True asks for something jlora lacks"):
-        PeftModel.from_pretrained(wide_llama(), tmp_path / "dora")
 
 
 def test_keys_as_older_versions_of_peft_write_them(tmp_path):
@@ -240,8 +254,8 @@ def test_keys_as_older_versions_of_peft_write_them(tmp_path):
 def test_a_variant_may_refuse_a_layer():
     base = tiny_gpt2()
     names = [name for name, _ in base.named_parameters()]
-    with pytest.raises(UserError, match="DoRA goes on linear layers only"):
-        get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn", "wte"], variant="dora"))
+    with pytest.raises(UserError, match="this variant goes on linear layers only"):
+        get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn", "wte"], variant="weighed"))
     assert [name for name, _ in base.named_parameters()] == names
 
 

@@ -76,6 +76,26 @@ class Adapter:
         set_modules(model, self.modules)
         self._swap_biases(model)
 
+    def parameter_count(self) -> int:
+        """Of its own parameters, biases of the base not among them."""
+        own = [
+            var
+            for module in self.modules.values()
+            for name, var in getattr(module, "modules_to_save", module).named_parameters()
+            if not isinstance(module, LoRALayer) or is_lora_name(name)
+        ]
+        return sum(int(np.prod(var.shape)) for var in own)
+
+    def peft_form(self, model: nn.Module) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+        """Settings and tensors as PEFT has them, by its keys; ``model`` is plain, and stays so."""
+        self.put_on(model)
+        try:
+            named = self._parameters(model, self.names)
+            tensors = {name: var.float32().numpy() for name, var in named.items()}
+            return storage.peft_form(model, self.config, tensors)
+        finally:
+            self.take_off(model)
+
     def _parameters(self, model: nn.Module, names: set[str]) -> dict[str, jt.Var]:
         return {name: var for name, var in model.named_parameters() if name in names}
 

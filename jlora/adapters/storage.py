@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -53,7 +54,9 @@ def from_peft_keys(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, 
     result, keys = {}, {}
     for key, array in tensors.items():
         name = from_peft_key(key)
-        if name in keys:
+        # PEFT writes the bias of a module that is copied twice where biases are trained as well.
+        copied = name in keys and "modules_to_save" in keys[name] + key
+        if name in keys and not (copied and np.array_equal(tensors[keys[name]], array)):
             raise UserError(
                 f"{source}: {keys[name]} and {key} are both {name}; take out one of them"
             )
@@ -83,6 +86,29 @@ def from_peft_key(key: str) -> str:
     elif parts[-1] in ("lora_embedding_A", "lora_embedding_B"):
         parts[-1] = f"lora_{parts[-1][-1]}"
     return ".".join(part for part in parts if part not in ("base_layer", "modules_to_save"))
+
+
+def peft_keys(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
+    """Tensors by whatever keys a PEFT wrote -> by those that PEFT 0.21 writes.
+
+    Raises:
+        UserError: as `from_peft_keys`.
+    """
+    tables = {from_peft_key(key) for key in tensors if "lora_embedding_" in key}
+    found = {}
+    for name, array in from_peft_keys(tensors, source).items():
+        module, _, last = name.rpartition(".")
+        if name in tables:
+            found[f"{PREFIX}{module}.lora_embedding_{last[-1]}"] = array
+        else:
+            found[PREFIX + name + ".weight" * (last in ("lora_A", "lora_B"))] = array
+    return found
+
+
+def factor_of(key: str) -> tuple[str, str] | None:
+    """PEFT's key of A or B -> the key with ``*`` for the letter, and the letter; None: another."""
+    found = re.fullmatch(r"(.*\.lora_(?:embedding_)?)([AB])((?:\.weight)?)", key)
+    return (f"{found[1]}*{found[3]}", found[2]) if found else None
 
 
 def block_matrix(B: np.ndarray, enable_lora: list[bool], r: int) -> np.ndarray:

@@ -118,11 +118,14 @@ class NativeModel:
         else:
             product = getattr(module, "_packed", None)
             product = product if product is not None and product.fits(module.weight) else None
+        adds = adapted and module._adds_lora
+        folded = product.folded(module) if adds and product is not None else None
+        product = folded or product
         turned = module.fan_in_fan_out if adapted else isinstance(module, Conv1D)
         result = self._weight(module.weight, turned, product)
         if module.bias is not None:
             result["bias"] = self._address(module.bias)
-        if adapted and module._adds_lora:
+        if adds and folded is None:
             self._read_branch(module, result)
         return result
 

@@ -139,7 +139,7 @@ def restore(model) -> None:
             if held not in unpacked:  # tied weights stay tied
                 unpacked[held] = held.unpacked()
             module.weight = unpacked[held]
-        for name in ("_packed", "_engine", "_plans", "_checkpoint", "_given", "_bottom"):
+        for name in ("_packed", "_engine", "_folded", "_plans", "_checkpoint", "_given", "_bottom"):
             module.__dict__.pop(name, None)
     native.free_retired()
 
@@ -196,8 +196,15 @@ def _pack(model, precision: str, keep_weights: bool) -> None:
         kind = "bf16" if weight is head else precision
         product = FrozenProduct(weight, bias, transposed, kind)
         product.install(module)
-        # Another variant than plain LoRA may read the weight in its forward pass.
-        if not keep_weights and not (is_lora and not module.variant.is_plain):
+        # Another variant than plain LoRA may read the weight in its forward pass, unless it is
+        # folded into a copy now, while the weight is not rounded.
+        runs_itself = (
+            is_lora
+            and module.has_adapter
+            and not module.variant.is_plain
+            and product.folded(module) is None
+        )
+        if not keep_weights and not runs_itself:
             release = _release_head if type(module) is PackedHead else _release
             release(model, product, module)
             del weight

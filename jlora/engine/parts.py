@@ -76,9 +76,14 @@ def is_known(module: nn.Module) -> bool:
     known = PARTS.get(type(module))
     if known is None or is_overridden(module):
         return False
+    # Of a variant of LoRA they read a weight with its change in it, see `FrozenProduct.folded`.
+    folds = isinstance(module, layers.LoRALayer) and module.is_frozen and module._engine is not None
+    folded_in = module.variant.parameters if folds else ()
     for name, value in vars(module).items():
         # An underscore keeps a Var from being a parameter: what a module computes for itself.
         if name.startswith("_") or not isinstance(value, (jt.Var, nn.Module)):
+            continue
+        if name in folded_in:
             continue
         if type(value) not in known.get(name, ()):
             return False

@@ -41,9 +41,12 @@ class LoRALayer:
         adapter_enabled: False makes an unmerged layer compute what its base computes.
         scaling: factor of the change.
         variant: what is done with ``lora_A`` and ``lora_B``; plain LoRA unless an adapter sets it.
+        is_frozen: whether nothing of the layer is trained, so that what follows from its parameters
+            may be kept.
     """
 
     variant: LoraVariant = PLAIN
+    is_frozen = False
     # A packed copy of the weight (`jlora.engine.FrozenProduct`): called, it gives ``W0 x + b``;
     # its ``with_lora(x, layer)`` gives the layer's whole result, or None where it cannot;
     # ``install(module)`` lets another module of the same weight read it.
@@ -92,6 +95,12 @@ class LoRALayer:
     def _adds_lora(self) -> bool:
         return self.has_adapter and self.adapter_enabled and not self.merged
 
+    @property
+    def drops(self) -> bool:
+        """Whether the dropout of the LoRA branch is at work."""
+        drop = self.lora_dropout
+        return isinstance(drop, nn.Module) and drop.is_train and drop.p > 0
+
     def _frozen(self) -> jt.Var:
         """The frozen weight, kept out of the backward pass.
 
@@ -139,8 +148,16 @@ class LoRALayer:
             self.__dict__.pop(name, None)
         return base
 
-    def low_rank(self, x: jt.Var) -> jt.Var:
-        """``scaling * B A dropout(x)``, of the shape of the layer's result."""
+    def base_output(self, x: jt.Var) -> jt.Var:
+        """What the base layer makes of ``x``."""
+        raise NotImplementedError
+
+    def low_rank(self, x: jt.Var, dropout: bool = True) -> jt.Var:
+        """``scaling * B A dropout(x)``, of the shape of the layer's result.
+
+        Args:
+            dropout: False: ``x`` has been through it.
+        """
         raise NotImplementedError
 
     def delta_weight(self) -> jt.Var:

@@ -22,12 +22,13 @@ class LoraVariant:
     Attributes:
         parameters: names of a layer's parameters besides ``lora_A`` and ``lora_B``, which `init`
             makes. Each begins with ``lora_`` and is trained and saved under its name.
-        peft_field: the field that switches the variant on in PEFT's ``adapter_config.json``; None
-            where PEFT does not have the variant, which then refuses the file.
+        peft_fields: the fields that together switch the variant on in PEFT's
+            ``adapter_config.json``; none where PEFT does not have the variant, which then refuses
+            the file.
     """
 
     parameters: tuple[str, ...] = ()
-    peft_field: str | None = None
+    peft_fields: tuple[str, ...] = ()
 
     def scaling(self, r: int, alpha: float) -> float:
         """The factor of ``B A`` for rank ``r``; proportional to ``alpha``."""
