@@ -90,22 +90,31 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
 def add_chat_options(command: argparse.ArgumentParser) -> None:
     """What becomes of conversations; see `jlora.runs.data_config.DataConfig`."""
 
-    def setting(option: str, key: str, **options) -> None:
-        command.add_argument(option, action=Setting, key=f"data.{key}", **options)
+    def setting(option: str, key: str, holder=command, **options) -> None:
+        holder.add_argument(option, action=Setting, key=f"data.{key}", **options)
 
-    setting("--chat-template", "chat_template", metavar="NAME|FILE",
-            help="instead of the model's own: chatml, llama-3, gemma, mistral, alpaca, a Jinja "
-            "file, or none")  # fmt: skip
-    setting("--chat-template-args", "chat_template_args", type=json_object, metavar="JSON",
-            help='more variables for the template, such as \'{"enable_thinking": false}\'')  # fmt: skip
-    setting("--mask-prompt", "mask_prompt", nargs=0, const=True,
-            help="train answers alone (the default, but for whole texts)")  # fmt: skip
-    setting("--no-mask-prompt", "mask_prompt", nargs=0, const=False, help="train every token")
-    setting("--train-on", "train_on", choices=("all", "last", "each"),
-            help="answers of a conversation: all (default), the last, or each as an example of "
-            "its own")  # fmt: skip
-    setting("--valid-split", "valid_split", type=float, metavar="SHARE",
-            help="of the training file for validation, such as 0.05")  # fmt: skip
+    setting(
+        "--chat-template", "chat_template", metavar="NAME|FILE", help="instead of the model's own: "
+        "chatml, llama-3, gemma, mistral, alpaca, a Jinja file, or none",
+    )  # fmt: skip
+    setting(
+        "--chat-template-args", "chat_template_args", type=json_object, metavar="JSON",
+        help="more variables for the template, such as '{\"enable_thinking\": false}'",
+    )  # fmt: skip
+    mask = command.add_mutually_exclusive_group()
+    setting(
+        "--mask-prompt", "mask_prompt", mask, nargs=0, const=True,
+        help="train answers alone (the default, but for whole texts)",
+    )  # fmt: skip
+    setting("--no-mask-prompt", "mask_prompt", mask, nargs=0, const=False, help="train every token")
+    setting(
+        "--train-on", "train_on", choices=("all", "last", "each"), help="which answers of a "
+        "conversation: all (default), the last, or each as an example of its own",
+    )  # fmt: skip
+    setting(
+        "--valid-split", "valid_split", type=float, metavar="SHARE",
+        help="of the training file for validation, such as 0.05",
+    )  # fmt: skip
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,7 @@ def holds_conversations(path: str | Path) -> bool:
     Raises:
         UserError: the file cannot be read.
     """
-    _, row = next(iter(read_rows(path, MESSAGES)))
-    return _form(row, Features()) is not None
+    return any(_form(row, Features()) for _, row in islice(read_rows(path, MESSAGES), 1))
 
 
 def _form(row: Mapping[str, Any], names: Features) -> str | None:

@@ -70,7 +70,7 @@ class ChatData(RunData):
         self.template = find_template(source, data.chat_template, data.chat_template_args)
         if self.template is not None:
             self._check_settings()
-            say(f"chat template: {self.template.name}")
+            say(f"conversations are written by {self.template.name}")
 
     def _check_settings(self) -> None:
         for name in ("separator_id", "max_prompt"):
@@ -115,18 +115,16 @@ class ChatData(RunData):
         found = encode_conversations(
             examples, tokenizer, self.template, longest, self.recipe.data.masking
         )
-        cut = sum(example.cut > 0 for example in found.examples)
-        notes = [
-            (cut, f"cut at the beginning to {longest:,} tokens"),
+        examples = found.examples
+        trained = sum(example.target_count for example in examples)
+        note = f", {trained:,} of {sum(len(example.ids) for example in examples):,} tokens trained"
+        for count, what in (
+            (sum(example.cut > 0 for example in examples), f"cut at the beginning to {longest:,}"),
             (found.dropped, f"left out, whose answers do not fit into {longest:,} tokens"),
             (found.joined, "with a token that is half prompt, half answer"),
-        ]
-        trained = sum(example.target_count for example in found.examples)
-        total = sum(len(example.ids) for example in found.examples)
-        note = f", {trained:,} of {total:,} tokens trained"
-        return found.examples, note + "".join(
-            f", {count:,} {what}" for count, what in notes if count
-        )
+        ):
+            note += f", {count:,} {what}" if count else ""
+        return examples, note
 
 
 def _drawn(count: int, share: float, seed: int) -> np.ndarray:
