@@ -14,6 +14,7 @@ import numpy as np
 
 from jlora import engine
 from jlora.data.batches import TokenExample, encode_prompts
+from jlora.data.conversations import Conversation
 from jlora.data.end_tokens import find_ends
 from jlora.data.readers import shorten
 from jlora.decoding.beam import BeamConfig, search
@@ -189,6 +190,7 @@ def answer(
     precision: str = "auto",
     path: Path | None = None,
     keeps: Sequence[int] | None = None,
+    asked: Sequence[Conversation] | None = None,
 ) -> list[Prediction]:
     """Answer prompts with a model and, if given, its adapter.
 
@@ -201,11 +203,14 @@ def answer(
         path: predictions.jsonl to write; None: none.
         keeps: `jlora.data.batches.Example.keep` of each prompt; such prompts are cut as in
             training.
+        asked: the conversations that the prompts are the ends of, where they have more to them.
 
     Raises:
         UserError: no model, no such adapter, or prompts that do not fit.
     """
-    model, encoded, config = ready(prompts, model_name, adapter, config, form, precision, keeps)
+    model, encoded, config = ready(
+        prompts, model_name, adapter, config, form, precision, keeps, asked
+    )
     return decode(
         model, prompts, encoded, config, path, path and describe_source(model, precision, adapter)
     )
@@ -219,6 +224,7 @@ def ready(
     form: Form,
     precision: str,
     keeps: Sequence[int] | None = None,
+    asked: Sequence[Conversation] | None = None,
 ) -> tuple[Any, list[list[int]], Any]:
     """The model, the tokens of the prompts and all settings; see `answer`.
 
@@ -246,12 +252,11 @@ def ready(
         )
     longest = context - (0 if form.shorten else config.max_new_tokens - 1)
     if form.chat or form.plain:
-        encoded = [
-            form.chat.encode([{"role": "user", "content": prompt}], tokenizer)
-            if form.chat
-            else [*tokenizer.begin_ids, *tokenizer.encode(prompt)]
-            for prompt in prompts
-        ]
+        if form.chat:
+            asked = asked or [one_turn(prompt) for prompt in prompts]
+            encoded = [chat_tokens(form.chat, each, tokenizer) for each in asked]
+        else:
+            encoded = [[*tokenizer.begin_ids, *tokenizer.encode(prompt)] for prompt in prompts]
         check_lengths(prompts, encoded, longest)
     else:
         separator = trained.separator_id if form.separator_id is None else form.separator_id
@@ -268,6 +273,17 @@ def ready(
     if stops:
         config = replace(config, stops=(*config.stops, *stops))
     return model, encoded, config
+
+
+def one_turn(prompt: str) -> Conversation:
+    return Conversation("", [{"role": "user", "content": prompt}])
+
+
+def chat_tokens(chat: Chat, asked: Conversation, tokenizer: Any) -> list[int]:
+    try:
+        return chat.encode(asked.messages, tokenizer, asked.tools)
+    except UserError as error:
+        raise UserError(f"{asked.place}: {error}" if asked.place else str(error)) from error
 
 
 def check_lengths(prompts: Sequence[str], encoded: Sequence[Sequence[int]], longest: int) -> None:

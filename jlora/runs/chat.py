@@ -15,6 +15,7 @@ from jlora.decoding.session import Session
 from jlora.decoding.text_stream import pieces
 from jlora.models.hub import find, require_tokenizer
 from jlora.runs.adapter_file import AdapterFile, base_name, open_model, switchable
+from jlora.runs.chat_data import NO_TEMPLATE
 from jlora.system.errors import UserError
 
 
@@ -30,14 +31,19 @@ class Chat:
     template: ChatTemplate
     system: str | None = None
 
-    def encode(self, messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[int]:
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokenizer: Any,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """The tokens after which the model's answer to the last message follows.
 
         Raises:
             UserError: the template refuses the messages.
         """
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        text = self.template.render([*system, *messages], add_generation_prompt=True)
+        text = self.template.render([*system, *messages], tools=tools, add_generation_prompt=True)
         return tokenizer.encode(text)
 
 
@@ -59,6 +65,9 @@ def find_chat_template(
     """
     if choice is not None:
         return find_template(find(name), choice, arguments)
+    recipe = adapter and adapter.recipe
+    if recipe and recipe.data.chat_template == NO_TEMPLATE:
+        return None
     if adapter is not None and not is_loralib(adapter.folder):
         for place in dict.fromkeys((adapter.folder, adapter.path)):
             own = find_template(place, None, arguments)
