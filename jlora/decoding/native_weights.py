@@ -11,6 +11,7 @@ from jlora.engine.products import LORA, PackedEmbedding, PackedHead
 from jlora.kernels import native
 from jlora.kernels.block import ACTIVATIONS
 from jlora.kernels.decoder import BLOCK, COLUMNS_FIRST, LINEAR, MODEL, NORM, PACKED, ROWS_FIRST
+from jlora.kernels.gpu_library import DeviceMemory, on_gpu
 from jlora.layers.base import Conv1D
 from jlora.models.families import Parts
 from jlora.system.runtime import jt, nn
@@ -64,6 +65,8 @@ class NativeModel:
         }  # fmt: skip
         for name, number in numbers.items():
             self.model[name] = number
+        if on_gpu() and (config.head_dim > 128 or config.head_dim % 16):
+            raise _Unsupported("heads of this size")
         self._read_tokens(getattr(body, parts.tokens))
         if parts.positions is None:
             rope = body.ropes[0]
@@ -133,6 +136,8 @@ class NativeModel:
         result = np.zeros((), LINEAR)
         n, k = weight.shape[::-1] if turned else weight.shape
         result["n"], result["k"] = n, k
+        if product is None and on_gpu():
+            raise _Unsupported("weights that are not packed")
         if product is None:
             result["kind"] = COLUMNS_FIRST if turned else ROWS_FIRST
             result["weight"] = self._address(weight)
@@ -158,20 +163,21 @@ class NativeModel:
         return weight.address
 
     def _array(self, array: np.ndarray) -> int:
-        self._held.append(array)
-        return array.ctypes.data
+        memory = DeviceMemory.of(array) if on_gpu() else array
+        self._held.append(memory)
+        return memory.address if on_gpu() else array.ctypes.data
 
     def _address(self, var: jt.Var) -> int:
         if not isinstance(var, jt.Var) or var.dtype != "float32":
             raise _Unsupported("weights that are not float32")
-        array = var.data  # shares the Var's memory
-        self._held += [var, array]
-        return array.ctypes.data
+        self._held.append(var)
+        # On the host, .data shares the Var's memory; on a GPU it would move the Var there.
+        return self._array(var.numpy() if on_gpu() else var.data)
 
 
 def native_model(model) -> NativeModel | None:
     """The model for the native decoder; None where only the model's own layers can run it."""
-    if jt.flags.use_cuda or native.problem() is not None or not native.has("run_prompts_op"):
+    if native.problem() is not None or not native.has("run_prompts_op"):
         return None
     try:
         return NativeModel(model)

@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from jlora import layers
 from jlora.engine.leaves import (
     FUSED,
+    FUSED_ON_GPU,
     FusedAttention,
     FusedGELU,
     FusedLayerNorm,
     FusedRMSNorm,
     FusedRotary,
     FusedSwiGLU,
+    StreamAttention,
     TrainedEmbedding,
 )
 from jlora.engine.products import (
@@ -28,6 +30,8 @@ from jlora.engine.products import (
     is_overridden,
 )
 from jlora.kernels.elementwise import FusedDropout
+from jlora.models import gpt2, llama, rope
+from jlora.models.attention import CausalAttention
 from jlora.system.runtime import jt, nn
 
 VAR = (jt.Var,)
@@ -58,6 +62,12 @@ PARTS: dict[type, dict[str, tuple[type, ...]]] = {
     FusedSwiGLU: {},
     FusedRotary: {},
     FusedAttention: {},
+    StreamAttention: {},
+    gpt2.LayerNorm: {"weight": VAR, "bias": VAR},
+    llama.RMSNorm: {"weight": VAR},
+    gpt2.GELU: {},
+    llama.SwiGLU: {},
+    rope.Rotary: {},
 }
 
 
@@ -65,7 +75,11 @@ def learn_modules(modules: Mapping[type, Mapping[str, type]]) -> None:
     """Add a family's modules, by the classes that they have in the plain model."""
     for module, parts in modules.items():
         PARTS[module] = {
-            name: SWAPPED.get(kind) or (FUSED.get(kind, kind),) for name, kind in parts.items()
+            # Leaves are swapped or, on a GPU, not; both compute the same.
+            name: SWAPPED.get(kind) or tuple(
+                {kind, FUSED.get(kind, kind), FUSED_ON_GPU.get(kind, kind)} - {CausalAttention}
+            )
+            for name, kind in parts.items()
         }
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jlora.kernels import structs
+from jlora.kernels.gpu_library import on_gpu
 from jlora.kernels.native import FusedFunction, call, operator, retire
 from jlora.kernels.packed_linear import Branch, PackedWeight, TrainedWeight
 from jlora.system.runtime import jt
@@ -53,6 +54,8 @@ class Shape:
 
     def fits(self, width: int, inner: int) -> bool:
         """Whether the operator can do it: rows are handled 32 numbers at a time."""
+        if on_gpu() and self.head_size > 128:  # its tiles would not fit into shared memory
+            return False
         return self.head_size % 32 == 0 and width % 32 == 0 and inner % 32 == 0
 
 

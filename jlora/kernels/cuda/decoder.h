@@ -61,10 +61,10 @@ __global__ void keep_kernel(const bf16* qkv, Tokens tokens, int64_t layer, int64
         qkv[m * (queries + 2 * width) + queries + value * width + j];
 }
 
-// What the rows of a step see: prompts, then generated tokens by their places in slabs.
+// What rows see: the first `shown` tokens of a block, then generated tokens by their places in slabs.
 struct Seen {
-    const bf16* const* prompts;  // (R,) blocks of (layers, 2, prompt_tokens, G D)
-    const int *prompt_tokens, *table, *lengths;
+    const bf16* const* prompts;  // (R,) blocks of (layers, 2, sizes[r], G D)
+    const int *sizes, *shown, *table, *lengths;
     const bf16* const* slabs;
     int64_t most, slab_size;
 };
@@ -80,13 +80,13 @@ __global__ void step_attention_kernel(const bf16* qkv, Seen seen, int64_t layer,
     float* q = for_q[warp];
     for (int64_t j = lane; j < D; j += 32) q[j] = (float)qkv[r * (H + 2 * G) * D + h * D + j];
     __syncwarp();
-    const int64_t prompt = seen.prompt_tokens[r], total = prompt + seen.lengths[r];
+    const int64_t size = seen.sizes[r], prompt = seen.shown[r], total = prompt + seen.lengths[r];
     float peak = -INFINITY, sum = 0, y[8] = {};
     for (int64_t t0 = 0; t0 < total; t0 += 32) {
         const int64_t t = min(t0 + lane, total - 1);
         const bf16 *key, *value;
         if (t < prompt) {
-            key = seen.prompts[r] + (layer * 2 * prompt + t) * width + g * D, value = key + prompt * width;
+            key = seen.prompts[r] + (layer * 2 * size + t) * width + g * D, value = key + size * width;
         } else {
             const int place = seen.table[r * seen.most + t - prompt];
             key = seen.slabs[place / seen.slab_size] + (layer * 2 * seen.slab_size + place % seen.slab_size) * width + g * D;
@@ -192,30 +192,42 @@ private:
     const char* there_ = nullptr;
 };
 
-// hidden (P, C) on the host: the state of each prompt's last token
+inline void attend_to(const Seen& seen, const Model& m, int64_t layer, int64_t R, const bf16* qkv, bf16* out) {
+    launch(step_attention_kernel, dim3(blocks_for(R * m.H, seen_warps)), 32 * seen_warps, 0, qkv, seen, layer, R, m.H, m.G, m.D,
+        1.0f / std::sqrt((float)m.D), out);
+}
+
+// Prompts behind the `before` tokens that stand in their blocks already. hidden (P, C) on the host: the state
+// of each one's last token.
 inline void run_prompts(const Model& m, const Block* blocks, int64_t P, const int* ids, const int* positions, const int* lengths,
-        bf16* const* prompts, float* hidden) {
-    std::vector<int> starts{0}, sizes, places, first, last;
+        const int* before, bf16* const* prompts, float* hidden) {
+    std::vector<int> starts{0}, sizes, places, shown, first, last;
+    bool resumed = false;
     std::vector<bf16*> owners;
     for (int64_t p = 0; p < P; p++) {
         const int start = starts.back();
         starts.push_back(start + lengths[p]);
+        resumed |= before[p] > 0;
         for (int t = 0; t < lengths[p]; t++) {
-            owners.push_back(prompts[p]), sizes.push_back(lengths[p]), places.push_back(t);
+            owners.push_back(prompts[p]), sizes.push_back(before[p] + lengths[p]), places.push_back(before[p] + t);
+            shown.push_back(before[p] + t + 1);
             first.push_back(start), last.push_back(start + lengths[p] - 1);
         }
     }
     const int64_t R = starts.back();
     if (!R) return;
+    const std::vector<int> none(R);
     Carried c;
     const int64_t at[] = {c.add(ids, R), c.add(positions, R), c.add(owners.data(), R), c.add(sizes.data(), R), c.add(places.data(), R),
-        c.add(first.data(), R), c.add(last.data(), R)};
+        c.add(first.data(), R), c.add(last.data(), R), c.add(shown.data(), R), c.add(none.data(), R)};
     c.send();
     static Scratch<float> for_hidden, for_lse;
     float *states = for_hidden.of(R * m.C), *lse = for_lse.of(R * m.H);
     const Tokens tokens{R, c.at<int>(at[0]), c.at<int>(at[1]), c.at<bf16*>(at[2]), c.at<int>(at[3]), c.at<int>(at[4])};
-    run_tokens(m, blocks, tokens, [&](int64_t, const bf16* qkv, bf16* out) {
-        attention({R, m.H, m.G, m.D, qkv, c.at<int>(at[5]), c.at<int>(at[6]), 1.0f / std::sqrt((float)m.D)}, out, lse);
+    const Seen seen{tokens.blocks, tokens.sizes, c.at<int>(at[7]), c.at<int>(at[8]), c.at<int>(at[8]), nullptr, 0, 1};
+    run_tokens(m, blocks, tokens, [&](int64_t layer, const bf16* qkv, bf16* out) {
+        if (resumed) attend_to(seen, m, layer, R, qkv, out);
+        else attention({R, m.H, m.G, m.D, qkv, c.at<int>(at[5]), c.at<int>(at[6]), 1.0f / std::sqrt((float)m.D)}, out, lse);
     }, states);
     for (int64_t p = 0; p < P; p++)
         check(cudaMemcpy(hidden + p * m.C, states + (starts[p + 1] - 1) * m.C, m.C * sizeof(float), cudaMemcpyDeviceToHost), "a copy");
@@ -239,10 +251,9 @@ inline void run_step(const Model& m, const Block* blocks, int64_t R, const int* 
     static Scratch<float> for_hidden;
     float* states = for_hidden.of(R * m.C);
     const Tokens tokens{R, c.at<int>(at[0]), c.at<int>(at[1]), c.at<bf16*>(at[2]), c.at<int>(at[3]), c.at<int>(at[4])};
-    const Seen seen{c.at<const bf16*>(at[5]), c.at<int>(at[6]), c.at<int>(at[7]), c.at<int>(at[8]), c.at<const bf16*>(at[9]), most, slab_size};
+    const Seen seen{c.at<const bf16*>(at[5]), c.at<int>(at[6]), c.at<int>(at[6]), c.at<int>(at[7]), c.at<int>(at[8]), c.at<const bf16*>(at[9]), most, slab_size};
     run_tokens(m, blocks, tokens, [&](int64_t layer, const bf16* qkv, bf16* out) {
-        launch(step_attention_kernel, dim3(blocks_for(R * m.H, seen_warps)), 32 * seen_warps, 0, qkv, seen, layer, R, m.H, m.G, m.D,
-            1.0f / std::sqrt((float)m.D), out);
+        attend_to(seen, m, layer, R, qkv, out);
     }, states);
     check(cudaMemcpy(hidden, states, R * m.C * sizeof(float), cudaMemcpyDeviceToHost), "a copy from the card");
 }

@@ -164,7 +164,7 @@ JLORA_OPERATOR(block_backward_op) {
 // Decoding: arrays of the host, but for what addresses say; see ../library.cc.
 JLORA_OPERATOR(run_prompts_op) {
     decode::run_prompts(*in[0].as<decode::Model>(), in[1].as<decode::Block>(), in[4].size, in[2].as<int>(), in[3].as<int>(),
-        in[4].as<int>(), in[5].as<bf16*>(), out[0].out());
+        in[4].as<int>(), in[5].as<int>(), in[6].as<bf16*>(), out[0].out());
 }
 JLORA_OPERATOR(run_step_op) {
     decode::run_step(*in[0].as<decode::Model>(), in[1].as<decode::Block>(), in[2].size, in[2].as<int>(), in[3].as<int>(),
