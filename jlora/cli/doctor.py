@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jlora.metrics.java import find_java
-from jlora.system import distributed, machine, runtime
+from jlora.system import cuda_toolkit, distributed, machine, runtime
 from jlora.system.errors import UserError
 
 # Jittor's first import compiles it; the child process that tries it may take as long as that.
