@@ -26,6 +26,7 @@ ALL = {
     "qwen3": {"model_type": "qwen3", **USED, "max_window_layers": 1},
     "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0]},
     "olmo2": {"model_type": "olmo2"},
+    "olmo2-one-key-head": {"model_type": "olmo2", "num_key_value_heads": 1},
     "gemma2": {"model_type": "gemma2", **GEMMA, **CAPS},
     "gemma3": {"model_type": "gemma3_text", **GEMMA, "rope_local_base_freq": 50.0},
     "phi3": {"model_type": "phi3", "rope_scaling": LONGROPE, **WINDOW},

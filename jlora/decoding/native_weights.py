@@ -95,9 +95,8 @@ class NativeModel:
             for name, path in zip(NORMS, (*parts.norms, *parts.qk_norms)):
                 if path is not None:
                     block[name] = self._norm(part(source, path))
-            if parts.qk_norms[1] is not None:
-                whole = is_whole(attention, part(source, parts.qk_norms[1]).weight)
-                self._same("whole", whole)
+            if parts.qk_norms[0] is not None:
+                self._same("whole", is_whole(attention, part(source, parts.qk_norms[0]).weight))
             for name, paths in (("qkv", parts.qkv), ("in", parts.up)):
                 for i, path in enumerate(paths):
                     block[name][i] = self._linear(part(source, path))

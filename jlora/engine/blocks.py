@@ -141,13 +141,13 @@ class _FusedBlock:
         parts, attention = self._parts, part(self, self._parts.attention)
         first = part(self, next(filter(None, parts.norms)))
         rotary, scores = getattr(attention, "rotary", None), attention.attention
-        key_norm = norms[-2]
+        query_norm = norms[-4]
         return Shape(
             attention.heads, attention.kv_heads, attention.head_dim, first.eps, parts.norm,
             parts.activation, parts.gated, getattr(first, "offset", 0.0),
             0 if rotary is None else attention.rotary_size, is_interleaved(rotary),
             scores.scale_of(attention.head_dim), scores.window, scores.cap, parts.grouped,
-            key_norm is not None and is_whole(attention, key_norm),
+            query_norm is not None and is_whole(attention, query_norm),
         )  # fmt: skip
 
 
@@ -162,9 +162,9 @@ def is_interleaved(rotary) -> bool:
     return isinstance(rotary, InterleavedRotary)
 
 
-def is_whole(attention, key_norm) -> bool:
-    """Whether a norm's weight is for all heads of keys together, and not for each alike."""
-    return attention.kv_heads > 1 and key_norm.shape[0] == attention.kv_heads * attention.head_dim
+def is_whole(attention, query_norm) -> bool:
+    """Whether a norm's weight is for all heads of queries together, and not for each alike."""
+    return query_norm.shape[0] > attention.head_dim
 
 
 def _joined(biases: Sequence[jt.Var | None], layers: Sequence[_Layer]) -> jt.Var:

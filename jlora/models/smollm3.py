@@ -13,6 +13,7 @@ from jlora.models.windows import FULL, SLIDING, read_windows
 class SmolLM3Config(llama.LlamaConfig):
     model_type: str = "smollm3"
     no_rope_layers: list[int] | None = None  # of each layer: 1 with rotary positions, 0 without
+    computed: ClassVar = ("no_rope_layers",)
     architectures: ClassVar = {"smollm3": "SmolLM3ForCausalLM"}
     defaults: ClassVar = {
         "smollm3": {
@@ -38,13 +39,11 @@ class SmolLM3Config(llama.LlamaConfig):
             turned = [int((layer + 1) % every != 0) for layer in numbers]
         if not isinstance(turned, list) or not all(t in (0, 1) for t in turned):
             raise ValueError(f"no_rope_layers {turned!r} is not a list of 0 and 1")
-        result = super().from_dict({**config, "no_rope_layers": turned})
-        if len(turned) != result.num_hidden_layers:
+        if type(layers) is int and len(turned) != layers:
             raise ValueError(
-                f"no_rope_layers has {len(turned)} entries, and the model "
-                f"{result.num_hidden_layers} layers"
+                f"no_rope_layers has {len(turned)} entries, and the model {layers} layers"
             )
-        return result
+        return super().from_dict({**config, "no_rope_layers": turned})
 
     @classmethod
     def read_layers(cls, config, result):
