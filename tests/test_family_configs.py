@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_model_configs import JSON
 from tiny_families import ALL, LONGROPE, WIDE
 
 from jlora.models.families import FAMILIES
@@ -127,6 +130,24 @@ REFUSED = [
 def test_a_field_that_is_not_computed_is_refused_by_its_name(name, fields, message):
     with pytest.raises(ValueError, match=message):
         read(name, **fields)
+
+
+@given(
+    name=st.sampled_from(sorted(ALL)),
+    field=st.sampled_from(
+        ["rope_scaling", "rope_parameters", "rope_local_base_freq", "no_rope_layers"]
+        + ["no_rope_layer_interval", "layer_types", "sliding_window", "sliding_window_pattern"]
+        + ["query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"]
+        + ["partial_rotary_factor", "original_max_position_embeddings", "qkv_bias", "bias"]
+        + ["hidden_activation", "use_sliding_window", "head_dim"]
+    ),
+    value=JSON,
+)
+def test_any_value_is_read_or_refused_with_a_reason(name, field, value):
+    try:
+        read(name, **{field: value})
+    except ValueError as error:
+        assert str(error)
 
 
 def test_the_multimodal_gemma_3_is_refused_by_its_type():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jlora.models import llama
-from jlora.models.windows import FULL, SLIDING, read_windows
+from jlora.models.windows import FULL, SLIDING, check_unused_windows, read_windows
 
 
 @dataclass
@@ -49,8 +49,8 @@ class SmolLM3Config(llama.LlamaConfig):
     def read_layers(cls, config, result):
         windowed = config.get("use_sliding_window") and config.get("sliding_window") is not None
         own = [SLIDING if windowed and not turned else FULL for turned in result.no_rope_layers]
-        if not windowed and SLIDING in (config.get("layer_types") or []):
-            raise ValueError(f"layer_types has {SLIDING}, but use_sliding_window is not true")
+        if not windowed:
+            check_unused_windows(config)
         return read_windows(config, result.num_hidden_layers, own, listed=True)
 
     @property
