@@ -8,7 +8,8 @@ model = PeftModel.from_pretrained(base, "adapter")
 
 from jlora.adapters.config import LoraConfig
 from jlora.adapters.merged import MergedWeights, merged_weights
-from jlora.adapters.model import MergeReport, PeftModel, get_peft_model
+from jlora.adapters.merging import MergeReport
+from jlora.adapters.model import PeftModel, get_peft_model
 from jlora.adapters.partial import METHODS, PartialModel, is_partial
 from jlora.adapters.tuned import TunedModel
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from jlora.adapters.config import LoraConfig
 from jlora.adapters.targets import (
     is_excluded,
@@ -34,6 +36,14 @@ class ModulesToSave(nn.Module):
         self.modules_to_save = _copy(original)
         self.tied = tied
         self.adapter_enabled = True
+
+    def put_on(self, original: nn.Module) -> None:
+        """Stand in the place of ``original`` again, after `take_off`."""
+        self.original_module = original
+
+    def take_off(self) -> nn.Module:
+        """The original, which this one lets go of until `put_on`."""
+        return self.__dict__.pop("original_module")
 
     @property
     def current(self) -> nn.Module:
@@ -72,10 +82,10 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
                 f"target_modules fits {name}, which is a {type(module).__name__} module; "
                 "LoRA goes on Linear, Conv1D and Embedding layers only"
             )
-        if not isinstance(module.weight, jt.Var):
+        if not isinstance(module.weight, jt.Var) and not _reads_packed(module):
             raise UserError(
                 f"the weight of {name} is kept in packed form alone, which LoRA cannot go around; "
-                "call engine.restore(model) first"
+                "put the adapter on before engine.prepare, or call engine.restore(model) first"
             )
     if not targets:
         possible = [name for name, module in modules.items() if isinstance(module, KINDS)]
@@ -87,6 +97,11 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
             "outputs as inputs"
         )
     return targets
+
+
+def _reads_packed(module: nn.Module) -> bool:
+    """Whether a LoRA layer in the place of ``module`` has its packed copy to multiply by."""
+    return "_packed" in vars(module) and not isinstance(module, nn.Embedding)
 
 
 def check_patterns(model: nn.Module, config: LoraConfig) -> None:
@@ -180,31 +195,41 @@ def linear_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
     return module.in_features, module.out_features
 
 
-def attach(model: nn.Module, config: LoraConfig) -> None:
-    """Replace the target modules by LoRA layers and wrap ``modules_to_save``."""
-    for name, module in find_targets(model, config).items():
-        set_module(model, name, lora_layer(name, module, config))
+def attach(model: nn.Module, config: LoraConfig) -> dict[str, LoRALayer | ModulesToSave]:
+    """Replace the target modules by LoRA layers and wrap ``modules_to_save``.
+
+    Returns:
+        What was put into the model, by name.
+
+    Raises:
+        UserError: something cannot be made; the model is unchanged then.
+    """
+    made = {
+        name: lora_layer(name, module, config)
+        for name, module in find_targets(model, config).items()
+    }
     head = getattr(model, "output_embedding", None)
     for wanted in config.modules_to_save or []:
-        modules = dict(model.named_modules())
         # PEFT compares the plain ends here: "norm" stands for "input_layernorm" too.
-        possible = {n: m for n, m in modules.items() if n and _may_be_copied(m)}
+        possible = {
+            name: module
+            for name, module in model.named_modules()
+            if name
+            and _has_weights(module)
+            and not is_inside(name, list(made))
+            and not any(is_inside(other, [name]) for other in made)
+        }
         found = {n: m for n, m in possible.items() if n.endswith(wanted)}
         outer = {n: m for n, m in found.items() if not is_inside(n, [f for f in found if f != n])}
         if not outer:
-            detach(model)
             if has_tied_head(model) and "lm_head".endswith(wanted):
                 raise tied_head_error(model, f"modules_to_save {[wanted]!r}")
             raise no_match("modules_to_save", [wanted], possible)
         for name, module in outer.items():
             tied = isinstance(module, nn.Embedding) and module.weight is head
-            set_module(model, name, ModulesToSave(module, tied))
-
-
-def _may_be_copied(module: nn.Module) -> bool:
-    """Whether there is something in it to train, and no adapter yet."""
-    adapted = any(isinstance(part, (LoRALayer, ModulesToSave)) for part in module.modules())
-    return not adapted and bool(module.parameters())
+            made[name] = ModulesToSave(module, tied)
+    set_modules(model, made)
+    return made
 
 
 def lora_layer(name: str, module: nn.Module, config: LoraConfig) -> LoRALayer:
@@ -241,22 +266,30 @@ def _initialise(layer: LoRALayer, init: bool | str) -> None:
 
 def detach(model: nn.Module, keep_trained_modules: bool = False) -> None:
     """Put plain layers back, with their weights as they are now."""
-    for name, module in list(model.named_modules()):
+    plain = {}
+    for name, module in model.named_modules():
         if isinstance(module, LoRALayer):
-            set_module(model, name, module.to_base())
+            plain[name] = module.to_base()
         elif isinstance(module, ModulesToSave):
             trained, original = module.modules_to_save, module.original_module
-            set_module(model, name, trained if keep_trained_modules else original)
+            plain[name] = trained if keep_trained_modules else original
+    set_modules(model, plain)
 
 
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place called ``name``."""
-    path, _, last = name.rpartition(".")
-    parent = dict(model.named_modules())[path]
-    if isinstance(parent, nn.Sequential):
-        parent.layers[last] = module
-    else:
-        setattr(parent, last, module)
+def _has_weights(module: nn.Module) -> bool:
+    return any("weight" in vars(part) or part.parameters() for part in module.modules())
+
+
+def set_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put each module in the place of its name; none of them is inside another."""
+    parents = dict(model.named_modules())
+    for name, module in modules.items():
+        path, _, last = name.rpartition(".")
+        parent = parents[path]
+        if isinstance(parent, nn.Sequential):
+            parent.layers[last] = module
+        else:
+            setattr(parent, last, module)
 
 
 def _copy(module: nn.Module) -> nn.Module:
@@ -265,6 +298,8 @@ def _copy(module: nn.Module) -> nn.Module:
     for name, value in vars(module).items():
         if isinstance(value, jt.Var):
             value = value.clone().stop_grad()
+        elif name == "weight" and hasattr(value, "unpacked"):  # kept in packed form alone
+            value = value.unpacked()
         elif isinstance(value, nn.Module):
             value = _copy(value)
         elif name == "layers" and isinstance(module, nn.Sequential):

@@ -13,7 +13,7 @@ import numpy as np
 
 from jlora.formats.rounding import narrow, widen
 from jlora.system.errors import UserError
-from jlora.system.runtime import nn
+from jlora.system.runtime import jt, nn
 
 log = logging.getLogger("jlora.adapters")
 
@@ -40,6 +40,9 @@ FAMILIES = {
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
     """What tells one base model from another: its family, shapes, and hashes of a few weights."""
+    remembered = vars(model).get("_base_record")
+    if remembered is not None:
+        return remembered
     parameters = dict(model.named_parameters())
     matrices = sorted(name for name, p in parameters.items() if len(p.shape) == 2)
     step = max(1, len(matrices) // 4)
@@ -50,6 +53,21 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
         "parameters": sum(int(np.prod(p.shape)) for p in parameters.values()),
         "tensors": {name: _describe_tensor(parameters[name]) for name in matrices[::step][:4]},
     }
+
+
+def remember_base(model: nn.Module) -> None:
+    """Have `describe_base` know a base whose float32 weights are about to go.
+
+    Args:
+        model: a base or tuned model.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base._base_record = vars(model).get("_base_record") or describe_base(base)
+
+
+def forget_base(base: nn.Module) -> None:
+    """Undo `remember_base`: the weights are there, or others now."""
+    vars(base).pop("_base_record", None)
 
 
 def _describe_tensor(var) -> dict[str, Any]:
@@ -89,12 +107,15 @@ def _difference(recorded: Mapping[str, Any], model: nn.Module, parameters) -> st
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if recorded["model_type"] != model_type:
         return f"this one is of type {model_type}"
+    remembered = vars(model).get("_base_record") or {"tensors": {}}
     for name, expected in recorded["tensors"].items():
-        if name not in parameters:
-            return f"this one has no {name}"
-        if list(parameters[name].shape) != expected["shape"]:
-            return f"{name} is {tuple(parameters[name].shape)} here"
-        found = _describe_tensor(parameters[name])
+        found = remembered["tensors"].get(name)
+        if found is None:
+            if name not in parameters:
+                return f"this one has no {name}"
+            found = _describe_tensor(parameters[name])
+        if found["shape"] != expected["shape"]:
+            return f"{name} is {tuple(found['shape'])} here"
         if found["dtype"] == expected["dtype"]:
             same = found["sha256"] == expected["sha256"]
         else:
@@ -115,7 +136,8 @@ def check_same(name: str, array: np.ndarray, parameter, source: str) -> None:
     Raises:
         UserError: it is another one, rounding to a narrower type apart.
     """
-    own = parameter.float32().numpy()
+    packed = not isinstance(parameter, jt.Var)  # by an engine, and rounded to bfloat16
+    own = parameter.numpy() if packed else parameter.float32().numpy()
     way = "merge the adapter with PEFT and load the result"
     if own.shape != array.shape:
         sizes = f"{array.shape[0]:,} rows", f"{own.shape[0]:,}"
@@ -126,6 +148,8 @@ def check_same(name: str, array: np.ndarray, parameter, source: str) -> None:
             f"{way}"
         )
     array = array.astype(np.float32)
+    if packed:
+        array = widen(narrow(name, array, "BF16"), "BF16")
     if np.array_equal(array, own):
         return
     with np.errstate(over="ignore"):

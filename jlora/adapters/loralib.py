@@ -20,6 +20,7 @@ from jlora.adapters.storage import with_patterns
 from jlora.adapters.targets import name_fits
 from jlora.formats.names import is_lora_name
 from jlora.formats.torch_file import read_torch
+from jlora.formats.torch_write import write_torch
 from jlora.layers import Conv1D, LoRALayer, MergedLinear
 from jlora.system.errors import UserError
 from jlora.system.runtime import nn
@@ -227,6 +228,28 @@ def bias_kind(
             '"lora_only" or "none"'
         )
     return "all"
+
+
+def write_loralib(
+    path: str | Path,
+    config: LoraConfig,
+    layers: Mapping[str, LoRALayer],
+    tensors: Mapping[str, np.ndarray],
+    nested: bool,
+) -> float:
+    """Write a .pt file; see `PeftModel.save_loralib`."""
+    if config.modules_to_save:
+        raise UserError(
+            f"modules_to_save {config.modules_to_save} have no place in a loralib file; keep the "
+            "PEFT folder"
+        )
+    if not config.lora_variant.is_plain:
+        raise UserError(
+            f"variant {config.variant!r} has no place in a loralib file; keep the PEFT folder"
+        )
+    lora_alpha = loralib_alpha(layers)
+    write_torch(path, tensors, "model_state_dict" if nested else None)
+    return lora_alpha
 
 
 def loralib_alpha(layers: Mapping[str, LoRALayer]) -> float:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jlora.adapters.model import MergeReport, PeftModel
+from jlora.adapters.merging import MergeReport
+from jlora.adapters.model import PeftModel
 from jlora.adapters.tuned import TunedModel
 from jlora.formats.names import is_lora_name
 from jlora.formats.rounding import norm
@@ -63,7 +64,8 @@ def merged_weights(model: nn.Module) -> MergedWeights:
 def base_tensors(model: PeftModel) -> dict[str, np.ndarray]:
     """What the base model has where the adapter changes something, by its plain names."""
     changed = {f"{name}.weight" for name, layer in model.lora_layers().items()}
-    changed |= bias_names(model.base_model, model.peft_config.bias)
+    if model.peft_config is not None:
+        changed |= bias_names(model.base_model, model.peft_config.bias)
     with model.disable_adapter():
         return {
             plain_name(name): parameter.float32().numpy()

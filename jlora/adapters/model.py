@@ -1,62 +1,34 @@
-"""`get_peft_model` and `PeftModel`: a base model with LoRA layers in it."""
+"""`get_peft_model` and `PeftModel`: a base model and its LoRA adapters, one of them on it."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jlora.adapters import base_model, loralib, storage
-from jlora.adapters.attach import (
-    ModulesToSave,
-    attach,
-    check_patterns,
-    detach,
-    has_tied_head,
-    tied_head_error,
-)
+from jlora.adapters.adapter import Adapter, adapter_names, is_adapted
+from jlora.adapters.attach import attach, check_patterns, detach
 from jlora.adapters.config import LoraConfig
+from jlora.adapters.merging import MergeReport, check_untied, merge_layers
 from jlora.adapters.targets import default_targets
 from jlora.adapters.tuned import TunedModel
-from jlora.formats.names import is_lora_name
 from jlora.formats.peft_file import read_peft, write_peft
-from jlora.formats.torch_write import write_torch
-from jlora.layers import Embedding, LoRALayer, MergedLinear, assign, bias_names, set_trainable
+from jlora.layers import LoRALayer, set_trainable
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt, nn
 
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What merging did to the weights.
-
-    Attributes:
-        layers: number of layers merged.
-        largest_change: largest absolute change of a single weight, in the layer ``layer``.
-        rounding_error: largest part of a change that was lost because weights are stored in a
-            narrower type than float32; 0 for float32.
-    """
-
-    layers: int
-    largest_change: float
-    layer: str
-    rounding_error: float
-
-    def __str__(self) -> str:
-        text = (
-            f"merged {self.layers} layers in float32; "
-            f"largest change of a weight {self.largest_change:.4g} in {self.layer}"
-        )
-        if self.rounding_error:
-            text += f"; up to {self.rounding_error:.2g} lost by rounding to the stored type"
-        return text
+log = logging.getLogger("jlora.adapters")
 
 
-def get_peft_model(model: nn.Module, config: LoraConfig) -> PeftModel:
+def get_peft_model(
+    model: nn.Module, config: LoraConfig, adapter_name: str = "default"
+) -> PeftModel:
     """Put LoRA layers into ``model`` (in place) and freeze everything else.
 
     Raises:
@@ -65,7 +37,7 @@ def get_peft_model(model: nn.Module, config: LoraConfig) -> PeftModel:
     config = _completed(config, model)
     _check_plain(model)
     check_patterns(model, config)
-    return PeftModel(model, config)
+    return PeftModel(model, config, adapter_name)
 
 
 def add_adapter(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, set[str]]:
@@ -80,77 +52,259 @@ def add_adapter(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, set[s
     """
     config = _completed(config, model)
     check_patterns(model, config)
-    return config, _attach(model, config)
-
-
-def _attach(model: nn.Module, config: LoraConfig) -> set[str]:
-    """Put LoRA layers into ``model``; the names of what is to be trained."""
     attach(model, config)
-    names = {name for name, _ in model.named_parameters()}
-    adapter = {n for n in names if is_lora_name(n) or ".modules_to_save." in f".{n}"}
-    return adapter | bias_names(model, config.bias)
+    return config, adapter_names(model, config)
 
 
 def _check_plain(model: nn.Module) -> None:
     """Raises: UserError: the model has an adapter already."""
-    if isinstance(model, PeftModel) or any(isinstance(m, LoRALayer) for m in model.modules()):
+    if isinstance(model, PeftModel) or is_adapted(model):
         raise UserError(
-            "the model has LoRA layers already; merge_and_unload() or unload() them first"
+            "the model has LoRA layers already; add_adapter() or load_adapter() give a PeftModel "
+            "another adapter, merge_and_unload() or unload() take them off"
         )
 
 
 class PeftModel(TunedModel):
-    """A base model whose target layers are LoRA layers; called like the base model.
+    """A base model with LoRA adapters, of which one is on, or none; called like the base model.
+
+    Its parameters, files and merging are those of the adapter that is on.
+
+    Args:
+        model: the base model; changed in place.
+        config: of a first adapter; None: none yet.
 
     Attributes:
-        base_model: the model with the LoRA layers in it.
-        peft_config: its `LoraConfig`, target_modules always given.
+        base_model: the model, with the LoRA layers of the adapter that is on in it.
+        active_adapter: its name; None: the model is the plain base.
     """
 
-    def __init__(self, model: nn.Module, config: LoraConfig):
+    def __init__(
+        self, model: nn.Module, config: LoraConfig | None = None, adapter_name: str = "default"
+    ):
         _check_plain(model)
         self._base_record = base_model.describe_base(model)
-        self.peft_config = _completed(config, model)
-        names = _attach(model, self.peft_config)
-        # Jittor would draw the first values when they are first read, by whatever seed is set then.
-        jt.sync([parameter for name, parameter in model.named_parameters() if name in names])
-        self._unloaded = False
-        super().__init__(model, names)
-        self._bias_names = bias_names(model, self.peft_config.bias)
-        # What unload() and disable_adapter() put back.
-        self._other_biases = self._copy_biases()
+        self._adapters: dict[str, Adapter] = {}
+        self.active_adapter: str | None = None
+        self._unloaded = self._disabled = False
+        super().__init__(model, set())
+        if config is not None:
+            self._adapters[adapter_name] = self._made(config)
+            self._switch(adapter_name)
+
+    # --- several adapters ---
+
+    @property
+    def available_adapters(self) -> list[str]:
+        """Their names, in the order in which they came."""
+        return list(self._adapters)
+
+    @property
+    def peft_config(self) -> LoraConfig | None:
+        """The settings of the adapter that is on, target_modules always given."""
+        return self._current.config if self._current else None
+
+    @property
+    def _current(self) -> Adapter | None:
+        return None if self.active_adapter is None else self._adapters[self.active_adapter]
+
+    def add_adapter(self, adapter_name: str, peft_config: LoraConfig) -> None:
+        """Make a new adapter to be trained; `set_adapter` puts it on.
+
+        Raises:
+            UserError: the name is taken, or as `get_peft_model`.
+        """
+        self._check_new(adapter_name)
+        config = _completed(peft_config, self.base_model)
+        with self._plain():
+            check_patterns(self.base_model, config)
+        self._adapters[adapter_name] = self._made(config)
+
+    def load_adapter(
+        self,
+        folder: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        force: bool = False,
+    ) -> None:
+        """Load another adapter that PEFT or jlora wrote; `set_adapter` puts it on.
+
+        The base model's weights are not loaded, packed or copied again.
+
+        Raises:
+            UserError: the name is taken, or as `from_pretrained`; nothing is changed then.
+        """
+        self._check_new(adapter_name)
+        self._adapters[adapter_name] = self._read(folder, is_trainable, force)
+
+    def set_adapter(self, adapter_name: str | None) -> None:
+        """Put an adapter on in place of the one that is on; a merged one is unmerged before.
+
+        It is trained if it came by `add_adapter`, or with ``is_trainable``; call `engine.prepare`
+        again before. What was computed from the model before, such as a cache of keys and values
+        or a decoder, belongs to the adapter before.
+
+        Args:
+            adapter_name: None: no adapter, the plain base model.
+
+        Raises:
+            UserError: there is no such adapter, or this is inside `disable_adapter`.
+        """
+        if adapter_name is not None:
+            self._find(adapter_name)
+        self._check_enabled("set_adapter")
+        if any(layer.merged for layer in self.lora_layers().values()):
+            log.warning("%s was merged and is unmerged to set another adapter", self.active_adapter)
+            self.unmerge_adapter()
+        self._switch(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter; if it is on, the first of the others is put on, or none.
+
+        Raises:
+            UserError: there is no such adapter, or this is inside `disable_adapter`.
+        """
+        self._find(adapter_name)
+        self._check_enabled("delete_adapter")
+        if adapter_name == self.active_adapter:
+            others = [name for name in self._adapters if name != adapter_name]
+            self.set_adapter(others[0] if others else None)
+            log.warning("%s was on; now it is %s", adapter_name, self.active_adapter or "none")
+        del self._adapters[adapter_name]
+
+    def hotswap_adapter(
+        self, folder: str | Path, adapter_name: str = "default", force: bool = False
+    ) -> None:
+        """Put the adapter of a folder in the place of a loaded one, under the same name.
+
+        Its targets and ranks may be others. A merged adapter is unmerged before.
+
+        Raises:
+            UserError: there is none of that name, or as `from_pretrained`; the old one stays then.
+        """
+        old = self._find(adapter_name)
+        self._check_enabled("hotswap_adapter")
+        new = self._read(folder, old.is_trainable, force)
+        active = self.active_adapter
+        if active == adapter_name:
+            self.set_adapter(None)
+        self._adapters[adapter_name] = new
+        self._switch(active)
+
+    def _find(self, adapter_name: str) -> Adapter:
+        self._check_loaded()
+        if adapter_name not in self._adapters:
+            near = difflib.get_close_matches(str(adapter_name), self._adapters, 1)
+            known = f"nearest: {near[0]}" if near else f"there are {', '.join(self._adapters)}"
+            raise UserError(
+                f"no adapter is called {adapter_name!r}; "
+                f"{known if self._adapters else 'none is loaded'}"
+            )
+        return self._adapters[adapter_name]
+
+    def _check_new(self, adapter_name: str) -> None:
+        self._check_loaded()
+        self._check_enabled("another adapter")
+        if not isinstance(adapter_name, str) or not adapter_name:
+            raise UserError(f"an adapter's name is a text, not {adapter_name!r}")
+        if adapter_name in self._adapters:
+            raise UserError(
+                f"there is an adapter called {adapter_name!r} already; take another name, or "
+                "hotswap_adapter() or delete_adapter() it"
+            )
+
+    def _check_enabled(self, what: str) -> None:
+        if self._disabled:
+            raise UserError(f"{what} inside disable_adapter(); leave its block first")
+
+    def _switch(self, adapter_name: str | None) -> None:
+        """Take the unmerged adapter off and put another one on."""
+        if self._current:
+            self._current.take_off(self.base_model)
+        self.active_adapter = adapter_name
+        if self._current:
+            self._current.put_on(self.base_model)
+        self._set_names()
+
+    def _set_names(self) -> None:
+        """Let the base class, and Jittor, know which parameters are whose now."""
+        self._adapter_names = self._current.names if self._current else set()
+        trains = self._current is not None and self._current.is_trainable
+        self._trainable_names = self._adapter_names if trains else set()
+        set_trainable(self.base_model, self._trainable_names)
+
+    @contextlib.contextmanager
+    def _plain(self) -> Iterator[None]:
+        """Inside the block ``base_model`` is the plain base model."""
+        active = self.active_adapter
+        with self._unmerged():
+            self._switch(None)
+            try:
+                yield
+            finally:
+                self._switch(active)
+
+    def _made(
+        self,
+        config: LoraConfig,
+        tensors: Mapping[str, np.ndarray] | None = None,
+        source: str = "",
+        is_trainable: bool = True,
+    ) -> Adapter:
+        """An adapter, put aside; with ``tensors`` instead of first values."""
+        with self._plain():
+            adapter = Adapter(self.base_model, _completed(config, self.base_model))
+            adapter.is_trainable = is_trainable
+            try:
+                if tensors is not None:
+                    adapter.load(self.base_model, tensors, source)
+                # Jittor would draw the first values when they are first read, by whatever seed is
+                # set then.
+                named = self.base_model.named_parameters()
+                jt.sync([var for name, var in named if name in adapter.names])
+            finally:
+                adapter.take_off(self.base_model)
+        return adapter
+
+    def _read(self, folder: str | Path, is_trainable: bool, force: bool) -> Adapter:
+        """The adapter of a PEFT folder, put aside."""
+        with self._plain():
+            config, tensors, source = _read_folder(self.base_model, folder, force)
+        return self._made(config, tensors, source, is_trainable)
 
     # --- parameters ---
 
     def lora_layers(self) -> dict[str, LoRALayer]:
-        """The LoRA layers by module name."""
-        return self._modules_of(LoRALayer)
-
-    def _modules_of(self, kind: type) -> dict[str, Any]:
-        modules = self.base_model.named_modules()
-        return {name: module for name, module in modules if isinstance(module, kind)}
+        """The LoRA layers of the adapter that is on, by module name."""
+        return self._current.lora_layers if self._current else {}
 
     def set_adapter_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
         """As `TunedModel.set_adapter_tensors`; merged layers stay merged, with the new change."""
         with self._unmerged():
             super().set_adapter_tensors(tensors)
 
+    def freeze(self) -> None:
+        """As `TunedModel.freeze`."""
+        if self._current:
+            self._current.is_trainable = False
+        super().freeze()
+
     # --- on, off, merged ---
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside the block the model computes what the base model computes."""
-        wrapped = [*self.lora_layers().values(), *self._modules_of(ModulesToSave).values()]
+        if self._disabled or self._current is None:
+            yield
+            return
         with self._unmerged():
-            self._swap_biases()
-            for module in wrapped:
-                module.adapter_enabled = False
+            self._current.set_enabled(self.base_model, False)
+            self._disabled = True
             try:
                 yield
             finally:
-                self._swap_biases()
-                for module in wrapped:
-                    module.adapter_enabled = True
+                self._disabled = False
+                self._current.set_enabled(self.base_model, True)
 
     @contextlib.contextmanager
     def _unmerged(self) -> Iterator[None]:
@@ -163,15 +317,6 @@ class PeftModel(TunedModel):
             for layer in merged:
                 layer.merge()
 
-    def _copy_biases(self) -> dict[str, jt.Var]:
-        return {name: var.clone().stop_grad() for name, var in self._named(self._bias_names)}
-
-    def _swap_biases(self) -> None:
-        here = self._copy_biases()
-        for name, var in self._named(self._bias_names):
-            assign(var, self._other_biases[name])
-        self._other_biases = here
-
     def merge_adapter(self) -> MergeReport:
         """Add the changes to the weights, in float32; `unmerge_adapter` takes them away again.
 
@@ -179,27 +324,8 @@ class PeftModel(TunedModel):
             UserError: a LoRA embedding is the output head as well, which merging would change.
         """
         self._check_loaded()
-        self._check_untied()
-        report = MergeReport(0, 0.0, "none", 0.0)
-        for name, layer in self.lora_layers().items():
-            if layer.merged or not layer.has_adapter:
-                continue
-            layer.unpack()
-            before = layer.weight.float32()
-            change = layer.variant.merged_weight(layer, before) - before
-            largest = float(change.abs().max().item())
-            layer.merge()
-            lost = 0.0
-            if layer.weight.dtype != "float32":
-                lost = (layer.weight.float32() - before - change).abs().max().item()
-            best = largest > report.largest_change
-            report = MergeReport(
-                report.layers + 1,
-                largest if best else report.largest_change,
-                name if best else report.layer,
-                max(report.rounding_error, lost),
-            )
-        return report
+        check_untied(self.base_model, self._current.modules if self._current else {})
+        return merge_layers(self.lora_layers())
 
     def unmerge_adapter(self) -> None:
         """Give all weights back as they were before `merge_adapter`."""
@@ -223,32 +349,33 @@ class PeftModel(TunedModel):
     def merge_and_unload(self, quiet: bool = False) -> nn.Module:
         """The plain model with the adapter in its weights; one line says how much they changed.
 
-        This model is empty afterwards and cannot be merged again.
+        This model is empty afterwards and cannot be merged again; its other adapters are gone.
 
         Raises:
             UserError: it was unloaded before, or a LoRA embedding is the output head as well.
         """
         self._check_loaded()
-        self._check_untied()
+        check_untied(self.base_model, self._current.modules if self._current else {})
         # Counted and reported as one merge, also when some layers were merged before.
         self.unmerge_adapter()
         report = self.merge_adapter()
         if not quiet:
             print(report)
-        return self._detach(keep_trained_modules=True)
+        detach(self.base_model, keep_trained_modules=True)
+        base_model.forget_base(self.base_model)
+        return self._emptied()
 
     def unload(self) -> nn.Module:
-        """The plain base model as it was before it got the adapter."""
+        """The plain base model as it was before it got adapters."""
         self._check_loaded()
         self.unmerge_adapter()
-        self._swap_biases()
-        return self._detach(keep_trained_modules=False)
+        self._switch(None)
+        return self._emptied()
 
-    def _detach(self, keep_trained_modules: bool) -> nn.Module:
-        detach(self.base_model, keep_trained_modules)
+    def _emptied(self) -> nn.Module:
         self._unloaded = True
-        self._adapter_names = self._trainable_names = self._bias_names = set()
-        set_trainable(self.base_model, set())
+        self._adapters, self.active_adapter = {}, None
+        self._set_names()
         return self.base_model
 
     def _check_loaded(self) -> None:
@@ -258,42 +385,24 @@ class PeftModel(TunedModel):
                 "PeftModel.from_pretrained"
             )
 
-    def _check_untied(self) -> None:
-        head = getattr(self.base_model, "output_embedding", None)
-        tied = [
-            name
-            for name, layer in self._modules_of(Embedding).items()
-            if layer.has_adapter and layer.weight is head
-        ]
-        tied += [name for name, module in self._modules_of(ModulesToSave).items() if module.tied]
-        if tied:
-            raise UserError(
-                f"{tied[0]} is the output head as well, which the adapter leaves alone and merging "
-                "would change; keep the adapter unmerged"
-            )
-
     # --- files ---
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter as PEFT does, and what PEFT has no field for beside it.
+        """Write the adapter that is on as PEFT does, and what PEFT has no field for beside it.
 
         Raises:
-            UserError: the folder cannot be written, or there is no adapter any more.
+            UserError: the folder cannot be written, or no adapter is on.
         """
-        self._check_loaded()
-        modules = dict(self.base_model.named_modules())
-        tensors = {}
-        for name, array in self.adapter_tensors().items():
-            owner = modules[name.rpartition(".")[0]]
-            if isinstance(owner, MergedLinear) and name.endswith("lora_B"):
-                array = storage.block_matrix(array, owner.enable_lora, owner.r)
-            tensors[storage.to_peft_key(name, owner)] = array
-        layers = self.lora_layers()
-        transposed = any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values())
-        config = storage.peft_config(self.peft_config, layers)
-        config = replace(config, fan_in_fan_out=transposed)
+        config, tensors = self._peft_form()
         notes = {"enable_lora": self.peft_config.enable_lora, "base_model": self._base_record}
         write_peft(folder, config.to_dict(), tensors, notes)
+
+    def _peft_form(self) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+        """Settings and tensors of the adapter that is on as PEFT's files have them."""
+        self._check_loaded()
+        if self._current is None:
+            raise UserError("no adapter is on; set_adapter(NAME) first")
+        return storage.peft_form(self.base_model, self.peft_config, self.adapter_tensors())
 
     @classmethod
     def from_pretrained(
@@ -302,6 +411,7 @@ class PeftModel(TunedModel):
         folder: str | Path,
         is_trainable: bool = False,
         force: bool = False,
+        adapter_name: str = "default",
     ) -> PeftModel:
         """Load an adapter that PEFT or jlora wrote onto its base model.
 
@@ -315,23 +425,18 @@ class PeftModel(TunedModel):
             UserError: files missing or damaged, settings jlora lacks, another base model, tensors
                 that fit no module, are missing or of another shape. ``model`` is unchanged then.
         """
-        files = read_peft(folder)
-        config = LoraConfig.from_dict(
-            files.config, source=str(Path(folder) / "adapter_config.json")
-        )
-        if files.notes.get("base_model") and not force:
-            base_model.check_base(files.notes["base_model"], model, str(folder))
-        elif not force:
-            base_model.check_family(config.base_model_name_or_path, model, str(folder))
-        config = _completed(config, model)
-        tensors = storage.from_peft_keys(files.tensors, str(files.path))
-        config, tensors = storage.without_head(config, tensors, model, str(files.path))
-        config, tensors = storage.native_config(model, config, tensors, files.notes)
-        storage.check_ranks(config, tensors, model, str(files.path))
-        return cls._restored(model, config, tensors, str(files.path), is_trainable)
+        peft_model = cls(model)
+        peft_model._adapters[adapter_name] = peft_model._read(folder, is_trainable, force)
+        return peft_model._begun(adapter_name)
+
+    def _begun(self, adapter_name: str) -> PeftModel:
+        self._switch(adapter_name)
+        if not self._current.is_trainable:
+            self.eval()
+        return self
 
     def save_loralib(self, path: str | Path, nested: bool = True) -> float:
-        """Write the adapter as a ``.pt`` file of loralib's ``lora_state_dict``.
+        """Write the adapter that is on as a ``.pt`` file of loralib's ``lora_state_dict``.
 
         Args:
             nested: under the key ``model_state_dict``, as microsoft/LoRA's examples/NLG has it.
@@ -344,20 +449,10 @@ class PeftModel(TunedModel):
                 modules_to_save, a variant other than plain LoRA, layers whose scalings ask for
                 different lora_alpha.
         """
-        self._check_loaded()
-        if self.peft_config.modules_to_save:
-            raise UserError(
-                f"modules_to_save {self.peft_config.modules_to_save} have no place in a loralib "
-                "file; keep the PEFT folder"
-            )
-        if not self.peft_config.lora_variant.is_plain:
-            raise UserError(
-                f"variant {self.peft_config.variant!r} has no place in a loralib file; keep the "
-                "PEFT folder"
-            )
-        lora_alpha = loralib.loralib_alpha(self.lora_layers())
-        write_torch(path, self.adapter_tensors(), "model_state_dict" if nested else None)
-        return lora_alpha
+        self._peft_form()
+        return loralib.write_loralib(
+            path, self.peft_config, self.lora_layers(), self.adapter_tensors(), nested
+        )
 
     @classmethod
     def from_loralib(
@@ -368,6 +463,7 @@ class PeftModel(TunedModel):
         enable_lora: Sequence[bool] | None = None,
         lora_dropout: float = 0.0,
         is_trainable: bool = False,
+        adapter_name: str = "default",
     ) -> PeftModel:
         """Load an adapter from a ``.pt`` file of loralib's ``lora_state_dict`` onto its base.
 
@@ -388,58 +484,34 @@ class PeftModel(TunedModel):
         config = loralib.loralib_config(
             model, tensors, lora_alpha, enable_lora, lora_dropout, str(path)
         )
-        return cls._restored(model, _completed(config, model), tensors, str(path), is_trainable)
+        peft_model = cls(model)
+        peft_model._adapters[adapter_name] = peft_model._made(
+            config, tensors, str(path), is_trainable
+        )
+        return peft_model._begun(adapter_name)
 
-    @classmethod
-    def _restored(
-        cls,
-        model: nn.Module,
-        config: LoraConfig,
-        tensors: dict[str, np.ndarray],
-        source: str,
-        is_trainable: bool,
-    ) -> PeftModel:
-        """``model`` with the adapter of ``config`` and ``tensors``, or as it was."""
-        peft_model = cls(model, config)
-        try:
-            peft_model._load(tensors, source)
-        except BaseException:
-            peft_model.unload()
-            raise
-        if not is_trainable:
-            peft_model.freeze()
-        return peft_model
 
-    def _load(self, tensors: dict[str, np.ndarray], source: str) -> None:
-        """Set the adapter from tensors by PEFT's names without its prefix and wrappers."""
-        own = dict(self._named(self._adapter_names))
-        modules = dict(self.base_model.named_modules())
-        by_file_name = {}
-        for name in own:
-            key = storage.to_peft_key(name, modules[name.rpartition(".")[0]])
-            by_file_name[storage.from_peft_key(key)] = name
-        shapes = {key: tuple(own[name].shape) for key, name in by_file_name.items()}
-        if tensors and not set(shapes) & set(tensors):
-            raise UserError(
-                f"{source} fits no module of the model: it has {next(iter(tensors))}, "
-                f"the model {next(iter(shapes))}"
-            )
-        # PEFT writes the vocabulary beside the adapter when it was a target or was resized, and
-        # leaves out the biases of "lora_only".
-        current = dict(self.base_model.named_parameters())
-        if has_tied_head(self.base_model):
-            current["lm_head.weight"] = self.base_model.output_embedding
-            if any(n.startswith("lm_head.") and n not in current for n in tensors):
-                raise tied_head_error(self.base_model, f"{source} changes lm_head")
-        base = {n: a for n, a in tensors.items() if n not in shapes and n in current}
-        for name, array in base.items():
-            base_model.check_same(name, array, current[name], source)
-        complete = {n: a for n, a in tensors.items() if n not in base}
-        for name, var in self._named(self._bias_names):
-            if self.peft_config.bias == "lora_only" and name not in complete:
-                complete[name] = var.float32().numpy()
-        storage.check_tensors(source, shapes, complete)
-        self.set_adapter_tensors({own: complete[key] for key, own in by_file_name.items()})
+def _read_folder(
+    model: nn.Module, folder: str | Path, force: bool
+) -> tuple[LoraConfig, dict[str, np.ndarray], str]:
+    """Settings, tensors by parameter name, and the file they came from, of a PEFT folder.
+
+    Raises:
+        UserError: as `PeftModel.from_pretrained`.
+    """
+    files = read_peft(folder)
+    source = str(files.path)
+    config = LoraConfig.from_dict(files.config, source=str(Path(folder) / "adapter_config.json"))
+    if files.notes.get("base_model") and not force:
+        base_model.check_base(files.notes["base_model"], model, str(folder))
+    elif not force:
+        base_model.check_family(config.base_model_name_or_path, model, str(folder))
+    config = _completed(config, model)
+    tensors = storage.from_peft_keys(files.tensors, source)
+    config, tensors = storage.without_head(config, tensors, model, source)
+    config, tensors = storage.native_config(model, config, tensors, files.notes)
+    storage.check_ranks(config, tensors, model, source)
+    return config, tensors, source
 
 
 def _completed(config: LoraConfig, model: nn.Module) -> LoraConfig:

@@ -123,6 +123,22 @@ def find_blocks(full: np.ndarray, blocks: int) -> list[bool] | None:
     return [block in order for block in range(blocks)]
 
 
+def peft_form(
+    model: nn.Module, config: LoraConfig, tensors: Mapping[str, np.ndarray]
+) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """Settings and tensors of the adapter on ``model`` -> as PEFT has them, by its keys."""
+    modules = dict(model.named_modules())
+    layers = {name: m for name, m in modules.items() if isinstance(m, LoRALayer)}
+    found = {}
+    for name, array in tensors.items():
+        owner = modules[name.rpartition(".")[0]]
+        if isinstance(owner, MergedLinear) and name.endswith("lora_B"):
+            array = block_matrix(array, owner.enable_lora, owner.r)
+        found[to_peft_key(name, owner)] = array
+    transposed = any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values())
+    return replace(peft_config(config, layers), fan_in_fan_out=transposed), found
+
+
 def peft_config(config: LoraConfig, layers: Mapping[str, LoRALayer]) -> LoraConfig:
     """The settings with which PEFT computes the same, fused layers counted as one."""
     if not any(isinstance(layer, MergedLinear) for layer in layers.values()):

@@ -44,8 +44,8 @@ def add_export(verb: Verb) -> None:
     command.add_argument("--gguf", required=True, metavar="OUT.gguf", help="file to write")
     command.add_argument("--adapter", help=f"merge this first: {ADAPTER_HELP}")
     command.add_argument(
-        "--type", default="f32", choices=("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"),
-        help="of the matrices (default: f32)",
+        "--type", default="f32", help="of the matrices: f32 (default), f16, bf16, q8_0, q5_0, "
+        "q5_1, q4_0, q4_1; with jlora[kquants] also q4_k_m, q5_k_m, q6_k",
     )  # fmt: skip
     command.add_argument(
         "--no-tokenizer", action="store_true", help="leave out the tokenizer, which llama.cpp needs"
@@ -55,14 +55,18 @@ def add_export(verb: Verb) -> None:
 
 def run_export(arguments: argparse.Namespace) -> int:
     from jlora.adapters.export_gguf import export_gguf
-    from jlora.runs.adapter_file import open_model
+    from jlora.formats.gguf_kinds import check_written
+    from jlora.runs.adapter_file import base_name, open_model
+    from jlora.runs.chat import find_chat_template
     from jlora.system.files import check_absent
 
+    check_written(arguments.type.upper())  # before a minute of loading
     check_absent(arguments.gguf)
     adapter = adapter_file(arguments)
     model = open_model(arguments.model, adapter)
-    tokens = trained_tokens(model, adapter)
-    print(export_gguf(model, arguments.gguf, arguments.type, not arguments.no_tokenizer, tokens))
+    tokens, tokenizer = trained_tokens(model, adapter), not arguments.no_tokenizer
+    template = find_chat_template(base_name(arguments.model, adapter), adapter)
+    print(export_gguf(model, arguments.gguf, arguments.type, tokenizer, tokens, template))
     return 0
 
 

@@ -87,6 +87,38 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_chat_options(command: argparse.ArgumentParser) -> None:
+    """What becomes of conversations; see `jlora.runs.data_config.DataConfig`."""
+
+    def setting(option: str, key: str, **options) -> None:
+        command.add_argument(option, action=Setting, key=f"data.{key}", **options)
+
+    setting("--chat-template", "chat_template", metavar="NAME|FILE",
+            help="instead of the model's own: chatml, llama-3, gemma, mistral, alpaca, a Jinja "
+            "file, or none")  # fmt: skip
+    setting("--chat-template-args", "chat_template_args", type=json_object, metavar="JSON",
+            help='more variables for the template, such as \'{"enable_thinking": false}\'')  # fmt: skip
+    setting("--mask-prompt", "mask_prompt", nargs=0, const=True,
+            help="train answers alone (the default, but for whole texts)")  # fmt: skip
+    setting("--no-mask-prompt", "mask_prompt", nargs=0, const=False, help="train every token")
+    setting("--train-on", "train_on", choices=("all", "last", "each"),
+            help="answers of a conversation: all (default), the last, or each as an example of "
+            "its own")  # fmt: skip
+    setting("--valid-split", "valid_split", type=float, metavar="SHARE",
+            help="of the training file for validation, such as 0.05")  # fmt: skip
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """``{"enable_thinking": false}`` -> a dict"""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
 def add_adapter_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--lora-alpha", type=float, help="of a .pt file, which does not say it")
     command.add_argument(
@@ -159,7 +191,9 @@ def open_recipe(arguments: argparse.Namespace, name: str | None):
             apply_override(values, override)
         if "model" not in values:
             raise UserError("no --model given, such as --model smollm2-135m")
-        recipe = make_recipe(values, "command line")
+        from jlora.runs.chat_data import complete
+
+        recipe = make_recipe(complete(values), "command line")
     return recipe, Path(arguments.out or f"runs/{Path(name).stem if name else 'finetune'}")
 
 

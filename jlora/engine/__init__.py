@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 
 from jlora import layers
+from jlora.adapters.base_model import remember_base
 from jlora.engine.blocks import BLOCKS, learn
 from jlora.engine.leaves import FUSED, TrainedEmbedding
 from jlora.engine.products import (
@@ -170,6 +171,8 @@ def _check(model, precision: str) -> None:
 
 def _pack(model, precision: str, keep_weights: bool) -> None:
     trainable, follows = _trainable(model), packed_linear.tiles() is not None
+    if not keep_weights:
+        remember_base(model)
     head = getattr(model, "output_embedding", None)
     head_layer = getattr(model, "head_layer", None)
     for module in model.modules():
@@ -187,17 +190,12 @@ def _pack(model, precision: str, keep_weights: bool) -> None:
             continue
         if id(weight) in trainable:
             if follows and not is_lora:
-                module._packed = TrainedProduct(weight, bias, transposed)
-                module.__class__ = PACKED[type(module)]
+                TrainedProduct(weight, bias, transposed).install(module)
             continue
         # The head decides between words by small differences, and embeds them: int8 is too coarse.
         kind = "bf16" if weight is head else precision
         product = FrozenProduct(weight, bias, transposed, kind)
-        if is_lora:
-            module._engine = product
-        else:
-            module._packed = product
-            module.__class__ = PACKED[type(module)]
+        product.install(module)
         # Another variant than plain LoRA may read the weight in its forward pass.
         if not keep_weights and not (is_lora and not module.variant.is_plain):
             release = _release_head if type(module) is PackedHead else _release

@@ -128,7 +128,13 @@ class _FusedBlock:
     def _plan(self, layers, flat, norms) -> BlockPlan | None:
         plans = self.__dict__.setdefault("_plans", {})
         key = tuple(layer.key for layer in flat)
+        if not self._given:
+            # The plan holds copies, and an adapter may have other biases than its base.
+            fixed = (*norms, *(layer.product.bias for layer in flat))
+            key += tuple(p.id for p in fixed if p is not None)
         if key not in plans:
+            if len(plans) >= MOST_PLANS:
+                plans.clear()
             shape = self._shape(norms)
             fits = shape.fits(flat[0].product.packed.k, flat[-1].product.packed.k)
             arrays = [None if p is None else p.numpy() for p in norms]
@@ -176,6 +182,8 @@ def _joined(biases: Sequence[jt.Var | None], layers: Sequence[_Layer]) -> jt.Var
     return parts[0] if len(parts) == 1 else jt.concat(parts)
 
 
+#: Plans of a block that are kept: one for each adapter that takes its turn, and its base.
+MOST_PLANS = 16
 #: Plain block -> the class that a fused one has instead.
 BLOCKS: dict[type, type] = {}
 

@@ -40,7 +40,7 @@ EMBEDDINGS = (nn.Embedding, TrainedEmbedding, PackedEmbedding)
 #: Plain layer -> what the engine and adapters put in its place, of which the fast paths know all.
 SWAPPED = {nn.Linear: LINEARS, layers.Conv1D: LINEARS, nn.Embedding: EMBEDDINGS}
 _PLAIN = {"weight": VAR, "bias": VAR}
-_LORA = {**_PLAIN, "lora_A": VAR, "lora_B": VAR, "lora_dropout": (FusedDropout,)}
+_LORA = {**_PLAIN, "lora_A": VAR, "lora_B": VAR, "lora_dropout": (FusedDropout, nn.Dropout)}
 
 #: Type -> the parameters and submodules that the fast paths read, each with the types it may have.
 PARTS: dict[type, dict[str, tuple[type, ...]]] = {
@@ -51,6 +51,7 @@ PARTS: dict[type, dict[str, tuple[type, ...]]] = {
     layers.Linear: _LORA,
     layers.MergedLinear: _LORA,
     FusedDropout: {},
+    nn.Dropout: {},  # which they leave to the layer while it drops
     **dict.fromkeys(EMBEDDINGS, {"weight": VAR}),
     PackedHead: {},
     FusedLayerNorm: {"weight": VAR, "bias": VAR},

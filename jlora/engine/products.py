@@ -67,6 +67,14 @@ class FrozenProduct:
             return self.packed(x, self.bias)
         return self.packed(x) + self.bias
 
+    def install(self, module) -> None:
+        """Have ``module``, which has the same weight, multiply by this copy."""
+        if type(module) in LORA:
+            module._engine = self
+        elif type(module) in PACKED:
+            module._packed = self
+            module.__class__ = PACKED[type(module)]
+
     @property
     def trains_bias(self) -> bool:
         return self.bias is not None and not self.bias.is_stop_grad()
@@ -77,9 +85,11 @@ class FrozenProduct:
             return None
         drop = layer.lora_dropout
         dropped = type(drop) is elementwise.FusedDropout
-        if layer.lora_A.dtype != "float32" or not (dropped or drop is identity):
+        # An adapter that came after `prepare` has a plain one.
+        idle = drop is identity or not drop.is_train
+        if layer.lora_A.dtype != "float32" or not (dropped or idle):
             return None
-        p = drop.p if dropped and drop.is_train else 0.0
+        p = 0.0 if idle else drop.p
         enabled = tuple(getattr(layer, "enable_lora", (True,)))
         return Branch(layer.lora_A, layer.lora_B, enabled, layer.scaling, p)
 
@@ -116,6 +126,12 @@ class TrainedProduct:
 
     def __call__(self, x: jt.Var) -> jt.Var:
         return self.packed(x, self.bias)
+
+    def install(self, module) -> None:
+        """As `FrozenProduct.install`. The weight of a layer with LoRA is not trained."""
+        if type(module) in PACKED:
+            module._packed = self
+            module.__class__ = PACKED[type(module)]
 
     def fits(self, weight: jt.Var) -> bool:
         return weight is self.weight
@@ -154,7 +170,8 @@ class PackedEmbedding(nn.Embedding):
     """An embedding whose weight is the head's too, and is kept in the head's packed copy alone."""
 
     def execute(self, x):
-        return self._packed.packed.rows(x)
+        product = self._packed
+        return product.packed.rows(x) if product.fits(self.weight) else super().execute(x)
 
 
 PACKED = {nn.Linear: PackedLinear, layers.Conv1D: PackedConv1D, LanguageHead: PackedHead}

@@ -205,16 +205,17 @@ inline void finish(const Model& m, const float* x, float* hidden) {
     }
 }
 
-// Prompts of `lengths` tokens one after the other: their keys and values go to the blocks, and
-// hidden (P, C) is the state of each one's last token.
+// Prompts of `lengths` tokens one after the other, each behind the `before` tokens whose keys and values
+// stand in its block already: theirs go behind those, and hidden (P, C) is the state of each one's last token.
 inline void run_prompts(const Model& m, const Block* blocks, int64_t P, const int* ids, const int* positions,
-        const int* lengths, float* const* prompts, float* hidden) {
+        const int* lengths, const int* before, float* const* prompts, float* hidden) {
     Tokens tokens{0, ids, positions, {}, {}};
     std::vector<int64_t> starts;
     for (int64_t p = 0; p < P; p++) {
         starts.push_back(tokens.count);
-        for (int64_t t = 0; t < lengths[p]; t++) tokens.places.push_back({prompts[p], lengths[p], t});
-        tokens.is_long.insert(tokens.is_long.end(), lengths[p], m.long_from && lengths[p] > m.long_from);
+        for (int64_t t = 0; t < lengths[p]; t++)
+            tokens.places.push_back({prompts[p], before[p] + lengths[p], before[p] + t});
+        tokens.is_long.insert(tokens.is_long.end(), lengths[p], m.long_from && before[p] + lengths[p] > m.long_from);
         tokens.count += lengths[p];
     }
     static Buffer<float> for_lse;
@@ -227,9 +228,9 @@ inline void run_prompts(const Model& m, const Block* blocks, int64_t P, const in
             #pragma omp for collapse(2) schedule(dynamic)
             for (int64_t p = 0; p < P; p++)
                 for (int64_t g = 0; g < m.G; g++) {
-                    const int64_t T = lengths[p], at = starts[p] * wide + g * per * m.D;
-                    const Place& first = tokens.places[starts[p]];
-                    attend({T, T, 0, per, m.D, scores, q + at, first.at(layer, 0, width) + g * m.D,
+                    const int64_t T = lengths[p], S = before[p] + T, at = starts[p] * wide + g * per * m.D;
+                    const Place first{prompts[p], S, 0};
+                    attend({T, S, before[p], per, m.D, scores, q + at, first.at(layer, 0, width) + g * m.D,
                         first.at(layer, 1, width) + g * m.D, wide, width, lse + starts[p] * m.H + g * per * T, T},
                         room, out + at, wide);
                 }

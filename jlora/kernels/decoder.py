@@ -17,21 +17,22 @@ LINEAR, NORM = np.dtype(structs.Linear), np.dtype(structs.Norm)
 BLOCK, MODEL = np.dtype(structs.Block), np.dtype(structs.Model)
 
 
-def run_prompts(model, blocks, ids, positions, lengths, prompts) -> np.ndarray:
+def run_prompts(model, blocks, ids, positions, lengths, before, prompts) -> np.ndarray:
     """Run prompts, P of them one after the other in ``ids``.
 
     Args:
         model, blocks: MODEL (1,) and BLOCK (layers,).
         ids, positions: (sum of lengths,) int32.
         lengths: (P,) int32, tokens of each prompt.
-        prompts: (P,) int64, addresses of (layers, 2, tokens, G, D) float32, where keys and values
-            of each prompt are written.
+        before: (P,) int32, tokens that stand before them and were run earlier.
+        prompts: (P,) int64, addresses of (layers, 2, before + tokens, G, D) float32, where those
+            earlier ones have their keys and values and the prompt's are written behind them.
 
     Returns:
         (P, C) float32, the state of each prompt's last token.
     """
     hidden = np.empty((len(lengths), int(model["C"][0])), np.float32)
-    run("run_prompts_op", [model, blocks, ids, positions, lengths, prompts], [hidden])
+    run("run_prompts_op", [model, blocks, ids, positions, lengths, before, prompts], [hidden])
     return hidden
 
 

@@ -343,11 +343,11 @@ JLORA_OPERATOR(block_backward_op) {
     block.backward(saved, in[all.next + 1].in(), wanted(out[0]));
 }
 
-// Decoding; see decoder.h. model, blocks, ids, positions, lengths (P,), addresses of blocks of keys
-// and values (P,) -> hidden (P, C)
+// Decoding; see decoder.h. model, blocks, ids, positions, lengths (P,), tokens before (P,), addresses of
+// blocks of keys and values (P,) -> hidden (P, C)
 JLORA_OPERATOR(run_prompts_op) {
     decode::run_prompts(*in[0].as<decode::Model>(), in[1].as<decode::Block>(), in[4].size, in[2].as<int>(),
-        in[3].as<int>(), in[4].as<int>(), in[5].as<float*>(), out[0].out());
+        in[3].as<int>(), in[4].as<int>(), in[5].as<int>(), in[6].as<float*>(), out[0].out());
 }
 // model, blocks, ids, positions, addresses and lengths of prompts, table, lengths, addresses of slabs
 // -> hidden (R, C); number: tokens of a slab.

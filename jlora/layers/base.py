@@ -45,7 +45,8 @@ class LoRALayer:
 
     variant: LoraVariant = PLAIN
     # A packed copy of the weight (`jlora.engine.FrozenProduct`): called, it gives ``W0 x + b``;
-    # its ``with_lora(x, layer)`` gives the layer's whole result, or None where it cannot.
+    # its ``with_lora(x, layer)`` gives the layer's whole result, or None where it cannot;
+    # ``install(module)`` lets another module of the same weight read it.
     _engine = None
 
     def _init_lora(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool):
@@ -122,6 +123,22 @@ class LoRALayer:
                 f"{sorted(variant.parameters)}; both must be the same, and begin with lora_"
             )
 
+    def put_on(self, base: nn.Module) -> None:
+        """Take a plain layer's weight and bias, and its packed copy if it has one."""
+        self.weight = base.weight
+        if hasattr(base, "bias"):
+            self.bias = base.bias
+        packed = vars(base).get("_packed")
+        if packed is not None and packed.fits(base.weight):
+            packed.install(self)
+
+    def take_off(self) -> nn.Module:
+        """The plain layer again, which this one, not merged now, lets go of until `put_on`."""
+        base = self.to_base()
+        for name in ("weight", "bias", "_engine"):
+            self.__dict__.pop(name, None)
+        return base
+
     def low_rank(self, x: jt.Var) -> jt.Var:
         """``scaling * B A dropout(x)``, of the shape of the layer's result."""
         raise NotImplementedError
@@ -130,23 +147,25 @@ class LoRALayer:
         """The change ``scaling * B A`` in the layout of ``weight``, float32."""
         raise NotImplementedError
 
-    def unpack(self) -> None:
-        """Have the weight as a Var again where an engine keeps it in packed form alone."""
-        if not isinstance(self.weight, jt.Var):
-            self.weight = self.weight.unpacked()
+    def float_weight(self) -> jt.Var:
+        """The weight as it is now, float32, also where an engine keeps it packed alone."""
+        weight = self.weight if isinstance(self.weight, jt.Var) else self.weight.unpacked()
+        return weight.float32()
 
     def merge(self) -> None:
         """Put the change into the weight, in float32; nothing happens if it is there already."""
         if self.merged:
             return
         if self.has_adapter:
-            self.unpack()
             with jt.no_grad():
                 # A copy is kept: subtracting would leave a rounding error at each round, and would
                 # take away the wrong change after lora_A or lora_B were replaced meanwhile.
-                self._unmerged = self.weight.clone().stop_grad()
-                merged = self.variant.merged_weight(self, self.weight.float32())
-                self.weight.update(merged.cast(self.weight.dtype))
+                merged = self.variant.merged_weight(self, self.float_weight())
+                if isinstance(self.weight, jt.Var):
+                    self._unmerged = self.weight.clone().stop_grad()
+                    self.weight.update(merged.cast(self.weight.dtype))
+                else:  # packed alone
+                    self._unmerged, self.weight = self.weight, merged.stop_grad()
                 self._merged_digest = _digest(self.weight)
         self.merged = True
 
@@ -163,13 +182,14 @@ class LoRALayer:
             return
         if self.has_adapter:
             with jt.no_grad():
-                if not isinstance(self.weight, jt.Var):  # an engine has packed what was merged
-                    self.weight = self._unmerged
-                elif _digest(self.weight) == self._merged_digest:
-                    self.weight.update(self._unmerged)
-                else:
+                merged = isinstance(self.weight, jt.Var)
+                if merged and _digest(self.weight) != self._merged_digest:
                     plain = self.variant.unmerged_weight(self, self.weight.float32())
                     self.weight.update(plain.cast(self.weight.dtype))
+                elif merged and isinstance(self._unmerged, jt.Var):
+                    self.weight.update(self._unmerged)
+                else:  # an engine had packed the weight, or has packed what was merged
+                    self.weight = self._unmerged
             self._unmerged = self._merged_digest = None
         self.merged = False
 

@@ -35,7 +35,7 @@ class Embedding(LoRALayer, nn.Embedding):
         layer._init_lora(r, lora_alpha, 0.0, merge_weights)
         layer.num_embeddings, layer.embedding_dim = base.weight.shape
         layer.padding_idx = getattr(base, "padding_idx", None)
-        layer.weight = base.weight
+        layer.put_on(base)
         layer._add_lora_parameters()
         layer.is_train = base.is_training()
         return layer

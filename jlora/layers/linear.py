@@ -21,8 +21,8 @@ class _LinearBase(LoRALayer, nn.Linear):
             self.weight = self.weight.transpose(0, 1).stop_grad().start_grad()
 
     @classmethod
-    def _around(cls, base: nn.Linear | Conv1D):
-        """A layer of this class that uses the weight and bias Vars of ``base``."""
+    def _around(cls, base: nn.Linear | Conv1D, r, lora_alpha, lora_dropout, merge_weights):
+        """A layer of this class on the weight and bias Vars of ``base``, without lora_A yet."""
         layer = cls.__new__(cls)
         if isinstance(base, Conv1D):
             layer.in_features, layer.out_features = base.nx, base.nf
@@ -35,7 +35,8 @@ class _LinearBase(LoRALayer, nn.Linear):
                 f"cannot put LoRA around a {type(base).__name__}; "
                 f"{cls.__name__} takes nn.Linear and Conv1D"
             )
-        layer.weight, layer.bias = base.weight, base.bias
+        layer._init_lora(r, lora_alpha, lora_dropout, merge_weights)
+        layer.put_on(base)
         return layer
 
     def to_base(self) -> nn.Linear | Conv1D:
@@ -49,6 +50,8 @@ class _LinearBase(LoRALayer, nn.Linear):
             base.in_features, base.out_features = self.in_features, self.out_features
         base.weight, base.bias = self.weight, self.bias
         base.is_train = self.is_train
+        if self._engine is not None and not self.merged:
+            self._engine.install(base)
         return base
 
     def _frozen_product(self, x: jt.Var) -> jt.Var:
@@ -120,8 +123,7 @@ class Linear(_LinearBase):
         merge_weights: bool = False,
     ) -> Linear:
         """LoRA around an existing layer, whose weight and bias it shares."""
-        layer = cls._around(base)
-        layer._init_lora(r, lora_alpha, lora_dropout, merge_weights)
+        layer = cls._around(base, r, lora_alpha, lora_dropout, merge_weights)
         layer._add_lora_parameters()
         layer.is_train = base.is_training()
         return layer
@@ -180,8 +182,7 @@ class MergedLinear(_LinearBase):
         merge_weights: bool = False,
     ) -> MergedLinear:
         """LoRA around an existing layer, whose weight and bias it shares."""
-        layer = cls._around(base)
-        layer._init_lora(r, lora_alpha, lora_dropout, merge_weights)
+        layer = cls._around(base, r, lora_alpha, lora_dropout, merge_weights)
         layer._add_lora_parameters(enable_lora)
         layer.is_train = base.is_training()
         return layer

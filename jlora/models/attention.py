@@ -223,6 +223,10 @@ class KVCache:
         self.layers[layer] = (k, v)
         return k, v
 
+    def keep(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens (at least one) of rows without padding."""
+        self.layers = [kv and (kv[0][:, :length], kv[1][:, :length]) for kv in self.layers]
+
     def attend(self, layer: int, attention: CausalAttention, q, k, v, keys: KeyRange | None):
         """Append new keys and values to a layer and attend over all of them; (B, T, H, D)."""
         k, v = self.extend(layer, k, v)

@@ -48,6 +48,13 @@ class AdapterFile:
         """The recipe of the adapter's run; None where the adapter was made elsewhere."""
         return self._found[1]
 
+    @property
+    def of_task(self) -> bool:
+        """Whether it was trained for a task, and not to talk; .pt files are microsoft/LoRA's."""
+        if self.recipe is not None:
+            return self.recipe.data.task != "chat"
+        return is_loralib(self.folder)
+
     def check(self) -> None:
         """Check that the adapter is there and that the settings go with its form.
 
@@ -83,6 +90,21 @@ class AdapterFile:
         if is_loralib(self.folder):
             return PeftModel.from_loralib(model, self.folder, self.lora_alpha, self.enable_lora)
         return load_tuned(model, self.folder, self.force)
+
+    def add_to(self, model: PeftModel, name: str) -> None:
+        """Load the adapter beside those that ``model`` has, as ``name``; `set_adapter` puts it on.
+
+        Raises:
+            UserError: as `PeftModel.load_adapter`; a .pt file or weights of the base itself (full
+                fine-tuning, BitFit, top layers) cannot stand beside others.
+        """
+        if is_loralib(self.folder) or is_partial(self.folder):
+            kind = "a .pt file" if is_loralib(self.folder) else "a change of the base's own weights"
+            raise UserError(
+                f"{self.folder} is {kind}, which cannot stand beside other adapters; open it alone"
+                + (", or `jlora convert` it to a folder" if is_loralib(self.folder) else "")
+            )
+        model.load_adapter(self.folder, name, force=self.force)
 
 
 def load_tuned(model: Any, folder: str | Path, force: bool = False) -> TunedModel:
@@ -137,6 +159,27 @@ def base_name(name: str | None, adapter: AdapterFile | None) -> str:
     if adapter:
         adapter.check()
     return name
+
+
+def switchable(model: Any) -> PeftModel:
+    """An opened model as one that takes further adapters (`AdapterFile.add_to`).
+
+    Its weights are not loaded or packed again: an adapter can come before or after
+    `engine.prepare`, and one model with several adapters serves them all by `set_adapter`.
+
+    Args:
+        model: of `open_model`, with an adapter, which is then called "default", or without.
+
+    Raises:
+        UserError: a training changed the base's own weights (full fine-tuning, BitFit, top layers).
+    """
+    if isinstance(model, PeftModel):
+        return model
+    if isinstance(model, TunedModel):
+        raise UserError(
+            "the model is tuned in its own weights, on which no adapter goes; open the base model"
+        )
+    return PeftModel(model)
 
 
 def open_model(name: str | None, adapter: AdapterFile | None) -> Any:

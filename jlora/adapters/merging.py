@@ -1,0 +1,82 @@
+"""Adding an adapter's change to the weights, and what that did to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jlora.adapters.attach import ModulesToSave
+from jlora.layers import Embedding, LoRALayer
+from jlora.system.errors import UserError
+from jlora.system.runtime import nn
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merging did to the weights.
+
+    Attributes:
+        layers: number of layers merged.
+        largest_change: largest absolute change of a single weight, in the layer ``layer``.
+        rounding_error: largest part of a change that was lost because weights are stored in a
+            narrower type than float32; 0 for float32.
+    """
+
+    layers: int
+    largest_change: float
+    layer: str
+    rounding_error: float
+
+    def __str__(self) -> str:
+        text = (
+            f"merged {self.layers} layers in float32; "
+            f"largest change of a weight {self.largest_change:.4g} in {self.layer}"
+        )
+        if self.rounding_error:
+            text += f"; up to {self.rounding_error:.2g} lost by rounding to the stored type"
+        return text
+
+
+def merge_layers(layers: Mapping[str, LoRALayer]) -> MergeReport:
+    """Merge the layers that are not merged yet."""
+    report = MergeReport(0, 0.0, "none", 0.0)
+    for name, layer in layers.items():
+        if layer.merged or not layer.has_adapter:
+            continue
+        before = layer.float_weight()
+        change = layer.variant.merged_weight(layer, before) - before
+        largest = float(change.abs().max().item())
+        layer.merge()
+        lost = 0.0
+        if layer.weight.dtype != "float32":
+            lost = (layer.weight.float32() - before - change).abs().max().item()
+        best = largest > report.largest_change
+        report = MergeReport(
+            report.layers + 1,
+            largest if best else report.largest_change,
+            name if best else report.layer,
+            max(report.rounding_error, lost),
+        )
+    return report
+
+
+def check_untied(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Refuse to merge what is the output head as well.
+
+    Args:
+        modules: of an adapter on ``model``.
+
+    Raises:
+        UserError: an embedding that the adapter changes is the head, which it leaves alone.
+    """
+    head = getattr(model, "output_embedding", None)
+    for name, module in modules.items():
+        if isinstance(module, ModulesToSave):
+            tied = module.tied
+        else:
+            tied = isinstance(module, Embedding) and module.has_adapter and module.weight is head
+        if tied:
+            raise UserError(
+                f"{name} is the output head as well, which the adapter leaves alone and merging "
+                "would change; keep the adapter unmerged"
+            )

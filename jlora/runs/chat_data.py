@@ -1,0 +1,139 @@
+"""The data of task chat: a template between texts and tokens, and what `jlora finetune` guesses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.data.batches import TokenExample, encode_prompts
+from jlora.data.chat_template import find_template
+from jlora.data.conversations import Conversation, read_conversations
+from jlora.data.loss_mask import encode_conversations
+from jlora.data.tasks.chat import guess_task
+from jlora.runs.run_data import RunData
+from jlora.system.console import say
+from jlora.system.errors import UserError
+
+#: What `jlora finetune` without a recipe takes for chat data, where nothing else is said.
+DEFAULTS = {
+    "lora": {"target_modules": "all-linear"},
+    "train": {"max_length": 2048},
+    "decode": {"num_beams": 1, "no_repeat_ngram_size": 0, "max_new_tokens": 256},
+}
+#: As ``data.chat_template``: none at all.
+NO_TEMPLATE = "none"
+
+
+def complete(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a command line without a recipe, with the task that its data ask for.
+
+    Args:
+        values: a recipe's settings as nested dicts; with ``data.task`` they stay as they are.
+
+    Raises:
+        UserError: the data cannot be read.
+    """
+    data = values.get("data") or {}
+    if not isinstance(data, dict):
+        return values
+    task = data.get("task")
+    if task is None and not (data.get("folder") is None and data.get("train") is None):
+        task = guess_task(data.get("folder"), data.get("train"))
+    if task != "chat":
+        return values
+    values = {**values, "data": {**data, "task": task}}
+    for group, settings in DEFAULTS.items():
+        if isinstance(values.get(group) or {}, dict):
+            values[group] = {**settings, **(values.get(group) or {})}
+    return values
+
+
+class ChatData(RunData):
+    """`RunData` of conversations.
+
+    Attributes:
+        dropped: examples of each split that are left out, since no answer of theirs fits.
+    """
+
+    def find_template(self, source: Path | None) -> None:
+        """Find the template that the recipe chooses, or else the model's.
+
+        Raises:
+            UserError: there is no such template, or it is damaged.
+        """
+        data = self.recipe.data
+        if data.chat_template == NO_TEMPLATE:
+            return
+        self.template = find_template(source, data.chat_template, data.chat_template_args)
+        if self.template is not None:
+            self._check_settings()
+            say(f"chat template: {self.template.name}")
+
+    def _check_settings(self) -> None:
+        for name in ("separator_id", "max_prompt"):
+            if getattr(self.recipe.data, name) is not None:
+                raise UserError(
+                    f"data.{name} is for pairs without a chat template; leave it out, or set "
+                    f"data.chat_template to {NO_TEMPLATE}"
+                )
+
+    def _read_file(self, file: Path) -> list[Conversation]:
+        return read_conversations(file, self.recipe.data.features)
+
+    def _read(self, split: str) -> list[Conversation]:
+        share = self.recipe.data.valid_split
+        if share is None or split == "test":
+            return super()._read(split)
+        rows = super()._read("train") if split == "train" else self._all_rows
+        self._all_rows: Sequence[Conversation] = rows
+        taken = _drawn(len(rows), share, self.recipe.train.seed)
+        return [row for row, is_taken in zip(rows, taken) if is_taken == (split == "valid")]
+
+    def _has_validation(self) -> bool:
+        return self.recipe.data.valid_split is not None or super()._has_validation()
+
+    def _encode_prompts(self, tokenizer, longest: int) -> list[list[int]]:
+        if self.template is None:
+            return super()._encode_prompts(tokenizer, longest)
+        texts = []
+        for group in self.groups:
+            asked = group.asked
+            try:
+                texts.append(
+                    self.template.render(
+                        asked.messages, tools=asked.tools, add_generation_prompt=True
+                    )
+                )
+            except UserError as error:
+                raise UserError(f"{asked.place}: {error}") from error
+        return encode_prompts(texts, tokenizer, longest, -1)
+
+    def _encode(self, examples: list, tokenizer, longest: int) -> tuple[list[TokenExample], str]:
+        found = encode_conversations(
+            examples, tokenizer, self.template, longest, self.recipe.data.masking
+        )
+        cut = sum(example.cut > 0 for example in found.examples)
+        notes = [
+            (cut, f"cut at the beginning to {longest:,} tokens"),
+            (found.dropped, f"left out, whose answers do not fit into {longest:,} tokens"),
+            (found.joined, "with a token that is half prompt, half answer"),
+        ]
+        trained = sum(example.target_count for example in found.examples)
+        total = sum(len(example.ids) for example in found.examples)
+        note = f", {trained:,} of {total:,} tokens trained"
+        return found.examples, note + "".join(
+            f", {count:,} {what}" for count, what in notes if count
+        )
+
+
+def _drawn(count: int, share: float, seed: int) -> np.ndarray:
+    """Which rows are for validation, (count,) bool: a function of count, share and seed."""
+    if count < 2:
+        raise UserError("data.valid_split needs two examples or more; give more data")
+    number = min(count - 1, max(1, round(share * count)))
+    taken = np.zeros(count, bool)
+    taken[np.random.default_rng(seed).permutation(count)[:number]] = True
+    return taken

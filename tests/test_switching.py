@@ -1,0 +1,220 @@
+"""Several adapters on one base: outputs after a switch are those of a fresh load, on every path."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from needs import needs_bf16
+from tiny_models import ids_of, randomise_adapter, wide_gpt2, wide_llama
+
+from jlora import engine
+from jlora.adapters import LoraConfig, PeftModel, get_peft_model
+from jlora.decoding.decoder import decoder_of
+from jlora.decoding.native_decoder import NativeDecoder
+from jlora.layers import set_trainable
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt
+
+IDS = ids_of((2, 9))
+#: Adapters that differ in targets, rank, scaling, biases, copies, fused layers and dropout.
+GPT2 = {
+    "a": {"target_modules": ["c_attn", "c_fc"], "r": 2, "lora_alpha": 8, "lora_dropout": 0.3},
+    "b": {"target_modules": ["c_attn"], "r": 4, "enable_lora": [True, False, True]},
+    "biases": {"target_modules": ["mlp.c_proj"], "r": 3, "bias": "all"},
+    "copies": {"target_modules": ["c_attn"], "r": 2, "modules_to_save": ["ln_f", "wpe"]},
+}
+LLAMA = {
+    "a": {"target_modules": ["q_proj", "v_proj"], "r": 2, "lora_alpha": 8},
+    "head": {"target_modules": ["lm_head", "up_proj"], "r": 4},
+    "embedding": {"target_modules": ["embed_tokens", "down_proj"], "r": 2, "use_rslora": True},
+    "copies": {"target_modules": ["k_proj"], "r": 2, "modules_to_save": ["lm_head"]},
+}
+MODELS = {"gpt2": (wide_gpt2, GPT2), "llama": (wide_llama, LLAMA)}
+
+
+def logits(model):
+    with jt.no_grad():
+        return model(jt.array(IDS)).numpy()
+
+
+def decoded(model):
+    """The states of a prompt and of a step after it, by whichever decoder serves the model."""
+    decoder = decoder_of(model)
+    decoder.enter([[3, 1, 4], [5, 9]])
+    decoder.advance(np.arange(2), np.array([2, 7]))
+    return isinstance(decoder, NativeDecoder), np.array(decoder.hidden)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Random adapters of each kind, written."""
+    found = {}
+    for kind, (make, adapters) in MODELS.items():
+        for seed, (name, settings) in enumerate(adapters.items()):
+            folder = tmp_path_factory.mktemp(kind) / name
+            model = randomise_adapter(get_peft_model(make(), LoraConfig(**settings)), seed, 0.2)
+            model.save_pretrained(folder)
+            found[kind, name] = folder
+    return found
+
+
+def base(kind):
+    model = MODELS[kind][0]()
+    set_trainable(model, ())
+    model.eval()
+    return model
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_outputs_after_a_switch_are_those_of_a_fresh_load(kind, folders):
+    names = list(MODELS[kind][1])
+    plain = logits(base(kind))
+    fresh = {n: logits(PeftModel.from_pretrained(base(kind), folders[kind, n])) for n in names}
+    model = PeftModel(base(kind))
+    parameters = [name for name, _ in model.base_model.named_parameters()]
+    for name in names:
+        model.load_adapter(folders[kind, name], name)
+    np.testing.assert_array_equal(logits(model), plain)
+    for name in [*names, *reversed(names)]:
+        model.set_adapter(name)
+        np.testing.assert_array_equal(logits(model), fresh[name])
+        with model.disable_adapter():
+            np.testing.assert_array_equal(logits(model), plain)
+    assert model.available_adapters == names
+    model.set_adapter(None)
+    np.testing.assert_array_equal(logits(model), plain)
+    assert [name for name, _ in model.unload().named_parameters()] == parameters
+
+
+@needs_bf16
+@pytest.mark.parametrize("keep_weights", [True, False])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_fast_paths_have_no_stale_copies(kind, precision, keep_weights, folders):
+    """Blocks, native decoder and packed products, with adapters that come after `prepare`."""
+    if precision == "fp32" and not keep_weights:
+        pytest.skip("fp32 packs nothing")
+    names = [n for n in MODELS[kind][1] if keep_weights or n not in ("embedding", "head")]
+    fresh = {}
+    for name in [None, *names]:
+        model = base(kind)
+        if name:
+            model = PeftModel.from_pretrained(model, folders[kind, name])
+        engine.prepare(model, precision, keep_weights=keep_weights)
+        fresh[name] = logits(model), decoded(model)
+
+    model = base(kind)
+    engine.prepare(model, precision, keep_weights=keep_weights)
+    model = PeftModel(model)
+    for name in names:
+        model.load_adapter(folders[kind, name], name)
+
+    def check(name, on):
+        right, (native, states) = fresh[name]
+        # A head that came after `prepare` is multiplied in float32, and not in bf16.
+        atol = 3e-2 if on in ("head", "copies") and kind == "llama" else 1e-6
+        np.testing.assert_allclose(logits(model), right, atol=atol)
+        own_native, own_states = decoded(model)
+        np.testing.assert_allclose(own_states, states, atol=1e-6)
+        assert own_native == native or name != on
+
+    check(None, None)
+    for name in [*names, *reversed(names), None]:
+        model.set_adapter(name)
+        check(name, name)
+        with model.disable_adapter():
+            check(None, name)
+
+
+def test_adding_training_and_deleting(folders, tmp_path, caplog):
+    model = PeftModel.from_pretrained(base("gpt2"), folders["gpt2", "a"], adapter_name="a")
+    right = logits(model)
+    model.add_adapter("new", LoraConfig(target_modules=["c_proj"], r=2))
+    assert model.active_adapter == "a" and model.trainable_parameters() == []
+    np.testing.assert_array_equal(logits(model), right)
+    model.set_adapter("new")
+    plain = logits(model)  # B is zero
+    np.testing.assert_array_equal(plain, logits(base("gpt2")))
+    names = [name for name, _ in model.trainable_parameters()]
+    assert len(names) == 8 and all(".c_proj.lora_" in name for name in names)
+    model.train()
+    assert {n for n, v in model.base_model.named_parameters() if not v.is_stop_grad()} == {*names}
+    randomise_adapter(model)
+    trained = logits(model)
+    model.merge_adapter()
+    model.set_adapter("a")
+    assert "new was merged and is unmerged" in caplog.text
+    np.testing.assert_array_equal(logits(model), right)
+    model.set_adapter("new")
+    np.testing.assert_array_equal(logits(model), trained)
+    model.save_pretrained(tmp_path / "new")
+    loaded = PeftModel.from_pretrained(base("gpt2"), tmp_path / "new")
+    np.testing.assert_array_equal(logits(loaded), trained)
+    model.delete_adapter("new")
+    assert model.active_adapter == "a" and "new was on; now it is a" in caplog.text
+    np.testing.assert_array_equal(logits(model), right)
+    model.delete_adapter("a")
+    np.testing.assert_array_equal(logits(model), plain)
+    with pytest.raises(UserError, match="no adapter is on"):
+        model.save_pretrained(tmp_path / "none")
+
+
+def test_hotswap(folders):
+    model = PeftModel.from_pretrained(base("gpt2"), folders["gpt2", "a"])
+    model.load_adapter(folders["gpt2", "b"], "b")
+    right = logits(PeftModel.from_pretrained(base("gpt2"), folders["gpt2", "biases"]))
+    before = logits(model)
+    model.hotswap_adapter(folders["gpt2", "biases"], "b")  # which is not on
+    np.testing.assert_array_equal(logits(model), before)
+    model.hotswap_adapter(folders["gpt2", "biases"])
+    np.testing.assert_array_equal(logits(model), right)
+    with pytest.raises(UserError, match="is no folder"):
+        model.hotswap_adapter(folders["gpt2", "a"] / "nowhere")
+    np.testing.assert_array_equal(logits(model), right)
+    model.set_adapter("b")
+    np.testing.assert_array_equal(logits(model), right)
+
+
+def test_loading_beside_a_merged_adapter_keeps_it_merged(folders):
+    model = PeftModel.from_pretrained(base("gpt2"), folders["gpt2", "a"])
+    model.merge_adapter()
+    merged = logits(model)
+    model.load_adapter(folders["gpt2", "b"], "b")
+    assert all(layer.merged for layer in model.lora_layers().values())
+    np.testing.assert_array_equal(logits(model), merged)
+
+
+@needs_bf16
+def test_merging_weights_that_are_packed_alone(folders):
+    model = base("llama")
+    engine.prepare(model, "bf16", keep_weights=False)
+    model = PeftModel.from_pretrained(model, folders["llama", "a"])
+    right = logits(model)
+    model.merge_adapter()
+    difference = np.linalg.norm(logits(model) - right) / np.linalg.norm(right)
+    assert 0 < difference < 2e-2  # of the bf16 in the block, which a merged layer does not run by
+    model.unmerge_adapter()
+    np.testing.assert_array_equal(logits(model), right)
+    model.set_adapter(None)
+    assert type(model.base_model.model.layers[0].self_attn.q_proj).__name__ == "PackedLinear"
+
+
+def test_mistakes(folders, tmp_path):
+    model = PeftModel.from_pretrained(base("gpt2"), folders["gpt2", "a"], adapter_name="mine")
+    right = logits(model)
+    for wrong, message in (
+        (lambda: model.set_adapter("mime"), "no adapter is called 'mime'; nearest: mine"),
+        (lambda: model.delete_adapter("x"), "no adapter is called 'x'; there are mine"),
+        (lambda: model.load_adapter(folders["gpt2", "b"], "mine"), "'mine' already; take another"),
+        (lambda: model.add_adapter("", LoraConfig()), "an adapter's name is a text, not ''"),
+        (lambda: model.add_adapter("n", LoraConfig(target_modules=["c_atn"])), "nearest: c_attn"),
+        (lambda: model.load_adapter(folders["llama", "a"], "n"), "made for the base model"),
+        (lambda: model.load_adapter(tmp_path, "n"), "holds no adapter_config.json"),
+    ):
+        with pytest.raises(UserError, match=message):
+            wrong()
+        assert model.available_adapters == ["mine"] and model.active_adapter == "mine"
+        np.testing.assert_array_equal(logits(model), right)
+    with model.disable_adapter(), pytest.raises(UserError, match="inside disable_adapter"):
+        model.set_adapter(None)
+    np.testing.assert_array_equal(logits(model), right)
