@@ -702,7 +702,6 @@ def test_a_gguf_factor_without_a_type_is_linear_as_in_llama_cpp(tmp_path):
     [
         ("attention.causal", False, True),
         ("attention.scale", 0.5, 0.0),
-        ("attention.sliding_window", 32, 64),
         ("attention.value_length", 16, 8),
         ("expert_count", 8, 0),
         ("final_logit_softcapping", 30.0, 0.0),

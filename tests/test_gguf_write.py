@@ -19,9 +19,9 @@ from jlora.adapters.export_gguf import export_gguf
 from jlora.cli import main
 from jlora.data.pretokenizers import GGUF_PRE, byte_level_bpe
 from jlora.data.tokenizer import Tokenizer
-from jlora.formats.gguf_file import main_kind, read_gguf, unpermute
+from jlora.formats.gguf_architecture import permute, unpermute
+from jlora.formats.gguf_file import main_kind, read_gguf
 from jlora.formats.gguf_kinds import MIXTURES, WRITTEN
-from jlora.formats.gguf_write import permute
 from jlora.models.hub import build_model, load_weights
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt

@@ -62,6 +62,12 @@ def export_gguf(
             f"models of type {base.config.model_type} have no form in GGUF that is known here; "
             "`jlora merge` writes a folder"
         )
+    config = base.config.to_dict()
+    reason = architecture.check and architecture.check(config)
+    if reason:
+        raise UserError(
+            f"{reason}: llama.cpp would compute something else; `jlora merge` writes a folder"
+        )
     beside = modelfile_path(path) if tokenizer else None
     metadata = tokenizer_metadata(base, architecture.pre) if tokenizer else special_ids(base)
     notes, text = trained.gguf(metadata), ""
@@ -69,12 +75,13 @@ def export_gguf(
         chosen = own_template(base) if template == OWN else template
         text, said = conversation_metadata(metadata, path.name, base.tokenizer, chosen, trained)
         notes += said
+    notes += window_notes(base.config, architecture)
     weights = merged_weights(model)
     name = getattr(base, "name_or_path", None)
     errors = write_gguf(
         path,
         architecture,
-        base.config.to_dict(),
+        config,
         weights.tensors,
         kind,
         metadata,
@@ -85,6 +92,17 @@ def export_gguf(
         notes.append(f"for Ollama: ollama create NAME -f {beside}")
     loss = None if kind == "F32" else precision_loss(kind.lower(), errors, weights.changes)
     return WrittenModel(path, weights.report, loss, tuple(notes))
+
+
+def window_notes(config: Any, architecture: Any) -> list[str]:
+    """What llama.cpp leaves out: it computes the windows of few architectures."""
+    windows = [window for window in getattr(config, "windows", []) if window]
+    if architecture.windows[1] or not windows or min(windows) >= config.max_positions:
+        return []
+    return [
+        f"llama.cpp does not compute the window of {min(windows)} tokens in models of architecture "
+        f"{architecture.name}: longer texts differ there"
+    ]
 
 
 def own_template(base: Any) -> ChatTemplate | None:

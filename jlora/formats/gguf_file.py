@@ -6,15 +6,18 @@ What is particular to an architecture stands in `gguf_architectures`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jlora.formats.gguf_architectures import ARCHITECTURES, ROPE_FACTORS, Architecture
+from jlora.formats.gguf_architecture import Architecture
+from jlora.formats.gguf_architectures import ARCHITECTURES
 from jlora.formats.gguf_kinds import READ, dequantize
+from jlora.formats.gguf_rope import ROPE_TENSORS
 from jlora.formats.safetensors_file import one_line, placeholder
 from jlora.system.errors import UserError
 from jlora.system.files import os_error
@@ -94,10 +97,10 @@ def read_gguf(
         )
     own = architectures[name]
     raw = read_tensors(path, reader, shapes_only=True)
-    factors = raw.pop(ROPE_FACTORS, None)
+    factors = {rope: raw.pop(rope) for rope in ROPE_TENSORS if rope in raw}
     shapes = rename(path, raw, own)
     try:
-        check_metadata(path, name, metadata)
+        check_metadata(path, own, metadata)
         config = own.read_config(own, path, metadata, shapes, factors)
     except KeyError as error:
         raise UserError(
@@ -107,24 +110,38 @@ def read_gguf(
     for key, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         value = metadata.get(f"tokenizer.ggml.{name}_token_id")
         config[f"{key}_token_id"] = None if value is None else int(value)
+    kept = set(shapes)
     shapes = {n: a.T if own.is_transposed(n) else a for n, a in shapes.items()}
+    with fitting(path):
+        own.join(shapes, config)
     outline = GGUFFile(path, config, shapes, metadata)
     if check is not None:
         check(outline)
     if shapes_only:
         return outline
     raw = read_tensors(path, reader)
-    raw.pop(ROPE_FACTORS, None)
-    tensors = rename(path, raw, own)
-    for name in list(tensors):
-        heads = own.heads(name, config)
-        if name not in shapes:  # a tied head that repeats the embedding
-            del tensors[name]
-        elif own.is_transposed(name):
-            tensors[name] = np.ascontiguousarray(tensors[name].T)
-        elif heads is not None:
-            tensors[name] = unpermute(tensors[name], heads)
+    tensors = rename(path, {n: a for n, a in raw.items() if n not in ROPE_TENSORS}, own)
+    raw.clear()
+    with fitting(path):
+        for name in list(tensors):
+            if name not in kept:  # a tied head that repeats the embedding
+                del tensors[name]
+            else:
+                tensors[name] = own.from_file(name, tensors[name], config)
+        own.join(tensors, config)
     return GGUFFile(path, config, tensors, metadata)
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """An error of sizes that do not go together, as one line."""
+    try:
+        yield
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{path}: its tensors and its numbers of heads do not fit together "
+            f"({one_line(error)}); download it again"
+        ) from error
 
 
 def read_metadata(path: Path, reader: Any) -> dict[str, Any]:
@@ -141,7 +158,7 @@ def read_tensors(path: Path, reader: Any, shapes_only: bool = False) -> dict[str
     One after the other: beside the result there is never more than one tensor's worth of memory.
 
     Args:
-        shapes_only: give `placeholder` arrays; only `ROPE_FACTORS`, which belong to the
+        shapes_only: give `placeholder` arrays; only `ROPE_TENSORS`, which belong to the
             configuration, are read.
     """
     tensors = {}
@@ -151,7 +168,7 @@ def read_tensors(path: Path, reader: Any, shapes_only: bool = False) -> dict[str
             raise unread(path, tensor.name, kind)
         # GGUF lists the fastest dimension first.
         shape = tuple(int(n) for n in reversed(tensor.shape))
-        if shapes_only and tensor.name != ROPE_FACTORS:
+        if shapes_only and tensor.name not in ROPE_TENSORS:
             tensors[tensor.name] = placeholder(shape)
             continue
         try:
@@ -264,7 +281,7 @@ def rename(path: Path, raw: dict[str, np.ndarray], own: Architecture) -> dict[st
     return tensors
 
 
-def check_metadata(path: Path, architecture: str, metadata: Mapping[str, Any]) -> None:
+def check_metadata(path: Path, own: Architecture, metadata: Mapping[str, Any]) -> None:
     """Refuse settings that change results and are not supported.
 
     Raises:
@@ -273,26 +290,23 @@ def check_metadata(path: Path, architecture: str, metadata: Mapping[str, Any]) -
     """
 
     def get(key: str) -> Any:
-        return metadata.get(f"{architecture}.{key}")
+        return metadata.get(f"{own.name}.{key}")
 
-    wrong = [key for key, fine in NEUTRAL.items() if get(key) is not None and get(key) not in fine]
+    wrong = [
+        key for key, fine in NEUTRAL.items()
+        if key not in own.computed and get(key) is not None and get(key) not in fine
+    ]  # fmt: skip
     window = get("attention.sliding_window")
-    if window and window < (get("context_length") or 0):
+    if not own.windows[0] and window and window < (get("context_length") or 0):
         wrong.append("attention.sliding_window")
     head = get("attention.key_length") or 0
-    for key in ("attention.value_length", "rope.dimension_count"):
+    same = ("attention.value_length", *(() if own.part_turned else ("rope.dimension_count",)))
+    for key in same:
         if head and get(key) is not None and get(key) != head:
             wrong.append(key)
     wrong += [k for k in COUNTS if get(k) is not None and (type(get(k)) is not int or get(k) < 1)]
     if wrong:
         raise UserError(
-            f"{path}: {architecture}.{wrong[0]} is {get(wrong[0])!r}, which is not supported; take "
+            f"{path}: {own.name}.{wrong[0]} is {get(wrong[0])!r}, which is not supported; take "
             "another model"
         )
-
-
-def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Undo llama.cpp's row order of q_proj and k_proj: (heads * d, ...) -> the same shape."""
-    half = rows.shape[0] // heads // 2
-    pairs = rows.reshape(heads, half, 2, *rows.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)

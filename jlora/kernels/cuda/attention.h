@@ -14,7 +14,16 @@ struct Attention {
     int64_t rows, H, G, D;
     const bf16* qkv;
     const int *first, *last;   // (rows,) of each row's sequence
-    float scale;
+    float scale, cap;          // cap: scores are cap * tanh(score / cap); 0: as they are
+    int64_t window;            // rows before a query, itself included, that it sees; 0: all
+    // The first key that a query sees.
+    __device__ int64_t first_key(int64_t m) const { return window && m - window + 1 > first[m] ? m - window + 1 : first[m]; }
+    __device__ float score(float product) const {
+        const float s = product * scale;
+        return cap > 0 ? cap * tanhf(s / cap) : s;
+    }
+    // d score / d (scale * product)
+    __device__ float slope(float score) const { return cap > 0 ? 1.0f - score / cap * (score / cap) : 1.0f; }
     __host__ __device__ int64_t width() const { return (H + 2 * G) * D; }
     __device__ const bf16* q(int64_t m, int64_t h) const { return qkv + m * width() + h * D; }
     __device__ const bf16* k(int64_t m, int64_t g) const { return qkv + m * width() + (H + g) * D; }
@@ -92,8 +101,8 @@ __global__ void attention_kernel(Attention a, bf16* out, float* lse) {
     for (int i = threadIdx.x; i < Q * os; i += blockDim.x) in.o[i] = 0;
     for (int i = threadIdx.x; i < Q; i += blockDim.x) in.m[i] = -INFINITY, in.l[i] = 0;
     const int64_t end = min(q0 + Q, a.rows), m = q0 + row;
-    const int own_first = m < a.rows ? a.first[m] : 0x7FFFFFFF;
-    for (int64_t k0 = a.first[q0]; k0 < end; k0 += K) {
+    const int64_t own_first = m < a.rows ? a.first_key(m) : a.rows;
+    for (int64_t k0 = a.first_key(q0); k0 < end; k0 += K) {
         __syncthreads();
         load_tile(in.k, a.k(0, g), a.width(), k0, K, a.rows, D);
         load_tile(in.v, a.v(0, g), a.width(), k0, K, a.rows, D);
@@ -104,7 +113,7 @@ __global__ void attention_kernel(Attention a, bf16* out, float* lse) {
         float own[K / 2], peak = -INFINITY;
         for (int j = 0; j < K / 2; j++) {
             const int64_t key = k0 + side * (K / 2) + j;
-            own[j] = key >= own_first && key <= m ? in.s[row * s_stride + side * (K / 2) + j] * a.scale : -INFINITY;
+            own[j] = key >= own_first && key <= m ? a.score(in.s[row * s_stride + side * (K / 2) + j]) : -INFINITY;
             peak = fmaxf(peak, own[j]);
         }
         peak = fmaxf(peak, __shfl_xor_sync(0xFFFFFFFFu, peak, 1));
@@ -170,13 +179,13 @@ __device__ inline void probabilities_back(const AttentionBack& b, const Memory& 
     tile_product<false, true, false>(in.q + warp * 16 * hs, hs, in.k, hs, in.s + warp * 16 * stride, stride, (int)a.D, K);
     tile_product<false, true, false>(in.dout + warp * 16 * hs, hs, in.v, hs, in.dp + warp * 16 * stride, stride, (int)a.D, K);
     __syncwarp();
-    const int first = m < a.rows ? a.first[m] : 0x7FFFFFFF;
+    const int64_t first = m < a.rows ? a.first_key(m) : a.rows;
     const float lse = m < a.rows ? b.lse[m * a.H + h] : 0.0f, delta = m < a.rows ? b.delta[m * a.H + h] : 0.0f;
     for (int j = 0; j < K / 2; j++) {
         const int at = row * stride + side * (K / 2) + j;
         const int64_t key = k0 + side * (K / 2) + j;
-        const float p = key >= first && key <= m ? expf(in.s[at] * a.scale - lse) : 0.0f;
-        in.s[at] = p, in.dp[at] = p * (in.dp[at] - delta) * a.scale;
+        const float score = a.score(in.s[at]), p = key >= first && key <= m ? expf(score - lse) : 0.0f;
+        in.s[at] = p, in.dp[at] = p * (in.dp[at] - delta) * a.slope(score) * a.scale;
     }
 }
 // Rounds a (Q, K) tile to bf16.
@@ -196,7 +205,7 @@ __global__ void attention_dq_kernel(AttentionBack b) {
     load_tile(in.dout, b.dout + h * D, a.H * D, q0, Q, a.rows, D);
     for (int i = threadIdx.x; i < Q * os; i += blockDim.x) in.sum1[i] = 0;
     const int64_t end = min(q0 + Q, a.rows);
-    for (int64_t k0 = a.first[q0]; k0 < end; k0 += K) {
+    for (int64_t k0 = a.first_key(q0); k0 < end; k0 += K) {
         __syncthreads();
         load_tile(in.k, a.k(0, g), a.width(), k0, K, a.rows, D);
         load_tile(in.v, a.v(0, g), a.width(), k0, K, a.rows, D);
@@ -224,7 +233,7 @@ __global__ void attention_dkv_kernel(AttentionBack b) {
     load_tile(in.k, a.k(0, g), a.width(), k0, K, a.rows, D);
     load_tile(in.v, a.v(0, g), a.width(), k0, K, a.rows, D);
     for (int i = threadIdx.x; i < K * os; i += blockDim.x) in.sum1[i] = 0, in.sum2[i] = 0;
-    const int64_t end = a.last[min(k0 + K, a.rows) - 1] + 1;
+    const int64_t last = a.last[min(k0 + K, a.rows) - 1] + 1, end = a.window ? min(last, k0 + K + a.window - 1) : last;
     for (int64_t h = g * per; h < (g + 1) * per; h++)
         for (int64_t q0 = k0; q0 < end; q0 += Q) {
             __syncthreads();

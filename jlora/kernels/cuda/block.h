@@ -30,9 +30,12 @@ struct JointSpec {
 };
 constexpr int64_t joints = 4;
 struct BlockSpec {
-    int64_t width, heads, key_heads, head_size, inner, rotary, activation, gated;
+    int64_t width, heads, key_heads, head_size, inner, rotary, neighbours, grouped, window;
+    double scale, cap;
+    int64_t activation, gated;
     double eps;
-    Norm norm1, norm2;
+    Norm norms[6];           // the first and the third are there; of the others Python has seen that they are not
+    int64_t whole;
     JointSpec qkv, out, up, down;
     int64_t given;
     int64_t qkv_width() const { return (heads + 2 * key_heads) * head_size; }
@@ -154,7 +157,7 @@ private:
         static Scratch<int> memory;
         int *first = memory.of(2 * M), *last = first + M;
         launch(sequence_bounds_kernel, dim3(blocks_for(M, 256)), 256, 0, c.starts, (int)c.sequences, first, last, (int)M);
-        return {M, s.heads, s.key_heads, s.head_size, saved.qkv, first, last, 1.0f / std::sqrt((float)s.head_size)};
+        return {M, s.heads, s.key_heads, s.head_size, saved.qkv, first, last, (float)s.scale, (float)s.cap, s.window};
     }
     const JointSpec& joint(int64_t i) const { return (&s.qkv)[i]; }
     // Whether gradients of its parameters depend on what a joint read.

@@ -16,8 +16,9 @@ struct Linear {
     double scale;
 };
 struct Block {
-    Norm before_attention, before_mlp;
+    Norm before_attention, after_attention, before_mlp, after_mlp, queries, keys;
     Linear qkv[3], out, in[2], down;
+    int64_t rope, window;
 };
 struct Model {
     int64_t layers, C, H, G, D, inner;
@@ -26,7 +27,8 @@ struct Model {
     const Weight* packed_tokens;
     const float *positions, *frequencies;
     Norm last;
-    int64_t activation, gated;
+    int64_t activation, gated, ropes, rotary, neighbours, long_from, grouped, whole;
+    double amplitude, embedding_scale, scale, cap;
 };
 
 // Rows of tokens, on the card; where each keeps its key and value.
@@ -37,10 +39,10 @@ struct Tokens {
     const int *sizes, *places;
 };
 
-__global__ void embed_kernel(const float* tokens, const bf16* packed, const float* positions, const int* ids, const int* at, float* x, int64_t C) {
+__global__ void embed_kernel(const float* tokens, const bf16* packed, const float* positions, const int* ids, const int* at, float scale, float* x, int64_t C) {
     const int64_t row = ids[blockIdx.x] * C, place = at[blockIdx.x] * C;
     for (int64_t j = threadIdx.x; j < C; j += blockDim.x)
-        x[blockIdx.x * C + j] = (tokens ? tokens[row + j] : (float)packed[row + j]) + (positions ? positions[place + j] : 0.0f);
+        x[blockIdx.x * C + j] = (tokens ? tokens[row + j] : (float)packed[row + j]) * scale + (positions ? positions[place + j] : 0.0f);
 }
 __global__ void angles_kernel(const float* frequencies, const int* positions, float* cos, float* sin, int64_t half) {
     for (int64_t j = threadIdx.x; j < half; j += blockDim.x) {
@@ -72,7 +74,7 @@ constexpr int seen_warps = 4;
 // A warp computes one query head of one row, 32 keys at a time: each lane one key's score, then all lanes the
 // sum of the values.
 __global__ void step_attention_kernel(const bf16* qkv, Seen seen, int64_t layer, int64_t R, int64_t H, int64_t G, int64_t D, float scale,
-        bf16* out) {
+        float cap, int64_t window, bf16* out) {
     __shared__ float for_q[seen_warps][256], for_p[seen_warps][32];
     __shared__ const bf16* for_v[seen_warps][32];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -82,7 +84,7 @@ __global__ void step_attention_kernel(const bf16* qkv, Seen seen, int64_t layer,
     __syncwarp();
     const int64_t size = seen.sizes[r], prompt = seen.shown[r], total = prompt + seen.lengths[r];
     float peak = -INFINITY, sum = 0, y[8] = {};
-    for (int64_t t0 = 0; t0 < total; t0 += 32) {
+    for (int64_t t0 = window && total > window ? total - window : 0; t0 < total; t0 += 32) {
         const int64_t t = min(t0 + lane, total - 1);
         const bf16 *key, *value;
         if (t < prompt) {
@@ -98,7 +100,9 @@ __global__ void step_attention_kernel(const bf16* qkv, Seen seen, int64_t layer,
             const bf16* k = (const bf16*)&eight;
             for (int e = 0; e < 8; e++) score += q[j + e] * (float)k[e];
         }
-        score = t0 + lane < total ? score * scale : -INFINITY;
+        score *= scale;
+        if (cap > 0) score = cap * tanhf(score / cap);
+        if (t0 + lane >= total) score = -INFINITY;
         const float now = fmaxf(peak, warp_max(score)), factor = expf(peak - now), p = expf(score - now);
         sum = sum * factor + warp_sum(p), peak = now;
         for_p[warp][lane] = p, for_v[warp][lane] = value;
@@ -145,7 +149,7 @@ inline void run_tokens(const Model& m, const Block* blocks, const Tokens& tokens
     float *cos = m.frequencies ? for_turns.of(R * m.D) : nullptr, *sin = cos ? cos + R * half : nullptr;
     bf16 *rows = for_rows.of(R * std::max(C, m.inner)), *qkv = for_qkv.of(R * heads), *attended = for_attended.of(R * wide);
     launch(embed_kernel, dim3(R), 256, 0, m.tokens, m.packed_tokens ? m.packed_tokens->tiles : nullptr, m.positions, tokens.ids,
-        tokens.positions, x, C);
+        tokens.positions, (float)m.embedding_scale, x, C);
     if (cos) launch(angles_kernel, dim3(R), 64, 0, m.frequencies, tokens.positions, cos, sin, half);
     // x += y + bias, and its norm
     auto add = [&](const float* bias, const Norm& norm, auto* normed) {
@@ -192,9 +196,9 @@ private:
     const char* there_ = nullptr;
 };
 
-inline void attend_to(const Seen& seen, const Model& m, int64_t layer, int64_t R, const bf16* qkv, bf16* out) {
+inline void attend_to(const Seen& seen, const Model& m, const Block& b, int64_t layer, int64_t R, const bf16* qkv, bf16* out) {
     launch(step_attention_kernel, dim3(blocks_for(R * m.H, seen_warps)), 32 * seen_warps, 0, qkv, seen, layer, R, m.H, m.G, m.D,
-        1.0f / std::sqrt((float)m.D), out);
+        (float)m.scale, (float)m.cap, b.window, out);
 }
 
 // Prompts behind the `before` tokens that stand in their blocks already. hidden (P, C) on the host: the state
@@ -226,8 +230,8 @@ inline void run_prompts(const Model& m, const Block* blocks, int64_t P, const in
     const Tokens tokens{R, c.at<int>(at[0]), c.at<int>(at[1]), c.at<bf16*>(at[2]), c.at<int>(at[3]), c.at<int>(at[4])};
     const Seen seen{tokens.blocks, tokens.sizes, c.at<int>(at[7]), c.at<int>(at[8]), c.at<int>(at[8]), nullptr, 0, 1};
     run_tokens(m, blocks, tokens, [&](int64_t layer, const bf16* qkv, bf16* out) {
-        if (resumed) attend_to(seen, m, layer, R, qkv, out);
-        else attention({R, m.H, m.G, m.D, qkv, c.at<int>(at[5]), c.at<int>(at[6]), 1.0f / std::sqrt((float)m.D)}, out, lse);
+        if (resumed) attend_to(seen, m, blocks[layer], layer, R, qkv, out);
+        else attention({R, m.H, m.G, m.D, qkv, c.at<int>(at[5]), c.at<int>(at[6]), (float)m.scale, (float)m.cap, blocks[layer].window}, out, lse);
     }, states);
     for (int64_t p = 0; p < P; p++)
         check(cudaMemcpy(hidden + p * m.C, states + (starts[p + 1] - 1) * m.C, m.C * sizeof(float), cudaMemcpyDeviceToHost), "a copy");
@@ -253,7 +257,7 @@ inline void run_step(const Model& m, const Block* blocks, int64_t R, const int* 
     const Tokens tokens{R, c.at<int>(at[0]), c.at<int>(at[1]), c.at<bf16*>(at[2]), c.at<int>(at[3]), c.at<int>(at[4])};
     const Seen seen{c.at<const bf16*>(at[5]), c.at<int>(at[6]), c.at<int>(at[6]), c.at<int>(at[7]), c.at<int>(at[8]), c.at<const bf16*>(at[9]), most, slab_size};
     run_tokens(m, blocks, tokens, [&](int64_t layer, const bf16* qkv, bf16* out) {
-        attend_to(seen, m, layer, R, qkv, out);
+        attend_to(seen, m, blocks[layer], layer, R, qkv, out);
     }, states);
     check(cudaMemcpy(hidden, states, R * m.C * sizeof(float), cudaMemcpyDeviceToHost), "a copy from the card");
 }

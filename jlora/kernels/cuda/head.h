@@ -8,8 +8,17 @@ namespace jlora {
 constexpr int head_threads = 512;
 constexpr int64_t logit_numbers = 1 << 26;  // of logits at a time: 256 MB
 
+// logits = cap * tanh(logits / cap)
+__global__ void cap_kernel(float* logits, float cap, int64_t count) {
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) logits[i] = cap * tanhf(logits[i] / cap);
+}
+inline void cap_logits(const Matrix<float>& logits, float cap) {
+    const int64_t count = logits.rows * logits.columns;
+    if (cap > 0) JLORA_EACH(cap_kernel, count, logits.data, cap, count);
+}
 // logits (rows, V) -> losses (rows,), and their gradient in bf16 where `d` is there. A block a row.
-__global__ void losses_kernel(const float* logits, const int* targets, float* losses, bf16* d, int64_t V, float smoothing) {
+__global__ void losses_kernel(const float* logits, const int* targets, float* losses, bf16* d, int64_t V, float smoothing, float cap) {
     __shared__ float room[33];
     const float* row = logits + (int64_t)blockIdx.x * V;
     float peak = -FLT_MAX, total = 0, plain = 0;
@@ -23,11 +32,12 @@ __global__ void losses_kernel(const float* logits, const int* targets, float* lo
     if (threadIdx.x == 0) losses[blockIdx.x] = inside ? log_sum - (1.0f - smoothing) * row[target] - even * plain : NAN;
     if (!d) return;
     for (int64_t i = threadIdx.x; i < V; i += blockDim.x)
-        d[blockIdx.x * V + i] = bf16(expf(row[i] - log_sum) - even - (i == target ? 1.0f - smoothing : 0.0f));
+        d[blockIdx.x * V + i] = bf16((expf(row[i] - log_sum) - even - (i == target ? 1.0f - smoothing : 0.0f))
+            * (cap > 0 ? 1.0f - row[i] / cap * (row[i] / cap) : 1.0f));
 }
 // hidden (N, C), head (V, C), targets (N,) -> losses (N,), dhidden (N, C) unless it is null
 inline void target_loss(const float* hidden, const Weight& head, const int* targets, float* losses, float* dhidden, int64_t N,
-        float smoothing) {
+        float smoothing, float cap) {
     static Scratch<bf16> for_hidden, for_d;
     static Scratch<float> for_logits;
     const int64_t V = head.n, C = head.k, most = std::max<int64_t>(1, std::min(N, logit_numbers / V));
@@ -38,7 +48,8 @@ inline void target_loss(const float* hidden, const Weight& head, const int* targ
         const Matrix<float> logits(for_logits.of(most * V), rows, V);
         const Matrix<bf16> d(dhidden ? for_d.of(most * V) : nullptr, rows, V);
         product(x.below(first, rows), false, matrix_of(head), true, logits);
-        launch(losses_kernel, dim3(rows), head_threads, 0, logits.data, targets + first, losses + first, d.data, V, smoothing);
+        cap_logits(logits, cap);
+        launch(losses_kernel, dim3(rows), head_threads, 0, logits.data, targets + first, losses + first, d.data, V, smoothing, cap);
         if (dhidden) product(d, false, matrix_of(head), false, Matrix<float>(dhidden + first * C, rows, C));
     }
 }
@@ -114,13 +125,14 @@ __global__ void topk_kernel(const float* logits, int64_t V, int k, float* values
     }
 }
 // hidden (rows, C) on the card, head (V, C), edits on the card -> values, ids (rows, k) on the card
-inline void head_topk(const bf16* hidden, int64_t rows, const Weight& head, const Edits& edits, int64_t k, float* values, int* ids) {
+inline void head_topk(const bf16* hidden, int64_t rows, const Weight& head, const Edits& edits, int64_t k, float cap, float* values, int* ids) {
     static Scratch<float> for_logits;
     const int64_t V = head.n, most = std::max<int64_t>(1, std::min(rows, logit_numbers / V));
     for (int64_t first = 0; first < rows; first += most) {
         const int64_t count = std::min(most, rows - first);
         const Matrix<float> logits(for_logits.of(most * V), count, V);
         product(Matrix<bf16>((bf16*)hidden + first * head.k, count, head.k), false, matrix_of(head), true, logits);
+        cap_logits(logits, cap);
         const Edits own{edits.penalised + first * edits.penalised_size, edits.banned + first * edits.banned_size,
             edits.penalised_size, edits.banned_size, edits.penalty};
         launch(edit_kernel, dim3(count), 256, 0, logits.data, own, V);

@@ -104,10 +104,10 @@ JLORA_OPERATOR(dropout_op) {
     JLORA_EACH(dropout_kernel<float>, in[0].size, in[0].in(), out[0].out(), drop, in[0].size);
 }
 // hidden (N, C), targets (N,) -> losses (N,), d hidden. integer: address of the head; number: smoothing,
-// whether the gradient is wanted.
+// whether the gradient is wanted, cap.
 JLORA_OPERATOR(target_loss_op) {
     target_loss(in[0].in(), weight_at(integer), in[1].as<int>(), out[0].out(), number[1] != 0 ? out[1].out() : nullptr,
-        in[0].shape[0], (float)number[0]);
+        in[0].shape[0], (float)number[0], (float)number[2]);
 }
 
 // Blocks; the arrays and numbers of ../library.cc, where norms and biases always come with the call.
@@ -121,7 +121,7 @@ struct BlockArrays {
         call.seed = Seed(integer + 1);
         if (s.rotary) call.cos = in[next++].in(), call.sin = in[next++].in();
         for (int64_t i = 0; i < 2 * (int64_t)number[0]; i++) call.adapters.push_back(in[next++].in());
-        call.norm1 = s.norm1, call.norm2 = s.norm2;
+        call.norm1 = s.norms[0], call.norm2 = s.norms[2];
         for (Norm* norm : {&call.norm1, &call.norm2}) {
             norm->weight = in[next++].in();
             if (norm->bias) norm->bias = in[next++].in();
@@ -134,7 +134,7 @@ struct BlockArrays {
         for (size_t i = 0; i < call.adapters.size(); i++) call.gradients.push_back(out[o++].out());
         for (int64_t i = 0; i < 4; i += 2) {
             call.norm_gradients[i] = wanted(out[o++]);
-            if (s.norm1.bias) call.norm_gradients[i + 1] = wanted(out[o++]);
+            if (s.norms[0].bias) call.norm_gradients[i + 1] = wanted(out[o++]);
         }
         for (int64_t i = 0; i < joints; i++) if (joint(i).bias) call.bias_gradients[i] = wanted(out[o++]);
     }
@@ -184,7 +184,8 @@ JLORA_OPERATOR(head_topk_op) {
     const int* there = to_card(for_edits, edits.data(), edits.size());
     float* values = for_values.of(rows * k);
     int* ids = for_ids.of(rows * k);
-    head_topk(hidden, rows, head, {there, there + in[1].size, in[1].shape[1], in[2].shape[1], (float)number[0]}, k, values, ids);
+    head_topk(hidden, rows, head, {there, there + in[1].size, in[1].shape[1], in[2].shape[1], (float)number[0]}, k, (float)number[1],
+        values, ids);
     check(cudaMemcpy(out[0].data, values, rows * k * 4, cudaMemcpyDeviceToHost), "a copy from the card");
     check(cudaMemcpy(out[1].data, ids, rows * k * 4, cudaMemcpyDeviceToHost), "a copy from the card");
 }

@@ -7,6 +7,8 @@ namespace jlora {
 struct Norm {
     const float *weight, *bias;  // bias: null where there is none
     int64_t centred;             // LayerNorm takes the mean off; RMSNorm, 0, does not
+    double offset;               // added to the weights
+    __device__ float factor(int64_t j) const { return weight[j] + (float)offset; }
 };
 enum Activation : int64_t { silu, gelu_tanh };  // ACTIVATIONS in block.py
 
@@ -66,7 +68,7 @@ __global__ void add_norm_kernel(const float* x, const float* add, const float* b
     float mean, r;
     row_moments(norm, eps, row, C, room, mean, r);
     for (int64_t j = threadIdx.x; j < C; j += blockDim.x)
-        y[at + j] = Y((row[j] - mean) * r * norm.weight[j] + (norm.bias ? norm.bias[j] : 0.0f));
+        y[at + j] = Y((row[j] - mean) * r * norm.factor(j) + (norm.bias ? norm.bias[j] : 0.0f));
 }
 template <typename Y>
 inline void normalise(const float* x, const Norm& norm, double eps, Y* y, int64_t rows, int64_t C) {
@@ -81,13 +83,13 @@ __global__ void norm_back_kernel(const float* x, Norm norm, float eps, const flo
     float mean, r, sum = 0, along = 0;
     row_moments(norm, eps, x + at, C, room, mean, r);
     for (int64_t j = threadIdx.x; j < C; j += blockDim.x) {
-        const float w = dy[at + j] * norm.weight[j];
+        const float w = dy[at + j] * norm.factor(j);
         sum += w, along += w * (x[at + j] - mean);
     }
     sum = block_sum(sum, room), along = block_sum(along, room);
     const float c0 = norm.centred ? sum / C : 0.0f, c1 = along * r * r / C;
     for (int64_t j = threadIdx.x; j < C; j += blockDim.x) {
-        const float own = r * (dy[at + j] * norm.weight[j] - c0 - (x[at + j] - mean) * c1);
+        const float own = r * (dy[at + j] * norm.factor(j) - c0 - (x[at + j] - mean) * c1);
         const float all = past ? past[at + j] + own : own;
         dx[at + j] = all;
         if (rounded) rounded[at + j] = bf16(all);
