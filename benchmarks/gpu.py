@@ -26,8 +26,6 @@ INPUTS = ROOT / "runs" / "gpu" / "inputs"
 STAGES = {
     "compile": 240, "twins": 120, "train": 200, "decode": 150, "epochs": 60, "fixtures": 150,
 }  # fmt: skip
-MODELS = ("gpt2-medium", "gpt2-small")
-BATCHES = ("e2e-8", "8x512")
 
 
 def main() -> None:
@@ -102,7 +100,9 @@ def prepare(folder: Path) -> None:
     for name, (config, lora) in TWINS.items():
         loss, gradients, states, best = computed(config, dict(lora), "plain")
         arrays = {"loss": loss, "states": states, "best": best}
-        np.savez(folder / f"twin {name}.npz", **arrays, **{f"d {n}": g for n, g in gradients.items()})
+        np.savez(
+            folder / f"twin {name}.npz", **arrays, **{f"d {n}": g for n, g in gradients.items()}
+        )
 
 
 def stage_compile(chosen: argparse.Namespace) -> None:
@@ -206,54 +206,58 @@ def computed(config: dict, lora: dict, precision: str):
         return loss.item(), dict(zip(names, gradients)), states, np.array(decoder.hidden)
 
 
-def sides_of(chosen: argparse.Namespace, module: str, spec: dict, peers: list[dict]) -> list[Side]:
-    ours = Side("jlora bf16", f"jlora_{module}", "jlora", {**spec, "precision": "bf16"})
+def run_sides(
+    chosen: argparse.Namespace,
+    module: str,
+    spec: dict,
+    peer: str,
+    rounds: int,
+    warmup: int,
+    inputs: int,
+) -> None:
+    """Run jlora and its peer, one after the other: two programs on one card would take turns.
+
+    Args:
+        module: "train" or "decode".
+        inputs: of a round, by which its time is divided.
+    """
     path = {} if chosen.torch_path is None else {"PYTHONPATH": chosen.torch_path}
-    others = [
-        Side(peer.pop("name"), f"torch_{module}", "torch", {**spec, **peer}, variables=path)
-        for peer in peers
-    ]
-    for side in (ours, *others):
-        side.apart = True  # two programs on one card would take turns
-    return [ours, *others]
+    spec = {**spec, "device": "cuda", "precision": "bf16"}
+    ours = Side("jlora bf16", f"jlora_{module}", "jlora", spec)
+    theirs = Side(peer, f"torch_{module}", "torch", spec, variables=path)
+    for side in (ours, theirs):
+        alternate([side], rounds, warmup)
+        print(
+            f"  {side.name:20} {1000 * side.median / inputs:9.2f} ms, first "
+            f"{side.first_seconds:6.1f} s, {side.extra.get('gpu_mb', 0):7.0f} MB of the card, ratio "
+            f"{side.median / ours.median:.2f}",
+            flush=True,
+        )
 
 
 def stage_train(chosen: argparse.Namespace) -> None:
-    """50 training steps of each side, one side after the other."""
-    for batch in BATCHES:
-        for model in MODELS if batch == "e2e-8" else MODELS[:1]:
-            path = chosen.inputs / f"{batch}.npz"
-            spec = {
-                "config": work.MODELS[model], "lora": work.lora_settings(model),
-                "batches": str(path), "label_smoothing": 0.1, "device": "cuda",
-            }  # fmt: skip
-            peers = [{"name": "PEFT bf16", "precision": "bf16"}]
-            all_sides = sides_of(chosen, "train", spec, peers)
-            alternate(all_sides, 50, warmup=6)
-            print(f"{model}, {batch}, 50 steps each:", flush=True)
-            table(all_sides, 1)
+    """50 training steps of each side; batches of E2E have another length at each step."""
+    for model, batch in (
+        ("gpt2-medium", "e2e-8"),
+        ("gpt2-small", "e2e-8"),
+        ("gpt2-medium", "8x512"),
+    ):
+        print(f"{model}, {batch}, 50 steps each:", flush=True)
+        spec = {
+            "config": work.MODELS[model], "lora": work.lora_settings(model),
+            "batches": str(chosen.inputs / f"{batch}.npz"), "label_smoothing": 0.1,
+        }  # fmt: skip
+        run_sides(chosen, "train", spec, "PEFT bf16", rounds=50, warmup=6, inputs=1)
 
 
 def stage_decode(chosen: argparse.Namespace) -> None:
     """Beam search, 10 beams, 64 tokens, of 64 inputs at a time."""
+    print("gpt2-medium, 64 inputs at a time, 10 beams, 64 tokens; for each input:", flush=True)
     spec = json.loads((chosen.inputs / "decode.json").read_text())
-    spec.update(prompts=str(chosen.inputs / "prompts.json"), device="cuda", batch_size=64, inputs=64)
-    peers = [{"name": "transformers bf16", "precision": "bf16", "early_stopping": False}]
-    both = sides_of(chosen, "decode", spec, peers)
-    alternate(both, 3, warmup=1)
-    print("gpt2-medium, 64 inputs, 10 beams, 64 tokens:", flush=True)
-    table(both, 64)
-
-
-def table(all_sides: list[Side], inputs: int) -> None:
-    best = all_sides[0]
-    for side in all_sides:
-        memory = side.extra.get("gpu_mb", 0)
-        print(
-            f"{side.name:20} {1000 * side.median / inputs:9.2f} ms, first {side.first_seconds:6.1f} s, "
-            f"{memory:7.0f} MB of the card, ratio {side.median / best.median:.2f}",
-            flush=True,
-        )
+    spec.update(
+        prompts=str(chosen.inputs / "prompts.json"), batch_size=64, inputs=64, early_stopping=False
+    )
+    run_sides(chosen, "decode", spec, "transformers bf16", rounds=2, warmup=1, inputs=64)
 
 
 def stage_epochs(chosen: argparse.Namespace) -> None:

@@ -141,7 +141,9 @@ class _FusedBlock:
             shape = self._shape(norms)
             fits = shape.fits(flat[0].product.packed.k, flat[-1].product.packed.k)
             if on_gpu():  # cuda/block.h has the first two norms alone
-                fits = fits and [p is not None for p in norms[::2]] == [True, False] * 2 + [False] * 2
+                fits = (
+                    fits and [p is not None for p in norms[::2]] == [True, False] * 2 + [False] * 2
+                )
                 fits = fits and len(layers[2]) == (2 if shape.gated else 1)
             arrays = [None if p is None else p.numpy() for p in norms]
             joints = [[layer.planned() for layer in joint] for joint in layers]

@@ -80,7 +80,8 @@ def learn_modules(modules: Mapping[type, Mapping[str, type]]) -> None:
     for module, parts in modules.items():
         PARTS[module] = {
             # Leaves are swapped or, on a GPU, not; both compute the same.
-            name: SWAPPED.get(kind) or tuple(
+            name: SWAPPED.get(kind)
+            or tuple(
                 {kind, FUSED.get(kind, kind), FUSED_ON_GPU.get(kind, kind)} - {CausalAttention}
             )
             for name, kind in parts.items()

@@ -79,7 +79,9 @@ def _compiled() -> Path:
     full = [*command(nvcc, jt.flags.cc_path, capabilities), f"-L{libraries}"]
     full += ["-Xlinker", f"-rpath={libraries}"]
     digest = hashlib.sha256(repr(full).encode())
-    for source in sorted([*FOLDER.glob("*"), FOLDER.parent / "layouts.h", FOLDER.parent / "native.h"]):
+    for source in sorted(
+        [*FOLDER.glob("*"), FOLDER.parent / "layouts.h", FOLDER.parent / "native.h"]
+    ):
         digest.update(source.read_bytes())
     path = Path(jt.flags.cache_path) / "jlora" / f"operators-{digest.hexdigest()[:16]}.so"
     if path.is_file():

@@ -224,15 +224,14 @@ def open_data(recipe: Recipe, test: bool, check_memory: bool) -> RunData:
 
     Args:
         test: whether test inputs are answered after the training.
-        check_memory: whether to refuse a run that does not fit this machine; a GPU has memory of
-            its own.
+        check_memory: whether to refuse a run that does not fit this machine, or its GPU.
 
     Raises:
         UserError: data or model are missing or broken or do not fit each other, or the run does not
             fit.
     """
     data = load_data(recipe, test)
-    if check_memory and not jt.flags.use_cuda:
+    if check_memory:
         world().first(lambda: check_fits(recipe, data))
     return data
 

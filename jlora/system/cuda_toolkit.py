@@ -198,7 +198,11 @@ def set_up(toolkit: Toolkit, cache: Path) -> Path:
         if toolkit.header("npp.h") is None:
             (made / "include" / "npp.h").write_text(_NPP)
         script = made / "bin" / "nvcc"
-        paths = {"nvcc": toolkit.nvcc.resolve(), "include": home / "include", "lib64": home / "lib64"}
+        paths = {
+            "nvcc": toolkit.nvcc.resolve(),
+            "include": home / "include",
+            "lib64": home / "lib64",
+        }
         script.write_text(_NVCC.format(**paths))
         script.chmod(0o755)
         made.rename(home)
@@ -211,7 +215,11 @@ def set_up(toolkit: Toolkit, cache: Path) -> Path:
 
 def _link_all(source: Path, target: Path) -> None:
     if source == Path("/usr/include"):  # only CUDA's
-        names = [p for pattern in ("cu*", "crt", "*_types.h", "*_functions.h", "nv*") for p in source.glob(pattern)]
+        names = [
+            p
+            for pattern in ("cu*", "crt", "*_types.h", "*_functions.h", "nv*")
+            for p in source.glob(pattern)
+        ]
     else:
         names = list(source.iterdir())
     for path in names:

@@ -90,6 +90,16 @@ def gpu_problem() -> str | None:
     return None
 
 
+def free_gpu_memory() -> int | None:
+    """Bytes of the first GPU's memory that are free; None where nvidia-smi does not say."""
+    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+        return int(found.stdout.split()[0]) << 20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
 def processors() -> int:
     """The number of processor cores for this process: affinity, quota, no hyper-threads."""
     try:

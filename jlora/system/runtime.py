@@ -43,6 +43,8 @@ from jlora.system.import_errors import DOCTOR, cause, explain, install, last_lin
 from jlora.system.lock import one_at_a_time
 from jlora.system.status import Status
 
+#: Values of JLORA_DEVICE, as `use_gpu` takes them.
+DEVICES = {"auto": None, "cpu": False, "gpu": True}
 _lock = threading.RLock()
 _verbose = os.environ.get("JLORA_VERBOSE", "0") not in ("", "0")
 
@@ -52,6 +54,7 @@ def __getattr__(name: str) -> Any:
         with _lock:
             if "jt" not in globals():
                 globals()["jt"] = _load()
+                choose_device()
             return globals()["jt"] if name == "jt" else importlib.import_module("jittor.nn")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -98,6 +101,22 @@ def release_memory() -> None:
     __getattr__("jt").gc()
     with contextlib.suppress(OSError, AttributeError):  # another C library has no such function
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def choose_device() -> None:
+    """Compute where ``JLORA_DEVICE`` says: "cpu", "gpu", or "auto", the default: a GPU that works.
+
+    Raises:
+        UserError: another value, no GPU where one is asked for, or several processes on a GPU.
+    """
+    device = os.environ.get("JLORA_DEVICE", "auto")
+    if device not in DEVICES:
+        raise UserError(f"JLORA_DEVICE={device}: it is one of {', '.join(DEVICES)}")
+    if use_gpu(DEVICES[device]) and distributed.world().size > 1:
+        raise UserError(
+            "several processes share out processors, and this run is on a GPU, which one process "
+            "fills; start it without --nproc and mpirun, or with JLORA_DEVICE=cpu"
+        )
 
 
 def use_gpu(wanted: bool | None = None) -> bool:

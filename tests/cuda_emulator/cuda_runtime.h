@@ -112,8 +112,8 @@ constexpr cudaError_t cudaSuccess = 0;
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 inline cudaError_t cudaMalloc(void** p, size_t n) {
-    *p = std::malloc(n);
-    std::memset(*p, 0xFF, n);
+    *p = n < (size_t)1 << 40 ? std::malloc(n) : nullptr;
+    if (*p) std::memset(*p, 0xFF, n);
     return *p ? 0 : 2;
 }
 inline cudaError_t cudaFree(void* p) { std::free(p); return 0; }

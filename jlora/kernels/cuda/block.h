@@ -57,8 +57,8 @@ struct BlockCall {
 
 // Kept from the forward to the backward pass, in one piece of memory.
 struct Saved {
-    float *mid, *lse;
-    bf16 *qkv, *attended, *up, *low[joints];
+    float *mid, *lse, *low[joints];
+    bf16 *qkv, *attended, *up;
     int64_t bytes = 0;
 
     // memory null: only counts the bytes
@@ -71,7 +71,7 @@ struct Saved {
         auto halves = [&](int64_t width) { return (bf16*)take(rows * width * 2); };
         mid = (float*)take(rows * s.width * 4), lse = (float*)take(rows * s.heads * 4);
         qkv = halves(s.qkv_width()), attended = halves(s.heads * s.head_size), up = halves(s.up_width());
-        for (int64_t i = 0; i < joints; i++) low[i] = halves((&s.qkv)[i].rank());
+        for (int64_t i = 0; i < joints; i++) low[i] = (float*)take(rows * (&s.qkv)[i].rank() * 4);
     }
 };
 
@@ -167,7 +167,7 @@ private:
         const JointSpec& all = joint(i);
         const Matrix<bf16> input(x, M, all.linears[0].weight->k);
         const Matrix<float> outputs(y, M, all.outputs());
-        bf16* low = saved.low[i];
+        float* low = saved.low[i];
         for (int64_t j = 0, first = 0; j < all.count; first += all.linears[j++].weight->n) {
             const Weight& w = *all.linears[j].weight;
             const Matrix<float> own = outputs.part(first, w.n);
@@ -186,7 +186,7 @@ private:
             const Weight& w = *all.linears[j].weight;
             product(outputs.part(first, w.n), false, matrix_of(w), false, dinput, 1.0f, j ? 1.0f : 0.0f);
         }
-        bf16* low = saved.low[i];
+        float* low = saved.low[i];
         for (int64_t j = 0, first = 0; j < all.count; first += all.linears[j++].weight->n) {
             const Branch& b = branches_[i][j];
             if (b.r) LowRank(b).backward(input, outputs.part(first, all.linears[j].weight->n), low, dinput), low += M * b.rank();

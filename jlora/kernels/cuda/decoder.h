@@ -121,7 +121,7 @@ __global__ void step_attention_kernel(const bf16* qkv, Seen seen, int64_t layer,
 // Layers that read the same rows; their outputs stand side by side in y. The bias of a layer that is alone is
 // left to whoever reads y.
 inline void apply(const Linear* layers, int64_t count, bf16* x, int64_t rows, float* y) {
-    static Scratch<bf16> for_low;
+    static Scratch<float> for_low;
     int64_t outputs = 0;
     for (int64_t i = 0; i < count; i++) outputs += layers[i].n;
     const Matrix<bf16> input(x, rows, layers[0].k);

@@ -73,7 +73,7 @@ JLORA_OPERATOR(multiply_op) {
     product(x, false, matrix_of(w), !back, Matrix<float>(out[0].out(), rows, to));
     if (number[1] != 0) JLORA_EACH(decode::add_bias_kernel, out[0].size, out[0].out(), to, to, in[1].in(), out[0].size);
 }
-// A linear layer with its low-rank branch, as in ../library.cc. `low` is float32 there, of which bf16 takes half.
+// A linear layer with its low-rank branch, as in ../library.cc.
 static Branch branch_at(const Array* in, const Weight& w, const int64_t* integer, const double* number, float* dA, float* dB) {
     return {in[1].in(), in[2].in(), dA, dB, w.k, w.n, (int64_t)number[0], (int64_t)number[1], (int64_t)number[2], (float)number[3],
         number[4], Seed(integer + 1)};
@@ -85,7 +85,7 @@ JLORA_OPERATOR(lora_forward_op) {
     const Matrix<float> y(out[0].out(), x.rows, w.n);
     round(in[0].in(), x.data, in[0].size);
     product(x, false, matrix_of(w), true, y);
-    LowRank(branch_at(in, w, integer, number, nullptr, nullptr)).forward(x, out[1].as<bf16>(), y);
+    LowRank(branch_at(in, w, integer, number, nullptr, nullptr)).forward(x, out[1].out(), y);
     if (number[5] != 0) JLORA_EACH(decode::add_bias_kernel, out[0].size, y.data, w.n, w.n, in[3].in(), out[0].size);
 }
 JLORA_OPERATOR(lora_backward_op) {
@@ -96,7 +96,7 @@ JLORA_OPERATOR(lora_backward_op) {
     const Matrix<float> dx(out[0].out(), rows, w.k);
     round(in[0].in(), x.data, in[0].size), round(in[4].in(), dy.data, in[4].size);
     product(dy, false, matrix_of(w), false, dx);
-    LowRank(branch_at(in, w, integer, number, out[1].out(), out[2].out())).backward(x, dy, in[3].as<bf16>(), dx);
+    LowRank(branch_at(in, w, integer, number, out[1].out(), out[2].out())).backward(x, dy, (float*)in[3].data, dx);
 }
 // integer: seed, first row; number: p, width of a row.
 JLORA_OPERATOR(dropout_op) {

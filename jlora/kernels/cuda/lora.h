@@ -31,31 +31,31 @@ struct Branch {
     }
 };
 
+// Products over the width of the rows are of bf16 copies; those over the rank, which are small, are float32.
 class LowRank {
 public:
-    explicit LowRank(const Branch& b) : b_(b), A_(round_of(for_A(), b.A, b.rank() * b.in), b.rank(), b.in),
-        B_(round_of(for_B(), b.B, b.enabled() * b.width() * b.r), b.enabled() * b.width(), b.r) {}
+    explicit LowRank(const Branch& b) : b_(b), A_((float*)b.A, b.rank(), b.in), B_((float*)b.B, b.enabled() * b.width(), b.r) {}
 
     // x (rows, in) -> low (rows, rank), kept for the backward pass; added to y (rows, out).
-    void forward(const Matrix<bf16>& x, bf16* low, const Matrix<float>& y) const {
-        const Matrix<bf16> kept(low, x.rows, b_.rank());
-        product(dropped(x), false, A_, true, kept, b_.scale);
+    void forward(const Matrix<bf16>& x, float* low, const Matrix<float>& y) const {
+        const Matrix<float> kept(low, x.rows, b_.rank());
+        product(dropped(x), false, rounded(A_, 0), true, kept, b_.scale);
         b_.each_block([&](int64_t first, int64_t own) {
-            product(kept.part(own * b_.r, b_.r), false, rows_of_B(own), true, y.part(first, b_.width()), 1.0f, 1.0f);
+            product(kept.part(own * b_.r, b_.r), false, of_block(B_, own), true, y.part(first, b_.width()), 1.0f, 1.0f);
         });
     }
     // dy (rows, out), low as kept, x as read -> dA, dB; what flows to x is added to dx (rows, in).
-    void backward(const Matrix<bf16>& x, const Matrix<bf16>& dy, bf16* low, const Matrix<float>& dx) const {
-        static Scratch<bf16> for_dlow;
-        static Scratch<float> for_dropped;
-        const Matrix<bf16> kept(low, x.rows, b_.rank()), dlow(for_dlow.of(x.rows * b_.rank()), x.rows, b_.rank());
-        const Matrix<float> dA(b_.dA, b_.rank(), b_.in);
+    void backward(const Matrix<bf16>& x, const Matrix<bf16>& dy, float* low, const Matrix<float>& dx) const {
+        static Scratch<float> for_dlow, for_dropped;
+        const Matrix<float> dlow(for_dlow.of(x.rows * b_.rank()), x.rows, b_.rank()), dA(b_.dA, b_.rank(), b_.in);
+        const Matrix<bf16> B = rounded(B_, 0), kept = rounded(Matrix<float>(low, x.rows, b_.rank()), 1);
         b_.each_block([&](int64_t first, int64_t own) {
             const Matrix<bf16> block = dy.part(first, b_.width());
-            product(block, false, rows_of_B(own), false, dlow.part(own * b_.r, b_.r), b_.scale);
-            product(block, true, kept.part(own * b_.r, b_.r), false, Matrix<float>(b_.dB + own * b_.width() * b_.r, b_.width(), b_.r));
+            const Matrix<float> dB(b_.dB + own * b_.width() * b_.r, b_.width(), b_.r);
+            product(block, false, of_block(B, own), false, dlow.part(own * b_.r, b_.r), b_.scale);
+            product(block, true, kept.part(own * b_.r, b_.r), false, dB);
         });
-        product(dlow, true, dropped(x), false, dA);
+        product(rounded(dlow, 1), true, dropped(x), false, dA);
         if (!dx.data) return;
         if (b_.p <= 0) return product(dlow, false, A_, false, dx, 1.0f, 1.0f);
         const Matrix<float> own(for_dropped.of(x.rows * b_.in), x.rows, b_.in);
@@ -64,14 +64,15 @@ public:
     }
 
 private:
-    static Scratch<bf16>& for_A() { static Scratch<bf16> memory; return memory; }
-    static Scratch<bf16>& for_B() { static Scratch<bf16> memory; return memory; }
-    static bf16* round_of(Scratch<bf16>& memory, const float* x, int64_t count) {
-        bf16* y = memory.of(count);
-        round(x, y, count);
+    // In one of two pieces of memory that are used again.
+    static Matrix<bf16> rounded(const Matrix<float>& x, int which) {
+        static Scratch<bf16> memory[2];
+        Matrix<bf16> y(memory[which].of(x.rows * x.columns), x.rows, x.columns);
+        round(x.data, y.data, x.rows * x.columns);
         return y;
     }
-    Matrix<bf16> rows_of_B(int64_t own) const { return B_.below(own * b_.width(), b_.width()); }
+    template <typename T>
+    Matrix<T> of_block(const Matrix<T>& B, int64_t own) const { return B.below(own * b_.width(), b_.width()); }
     Matrix<bf16> dropped(const Matrix<bf16>& x) const {
         if (b_.p <= 0) return x;
         static Scratch<bf16> memory;
@@ -81,6 +82,6 @@ private:
         return y;
     }
     const Branch b_;
-    Matrix<bf16> A_, B_;
+    Matrix<float> A_, B_;
 };
 }  // namespace jlora
