@@ -34,8 +34,8 @@ def add_evaluate(verb: Verb) -> None:
         "Score texts by the metrics of a task, or a model by held-out data.",
     )  # fmt: skip
     command.add_argument(
-        "what", metavar="TASK", help="of --refs and --hyps: e2e, webnlg, dart, boolq, ...; of a model and its "
-        "--data: perplexity or exact-match",
+        "what", metavar="TASK", help="of --refs and --hyps: e2e, webnlg, dart, boolq, ...; of a "
+        "model and its --data: perplexity or exact-match",
     )  # fmt: skip
     texts = command.add_argument_group("texts")
     texts.add_argument(

@@ -25,7 +25,7 @@ class Setting(argparse.Action):
     """
 
     def __init__(self, option_strings, dest, key: str | Callable[[Any], dict[str, Any]], **options):
-        if options.get("nargs") != 0:
+        if option_strings and options.get("nargs") != 0:
             name = option_strings[-1].lstrip("-")
             options.setdefault("metavar", name.replace("-", "_").upper())
         super().__init__(option_strings, "settings", default=(), **options)
@@ -188,7 +188,7 @@ def positive(text: str) -> int:
 
 def open_recipe(arguments: argparse.Namespace, name: str | None):
     """The recipe and the run folder that a command line means."""
-    from jlora.runs.recipe import apply_override, find_recipe, load_recipe, make_recipe
+    from jlora.runs.recipe import find_recipe, load_recipe
 
     if arguments.resume:
         if overrides(arguments) or getattr(arguments, "smoke", False):
@@ -205,15 +205,21 @@ def open_recipe(arguments: argparse.Namespace, name: str | None):
     if name:
         recipe = load_recipe(find_recipe(name), overrides(arguments))
     else:
-        values: dict = {}
-        for override in overrides(arguments):
-            apply_override(values, override)
-        if "model" not in values:
-            raise UserError("no --model given, such as --model smollm2-135m")
-        from jlora.runs.chat_data import complete
-
-        recipe = make_recipe(complete(values), "command line")
+        recipe = make_recipe_of(arguments)
     return recipe, Path(arguments.out or f"runs/{Path(name).stem if name else 'finetune'}")
+
+
+def make_recipe_of(arguments: argparse.Namespace):
+    """The recipe that a command line alone says."""
+    from jlora.runs.chat_data import complete
+    from jlora.runs.recipe import apply_override, make_recipe
+
+    values: dict = {}
+    for override in overrides(arguments):
+        apply_override(values, override)
+    if "model" not in values:
+        raise UserError("no --model given, such as --model smollm2-135m")
+    return make_recipe(complete(values), "command line")
 
 
 def refuse(arguments: argparse.Namespace, names: Iterable[str], why: str) -> None:

@@ -21,6 +21,7 @@ from jlora.system.console import warn
 from jlora.system.errors import UserError
 
 NO_THOUGHTS = re.compile(r"\s*<think>\s*</think>\s*")
+OPEN_THOUGHTS = re.compile(r"<think>\s*\Z")
 #: What looks like a special token in a template's text.
 MARK = re.compile(r"<[|｜][^<>{}'\"\s]+[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]")
 TRAIN_ON = ("all", "last", "each")
@@ -228,7 +229,8 @@ def answer_spans(row: Conversation, template: ChatTemplate) -> tuple[str, Spans]
             else:
                 raise _no_prefix(row, number, whole, until, "it as the last message")
         _check_prompt(row, template, number, before, whole[start:end])
-        thoughts = NO_THOUGHTS.match(whole, start, end)
+        opened = OPEN_THOUGHTS.search(before)  # a generation prompt may begin the block
+        thoughts = NO_THOUGHTS.match(whole, opened.start() if opened else start, end)
         spans.append((thoughts.end() if thoughts else start, end))
     return whole, spans
 
@@ -334,7 +336,8 @@ def encode_spans(
         for text, each in zip(texts, spans)
     ]
     pieces = [
-        [text[start:end] for start, end in zip(cuts, cuts[1:])] for text, cuts in zip(texts, edges)
+        [text[start:end] for start, end in zip(cuts, cuts[1:])] or [""]
+        for text, cuts in zip(texts, edges)
     ]
     firsts = tokenizer.encode_batch([each[0] for each in pieces])
     others = iter(tokenizer.encode_after([piece for each in pieces for piece in each[1:]]))
