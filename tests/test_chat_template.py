@@ -191,6 +191,25 @@ ENDLESS = {
     "replace filter": "{{ ('a' * 10 ** 6) | replace('a', 'a' * 10 ** 6) }}",
     "join": "{{ range(99999) | join('a' * 10 ** 6) }}",
     "join method": "{{ ('a' * 10 ** 6).join('b' * 10 ** 6 | list) }}",
+    "join of one text": "{{ (['a' * 10 ** 6] * 10 ** 6) | join }}",
+    "tabs": "{{ ('\t' * 10 ** 6).expandtabs(10 ** 6) }}",
+    "indented lines": "{{ ('\n' * 10 ** 6) | indent(10 ** 6) }}",
+    "wrapped lines": "{{ ('a ' * 10 ** 5) | wordwrap(1, wrapstring='b' * 10 ** 5) }}",
+    "translate": "{{ ('a' * 10 ** 6).translate({97: 'b' * 10 ** 6}) }}",
+    "lists in lists": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}"
+    "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x == 1 }}",
+    "dicts in dicts": "{% set n = namespace(x=1) %}{% for i in range(60) %}"
+    "{% set n.x = {'a': n.x, 'b': n.x} %}{% endfor %}{{ n.x | tojson }}",
+    "tuples": "{% set n = namespace(x='a') %}{% for i in range(60) %}"
+    "{% set n.x = (n.x, n.x) %}{% endfor %}{{ n.x }}",
+    "lists times lists": "{% set a = [1] * 1000 %}{% set b = [a] * 1000 %}{% set c = [b] * 1000 %}"
+    "{{ c }}",
+    "lists times lists as JSON": "{% set a = [1] * 1000 %}{% set b = [a] * 1000 %}"
+    "{{ ([b] * 1000) | tojson }}",
+    "sum of lists": "{{ ([[1] * 10 ** 5] * 10 ** 4) | sum(start=[]) | length }}",
+    "a list often": "{% set a = ['a' * 10 ** 6] * 10 ** 6 %}{{ '%s' % (a,) }}",
+    "a list formatted": "{% set a = ['a' * 10 ** 6] * 10 ** 6 %}{{ '{}'.format(a) }}",
+    "a list as text": "{% set a = ['a' * 10 ** 6] * 10 ** 6 %}{{ a ~ '' }}",
     "bytes": "{{ (1).to_bytes(10 ** 11, 'big') }}",
     "tojson": "{{ messages | tojson(indent=10 ** 11) }}",
     "lorem ipsum": "{{ lipsum(n=10 ** 9) }}",
@@ -224,10 +243,20 @@ def test_it_reaches_nothing(source):
 
 def test_a_long_conversation_is_no_endless_one():
     letters = "{% for m in messages %}{% for c in m.content %}{{ c }}{% endfor %}{% endfor %}"
-    messages = [{"role": "user", "content": "x" * 300_000}] * 4
-    assert len(ChatTemplate(letters).render(messages)) == 1_200_000
+    messages = [{"role": "user", "content": "x" * 100_000}] * 4
+    assert len(ChatTemplate(letters).render(messages)) == 400_000
     assert len(ChatTemplate("{{ messages[0].content }}").render(
         [{"role": "user", "content": "x" * 5_000_000}])) == 5_000_000  # fmt: skip
+
+
+def test_lists_that_grow_with_the_conversation():
+    source = (
+        "{% set n = namespace(x=[]) %}{% for m in messages %}{% set n.x = n.x + [m] %}{% endfor %}"
+        "{{ n.x | length }}{% for m in messages %}{% if m.role in ['user', 'x'] %}.{% endif %}"
+        "{% endfor %}{{ n }}"
+    )
+    text = ChatTemplate(source).render([{"role": "user", "content": "x"}] * 3000)
+    assert text == "3000" + "." * 3000 + "<Namespace>"
 
 
 def test_numbers_in_texts_are_no_widths():
