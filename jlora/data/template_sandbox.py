@@ -34,6 +34,7 @@ WIDE_FIELD = re.compile(r"%[-+ #0(\w)]*?(\d{5,}|\*)|:[^{}]*\d{5,}[^{}]*\}")
 #: Functions and filters that make a text or list as long as a number says.
 PADDING = frozenset(("center", "ljust", "rjust", "zfill", "to_bytes", "batch", "slice"))
 MOST_INDENT = 16  # of JSON
+SIZED = (str, list, tuple, dict)
 #: Filters that hand on what is in a list and write none of it; all others may make a text of it.
 STRUCTURAL = frozenset(
     ("length", "count", "first", "last", "list", "map", "select", "reject", "selectattr")
@@ -58,20 +59,18 @@ class Budget:
         if length > self.length:
             raise jinja2.TemplateError(f"it makes a text of more than {self.length:,} characters")
 
-    def measure(self, value: Any) -> None:
+    def measure(self, value: str | list | tuple | dict) -> None:
         """Check the length of what a value is written out as: lists may hold one thing often."""
-        total, passed, stack = 0, 0, [value]
+        total, stack = 0, [value]
         while stack:
             item = stack.pop()
-            passed += 1
-            if isinstance(item, (str, list, tuple, dict)):
-                total += len(item)
-                self.allow(total)
+            total += 1 + len(item)
+            self.allow(total)
             if isinstance(item, dict):
-                stack += [*item, *item.values()]
-            elif isinstance(item, (list, tuple)):
-                stack += item
-        self.spend(passed)
+                item = [*item, *item.values()]
+            if not isinstance(item, str):
+                stack += [each for each in item if isinstance(each, SIZED)]
+                self.spend(len(item))
 
 
 _budget: contextvars.ContextVar[Budget] = contextvars.ContextVar("budget")
@@ -141,7 +140,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             _check_bits(left.bit_length() * abs(right))
         elif operator == "%" and isinstance(left, str):
             _check_widths(left)
-            _budget.get().measure(right)
+            _measured(right)
         return super().call_binop(context, operator, left, right)
 
 
@@ -189,7 +188,7 @@ class _Counted:
 
 
 def _measured(value: Any) -> Any:
-    if isinstance(value, (list, tuple, dict)):
+    if isinstance(value, SIZED):
         _budget.get().measure(value)
     return value
 
@@ -233,11 +232,12 @@ def _check_arguments(name: str, function: Any, args: Any, keywords: Any) -> None
     longest = len(max(texts, key=len, default=""))
     if name in PADDING:
         allowed.allow(max(numbers, default=0))
-    elif name in ("expandtabs", "indent", "wordwrap"):
+    elif name in ("expandtabs", "indent") and texts:
         # A number or a text is put before lines, or in the place of tabs.
         width = max([*numbers, *(len(text) for text in texts[1:])], default=0)
-        places = sum(texts[0].count(letter) for letter in "\t\n") + 1 if texts else 1
-        allowed.allow(places * width if name != "wordwrap" else longest + longest * len(texts[1:2]))
+        allowed.allow((texts[0].count("\t") + texts[0].count("\n") + 1) * width)
+    elif name == "wordwrap" and len(texts) > 1:
+        allowed.allow(len(texts[0]) * len(texts[1]))
     elif name == "replace" and len(texts) == 3:
         found = len(texts[0]) // max(1, len(texts[1])) + 1
         allowed.allow(len(texts[0]) + found * len(texts[2]))
