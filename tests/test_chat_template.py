@@ -187,6 +187,10 @@ ENDLESS = {
     "width of its own": "{{ '%*d' % (10 ** 11, 1) }}",
     "format": "{{ '{:99999999999}'.format(1) }}",
     "format with a width": "{{ '{:{}}'.format('a', 10 ** 11) }}",
+    "format with a width of text": "{{ '{:{}}'.format('a', '99999999999') }}",
+    "format of a mapping": "{{ '{a:{b}}'.format_map({'a': 1, 'b': 10 ** 11}) }}",
+    "format filter": "{{ '%99999999999s' | format(1) }}",
+    "precision": "{{ '%.99999999999f' % 1 }}",
     "replace": "{{ ('a' * 10 ** 6).replace('a', 'a' * 10 ** 6) }}",
     "replace filter": "{{ ('a' * 10 ** 6) | replace('a', 'a' * 10 ** 6) }}",
     "join": "{{ range(99999) | join('a' * 10 ** 6) }}",
@@ -260,8 +264,17 @@ def test_lists_that_grow_with_the_conversation():
 
 
 def test_numbers_in_texts_are_no_widths():
-    source = "{{ 1700000000 | string }}{{ 'Nr. 123456: %s' % 'a' }}{{ 'in {} 100000'.format(5) }}"
-    assert ChatTemplate(source).render([]) == "1700000000Nr. 123456: ain 5 100000"
+    source = (
+        "{{ 1700000000 | string }}{{ 'Nr. 123456: %s' % 'a' }}{{ 'in {}: 100000'.format(5) }}"
+        "{{ '{}%s: 123456}'.replace('%s', '') }}{{ '%s: 99999' | format(messages[0].content) }}"
+        "{{ '{}'.format(messages[0].content) }}"
+    )
+    text = "1700000000Nr. 123456: ain 5: 100000{}: 123456}:7654321%*d: 99999:7654321%*d"
+    assert ChatTemplate(source).render([{"role": "user", "content": ":7654321%*d"}]) == text
+    started = time.process_time()
+    colons = [{"role": "user", "content": ":" * 500_000}]
+    assert len(ChatTemplate("{{ '{}'.format(messages[0].content) }}").render(colons)) == 500_000
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from datetime import datetime
+from string import Formatter
 from typing import Any
 
 import jinja2
@@ -30,7 +31,9 @@ STEPS, STEPS_A_CHARACTER = 1_000_000, 10
 #: Longest text or list that a rendering may make, and a number for each character given.
 LENGTH, LENGTH_A_CHARACTER = 4_000_000, 20
 NUMBER_BITS = 4096
-WIDE_FIELD = re.compile(r"%[-+ #0(\w)]*?(\d{5,}|\*)|:[^{}]*\d{5,}[^{}]*\}")
+#: A width or precision of ``%`` that is very large, or an argument.
+WIDE_FIELD = re.compile(r"%(\([^)]{0,99}\))?[-+ #0]*(\d*\.)?(\d{5,}|\*)")
+WIDE_SPEC = re.compile(r"\d{5,}")
 #: Functions and filters that make a text or list as long as a number says.
 PADDING = frozenset(("center", "ljust", "rjust", "zfill", "to_bytes", "batch", "slice"))
 MOST_INDENT = 16  # of JSON
@@ -254,12 +257,15 @@ def _check_arguments(name: str, function: Any, args: Any, keywords: Any) -> None
                 allowed.allow(longest * len(items))
     elif name in ("format", "format_map"):
         for value in values:
-            if isinstance(value, str):
-                _check_widths(value)
-            elif isinstance(value, int) and "{" in str(values[0]).replace("{}", "", 1):
-                allowed.allow(value)  # it may be a width
-            else:
-                _measured(value)
+            _measured(value)
+        if owner is None and texts:  # the filter is `%`
+            _check_widths(texts[0])
+        elif texts:
+            specs = [spec for _, _, spec, _ in Formatter().parse(texts[0]) if spec]
+            # A width in braces is an argument.
+            wide = [*specs, *map(str, values[1:])] if any("{" in spec for spec in specs) else specs
+            if any(WIDE_SPEC.search(spec) for spec in wide):
+                raise _too_wide(texts[0])
 
 
 def _check_product(left: Any, right: Any) -> None:
@@ -278,7 +284,11 @@ def _check_bits(bits: int) -> None:
 
 def _check_widths(text: str) -> None:
     if WIDE_FIELD.search(text):
-        raise jinja2.TemplateError(f"it formats to a width that is too large ({text[:40]!r})")
+        raise _too_wide(text)
+
+
+def _too_wide(text: str) -> jinja2.TemplateError:
+    return jinja2.TemplateError(f"it formats to a width that is too large ({text[:40]!r})")
 
 
 class _Namespace(jinja2.utils.Namespace):
