@@ -247,8 +247,8 @@ def test_it_reaches_nothing(source):
 
 def test_a_long_conversation_is_no_endless_one():
     letters = "{% for m in messages %}{% for c in m.content %}{{ c }}{% endfor %}{% endfor %}"
-    messages = [{"role": "user", "content": "x" * 100_000}] * 4
-    assert len(ChatTemplate(letters).render(messages)) == 400_000
+    messages = [{"role": "user", "content": "x" * 50_000}] * 4
+    assert len(ChatTemplate(letters).render(messages)) == 200_000
     assert len(ChatTemplate("{{ messages[0].content }}").render(
         [{"role": "user", "content": "x" * 5_000_000}])) == 5_000_000  # fmt: skip
 
