@@ -50,7 +50,6 @@ ON_VALUES = {
     "qalora_group_size": 8,
     "revision": "main",
     "target_parameters": ["mlp.gate_proj.weight"],
-    "trainable_token_indices": [1, 2],
     "use_bdlora": {"target_modules_bd_b": ["q_proj", "v_proj"], "nblocks": 2},
     "use_qalora": True,
     "velora_config": {"num_groups": 4},

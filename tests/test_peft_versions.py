@@ -52,7 +52,6 @@ REFUSED = {
     "megatron_config": "Megatron's parallel layers",
     "monteclora_config": "a sampler's tensors; samples in training",
     "target_parameters": "LoRA on a parameter that is no module",
-    "trainable_token_indices": "rows of the embedding",
     "use_bdlora": "A or B is stored as blocks",
     "use_qalora": "A reads pooled inputs",
     "velora_config": "a buffer beside A; another backward pass",

@@ -9,6 +9,7 @@ import numpy as np
 from jlora.adapters import base_model, storage
 from jlora.adapters.attach import (
     ModulesToSave,
+    TokenRows,
     attach,
     has_tied_head,
     set_modules,
@@ -54,6 +55,10 @@ class Adapter:
     def lora_layers(self) -> dict[str, LoRALayer]:
         return {name: m for name, m in self.modules.items() if isinstance(m, LoRALayer)}
 
+    @property
+    def token_rows(self) -> dict[str, TokenRows]:
+        return {name: m for name, m in self.modules.items() if isinstance(m, TokenRows)}
+
     def set_enabled(self, model: nn.Module, enabled: bool) -> None:
         """Have the model, which it is on, compute with it or without it."""
         self._swap_biases(model)
@@ -78,13 +83,12 @@ class Adapter:
 
     def parameter_count(self) -> int:
         """Of its own parameters, biases of the base not among them."""
-        own = [
-            var
-            for module in self.modules.values()
-            for name, var in getattr(module, "modules_to_save", module).named_parameters()
-            if not isinstance(module, LoRALayer) or is_lora_name(name)
-        ]
-        return sum(int(np.prod(var.shape)) for var in own)
+        count = sum(module.rows.size for module in self.token_rows.values())
+        for module in self.modules.values():
+            for name, var in getattr(module, "modules_to_save", module).named_parameters():
+                if is_lora_name(name) or type(module) is ModulesToSave:
+                    count += int(np.prod(var.shape))
+        return count
 
     def peft_form(self, model: nn.Module) -> tuple[LoraConfig, dict[str, np.ndarray]]:
         """Settings and tensors as PEFT has them, by its keys; ``model`` is plain, and stays so."""
@@ -129,6 +133,8 @@ class Adapter:
             key = storage.to_peft_key(name, modules[name.rpartition(".")[0]])
             by_file_name[storage.from_peft_key(key)] = name
         shapes = {key: tuple(own[name].shape) for key, name in by_file_name.items()}
+        rows = {storage.rows_name(name): m for name, m in self.token_rows.items()}
+        shapes.update({name: module.rows.shape for name, module in rows.items()})
         if tensors and not set(shapes) & set(tensors):
             raise UserError(
                 f"{source} fits no module of the model: it has {next(iter(tensors))}, "
@@ -149,6 +155,8 @@ class Adapter:
             if self.config.bias == "lora_only" and name not in complete:
                 complete[name] = own[name].float32().numpy()
         storage.check_tensors(source, shapes, complete)
+        for name, module in rows.items():
+            module.set_rows(complete[name])
         for key, name in by_file_name.items():
             values = np.ascontiguousarray(complete[key])
             assign(own[name], jt.array(values).cast(own[name].dtype))
@@ -156,7 +164,9 @@ class Adapter:
 
 def adapter_names(model: nn.Module, config: LoraConfig) -> set[str]:
     """The parameters that the adapter on ``model`` trains and saves."""
+    tables = [name for name, m in model.named_modules() if isinstance(m, TokenRows)]
     names = {name for name, _ in model.named_parameters()}
+    names -= {f"{name}.modules_to_save.weight" for name in tables}
     own = {n for n in names if is_lora_name(n) or ".modules_to_save." in f".{n}"}
     return own | bias_names(model, config.bias)
 

@@ -24,7 +24,7 @@ _INERT_FIELDS = {
 _LACKING_FIELDS = {
     "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config",
     "layer_replication", "lora_bias", "megatron_config", "monteclora_config", "target_parameters",
-    "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+    "use_bdlora", "use_qalora", "velora_config",
 }  # fmt: skip
 
 # The peft_type of variants that PEFT does not have.
@@ -66,6 +66,8 @@ class LoraConfig:
         enable_lora: loralib's setting for fused layers: one flag for each of the equal blocks of
             outputs, ``[True, False, True]`` for query and value of GPT-2's ``c_attn``; each
             enabled block gets its own rank r. Layers that are not fused so stay plain.
+        trainable_token_indices: tokens with rows of their own in the embedding, or module name ->
+            tokens; read in adapters that PEFT trained.
         variant: which variant of LoRA, a key of `jlora.layers.VARIANTS`; None: "lora".
 
     Raises:
@@ -90,6 +92,7 @@ class LoraConfig:
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     enable_lora: list[bool] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     variant: str | None = None
 
     def __post_init__(self):
@@ -139,6 +142,7 @@ class LoraConfig:
                 continue
             if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
                 raise UserError(f"{name} must be a list of {what}, not {value!r}")
+        _check_tokens(self.trainable_token_indices)
         fields = [name for name in ("use_rslora", "use_dora") if getattr(self, name)]
         if self.variant is not None and fields:
             variant = find_variant(self.variant)
@@ -225,7 +229,8 @@ class LoraConfig:
         settings["peft_type"] = _OWN_TYPE if own else "LORA"
         if not own:
             del settings["variant"]
-        for name in ("exclude_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        younger = ("use_rslora", "use_dora", "trainable_token_indices")
+        for name in (*younger, "exclude_modules", "rank_pattern", "alpha_pattern"):
             if not settings[name]:
                 del settings[name]
         settings.update(inference_mode=True, auto_mapping=None, revision=None)
@@ -269,6 +274,16 @@ def _can_tie(settings: Mapping[str, Any]) -> bool:
         return targets.lower() != "all-linear"
     names = targets if isinstance(targets, list) else []
     return any(isinstance(name, str) and name.rpartition(".")[2] in _TIED for name in names)
+
+
+def _check_tokens(tokens: Any) -> None:
+    lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens or []]
+    if not all(
+        isinstance(each, list) and all(type(i) is int and i >= 0 for i in each) for each in lists
+    ):
+        raise UserError(
+            f"trainable_token_indices must be a list of tokens, or lists by module, not {tokens!r}"
+        )
 
 
 def _is_number(value: Any) -> bool:

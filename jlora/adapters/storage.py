@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.adapters.attach import find_targets, linear_shape
+from jlora.adapters.attach import TokenRows, find_targets, linear_shape
 from jlora.adapters.config import LoraConfig
 from jlora.adapters.targets import pattern_value
 from jlora.formats.names import is_lora_name
@@ -43,6 +43,11 @@ def to_peft_key(name: str, owner: object) -> str:
     if isinstance(owner, LoRALayer):
         return f"{PREFIX}{module}.base_layer.{last}"
     return PREFIX + name.replace(".modules_to_save.", ".")
+
+
+def rows_name(module: str) -> str:
+    """The name of a `TokenRows`' rows in PEFT's files, without the prefix."""
+    return f"{module}.token_adapter.trainable_tokens_delta"
 
 
 def from_peft_keys(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
@@ -161,6 +166,9 @@ def peft_form(
         if isinstance(owner, MergedLinear) and name.endswith("lora_B"):
             array = block_matrix(array, owner.enable_lora, owner.r)
         found[to_peft_key(name, owner)] = array
+    for name, module in modules.items():
+        if isinstance(module, TokenRows):
+            found[PREFIX + rows_name(name)] = module.rows
     transposed = any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values())
     return replace(peft_config(config, layers), fan_in_fan_out=transposed), found
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from jlora.adapters import TunedModel
 from jlora.engine.blocks import BLOCKS, part
-from jlora.engine.parts import is_known
+from jlora.engine.parts import current, is_known
 from jlora.engine.products import LORA, PackedEmbedding, PackedHead
 from jlora.kernels import native
 from jlora.kernels.block import ACTIVATIONS
@@ -42,7 +42,7 @@ class NativeModel:
         if family.parts.block not in BLOCKS:
             raise _Unsupported("blocks that the operators do not compute")
         body = getattr(model, family.parts.body)
-        if not is_known(body):
+        if not is_known(body, copies=True):
             raise _Unsupported("parts that the operators do not read")
         self._read(model.config, body, family.parts)
         self.model["layers"] = len(self.blocks)
@@ -64,26 +64,26 @@ class NativeModel:
         }  # fmt: skip
         for name, number in numbers.items():
             self.model[name] = number
-        self._read_tokens(getattr(body, parts.tokens))
+        self._read_tokens(current(getattr(body, parts.tokens)))
         if parts.positions is None:
             self.model["frequencies"] = self._address(body._frequencies)
         else:
-            self.model["positions"] = self._address(getattr(body, parts.positions).weight)
+            self.model["positions"] = self._address(current(getattr(body, parts.positions)).weight)
         self.model["activation"] = ACTIVATIONS[parts.activation]
         self.model["gated"], self._centred = parts.gated, parts.norm == "layer"
-        self.model["last"] = self._norm(getattr(body, parts.last_norm))
+        self.model["last"] = self._norm(current(getattr(body, parts.last_norm)))
         sources = getattr(body, parts.blocks)
         self.blocks = np.zeros(len(sources), BLOCK)
         for block, source in zip(self.blocks, sources):
             attention = part(source, parts.attention)
             self._check_heads(attention.heads, attention.kv_heads, attention.head_dim)
             for name, path in zip(("before_attention", "before_mlp"), parts.norms):
-                block[name] = self._norm(part(source, path))
+                block[name] = self._norm(current(part(source, path)))
             for name, paths in (("qkv", parts.qkv), ("in", parts.up)):
                 for i, path in enumerate(paths):
-                    block[name][i] = self._linear(part(source, path))
-            block["out"] = self._linear(part(source, parts.output))
-            block["down"] = self._linear(part(source, parts.down))
+                    block[name][i] = self._linear(current(part(source, path)))
+            block["out"] = self._linear(current(part(source, parts.output)))
+            block["down"] = self._linear(current(part(source, parts.down)))
 
     def _check_heads(self, *numbers: int) -> None:
         """A block may not differ from the config, which the decoder reads once for all blocks."""
@@ -91,7 +91,8 @@ class NativeModel:
             raise _Unsupported("blocks with heads of their own")
 
     def _read_tokens(self, module: nn.Module) -> None:
-        if type(module) is PackedEmbedding:
+        # A copy of it, which has other rows, is of the class too.
+        if type(module) is PackedEmbedding and module._packed.fits(module.weight):
             self.model["packed_tokens"] = self._packed_address(module._packed)
         else:
             self.model["tokens"] = self._address(module.weight)
