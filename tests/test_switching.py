@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +14,11 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import ids_of, randomise_adapter, wide_gpt2, wide_llama
 
 from jlora import engine
-from jlora.adapters import LoraConfig, PeftModel, get_peft_model
+from jlora.adapters import LoraConfig, PartialModel, PeftModel, get_peft_model
 from jlora.decoding.decoder import decoder_of
 from jlora.decoding.native_decoder import NativeDecoder
 from jlora.layers import set_trainable
+from jlora.runs.adapter_file import AdapterFile, switchable
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt
 
@@ -261,3 +265,87 @@ def test_mistakes(folders, tmp_path):
     with model.disable_adapter(), pytest.raises(UserError, match="inside disable_adapter"):
         model.set_adapter(None)
     np.testing.assert_array_equal(logits(model), right)
+
+
+@needs_bf16
+def test_an_adapter_below_the_one_that_was_prepared_for_learns():
+    """Its gradient is not lost in blocks that `prepare` found nothing trained below."""
+    model = get_peft_model(base("llama"), LoraConfig(target_modules=["layers.1.self_attn.q_proj"]))
+    engine.prepare(model, "bf16")
+    model.add_adapter("low", LoraConfig(target_modules=["embed_tokens"], r=2))
+    model.set_adapter("low")
+    model.train()
+    (_, A), (_, B) = model.trainable_parameters()
+    hidden = model.hidden_states(jt.array(IDS))
+    loss = model.target_losses(hidden.reshape(-1, 64), jt.array(IDS.reshape(-1))).mean()
+    found = jt.grad(loss, [A, B])
+    assert np.abs(found[0].numpy()).max() > 0
+
+
+def test_files_of_all_kinds_beside_each_other(folders, tmp_path):
+    model = switchable(base("gpt2"))
+    assert switchable(model) is model and model.active_adapter is None
+    AdapterFile(folders["gpt2", "a"]).add_to(model, "a")
+    model.set_adapter("a")
+    right = logits(PeftModel.from_pretrained(base("gpt2"), folders["gpt2", "a"]))
+    np.testing.assert_array_equal(logits(model), right)
+    PartialModel(base("gpt2"), "bitfit").save_pretrained(tmp_path / "bitfit")
+    with pytest.raises(UserError, match="is a change of the base's own weights, which cannot"):
+        AdapterFile(tmp_path / "bitfit").add_to(model, "b")
+    (tmp_path / "a.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="a.pt is a .pt file, .* or `jlora convert` it"):
+        AdapterFile(tmp_path / "a.pt", lora_alpha=8).add_to(model, "b")
+    with pytest.raises(UserError, match="tuned in its own weights"):
+        switchable(PartialModel(base("gpt2"), "bitfit"))
+
+
+@needs_bf16
+def test_the_program_of_the_documents(folders, monkeypatch, capsys):
+    """docs/adapters.md, with a tiny model and the adapters of this file."""
+    import jlora
+
+    text = (Path(__file__).parents[1] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    program = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    for name, kind in (("runs/sql/best", "a"), ("runs/mail/best", "b"), ("runs/mail-2/best", "b")):
+        program = program.replace(f'"{name}"', repr(str(folders["gpt2", kind])))
+    monkeypatch.setitem(vars(jlora), "load", lambda name: base("gpt2"))
+    space: dict = {}
+    exec(program, space)
+    assert "active_adapters=[]" in capsys.readouterr().out
+    assert space["model"].available_adapters == ["mail", "both"]
+
+
+@needs_bf16
+def test_tokens_of_an_adapter_are_not_trained(folders):
+    with pytest.raises(UserError, match="trainable_token_indices is read and not trained here"):
+        PeftModel.from_pretrained(base("llama"), folders["llama", "tokens"], is_trainable=True)
+    for settings, message in (
+        (
+            {"trainable_token_indices": [1]},
+            "is read in adapters that PEFT trained, and not",
+        ),
+        ({"trainable_token_indices": [-1]}, "must be a list of tokens, or lists by module"),
+        ({"trainable_token_indices": "x"}, "must be a list of tokens, or lists by module"),
+    ):
+        with pytest.raises(UserError, match=message):
+            get_peft_model(base("llama"), LoraConfig(target_modules=["q_proj"], **settings))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([99], "'model.embed_tokens': there is no token 99; model.embed_tokens has 23 rows"),
+        ({"embed_tokns": [1]}, "nearest: embed_tokens"),
+        ([3], r"token_adapter.trainable_tokens_delta is \(2, 64\) instead of \(1, 64\)"),
+        (None, "unexpected: model.embed_tokens.token_adapter.trainable_tokens_delta"),
+    ],
+)
+def test_tokens_that_do_not_fit(tokens, message, folders, tmp_path):
+    shutil.copytree(folders["llama", "tokens"], tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "trainable_token_indices": tokens}))
+    model = base("llama")
+    before = logits(model)
+    with pytest.raises(UserError, match=message):
+        PeftModel.from_pretrained(model, tmp_path / "a")
+    np.testing.assert_array_equal(logits(model), before)

@@ -23,7 +23,7 @@ from jlora.formats.peft_file import read_peft
 from jlora.layers import VARIANTS, LoraVariant, assign
 from jlora.models.hub import load
 from jlora.system.errors import UserError
-from jlora.system.runtime import jt
+from jlora.system.runtime import jt, nn
 
 IDS, TARGETS = ids_of((2, 9)), ids_of((18,), seed=1)
 ADDING = Path(__file__).resolve().parents[1] / "docs" / "adding.md"
@@ -201,6 +201,25 @@ def test_dora_is_what_its_paper_says():
         if layer.bias is not None:
             expected = expected + layer.bias.numpy()
         np.testing.assert_allclose(layer(jt.array(x)).numpy(), expected, atol=1e-5)
+
+
+def test_dora_drops_for_both_parts():
+    """As in PEFT: V multiplies what is left of x, and W what all of x is."""
+
+    class Doubling(nn.Dropout):
+        def execute(self, x):
+            return 2 * x
+
+    layer = adapted("dora", "gpt2").lora_layers()["transformer.h.1.mlp.c_proj"]
+    x = jt.array(np.random.default_rng(0).standard_normal((3, layer.in_features)).astype("f"))
+    whole, bias = layer(x).numpy(), layer.bias.numpy()
+    layer.adapter_enabled = False
+    base = layer(x).numpy()
+    layer.adapter_enabled = True
+    layer.lora_dropout = Doubling(0.5, is_train=True)
+    np.testing.assert_allclose(layer(x).numpy(), 2 * whole - bias - (base - bias), atol=1e-5)
+    layer.lora_dropout.is_train = False
+    assert not layer.drops
 
 
 def test_rslora_by_either_setting(tmp_path):

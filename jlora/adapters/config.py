@@ -150,7 +150,7 @@ class LoraConfig:
                 raise UserError(
                     f"{fields[0]} and variant={self.variant!r} exclude each other; leave out one"
                 )
-        find_variant(self._variant_name)
+        find_variant(self.variant_name)
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise UserError(
                 "layers_to_transform needs target_modules as a list of names, "
@@ -160,10 +160,11 @@ class LoraConfig:
     @property
     def lora_variant(self) -> LoraVariant:
         """The variant that the settings ask for."""
-        return find_variant(self._variant_name)
+        return find_variant(self.variant_name)
 
     @property
-    def _variant_name(self) -> str:
+    def variant_name(self) -> str:
+        """Its key in `VARIANTS`."""
         if self.variant is not None:
             return self.variant
         if self.use_dora:
