@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ from jlora.formats.names import is_lora_name
 from jlora.formats.peft_file import read_peft
 from jlora.layers import VARIANTS, LoraVariant, assign
 from jlora.models.hub import load
+from jlora.runs import pipeline
+from jlora.runs.recipe import Recipe
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt, nn
 
@@ -220,6 +223,25 @@ def test_dora_drops_for_both_parts():
     np.testing.assert_allclose(layer(x).numpy(), 2 * whole - bias - (base - bias), atol=1e-5)
     layer.lora_dropout.is_train = False
     assert not layer.drops
+
+
+def test_training_says_what_a_variant_costs(monkeypatch, tmp_path, capsys):
+    class Started(Exception):
+        pass
+
+    def train(*arguments):
+        raise Started
+
+    monkeypatch.setattr(pipeline, "train", train)
+    data = SimpleNamespace(train=[], valid=[])
+    for settings, said in (({"use_dora": True}, True), ({"use_rslora": True}, False)):
+        recipe = Recipe("m", lora=LoraConfig(target_modules=["c_attn"], **settings))
+        with pytest.raises(Started):
+            pipeline.finetune(
+                recipe, tmp_path, get_peft_model(tiny_gpt2(), recipe.lora), data, False
+            )
+        found = capsys.readouterr()
+        assert ("variant dora: its layers run one by one" in found.out + found.err) == said
 
 
 def test_rslora_by_either_setting(tmp_path):
