@@ -126,21 +126,28 @@ def reference(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict[s
     else:
         model = make_model(settings["config"], int(arrays["seed"][0]))
         model.save_pretrained(folder / "model")
+    with torch.no_grad():
+        return reference_logits(model, arrays)
+
+
+def reference_logits(model, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of the whole rows, and of rows padded on each side."""
+    import torch
+
     ids, lengths = arrays["ids"], arrays["lengths"]
     found = {}
-    with torch.no_grad():
-        whole = model(torch.from_numpy(ids).long()).logits.numpy()
-        # jlora must give the same in other ways: token by token, and with its fused operators.
-        found.update({"logits": whole, "logits with the cache": whole, "logits, fused": whole})
-        for side in ("left", "right"):
-            padded, mask = pad(ids, lengths, side)
-            positions = np.maximum(np.cumsum(mask, 1) - 1, 0)
-            logits = model(
-                torch.from_numpy(padded).long(),
-                attention_mask=torch.from_numpy(mask).long(),
-                position_ids=torch.from_numpy(positions).long(),
-            ).logits.numpy()
-            found[f"logits, padded on the {side}"] = logits[mask.astype(bool)]
+    whole = model(torch.from_numpy(ids).long()).logits.numpy()
+    # jlora must give the same in other ways: token by token, and with its fused operators.
+    found.update({"logits": whole, "logits with the cache": whole, "logits, fused": whole})
+    for side in ("left", "right"):
+        padded, mask = pad(ids, lengths, side)
+        positions = np.maximum(np.cumsum(mask, 1) - 1, 0)
+        logits = model(
+            torch.from_numpy(padded).long(),
+            attention_mask=torch.from_numpy(mask).long(),
+            position_ids=torch.from_numpy(positions).long(),
+        ).logits.numpy()
+        found[f"logits, padded on the {side}"] = logits[mask.astype(bool)]
     return found
 
 
@@ -158,11 +165,22 @@ def pad(ids: np.ndarray, lengths: np.ndarray, side: str) -> tuple[np.ndarray, np
 
 
 def ours(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
-    from jlora import engine, load
+    from jlora import load
     from jlora.system.runtime import jt
 
     jt.gc()
     model = load(smollm2_gguf() if case.name == SMOLLM2 else folder / "model")
+    found = our_logits(model, arrays)
+    if case.name.removeprefix("gpt2-") in REAL_GPT2:  # gigabytes
+        shutil.rmtree(folder / "model")
+    return found
+
+
+def our_logits(model, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """As `reference_logits`, with a cache, and at last with the fused operators, which stay."""
+    from jlora import engine
+    from jlora.system.runtime import jt
+
     ids, lengths = arrays["ids"], arrays["lengths"]
     found = {}
     with jt.no_grad():
@@ -174,8 +192,6 @@ def ours(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict[str, n
             found[f"logits, padded on the {side}"] = logits[mask.astype(bool)]
         engine.prepare(model, "fp32")
         found["logits, fused"] = model(jt.array(ids)).numpy()
-    if case.name.removeprefix("gpt2-") in REAL_GPT2:  # gigabytes
-        shutil.rmtree(folder / "model")
     return found
 
 

@@ -279,11 +279,12 @@ def decoded(argv, monkeypatch):
         return []
 
     monkeypatch.setattr(answer, "answer", take)
+    monkeypatch.setattr(answer, "stream_answer", lambda prompt, *rest: take([prompt], *rest))
     assert main(["generate", *map(str, argv)]) == 0
     return found["config"]
 
 
-def test_a_run_s_own_decode_settings_are_the_defaults(run, monkeypatch):
+def test_a_run_s_own_decode_settings_are_the_defaults(run, tiny_model, monkeypatch):
     change_config(
         run,
         lambda values: values["decode"].update(
@@ -302,9 +303,10 @@ def test_a_run_s_own_decode_settings_are_the_defaults(run, monkeypatch):
     assert (config.batch_size, config.eos_token_ids) == (2, [7])
     config = decoded([*argv, "--method", "sample", "--top-k", 4, "--seed", 2], monkeypatch)
     assert (config.temperature, config.top_k, config.seed, config.top_p) == (1.0, 4, 2, 1.0)
-    config = decoded(["--model", "m", "--prompt", "x"], monkeypatch)
-    assert (config.num_beams, config.max_new_tokens, config.length_penalty) == (10, 64, 0.8)
-    assert (config.no_repeat_ngram_size, config.batch_size) == (4, 32)
+    for task in (["--separator-id", 0], ["--beams", 10, "--max-new-tokens", 64]):
+        config = decoded(["--model", tiny_model, "--prompt", "x", *task], monkeypatch)
+        assert (config.num_beams, config.max_new_tokens, config.length_penalty) == (10, 64, 0.8)
+        assert (config.no_repeat_ngram_size, config.batch_size) == (4, 32)
 
 
 # Before a model is loaded ------------------------------------------------------------------------
@@ -327,7 +329,7 @@ def no_model(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--temperature 2", "--temperature is for --method sample, not beam; leave it out"),
+        ("--method beam --temp 2", "--temperature is for --method sample, not beam; leave it out"),
         ("--top-k 0", "--top-k is for --method sample"),
         ("--top-p 1", "--top-p is for --method sample"),
         ("--seed 0", "--seed is for --method sample"),

@@ -72,10 +72,12 @@ def test_equal_prompts_are_sampled_apart():
         {"top_k": 3},
         {"top_p": 0.6},
         {"temperature": 2.0, "top_k": 6, "top_p": 0.8},
+        {"min_p": 0.25},
+        {"temperature": 1.5, "top_p": 0.95, "min_p": 0.1},
     ],
 )
 def test_tokens_are_drawn_with_their_probability(setting):
-    """4,000 draws of one token against temperature, then top-k, then top-p in plain numpy."""
+    """4,000 draws of one token against temperature, top-k, top-p, then min-p in plain numpy."""
     model = PlainGPT2.random(2, 10, scale=0.4)
     setting = {"temperature": 1.0, **setting}
     row = model.logits([4, 2])[-1].astype(np.float64) / setting["temperature"]
@@ -90,6 +92,7 @@ def test_tokens_are_drawn_with_their_probability(setting):
             kept.append(token)
             mass += p[token]
     p[[token for token in range(10) if token not in kept]] = 0
+    p[p < setting.get("min_p", 0) * p.max()] = 0
     p /= p.sum()
 
     config = GenerateConfig((), max_new_tokens=1, batch_size=500, **setting)
@@ -168,6 +171,8 @@ def test_prompts_that_do_not_fit():
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.1},
+        {"min_p": 1.1},
+        {"stops": ("a", "")},
         {"repetition_penalty": 0.0},
         {"seed": -1},
         {"batch_size": 0},

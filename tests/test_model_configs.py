@@ -96,7 +96,7 @@ NOT_COMPUTED = [
     ("embedding_multiplier", 12.0, [1.0, None]),
     ("final_logit_softcapping", 30.0, [None]),
     ("is_causal", False, [True]),
-    ("layer_types", ["full_attention", "sliding_attention"], [["full_attention"] * 2, None]),
+    ("layer_types", ["full_attention", "chunked_attention"], [["full_attention"] * 2, None]),
     ("logits_scaling", 8.0, [1, 1.0]),
     ("num_local_experts", 8, [None]),
     ("per_layer_config", {"0": {}}, [{}, None]),
@@ -115,9 +115,12 @@ OF_FAMILIES = [
     ("llama", "hidden_act", "gelu", ["silu", "swish"]),
     ("llama", "hidden_act", None, ["silu"]),
     ("llama", "use_sliding_window", True, [False, None]),
-    ("mistral", "sliding_window", 4096, [None]),
-    ("mistral", "sliding_window", 0, [None]),
-    ("qwen2", "use_sliding_window", True, [False]),
+    ("llama", "layer_types", ["full_attention", "sliding_attention"], [None]),
+    ("mistral", "layer_types", ["full_attention", "sliding_attention"], [None]),
+    ("mistral", "sliding_window", 0, []),
+    ("mistral", "sliding_window", "8", []),
+    ("qwen2", "layer_types", ["full_attention", "sliding_attention"], [None]),
+    ("qwen2", "layer_types", ["full_attention"] * 3, [None]),
 ]
 
 
@@ -140,22 +143,35 @@ def test_a_field_that_changes_results_is_refused_by_its_name(family, field, bad,
         assert field == "activation_function" or config == read(family)
 
 
-def test_a_sliding_window_that_no_text_outgrows_changes_nothing():
-    for fields in (
-        {"model_type": "mistral", "sliding_window": 4096, "max_position_embeddings": 4096},
-        {"model_type": "mistral", "max_position_embeddings": 2048},
-        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": None},
-        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2},
-        {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"] * 2},
-    ):
-        LlamaConfig.from_dict({**LLAMA, **fields})
-    with pytest.raises(ValueError, match="sliding_window 4096"):  # absent: 4096 in transformers
-        read("mistral", max_position_embeddings=8192)
+QWEN2 = {"model_type": "qwen2", "use_sliding_window": True, "num_hidden_layers": 3}
+TYPES = ["full_attention", "sliding_attention", "full_attention"]
+WINDOWS = [  # fields, and each layer's window as transformers makes it
+    ({"model_type": "mistral", "sliding_window": 8}, [8, 8]),
+    ({"model_type": "mistral"}, [4096, 4096]),  # absent: 4096
+    ({"model_type": "mistral", "sliding_window": None}, [None, None]),
+    ({"model_type": "qwen2", "sliding_window": 8}, [None, None]),  # named, and not used
+    ({**QWEN2, "sliding_window": 8}, [None] * 3),  # from layer 28 on
+    ({**QWEN2, "max_window_layers": 0}, [4096] * 3),
+    ({**QWEN2, "sliding_window": 8, "max_window_layers": 1}, [None, 8, 8]),
+    ({**QWEN2, "sliding_window": None, "max_window_layers": 0}, [None] * 3),
+    ({**QWEN2, "sliding_window": 8, "layer_types": TYPES}, [None, 8, None]),
+    ({**QWEN2, "layer_types": ["full_attention"] * 3, "max_window_layers": 0}, [None] * 3),
+]
+
+
+@pytest.mark.parametrize(("fields", "windows"), WINDOWS)
+def test_windows_of_each_layer(fields, windows):
+    config = LlamaConfig.from_dict({**LLAMA, **fields})
+    assert config.windows == windows
+    assert LlamaConfig.from_dict(config.to_dict()) == config
+
+
+def test_windows_that_are_none():
     with pytest.raises(ValueError, match="sliding_window is '8', not a number"):
         read("mistral", sliding_window="8")
     with pytest.raises(ValueError, match="max_window_layers is '1', not a number"):
         read("qwen2", use_sliding_window=True, max_window_layers="1")
-    assert read("mistral").to_dict()["sliding_window"] is None
+    assert read("mistral", sliding_window=None).to_dict()["sliding_window"] is None
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])

@@ -288,8 +288,8 @@ def test_gpt2_config_refuses_what_is_not_built(changes, message):
     [
         ({"model_type": "gemma"}, "gemma.*llama, mistral, qwen2"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding-window"),
-        ({"model_type": "qwen2", "use_sliding_window": True}, "sliding-window"),
+        ({"model_type": "mistral", "sliding_window": 4.5}, "sliding_window is 4.5, no whole"),
+        ({"use_sliding_window": True}, "use_sliding_window true is not computed for llama"),
         ({"num_key_value_heads": 4}, "6 is not a multiple of num_key_value_heads 4"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "'linear' lacks factor"),

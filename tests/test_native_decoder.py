@@ -159,6 +159,29 @@ def test_prompts_that_enter_later(make):
             alone[number].advance(np.array([0]), np.array([token]))
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_a_row_goes_on_after_some_of_its_tokens(make, native):
+    """A conversation's next turn: each state is that of a decoder which ran all tokens anew."""
+    model = make()
+    engine.prepare(model, "fp32")
+    decoder, tokens = decoder_of(model) if native else Decoder(model), [3, 1, 4, 1, 5]
+    decoder.enter([tokens])
+    # After all there is, within the generated tokens, within the first and the second prompt.
+    for kept, more in ((9, [7, 2, 8]), (10, [6]), (4, [1, 2]), (1, [9, 9, 3, 3])):
+        for token in (11, 12, 13, 14):
+            decoder.advance(np.array([0]), np.array([token]))
+            tokens = [*tokens, token]
+        decoder.resume(kept, more)
+        tokens = [*tokens[:kept], *more]
+        anew = Decoder(model)
+        anew.enter([tokens])
+        close(np.array(decoder.hidden), anew.hidden.numpy())
+    decoder.advance(np.array([0]), np.array([7]))
+    anew.advance(np.array([0]), np.array([7]))
+    close(np.array(decoder.hidden), anew.hidden.numpy())
+
+
 def some_prompts(count):
     generator = np.random.default_rng(5)
     return [generator.integers(0, 23, n).tolist() for n in generator.integers(1, 9, count)]

@@ -73,7 +73,7 @@ def test_a_word_is_no_eos_token_but_ends_texts_all_the_same(tmp_path, base):
     assert f"names no eos_token, since token {WORD} is a word" in str(written)
     assert "stood after each prompt" not in str(written)  # the end token, as ever
     again = jlora.load(tmp_path / "out").tokenizer
-    assert again.eos_token_id == WORD and again.separator_id is None
+    assert again.eos_token_id == again.separator_id == WORD
     text = "name : Blue Spice | food : 2023"
     assert again.encode(text) == jlora.load(base).tokenizer.encode(text)
 
@@ -112,7 +112,8 @@ def test_no_separator_is_kept_too(tmp_path, base):
     assert TrainedTokens.of(again.tokenizer, 5, WORD) == TrainedTokens(5, WORD)
     assert TrainedTokens.of(model.tokenizer, None, WORD) == TrainedTokens(0, WORD)
     write_merged(again, tmp_path / "again", trained=TrainedTokens(0, 0))
-    assert "jlora" not in read(tmp_path / "again", "config.json")
+    # Said even where it is the end token: this model answers a task, whatever its base's template.
+    assert read(tmp_path / "again", "config.json")["jlora"] == {"separator_id": 0}
 
 
 @pytest.mark.parametrize("tokenizer", [True, False])

@@ -193,7 +193,8 @@ def _no_match(model: nn.Module, field: str, wanted: list[str] | str, names) -> U
 
 def has_tied_head(model: nn.Module) -> bool:
     """Whether the head of a language model is its embedding, and no module of its own."""
-    return getattr(model, "output_embedding", None) is not None and not hasattr(model, "lm_head")
+    head = getattr(model, "head_name", "lm_head")
+    return getattr(model, "output_embedding", None) is not None and not hasattr(model, head)
 
 
 def tied_head_error(model: nn.Module, what: str) -> UserError:

@@ -126,7 +126,7 @@ def add_biases(model: nn.Module) -> None:
             "for them in its config; use method lora, full or top-layers"
         )
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name != "lm_head":
+        if isinstance(module, nn.Linear) and name != model.head_name:
             module.bias = jt.zeros((module.out_features,))
     for key, value in flags.items():
         setattr(model.config, key, value)

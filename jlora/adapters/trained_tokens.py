@@ -51,9 +51,9 @@ class TrainedTokens:
         config = read_json_object(folder / CONFIG)
         changed = []
         if self.separator is not None:
-            config.pop("jlora", None)
-            if self.separator != self._end_of(config):
-                config["jlora"] = {"separator_id": self.separator}
+            # Also where it is the end token: without this the model would be talked to by its
+            # base's chat template.
+            config["jlora"] = {"separator_id": self.separator}
         if not self._is_end(config):
             config["eos_token_id"] = self.end
             changed.append(CONFIG)
@@ -79,7 +79,7 @@ class TrainedTokens:
                     notes.append(f"{name} names no eos_token, since token {self.end} is a word")
         if changed:
             notes.insert(0, f"token {self.end} ends a text, as in training: {', '.join(changed)}")
-        return notes + self._separator_note("jlora" in config)
+        return notes + self._separator_note(self._end_of(config))
 
     def gguf(self, metadata: dict[str, Any]) -> list[str]:
         """Change the metadata of a GGUF file; notes of what was changed."""
@@ -88,10 +88,8 @@ class TrainedTokens:
             metadata[key] = self.end
             notes.append(f"token {self.end} ends a text, as in training: {key}")
         if self.separator is not None:
-            metadata.pop(GGUF_SEPARATOR, None)
-            if self.separator != metadata.get(key):
-                metadata[GGUF_SEPARATOR] = self.separator
-        return notes + self._separator_note(GGUF_SEPARATOR in metadata)
+            metadata[GGUF_SEPARATOR] = self.separator
+        return notes + self._separator_note(metadata.get(key))
 
     def _is_end(self, settings: dict[str, Any]) -> bool:
         """Whether a config.json stops at the end token, which may be one of several."""
@@ -102,8 +100,8 @@ class TrainedTokens:
             self.end if self.end is not None else (as_list(config.get("eos_token_id")) or [None])[0]
         )
 
-    def _separator_note(self, stored: bool) -> list[str]:
-        if not stored or self.separator is None:
+    def _separator_note(self, end: int | None) -> list[str]:
+        if self.separator in (None, end):
             return []
         what = "no token" if self.separator == NO_SEPARATOR else f"token {self.separator}"
         return [

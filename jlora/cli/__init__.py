@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from jlora.cli import answers, folders, models, setup, training
+from jlora.cli import answers, chat, folders, generate, models, setup, training
 from jlora.system import distributed
 from jlora.system.errors import UserError
 
@@ -17,8 +17,9 @@ from jlora.system.errors import UserError
 VERBS = (
     *(setup.add_demo, setup.add_doctor, setup.add_pull, setup.add_data),
     *(training.add_run, training.add_estimate, training.add_sweep, training.add_finetune),
-    *(answers.add_generate, models.add_merge, models.add_export, models.add_convert),
-    *(models.add_combine, models.add_analyze, answers.add_evaluate, answers.add_rerank),
+    *(generate.add_generate, chat.add_chat, models.add_merge, models.add_export),
+    *(models.add_convert, models.add_combine, models.add_analyze),
+    *(answers.add_evaluate, answers.add_rerank),
     *(folders.add_report, folders.add_runs),
 )
 

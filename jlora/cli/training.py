@@ -9,6 +9,7 @@ from pathlib import Path
 from jlora.cli.options import (
     Setting,
     Verb,
+    add_chat_options,
     add_nproc,
     add_recipe_settings,
     add_run_options,
@@ -48,7 +49,7 @@ def run_run(arguments: argparse.Namespace) -> int:
 
 
 def add_finetune(verb: Verb) -> None:
-    command = verb("finetune", run_finetune, "Train an adapter on prompt/completion data.")
+    command = verb("finetune", run_finetune, "Train an adapter on conversations, pairs or texts.")
     command.add_argument("--recipe", help="start from this recipe's settings")
 
     def setting(option: str, key, holder=command, **options) -> None:
@@ -56,9 +57,10 @@ def add_finetune(verb: Verb) -> None:
 
     setting("--model", "model", help="name or path of the base model")
     setting(
-        "--task", "data.task", help="how the files are read: e2e (its text or CSV; the default), "
-        "webnlg, dart, boolq, jsonl or restaurants (built in)",
+        "--task", "data.task", help="how the files are read, where their keys do not tell: chat, "
+        "e2e (its text or CSV), webnlg, dart, boolq, jsonl or restaurants (built in)",
     )  # fmt: skip
+    add_chat_options(command)
     setting("--rank", "lora.r", type=int, help="r of LoRA")
     setting("--alpha", "lora.lora_alpha", type=float, help="lora_alpha")
     setting(
@@ -96,7 +98,9 @@ def run_finetune(arguments: argparse.Namespace) -> int:
     if best is None:
         return 130
     print(f"adapter: {best}")
-    print(f"try it: jlora generate --adapter {run} --prompt ...")
+    talks = (run / "chat_template.jinja").is_file()
+    way = f"chat {run}" if talks else f"generate --adapter {run} --prompt ..."
+    print(f"try it: jlora {way}")
     return 0
 
 

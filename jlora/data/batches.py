@@ -55,16 +55,36 @@ class TokenExample:
         prompt_length: tokens before the completion, including the separator; the loss counts
             ``ids[prompt_length:]``.
         cut: number of prompt tokens that were dropped to fit the example into ``max_length``.
+        spans: where the loss counts other tokens than these: (first, past the last) in ``ids``, in
+            order, the first of them at ``prompt_length``. A conversation has several answers.
     """
 
     ids: list[int]
     prompt_length: int
     cut: int = 0
+    spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def input_length(self) -> int:
         """Tokens that the model reads: all but the last."""
         return len(self.ids) - 1
+
+    @property
+    def trained(self) -> tuple[tuple[int, int], ...]:
+        """Where in ``ids`` the tokens stand that count in the loss."""
+        return self.spans or ((self.prompt_length, len(self.ids)),)
+
+    @property
+    def target_count(self) -> int:
+        """How many tokens count in the loss."""
+        return sum(end - start for start, end in self.trained)
+
+    def mask(self) -> np.ndarray:
+        """1 where the target ``ids[1:]`` counts in the loss, (input_length,) float32."""
+        mask = np.zeros(self.input_length, np.float32)
+        for start, end in self.trained:
+            mask[max(0, start - 1) : end - 1] = 1.0  # target t is ids[t + 1]
+        return mask
 
 
 @dataclass
@@ -389,8 +409,7 @@ def collate(
         length = example.input_length
         input_ids[row, :length] = example.ids[:-1]
         targets[row, :length] = example.ids[1:]
-        # Target t is ids[t + 1], so the first completion token is target prompt_length - 1.
-        mask[row, example.prompt_length - 1 : length] = 1.0
+        mask[row, :length] = example.mask()
     return Batch(input_ids, targets, mask, lengths, first_row=first_row)
 
 
@@ -398,7 +417,7 @@ def stream(token_examples: Sequence[TokenExample], first_row: int = 0) -> Batch:
     """All examples one after another in a single row, without padding; see `Batch`."""
     inputs = [example.ids[:-1] for example in token_examples]
     targets = [example.ids[1:] for example in token_examples]
-    counts = [np.arange(len(e.ids) - 1) >= e.prompt_length - 1 for e in token_examples]
+    counts = [example.mask() for example in token_examples]
     return Batch(
         np.concatenate(inputs).astype(np.int32)[None],
         np.concatenate(targets).astype(np.int32)[None],

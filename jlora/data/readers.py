@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,16 @@ from jlora.system.errors import UserError, kind_of
 from jlora.system.files import read_text
 from jlora.system.text import BYTE_ORDER_MARK, lines_of
 
+#: Longest field of a CSV file; Python's own limit is shorter than some texts.
+csv.field_size_limit(1 << 30)
 #: A line of prompt/completion JSON Lines.
 PAIRS = '{"prompt": "...", "completion": "..."}'
-#: Rows of other tools: the keys that tell them, and what they are.
+#: Rows that `jlora.data.conversations` reads: the keys that tell them, and what they are.
 LAYOUTS = (
-    ({"messages"}, "a chat in messages, a form that is not read"),
-    ({"conversations"}, "a chat in ShareGPT's form, which is not read"),
-    ({"instruction", "output"}, "an instruction in Alpaca's form, which is not read"),
-    ({"text"}, "a whole text without a prompt, a form that is not read"),
+    ({"messages"}, "a chat in messages"),
+    ({"conversations"}, "a chat in ShareGPT's form"),
+    ({"instruction", "output"}, "an instruction in Alpaca's form"),
+    ({"text"}, "a whole text without a prompt"),
 )
 
 
@@ -33,16 +35,21 @@ def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     Raises:
         UserError: the file cannot be read, is not UTF-8, or is empty.
     """
-    for number, line in enumerate(lines_of(_text(path)), start=1):
+    for number, line in enumerate(lines_of(file_text(path)), start=1):
         if line.strip():
             yield number, line
 
 
-def json_lines(path: str | Path, form: str = PAIRS) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_lines(
+    path: str | Path,
+    form: str = PAIRS,
+    pairs_hook: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None,
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) for every line of a JSON Lines file.
 
     Args:
         form: an example of a line, for the message.
+        pairs_hook: makes the objects, as in `json.loads`.
 
     Raises:
         UserError: as `text_lines`, or a line is not a JSON object; says what the file looks like.
@@ -50,7 +57,7 @@ def json_lines(path: str | Path, form: str = PAIRS) -> Iterator[tuple[int, dict[
     is_first = True
     for number, line in text_lines(path):
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=pairs_hook)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", str(error))
             looks = looks_like(path) if is_first else ""
@@ -76,7 +83,7 @@ def json_document(path: str | Path, way_out: str = "fix the file") -> Any:
         UserError: as `text_lines`, or it is not JSON (with the line); says what it looks like.
     """
     try:
-        return json.loads(_text(path))
+        return json.loads(file_text(path))
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}:{error.lineno}: not JSON ({error.msg}){looks_like(path)}; {way_out}"
@@ -92,9 +99,39 @@ def csv_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, li
         UserError: as `text_lines`, or a column is missing, or the number of fields in a row is not
             that of the header.
     """
-    text = _text(path)
+    table = _csv_table(path)
+    number, header = next(table)
+    missing = [name for name in columns if name not in header]
+    if missing:
+        needed = ", ".join(columns) + ("" if len(header) > 1 else ", commas between")
+        raise UserError(
+            f"{path}:{number}: no column {' or '.join(missing)} in the header "
+            f"({shorten(', '.join(header), 60)}); needed are {needed}"
+        )
+    wanted = [header.index(name) for name in columns]
+    for number, row in table:
+        yield number, [row[index] for index in wanted]
+
+
+def csv_objects(path: str | Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield (line number from 1, {column: value}) for every row of a CSV file with a header.
+
+    Raises:
+        UserError: as `csv_rows`, or two columns have one name.
+    """
+    table = _csv_table(path)
+    number, header = next(table)
+    twice = [name for name in header if header.count(name) > 1]
+    if twice:
+        raise UserError(f"{path}:{number}: the column {twice[0]!r} stands twice; rename one")
+    for number, row in table:
+        yield number, dict(zip(header, row))
+
+
+def _csv_table(path: str | Path) -> Iterator[tuple[int, list[str]]]:
+    """(line number, fields) of a CSV file: first the header's names, then its rows."""
+    text = file_text(path)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    wanted: list[int] = []
     width = 0
     start = 1
     try:
@@ -104,29 +141,26 @@ def csv_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, li
             number, start = start, reader.line_num + 1
             if not row:
                 continue
-            if not wanted:
-                header = [name.strip() for name in row]
-                missing = [name for name in columns if name not in header]
-                if missing:
-                    needed = ", ".join(columns) + ("" if len(header) > 1 else ", commas between")
-                    raise UserError(
-                        f"{path}:{number}: no column {' or '.join(missing)} in the header "
-                        f"({shorten(', '.join(header), 60)}); needed are {needed}"
-                    )
-                wanted = [header.index(name) for name in columns]
-                width = len(header)
+            if not width:
+                width = len(row)
+                yield number, [name.strip() for name in row]
                 continue
             if len(row) != width:
                 raise UserError(
                     f"{path}:{number}: {len(row)} fields, and the header has {width}; "
                     'put "quotes" round a field that holds a comma'
                 )
-            yield number, [row[index] for index in wanted]
+            yield number, row
     except csv.Error as error:
         raise UserError(f"{path}:{start}: broken CSV ({error}); check the quotes") from error
 
 
-def _text(path: str | Path) -> str:
+def file_text(path: str | Path) -> str:
+    """The content of a text file.
+
+    Raises:
+        UserError: it cannot be read, is not UTF-8, or is empty.
+    """
     text = read_text(path)
     if not text.replace(BYTE_ORDER_MARK, "").strip():
         raise UserError(f"{path}: the file is empty; give one with examples")
@@ -146,7 +180,8 @@ def string_field(
     """
     if key not in row:
         found = shorten(", ".join(map(str, row)), 60) or "none"
-        looks = next((f"; this is {what}" for keys, what in LAYOUTS if keys <= set(row)), "")
+        looks = next((what for keys, what in LAYOUTS if keys <= set(row)), "")
+        looks = looks and f"; this is {looks}, which task chat reads"
         raise UserError(
             f"{path}:{number}: no key {key!r} (found: {found}){looks}; write rows as {form}"
         )
@@ -166,7 +201,7 @@ def string_field(
 
 def looks_like(path: str | Path) -> str:
     """``; the file looks like ...`` for a file that its reader cannot read; nothing if unclear."""
-    text = _text(path)
+    text = file_text(path)
     lines = [line.strip() for line in lines_of(text) if line.strip()]
     what = _json_form(text, lines) if lines[0].startswith(("{", "[")) else _text_form(lines)
     if what.startswith("JSON with"):

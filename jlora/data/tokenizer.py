@@ -54,9 +54,10 @@ class Tokenizer:
         vocab_size: number of ids, including special tokens.
         eos_token_id, bos_token_id: from the model's files, or None.
         pad_token_id: from the files, else the end token, else 0 (padding is always masked).
+        end_token_ids: further tokens that end a text, as a model's files name them.
         separator_id: the token between prompt and completion with which jlora trained the model, if
             it is not the end token; -1 for none (`batches.NO_SEPARATOR`); None: unknown.
-        chat_template: kept for other programs; jlora itself does not use it.
+        chat_template: kept for other programs; see `jlora.data.chat_template`, which reads it.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Tokenizer:
         self.pad_token_id: int = pad_token_id
         self.chat_template = chat_template
         self.separator_id: int | None = None
+        self.end_token_ids: tuple[int, ...] = ()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; no begin or end token is added.
@@ -127,6 +129,11 @@ class Tokenizer:
             pass
         return False
 
+    @functools.cached_property
+    def begin_ids(self) -> list[int]:
+        """The begin token, where the model's own files put it before every text; else nothing."""
+        return [token for token in self.backend.encode("a").ids[:1] if token == self.bos_token_id]
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; incomplete UTF-8 sequences become U+FFFD."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
@@ -158,6 +165,10 @@ class Tokenizer:
             ids["eos"] = ids["bos"] = backend.token_to_id("<|endoftext|>")
         tokenizer = cls(
             backend, ids["eos"], ids["bos"], ids["pad"], chat_template(folder, settings)
+        )
+        generation = read_json_object(folder / "generation_config.json")
+        tokenizer.end_token_ids = named_ids(
+            [generation, config], ["eos_token_id"], tokenizer.vocab_size
         )
         trained = config.get("jlora")
         if isinstance(trained, dict) and type(trained.get("separator_id")) is int:
@@ -199,6 +210,8 @@ class Tokenizer:
         ids = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "bos", "padding")]
         special_ids = (None if i is None else int(i) for i in ids)
         tokenizer = cls(backend, *special_ids, metadata.get("tokenizer.chat_template"))
+        ends = [f"tokenizer.ggml.{key}_token_id" for key in ("eos", "eot", "eom")]
+        tokenizer.end_token_ids = named_ids([metadata], ends, tokenizer.vocab_size)
         if type(metadata.get(GGUF_SEPARATOR)) is int:
             tokenizer.separator_id = metadata[GGUF_SEPARATOR]
         return tokenizer
@@ -230,7 +243,6 @@ class Tokenizer:
             raise UserError("the tokenizer has words and no merges, which GGUF cannot represent")
         merges = [m if isinstance(m, str) else " ".join(m) for m in settings["model"]["merges"]]
         ids = {"bos": self.bos_token_id, "eos": self.eos_token_id, "padding": self.pad_token_id}
-        begins = self.backend.encode("a").ids[:1] == [self.bos_token_id]
         metadata = {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": pre,
@@ -238,7 +250,7 @@ class Tokenizer:
             "tokenizer.ggml.token_type": types,
             "tokenizer.ggml.merges": merges,
             **{f"tokenizer.ggml.{key}_token_id": index for key, index in ids.items()},
-            "tokenizer.ggml.add_bos_token": begins,
+            "tokenizer.ggml.add_bos_token": bool(self.begin_ids),
             "tokenizer.chat_template": self.chat_template,
             GGUF_SEPARATOR: self.separator_id,
         }
@@ -428,6 +440,18 @@ def byte_level_bpe(
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in extra])
     return backend
+
+
+def named_ids(
+    settings: Sequence[dict[str, Any]], keys: Sequence[str], vocabulary: int
+) -> tuple[int, ...]:
+    """The ids under some keys of configurations, each a number or a list; those that exist."""
+    found: list[int] = []
+    for value in (each.get(key) for each in settings for key in keys):
+        for index in value if isinstance(value, list) else [value]:
+            if type(index) is int and 0 <= index < vocabulary:
+                found.append(index)
+    return tuple(dict.fromkeys(found))
 
 
 def special_id(

@@ -55,6 +55,12 @@ class Decoder:
         # The cache remembers which of its tokens are padding, so no mask is needed again.
         self._run(np.asarray(tokens, dtype=np.int32)[:, None], None)
 
+    def resume(self, length: int, tokens: Sequence[int]) -> None:
+        """Keep the only row's first ``length`` (> 0) tokens and run ``tokens`` after them."""
+        self.cache.keep(length)
+        jt.gc()
+        self._run(np.asarray([tokens], dtype=np.int32), None)
+
     def best(self, k: int, banned=None, penalised=None, penalty: float = 1.0):
         """The k likeliest next tokens of each row; see `jlora.kernels.topk.log_softmax_topk`."""
         with jt.no_grad():

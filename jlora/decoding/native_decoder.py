@@ -28,8 +28,11 @@ class NativeDecoder:
 
     def __init__(self, model: NativeModel, source):
         self.model, self._source = model, source
-        self.hidden = np.zeros((0, int(model.model["C"][0])), np.float32)
         self._slabs = _Slabs((model.layers, 2, SLAB, model.width))
+        self._rows_gone()
+
+    def _rows_gone(self) -> None:
+        self.hidden = np.zeros((0, int(self.model.model["C"][0])), np.float32)
         self._prompts: dict[int, np.ndarray] = {}  # (layers, 2, tokens, width) by address
         self._owner = np.zeros(0, np.int64)  # (R,) address of each row's prompt
         self._prompt_lengths = np.zeros(0, np.int32)  # (R,)
@@ -46,20 +49,41 @@ class NativeDecoder:
             part.append(prompt)
         self._enter(part)
 
-    def _enter(self, prompts: Sequence[Sequence[int]]) -> None:
+    def resume(self, length: int, tokens: Sequence[int]) -> None:
+        """Keep the only row's first ``length`` (> 0) tokens and run ``tokens`` after them."""
+        shape = (self.model.layers, 2, length + len(tokens), self.model.width)
+        block = np.empty(shape, np.float32)
+        prompt = self._prompts[int(self._owner[0])]
+        size = min(length, prompt.shape[2])
+        block[:, :, :size] = prompt[:, :, :size]
+        block[:, :, size:length] = self._slabs.read(self._table[0, : length - size])
+        self._rows_gone()
+        self._enter([tokens], [block])
+
+    def _enter(
+        self, prompts: Sequence[Sequence[int]], blocks: Sequence[np.ndarray] | None = None
+    ) -> None:
+        """Run prompts, each behind the tokens that its block has room for besides its own."""
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         ids = np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts])
-        positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
-        shape = (self.model.layers, 2, self.model.width)
-        kept = [np.empty((*shape[:2], length, shape[2]), np.float32) for length in lengths]
-        addresses = np.array([array.ctypes.data for array in kept], np.int64)
-        hidden = run_prompts(
-            self.model.model, self.model.blocks, ids, positions, lengths, addresses
+        if blocks is None:
+            shape = (self.model.layers, 2, self.model.width)
+            blocks = [np.empty((*shape[:2], length, shape[2]), np.float32) for length in lengths]
+        whole = np.array([block.shape[2] for block in blocks], np.int32)
+        if self.model.rope is not None:
+            self.model.rope.is_long(whole, lengths)
+        before = whole - lengths
+        positions = np.concatenate(
+            [np.arange(*ends, dtype=np.int32) for ends in zip(before, whole)]
         )
-        self._prompts.update(zip(addresses.tolist(), kept))
+        addresses = np.array([block.ctypes.data for block in blocks], np.int64)
+        hidden = run_prompts(
+            self.model.model, self.model.blocks, ids, positions, lengths, before, addresses
+        )
+        self._prompts.update(zip(addresses.tolist(), blocks))
         self.hidden = np.concatenate([self.hidden, hidden])
         self._owner = np.concatenate([self._owner, addresses])
-        self._prompt_lengths = np.concatenate([self._prompt_lengths, lengths])
+        self._prompt_lengths = np.concatenate([self._prompt_lengths, whole])
         empty = np.full((len(prompts), self._table.shape[1]), -1, np.int32)
         self._table = np.concatenate([self._table, empty])
         self._lengths = np.concatenate([self._lengths, np.zeros_like(lengths)])
@@ -71,6 +95,8 @@ class NativeDecoder:
         """
         self._owner, self._prompt_lengths = self._owner[rows], self._prompt_lengths[rows]
         lengths = self._lengths[rows]
+        if self.model.rope is not None:
+            self.model.rope.is_long(self._prompt_lengths + lengths + 1, 1)
         most = int(lengths.max(initial=0)) + 1
         table = np.full((len(rows), most), -1, np.int32)
         width = min(most, self._table.shape[1])
@@ -95,7 +121,8 @@ class NativeDecoder:
     def best(self, k: int, banned=None, penalised=None, penalty: float = 1.0):
         """The k likeliest next tokens; see `jlora.kernels.topk.log_softmax_topk`."""
         if self.model.head is not None and k <= FUSED_K:
-            return head_topk(self.hidden, self.model.head, k, banned, penalised, penalty)
+            model = self.model
+            return head_topk(self.hidden, model.head, k, banned, penalised, penalty, model.head_cap)
         with jt.no_grad():
             logits = self._source.lm_head_logits(jt.array(self.hidden))
         return log_softmax_topk(logits, k, banned, penalised, penalty)
@@ -109,6 +136,11 @@ class _Slabs:
         self._slabs: list[np.ndarray] = []
         self._free = np.zeros(0, np.int32)
         self.addresses = np.zeros(0, np.int64)
+
+    def read(self, places: np.ndarray) -> np.ndarray:
+        """The keys and values at ``places`` (n,), (layers, 2, n, width)."""
+        parts = [self._slabs[place // SLAB][:, :, place % SLAB] for place in places]
+        return np.stack(parts, axis=2) if parts else np.empty((*self._shape[:2], 0, self._shape[3]))
 
     def take(self, count: int, table: np.ndarray) -> np.ndarray:
         """``count`` places, (count,) int32, that ``table`` does not name."""

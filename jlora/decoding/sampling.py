@@ -9,6 +9,7 @@ import numpy as np
 
 from jlora.decoding.decoder import check_finite, check_prompts, decoder_of
 from jlora.decoding.hypothesis import Hypothesis
+from jlora.decoding.text_stream import pieces
 from jlora.system.settings import check_setting
 
 
@@ -23,7 +24,10 @@ class GenerateConfig:
             higher.
         top_k: draw among this many likeliest tokens; 0 among all.
         top_p: draw among the likeliest tokens that together have this probability.
+        min_p: draw among tokens that are at least this many times as likely as the likeliest
+            (arXiv 2407.01082); 0 among all. As in transformers temperature is applied first.
         repetition_penalty: above 1 makes tokens of prompt and text less likely to come again.
+        stops: texts that end an answer, which they are not part of; tokens may go on behind them.
         seed: with the number of the prompt it alone decides the draws, whatever the batch.
         batch_size: prompts decoded together.
 
@@ -36,7 +40,9 @@ class GenerateConfig:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
+    stops: tuple[str, ...] = ()
     seed: int = 0
     batch_size: int = 32
 
@@ -45,6 +51,8 @@ class GenerateConfig:
                             ("batch_size", 1)):  # fmt: skip
             check_setting(getattr(self, name) >= least, name, getattr(self, name), f">= {least}")
         check_setting(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        check_setting(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
+        check_setting(all(self.stops), "stops", list(self.stops), "texts of a character or more")
         penalty = self.repetition_penalty
         check_setting(penalty > 0, "repetition_penalty", penalty, "above 0")
 
@@ -110,19 +118,8 @@ def stream(model, tokenizer, prompt: Sequence[int], config: GenerateConfig) -> I
         UserError: as `generate`.
     """
     check_prompts(model, [prompt], config.max_new_tokens)
-    ids: list[int] = []
-    shown = text = ""
-    for _, token, _ in _tokens(model, [prompt], [0], config, [0]):
-        if token in config.eos_token_ids:
-            break
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        # A character of several tokens shows as U+FFFD until its last one is there.
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
-    if len(text) > len(shown):
-        yield text[len(shown) :]
+    tokens = (token for _, token, _ in _tokens(model, [prompt], [0], config, [0]))
+    yield from pieces(tokens, tokenizer, config.eos_token_ids, config.stops)
 
 
 def _tokens(
@@ -132,17 +129,30 @@ def _tokens(
     config: GenerateConfig,
     numbers: Sequence[int],
 ) -> Iterator[tuple[int, int, float]]:
-    """Decode ``prompts[i] for i in batch`` together; yields (i, token, log-probability).
-
-    The log-probability is the model's own, the repetition penalty counted in, temperature not.
-    """
+    """Decode ``prompts[i] for i in batch`` together; see `next_tokens`."""
     decoder = decoder_of(model)
     decoder.enter([prompts[index] for index in batch])
+    return next_tokens(decoder, model, prompts, batch, config, numbers)
+
+
+def next_tokens(
+    decoder,
+    model,
+    prompts: Sequence[Sequence[int]],
+    batch: Sequence[int],
+    config: GenerateConfig,
+    numbers: Sequence[int],
+) -> Iterator[tuple[int, int, float]]:
+    """Go on with ``prompts[i] for i in batch``, the decoder's rows.
+
+    Yields (i, token, log-probability). The decoder reads a token when the one after it is asked
+    for. The log-probability is the model's own, the repetition penalty counted in, temperature not.
+    """
     batch = list(batch)
     vocabulary = model.config.vocab_size
     draws = {index: np.random.default_rng([config.seed, numbers[index]]) for index in batch}
     texts = {index: list(prompts[index]) for index in batch}
-    for _ in range(config.max_new_tokens):
+    for step in range(config.max_new_tokens):
         penalised = config.repetition_penalty != 1
         values, ids = decoder.best(
             1 if config.temperature == 0 else config.top_k or vocabulary,
@@ -157,8 +167,8 @@ def _tokens(
             texts[index].append(chosen[-1])
             yield index, chosen[-1], float(values[row, place])
         live = [row for row, token in enumerate(chosen) if token not in config.eos_token_ids]
-        if not live:
-            return
+        if not live or step + 1 == config.max_new_tokens:
+            return  # nothing follows the last token, for which there may be no position
         decoder.advance(np.array(live), np.array([chosen[row] for row in live]))
         batch = [batch[row] for row in live]
 
@@ -169,6 +179,8 @@ def _draw(logprobs: np.ndarray, config: GenerateConfig, generator: np.random.Gen
     cumulative = np.cumsum(weights)
     # The token that carries the sum over top_p still counts, so one is always left.
     count = int(np.searchsorted(cumulative, config.top_p * cumulative[-1])) + 1
+    if config.min_p:
+        count = min(count, int((weights >= config.min_p).sum()))  # the likeliest has weight 1
     cumulative = cumulative[: min(count, len(cumulative))]
     place = np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")
     return min(int(place), len(cumulative) - 1)

@@ -14,7 +14,9 @@ from jlora.kernels.block import ACTIVATIONS, NORMS, BlockPlan, Layer, Shape, run
 from jlora.kernels.packed_linear import Branch
 from jlora.layers import Linear, MergedLinear
 from jlora.models.attention import Stream
-from jlora.models.families import FAMILIES, Parts
+from jlora.models.families import FAMILIES
+from jlora.models.parts import Parts
+from jlora.models.rope import InterleavedRotary
 from jlora.system.runtime import jt
 
 
@@ -81,16 +83,20 @@ class _FusedBlock:
             return plain()
         if not is_known(self):
             return plain()
-        norm_1, norm_2 = (part(self, path) for path in self._parts.norms)
-        if norm_1.eps != norm_2.eps:  # the operator has one for both
-            return plain()
         parts = self._parts
+        found = [path and part(self, path) for path in (*parts.norms, *parts.qk_norms)]
+        if len({(norm.eps, getattr(norm, "offset", 0)) for norm in found if norm}) > 1:
+            return plain()  # the operator has one for all
         joints = parts.qkv, (parts.output,), parts.up, (parts.down,)
         layers = [[_Layer.of(part(self, path)) for path in joint] for joint in joints]
         flat = [layer for joint in layers for layer in joint]
         if None in flat:
             return plain()
-        norms = [p for norm in (norm_1, norm_2) for p in (norm.weight, getattr(norm, "bias", None))]
+        norms = [
+            getattr(norm, name, None) if norm else None
+            for norm in found
+            for name in ("weight", "bias")
+        ]
         biases = [[layer.product.bias for layer in joint] for joint in layers]
         fixed = [p for p in (*norms, *(b for joint in biases for b in joint)) if p is not None]
         if not self._given and not all(p.is_stop_grad() for p in fixed):
@@ -98,6 +104,8 @@ class _FusedBlock:
         plan = self._plan(layers, flat, norms)
         if plan is None:
             return plain()
+        if getattr(part(self, parts.attention), "rotary", None) is None:
+            rotation = []  # positions are learned, or this layer has none
         B, T = x.shape[:2]
         starts = np.arange(0, B * T + 1, T, dtype=np.int32) if keys is None else keys.starts
         branches = [layer.branch for layer in flat if layer.branch is not None]
@@ -129,16 +137,26 @@ class _FusedBlock:
         if key not in plans:
             if len(plans) >= MOST_PLANS:
                 plans.clear()
-            attention, eps = part(self, self._parts.attention), part(self, self._parts.norms[0]).eps
-            heads = attention.heads, attention.kv_heads, attention.head_dim
-            positions = "rotary" if self._parts.positions is None else "learned"
-            kinds = self._parts.norm, positions, self._parts.activation, self._parts.gated
-            shape = Shape(*heads, eps, *kinds)
+            shape = self._shape(norms)
             fits = shape.fits(flat[0].product.packed.k, flat[-1].product.packed.k)
             arrays = [None if p is None else p.numpy() for p in norms]
             joints = [[layer.planned() for layer in joint] for joint in layers]
             plans[key] = BlockPlan(shape, arrays, joints, self._given) if fits else None
         return plans[key]
+
+    def _shape(self, norms) -> Shape:
+        """What the block is besides its weights; norms: weights and biases of all places."""
+        parts, attention = self._parts, part(self, self._parts.attention)
+        first = part(self, next(filter(None, parts.norms)))
+        rotary, scores = getattr(attention, "rotary", None), attention.attention
+        key_norm = norms[-2]
+        return Shape(
+            attention.heads, attention.kv_heads, attention.head_dim, first.eps, parts.norm,
+            parts.activation, parts.gated, getattr(first, "offset", 0.0),
+            0 if rotary is None else attention.rotary_size, is_interleaved(rotary),
+            scores.scale_of(attention.head_dim), scores.window, scores.cap, parts.grouped,
+            key_norm is not None and is_whole(attention, key_norm),
+        )  # fmt: skip
 
 
 def part(module, path: str):
@@ -146,6 +164,15 @@ def part(module, path: str):
     for name in path.split("."):
         module = getattr(module, name)
     return module
+
+
+def is_interleaved(rotary) -> bool:
+    return isinstance(rotary, InterleavedRotary)
+
+
+def is_whole(attention, key_norm) -> bool:
+    """Whether a norm's weight is for all heads of keys together, and not for each alike."""
+    return attention.kv_heads > 1 and key_norm.shape[0] == attention.kv_heads * attention.head_dim
 
 
 def _joined(biases: Sequence[jt.Var | None], layers: Sequence[_Layer]) -> jt.Var:

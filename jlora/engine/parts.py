@@ -14,7 +14,9 @@ from jlora.adapters.attach import ModulesToSave
 from jlora.engine.leaves import (
     FUSED,
     FusedAttention,
+    FusedGEGLU,
     FusedGELU,
+    FusedInterleavedRotary,
     FusedLayerNorm,
     FusedRMSNorm,
     FusedRotary,
@@ -55,8 +57,10 @@ PARTS: dict[type, dict[str, tuple[type, ...]]] = {
     PackedHead: {},
     FusedLayerNorm: {"weight": VAR, "bias": VAR},
     FusedRMSNorm: {"weight": VAR},
+    FusedGEGLU: {},
     FusedGELU: {},
     FusedSwiGLU: {},
+    FusedInterleavedRotary: {},
     FusedRotary: {},
     FusedAttention: {},
 }

@@ -17,21 +17,22 @@ LINEAR, NORM = np.dtype(structs.Linear), np.dtype(structs.Norm)
 BLOCK, MODEL = np.dtype(structs.Block), np.dtype(structs.Model)
 
 
-def run_prompts(model, blocks, ids, positions, lengths, prompts) -> np.ndarray:
+def run_prompts(model, blocks, ids, positions, lengths, before, prompts) -> np.ndarray:
     """Run prompts, P of them one after the other in ``ids``.
 
     Args:
         model, blocks: MODEL (1,) and BLOCK (layers,).
         ids, positions: (sum of lengths,) int32.
         lengths: (P,) int32, tokens of each prompt.
-        prompts: (P,) int64, addresses of (layers, 2, tokens, G, D) float32, where keys and values
-            of each prompt are written.
+        before: (P,) int32, tokens that stand before them and were run earlier.
+        prompts: (P,) int64, addresses of (layers, 2, before + tokens, G, D) float32, where those
+            earlier ones have their keys and values and the prompt's are written behind them.
 
     Returns:
         (P, C) float32, the state of each prompt's last token.
     """
     hidden = np.empty((len(lengths), int(model["C"][0])), np.float32)
-    run("run_prompts_op", [model, blocks, ids, positions, lengths, prompts], [hidden])
+    run("run_prompts_op", [model, blocks, ids, positions, lengths, before, prompts], [hidden])
     return hidden
 
 
@@ -58,7 +59,13 @@ def run_step(
 
 
 def head_topk(
-    hidden: np.ndarray, head: int, k: int, banned=None, penalised=None, penalty: float = 1.0
+    hidden: np.ndarray,
+    head: int,
+    k: int,
+    banned=None,
+    penalised=None,
+    penalty: float = 1.0,
+    cap: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`jlora.kernels.topk.log_softmax_topk` of the head's logits, which are never written.
 
@@ -66,9 +73,10 @@ def head_topk(
         hidden: (rows, C) float32.
         head: address of the head's packed weight.
         k: how many; V where the vocabulary V is smaller.
+        cap: of the logits, see `jlora.models.head.LanguageHead`.
     """
     rows, k = len(hidden), min(k, structs.Weight.from_address(head).n)
     values, ids = np.empty((rows, k), np.float32), np.empty((rows, k), np.int32)
     edits = [np.ascontiguousarray(rectangle(lists, rows)) for lists in (penalised, banned)]
-    run("head_topk_op", [hidden, *edits], [values, ids], penalty, integers=[head])
+    run("head_topk_op", [hidden, *edits], [values, ids], penalty, cap or 0, integers=[head])
     return values, ids

@@ -62,6 +62,10 @@ class KeyRange:
         real = jt.logical_and(key >= self.first.unsqueeze(1), key < self.last.unsqueeze(1))
         return real.unsqueeze(1)
 
+    def lengths(self) -> np.ndarray:
+        """Real tokens of each row, (B, 1)."""
+        return (self.last.numpy() - self.first.numpy())[:, None]
+
     def sequences(self, T: int, S: int) -> np.ndarray:
         """See `jlora.kernels.attention.sequences`."""
         return sequences(self.first.numpy(), self.last.numpy(), T, S)
@@ -100,6 +104,10 @@ class Stream:
         """The first token of each token's sequence, (T,) int32."""
         return np.repeat(self.starts[:-1], np.diff(self.starts))
 
+    def lengths(self) -> np.ndarray:
+        """Tokens of each token's sequence, (1, T)."""
+        return np.repeat(np.diff(self.starts), np.diff(self.starts))[None]
+
     def positions(self, column: jt.Var) -> jt.Var:
         return column - jt.array(self._first()).unsqueeze(0)
 
@@ -118,11 +126,26 @@ def positions(batch: int, tokens: int, past: int, keys: KeyRange | Stream | None
     return column.broadcast((batch, tokens)) if keys is None else keys.positions(column)
 
 
+def lengths(batch: int, tokens: int, past: int, keys: KeyRange | Stream | None) -> np.ndarray:
+    """How long the text of each row is, or of each token in a `Stream`: (B, 1) or (1, T)."""
+    return np.full((batch, 1), past + tokens) if keys is None else keys.lengths()
+
+
 class CausalAttention(nn.Module):
     """softmax(q k^T / sqrt(D)) v, where a token sees itself and what stands before it.
 
     Grouped-query attention: query head h uses key-value head ``h // (H / H_kv)``.
+
+    Attributes:
+        scale: of the scores; None: 1 / sqrt(D).
+        window: how many tokens a token sees, itself included; None: all before it.
+        cap: scores become ``cap tanh(score / cap)``, as in Gemma 2; None: they stay.
     """
+
+    def __init__(
+        self, scale: float | None = None, window: int | None = None, cap: float | None = None
+    ):
+        self.scale, self.window, self.cap = scale, window, cap
 
     def new_cache(self, layers: int) -> KVCache:
         """An empty cache of the kind that goes with this attention."""
@@ -149,15 +172,29 @@ class CausalAttention(nn.Module):
             k = repeat_heads(k, groups)
             v = repeat_heads(v, groups)
         q, k, v = (x.permute(0, 2, 1, 3) for x in (q, k, v))  # (B, H, T or S, D)
-        scores = jt.matmul(q, k.permute(0, 1, 3, 2)) / math.sqrt(D)  # (B, H, T, S)
-        key = jt.arange(S).unsqueeze(0)  # (1, S)
-        seen = key <= (jt.arange(T) + (S - T)).unsqueeze(1)  # (T, S)
+        scores = jt.matmul(q, k.permute(0, 1, 3, 2)) * self.scale_of(D)  # (B, H, T, S)
+        if self.cap is not None:
+            scores = soft_cap(scores, self.cap)
+        key, query = jt.arange(S).unsqueeze(0), (jt.arange(T) + (S - T)).unsqueeze(1)
+        seen = key <= query  # (T, S)
+        if self.window is not None:
+            seen = jt.logical_and(seen, key > query - self.window)
         seen = seen.unsqueeze(0)  # (1, T, S)
         if keys is not None:
             seen = jt.logical_and(seen, keys.mask(T, S))  # (B or 1, T, S)
         scores = scores + (1.0 - seen.float32()).unsqueeze(1) * MASKED
         weights = nn.softmax(scores, dim=-1)
         return jt.matmul(weights, v).permute(0, 2, 1, 3)  # (B, T, H, D)
+
+    def scale_of(self, head_dim: int) -> float:
+        """What scores are multiplied by."""
+        return 1 / math.sqrt(head_dim) if self.scale is None else self.scale
+
+
+def soft_cap(x: jt.Var, cap: float) -> jt.Var:
+    """``cap tanh(x / cap)``: limits values to (-cap, cap)."""
+    # tanh z = 2 sigmoid(2 z) - 1; the gradient of Jittor's tanh is NaN beyond |z| of 45.
+    return cap * (2 * jt.sigmoid(x * (2 / cap)) - 1)
 
 
 def repeat_heads(x: jt.Var, groups: int) -> jt.Var:
@@ -185,6 +222,10 @@ class KVCache:
             k, v = jt.concat([past_k, k], dim=1), jt.concat([past_v, v], dim=1)
         self.layers[layer] = (k, v)
         return k, v
+
+    def keep(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens (at least one) of rows without padding."""
+        self.layers = [kv and (kv[0][:, :length], kv[1][:, :length]) for kv in self.layers]
 
     def attend(self, layer: int, attention: CausalAttention, q, k, v, keys: KeyRange | None):
         """Append new keys and values to a layer and attend over all of them; (B, T, H, D)."""

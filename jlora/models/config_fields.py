@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -19,8 +19,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "clip_qkv": (None,),
     "embedding_multiplier": (None, 1),
     "final_logit_softcapping": (None,),
+    "full_attn_mod": (None, 1),
+    "interpolate_factor": (None, 1),
     "is_causal": (None, True),
     "is_encoder_decoder": (None, False),
+    "lm_head_bias": (None, False),
     "logit_scale": (None, 1),
     "logits_scaling": (None, 1),
     "num_experts": (None, 0, 1),
@@ -40,21 +43,23 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def check_not_computed(config: Mapping[str, Any], also: Mapping[str, tuple[Any, ...]] = {}) -> None:
+def check_not_computed(
+    config: Mapping[str, Any],
+    also: Mapping[str, tuple[Any, ...]] = {},
+    computed: Collection[str] = (),
+) -> None:
     """Refuse a config.json with a field that would change results and is not computed here.
 
     Args:
         also: more fields like `NEUTRAL`'s, of one family.
+        computed: those of `NEUTRAL` that the family computes.
 
     Raises:
         ValueError: a field has another value than those that change nothing.
     """
     for name, neutral in {**NEUTRAL, **also}.items():
-        if name in config and config[name] not in neutral:
+        if name in config and name not in computed and config[name] not in neutral:
             raise ValueError(f"{name} {shown(config[name])} is not supported")
-    kinds = config.get("layer_types") or ["full_attention"]
-    if not isinstance(kinds, list) or set(map(str, kinds)) != {"full_attention"}:
-        raise ValueError(f"layer_types {kinds!r}: only full_attention is supported")
 
 
 def number(name: str, value: Any, above: float = 0.0) -> float:

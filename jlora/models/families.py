@@ -6,58 +6,15 @@ and BitFit read it here, or from a model as ``model.family``. To add a family se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from jlora.formats.gguf_architectures import GPT2, LLAMA, QWEN2, Architecture
-from jlora.layers import Conv1D
-from jlora.models import gpt2, llama
-from jlora.models.attention import CausalAttention
+from jlora.models import gemma, glm, gpt2, internlm, llama, olmo2, phi3, qwen3, smollm3
+from jlora.models.parts import Parts
 from jlora.system.plugins import load_plugin
-from jlora.system.runtime import nn
 
 GROUP = "jlora.families"  # of entry points
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Where the block operator and the native decoder find what they compute.
-
-    They have a pre-norm block built in: ``x + output(attention(norm(x)))``, then
-    ``x + down(activation(up(norm(x))))``. Paths are relative to the block, or to the backbone.
-
-    Attributes:
-        block: class of a block; ``block(x, *rotation, keys, cache)``.
-        norms: before attention and before the MLP.
-        attention: the module that has ``heads``, ``kv_heads`` and ``head_dim``.
-        qkv: one layer for queries, keys and values together, or three.
-        output, up, down: ``up`` is gate and up where gated.
-        body: the backbone's name in the model; in it stand tokens, blocks and last_norm.
-        positions: the embedding of learned positions in the backbone; None: rotary positions, whose
-            frequencies the backbone keeps as ``_frequencies``.
-        norm: "layer" or "rms".
-        activation: "gelu_tanh" or "silu".
-        gated: whether the activation of one layer multiplies another's result.
-        modules: class -> its submodules by name and class, and nothing else, for every class of
-            block, attention, MLP and backbone.
-    """
-
-    block: type
-    norms: tuple[str, str]
-    attention: str
-    qkv: tuple[str, ...]
-    output: str
-    up: tuple[str, ...]
-    down: str
-    body: str
-    tokens: str
-    blocks: str
-    last_norm: str
-    positions: str | None
-    norm: str
-    activation: str
-    gated: bool
-    modules: Mapping[type, Mapping[str, type]] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -92,85 +49,25 @@ class Family:
     gguf: Architecture | None = None
 
 
-GPT2_PARTS = Parts(
-    block=gpt2.Block,
-    norms=("ln_1", "ln_2"),
-    attention="attn",
-    qkv=("attn.c_attn",),
-    output="attn.c_proj",
-    up=("mlp.c_fc",),
-    down="mlp.c_proj",
-    body="transformer",
-    tokens="wte",
-    blocks="h",
-    last_norm="ln_f",
-    positions="wpe",
-    norm="layer",
-    activation="gelu_tanh",
-    gated=False,
-    modules={
-        gpt2.Attention: {"c_attn": Conv1D, "c_proj": Conv1D, "attention": CausalAttention},
-        gpt2.MLP: {"c_fc": Conv1D, "c_proj": Conv1D, "act": gpt2.GELU},
-        gpt2.Block: {
-            "ln_1": gpt2.LayerNorm, "attn": gpt2.Attention,
-            "ln_2": gpt2.LayerNorm, "mlp": gpt2.MLP,
-        },
-        gpt2.GPT2Model: {
-            "wte": nn.Embedding, "wpe": nn.Embedding, "h": nn.ModuleList, "ln_f": gpt2.LayerNorm,
-        },
-    },
-)  # fmt: skip
-LLAMA_PARTS = Parts(
-    block=llama.Block,
-    norms=("input_layernorm", "post_attention_layernorm"),
-    attention="self_attn",
-    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    output="self_attn.o_proj",
-    up=("mlp.gate_proj", "mlp.up_proj"),
-    down="mlp.down_proj",
-    body="model",
-    tokens="embed_tokens",
-    blocks="layers",
-    last_norm="norm",
-    positions=None,
-    norm="rms",
-    activation="silu",
-    gated=True,
-    modules={
-        llama.Attention: {
-            "q_proj": nn.Linear, "k_proj": nn.Linear, "v_proj": nn.Linear, "o_proj": nn.Linear,
-            "rotary": llama.Rotary, "attention": CausalAttention,
-        },
-        llama.MLP: {
-            "gate_proj": nn.Linear, "up_proj": nn.Linear, "down_proj": nn.Linear,
-            "act": llama.SwiGLU,
-        },
-        llama.Block: {
-            "input_layernorm": llama.RMSNorm, "self_attn": llama.Attention,
-            "post_attention_layernorm": llama.RMSNorm, "mlp": llama.MLP,
-        },
-        llama.LlamaModel: {
-            "embed_tokens": nn.Embedding, "layers": nn.ModuleList, "norm": llama.RMSNorm,
-        },
-    },
-)  # fmt: skip
+LLAMA_PARTS = llama.parts_of(llama.LlamaModel)
 
 
-def _llama(model_type: str, gguf: Architecture, biases: tuple[str, ...] = ()) -> Family:
-    """A family of Llama's architecture."""
-    return Family(
-        model_type,
-        config=llama.LlamaConfig,
-        model=llama.LlamaForCausalLM,
-        prefix="model.",
-        embedding="model.embed_tokens.weight",
-        targets=("q_proj", "v_proj"),
-        biases=biases,
-        parts=LLAMA_PARTS,
-        gguf=gguf,
-    )
+def _llama(config: type, model: type, **changes) -> Family:
+    """A family of Llama's architecture, or of other choices of its parts."""
+    usual = {
+        "model_type": config.model_type,
+        "prefix": "model.",
+        "embedding": "model.embed_tokens.weight",
+        "targets": ("q_proj", "v_proj"),
+    }
+    parts = LLAMA_PARTS
+    if model.backbone is not llama.LlamaModel:
+        parts = llama.parts_of(model.backbone)
+    return Family(**{**usual, **changes}, config=config, model=model, parts=parts)
 
 
+OWN = llama.LlamaConfig, llama.LlamaForCausalLM
+BIASES = "attention_bias", "mlp_bias"
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -182,14 +79,27 @@ FAMILIES: dict[str, Family] = {
             embedding="transformer.wte.weight",
             targets=("c_attn",),
             rename=gpt2.hugging_face_name,
-            parts=GPT2_PARTS,
+            parts=gpt2.PARTS,
             gguf=GPT2,
         ),
-        _llama("llama", LLAMA, biases=("attention_bias", "mlp_bias")),
-        _llama("mistral", LLAMA),
-        _llama("qwen2", QWEN2),
+        _llama(*OWN, model_type="llama", gguf=LLAMA, biases=BIASES),
+        _llama(*OWN, model_type="mistral", gguf=LLAMA),
+        _llama(*OWN, model_type="qwen2", gguf=QWEN2),
+        _llama(qwen3.Qwen3Config, qwen3.Qwen3ForCausalLM),
+        _llama(smollm3.SmolLM3Config, smollm3.SmolLM3ForCausalLM, biases=BIASES),
+        _llama(olmo2.Olmo2Config, olmo2.Olmo2ForCausalLM),
+        _llama(gemma.Gemma2Config, gemma.Gemma2ForCausalLM),
+        _llama(gemma.Gemma3Config, gemma.Gemma3ForCausalLM),
+        _llama(phi3.Phi3Config, phi3.Phi3ForCausalLM, targets=("qkv_proj",)),
+        _llama(glm.GlmConfig, glm.GlmForCausalLM),
+        _llama(glm.Glm4Config, glm.Glm4ForCausalLM),
+        _llama(
+            internlm.InternLM2Config, internlm.InternLM2ForCausalLM,
+            embedding="model.tok_embeddings.weight", targets=("wqkv",),
+        ),
+        _llama(internlm.InternLM3Config, internlm.InternLM3ForCausalLM, biases=BIASES),
     )
-}
+}  # fmt: skip
 
 
 def register_family(family: Family) -> None:

@@ -17,6 +17,8 @@ from jlora.models.attention import (
 )
 from jlora.models.config_fields import check_not_computed, known_fields
 from jlora.models.head import CausalLM, LanguageHead
+from jlora.models.parts import Parts
+from jlora.models.windows import FULL, read_windows
 from jlora.system.runtime import jt, nn
 
 #: OpenAI's TensorFlow names for a layer's gain, weight and bias.
@@ -73,6 +75,7 @@ class GPT2Config:
         config.setdefault("n_positions", config.get("n_ctx", 1024))
         result = cls(**known_fields(cls, config))
         check_not_computed(config, NEUTRAL)
+        read_windows(config, result.n_layer, [FULL] * result.n_layer, listed=False)
         if result.activation_function not in TANH_GELUS:
             raise ValueError(f"activation_function {result.activation_function!r} is not supported")
         if result.n_embd % result.n_head:
@@ -229,3 +232,33 @@ class GPT2LMHeadModel(CausalLM):
     @property
     def first_attention(self) -> CausalAttention:
         return self.transformer.h[0].attn.attention
+
+
+PARTS = Parts(
+    block=Block,
+    norms=("ln_1", None, "ln_2", None),
+    attention="attn",
+    qkv=("attn.c_attn",),
+    output="attn.c_proj",
+    up=("mlp.c_fc",),
+    down="mlp.c_proj",
+    body="transformer",
+    tokens="wte",
+    blocks="h",
+    last_norm="ln_f",
+    positions="wpe",
+    norm="layer",
+    activation="gelu_tanh",
+    gated=False,
+    modules={
+        Attention: {"c_attn": Conv1D, "c_proj": Conv1D, "attention": CausalAttention},
+        MLP: {"c_fc": Conv1D, "c_proj": Conv1D, "act": GELU},
+        Block: {
+            "ln_1": LayerNorm, "attn": Attention,
+            "ln_2": LayerNorm, "mlp": MLP,
+        },
+        GPT2Model: {
+            "wte": nn.Embedding, "wpe": nn.Embedding, "h": nn.ModuleList, "ln_f": LayerNorm,
+        },
+    },
+)  # fmt: skip

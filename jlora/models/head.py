@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from jlora.models.attention import KVCache
+from typing import ClassVar
+
+from jlora.models.attention import KVCache, soft_cap
 from jlora.system.runtime import jt, nn
 
 
@@ -10,11 +12,20 @@ class LanguageHead(nn.Module):
     """Logits and losses of hidden states; the weight is handed in, since GPT-2 ties it.
 
     A module without parameters, so that a fused one can take its place.
+
+    Attributes:
+        cap: logits become ``cap tanh(logit / cap)``, as in Gemma 2; None: they stay.
     """
+
+    def __init__(self, cap: float | None = None):
+        self.cap = cap
 
     def execute(self, hidden: jt.Var, weight: jt.Var) -> jt.Var:
         """States (..., C) and weight (V, C) -> logits (..., V)."""
-        return nn.matmul_transpose(hidden, weight)
+        return self.capped(nn.matmul_transpose(hidden, weight))
+
+    def capped(self, logits: jt.Var) -> jt.Var:
+        return logits if self.cap is None else soft_cap(logits, self.cap)
 
     def losses(self, hidden: jt.Var, weight: jt.Var, targets: jt.Var, smoothing: float) -> jt.Var:
         """Cross-entropy with label smoothing of N targets, (N,) float32.
@@ -46,6 +57,8 @@ class CausalLM(nn.Module):
     A family gives ``head``, ``hidden_states``, ``output_embedding`` and ``first_attention``.
     """
 
+    head_name: ClassVar[str] = "lm_head"  # of the layer with the head's weight, if it is untied
+
     @property
     def family(self):
         """The model's entry in `models.families`; None: a family that is not registered."""
@@ -68,20 +81,22 @@ class CausalLM(nn.Module):
 
         Otherwise `LanguageHead` multiplies the weight, and the layer is never called.
         """
-        layer = getattr(self, "lm_head", None)
+        layer = getattr(self, self.head_name, None)
         more = isinstance(layer, nn.Linear) and type(layer).execute is not nn.Linear.execute
         return layer if more else None
 
     def lm_head_logits(self, hidden: jt.Var) -> jt.Var:
         """States (..., C) -> logits (..., V)."""
         layer = self.head_layer
-        return self.head(hidden, self.output_embedding) if layer is None else layer(hidden)
+        if layer is None:
+            return self.head(hidden, self.output_embedding)
+        return self.head.capped(layer(hidden))
 
     def target_losses(self, hidden: jt.Var, targets: jt.Var, smoothing: float = 0.0) -> jt.Var:
         """Losses (N,) of states (N, C) for targets (N,) int32; see `LanguageHead.losses`."""
         layer = self.head_layer
         if layer is not None:
-            return cross_entropy(layer(hidden), targets, smoothing)
+            return cross_entropy(self.lm_head_logits(hidden), targets, smoothing)
         return self.head.losses(hidden, self.output_embedding, targets, smoothing)
 
     def execute(

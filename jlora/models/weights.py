@@ -28,7 +28,8 @@ def hugging_face_names(tensors: dict[str, np.ndarray], family: Family) -> dict[s
     if any(name.startswith(family.prefix) for name in renamed):
         return renamed
     # A checkpoint of the bare model class, without the language-model head around it.
-    return {n if n.startswith("lm_head.") else family.prefix + n: a for n, a in renamed.items()}
+    head = f"{family.model.head_name}."
+    return {n if n.startswith(head) else family.prefix + n: a for n, a in renamed.items()}
 
 
 def load_weights(model: Any, tensors: dict[str, np.ndarray], source: str = "checkpoint") -> None:

@@ -48,6 +48,13 @@ class AdapterFile:
         """The recipe of the adapter's run; None where the adapter was made elsewhere."""
         return self._found[1]
 
+    @property
+    def of_task(self) -> bool:
+        """Whether it was trained for a task, and not to talk; .pt files are microsoft/LoRA's."""
+        if self.recipe is not None:
+            return self.recipe.data.task != "chat"
+        return is_loralib(self.folder)
+
     def check(self) -> None:
         """Check that the adapter is there and that the settings go with its form.
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ import numpy as np
 
 from jlora import engine
 from jlora.data.batches import TokenExample, encode_prompts
+from jlora.data.conversations import Conversation
+from jlora.data.end_tokens import find_ends
+from jlora.data.readers import shorten
 from jlora.decoding.beam import BeamConfig, search
 from jlora.decoding.decoder import check_prompts
 from jlora.decoding.hypothesis import Hypothesis
@@ -23,9 +26,11 @@ from jlora.decoding.predictions import (
     make_prediction,
     save_predictions,
 )
-from jlora.decoding.sampling import GenerateConfig, sample
+from jlora.decoding.sampling import GenerateConfig, sample, stream
+from jlora.decoding.text_stream import stripped, up_to_stop
 from jlora.models.hub import outline, require_tokenizer
 from jlora.runs.adapter_file import AdapterFile, base_name, open_model
+from jlora.runs.chat import Chat
 from jlora.runs.recipe import DataConfig
 from jlora.system.distributed import world
 from jlora.system.errors import UserError
@@ -62,7 +67,12 @@ def decode(
     )
     # Prompts of like length are decoded together, as in training.
     waiting = [index for index in by_length(encoded) if index not in done]
-    penalty = config.length_penalty if isinstance(config, BeamConfig) else 0.0
+    beams = isinstance(config, BeamConfig)
+    penalty, stops = (config.length_penalty, ()) if beams else (0.0, config.stops)
+
+    def text_of(ids: list[int]) -> str:
+        return up_to_stop(tokenizer.decode(ids), stops)
+
     model.eval()
     from tqdm import tqdm
 
@@ -73,9 +83,7 @@ def decode(
         for start in range(0, len(waiting), together or 1):
             mine, found = here.mine(waiting[start : start + together]), {}
             for index, hypotheses in hypotheses_of(model, encoded, mine, config):
-                found[index] = make_prediction(
-                    prompts[index], hypotheses, tokenizer.decode, penalty
-                )
+                found[index] = make_prediction(prompts[index], hypotheses, text_of, penalty)
                 bar.update()
                 if work and here.size == 1 and bar.n % config.batch_size == 0:
                     work.write(list({**done, **found}.values()))
@@ -151,16 +159,38 @@ def fingerprint(source: Any, encoded: Sequence[Sequence[int]], config: Any) -> s
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Form:
+    """How prompts become tokens, and what ends the answers.
+
+    Attributes:
+        chat: as messages to answer, by a chat template.
+        plain: as a text to go on with, as the tokenizer begins one. Without `chat` or ``plain``
+            as in a task: the prompt, then a separator.
+        separator_id: token after each prompt of a task; None: as in the adapter's run, else the
+            tokenizer's end token; `jlora.data.batches.NO_SEPARATOR`: none.
+        end_ids: tokens that end a text; None: as the run says, else the tokenizer's end token, and
+            with ``chat`` or ``plain`` all that the model's files and template name.
+        shorten: ask for fewer new tokens where the model's context has not room for all.
+    """
+
+    chat: Chat | None = None
+    plain: bool = False
+    separator_id: int | None = None
+    end_ids: Sequence[int] | None = None
+    shorten: bool = False
+
+
 def answer(
     prompts: Sequence[str],
     model_name: str | None,
     adapter: AdapterFile | None,
     config: BeamConfig | GenerateConfig,
-    separator_id: int | None = None,
-    end_ids: Sequence[int] | None = None,
+    form: Form = Form(),  # noqa: B008 (frozen)
     precision: str = "auto",
     path: Path | None = None,
     keeps: Sequence[int] | None = None,
+    asked: Sequence[Conversation] | None = None,
 ) -> list[Prediction]:
     """Answer prompts with a model and, if given, its adapter.
 
@@ -168,41 +198,121 @@ def answer(
         model_name: None: the model that the adapter's run was made with.
         adapter: None: the model alone.
         config: beam search, or greedy decoding and sampling (whose end tokens are set here).
-        separator_id: token after each prompt; None: as in the adapter's run, else the tokenizer's
-            end token; `jlora.data.batches.NO_SEPARATOR`: the model goes on with the prompt's own
-            text.
-        end_ids: tokens that end a text; None: likewise.
+        form: how prompts become tokens.
         precision: see `jlora.engine.prepare`.
         path: predictions.jsonl to write; None: none.
         keeps: `jlora.data.batches.Example.keep` of each prompt; such prompts are cut as in
             training.
+        asked: the conversations that the prompts are the ends of, where they have more to them.
 
     Raises:
         UserError: no model, no such adapter, or prompts that do not fit.
+    """
+    model, encoded, config = ready(
+        prompts, model_name, adapter, config, form, precision, keeps, asked
+    )
+    return decode(
+        model, prompts, encoded, config, path, path and describe_source(model, precision, adapter)
+    )
+
+
+def ready(
+    prompts: Sequence[str],
+    model_name: str | None,
+    adapter: AdapterFile | None,
+    config: BeamConfig | GenerateConfig,
+    form: Form,
+    precision: str,
+    keeps: Sequence[int] | None = None,
+    asked: Sequence[Conversation] | None = None,
+) -> tuple[Any, list[list[int]], Any]:
+    """The model, the tokens of the prompts and all settings; see `answer`.
+
+    All is checked before the weights are read.
     """
     name = base_name(model_name, adapter)
     seen = outline(name).model  # enough to see whether all fits, before a minute of loading
     tokenizer = require_tokenizer(seen)
     trained = adapter.recipe.data if adapter and adapter.recipe else DataConfig()
-    separator_id = trained.separator_id if separator_id is None else separator_id
-    end_ids = end_ids or config.eos_token_ids or [end_token(seen, trained.end_id)]
+    end_ids, stops = form.end_ids or config.eos_token_ids, ()
+    if form.chat or form.plain:
+        ends = find_ends(tokenizer, form.chat and form.chat.template)
+        end_ids, stops = end_ids or ends.ids, ends.texts
+    end_ids = end_ids or [end_token(seen, trained.end_id)]
+    if stops and isinstance(config, BeamConfig):
+        raise UserError(
+            f"{form.chat.template.name} ends an answer by the text {stops[0]!r}, at which beam "
+            "search does not stop; take --method greedy or sample"
+        )
     context, vocabulary = seen.config.max_positions, seen.config.vocab_size
     if not all(0 <= token < vocabulary for token in end_ids):
         raise UserError(
             f"end tokens {', '.join(map(str, end_ids))}: the model's vocabulary has {vocabulary} "
             "words, numbered from 0; give --end-id one of them"
         )
-    longest = context - config.max_new_tokens + 1
-    max_prompt = trained.max_prompt if keeps else None
-    encoded = encode_prompts(prompts, tokenizer, longest, separator_id, max_prompt, keeps)
+    longest = context - (0 if form.shorten else config.max_new_tokens - 1)
+    if form.chat or form.plain:
+        if form.chat:
+            asked = asked or [one_turn(prompt) for prompt in prompts]
+            encoded = [chat_tokens(form.chat, each, tokenizer) for each in asked]
+        else:
+            encoded = [[*tokenizer.begin_ids, *tokenizer.encode(prompt)] for prompt in prompts]
+        check_lengths(prompts, encoded, longest)
+    else:
+        separator = trained.separator_id if form.separator_id is None else form.separator_id
+        max_prompt = trained.max_prompt if keeps else None
+        encoded = encode_prompts(prompts, tokenizer, longest, separator, max_prompt, keeps)
+    if form.shorten:
+        room = context + 1 - max(map(len, encoded))
+        config = replace(config, max_new_tokens=min(config.max_new_tokens, room))
     check_prompts(seen, encoded, config.max_new_tokens)
     del seen  # see Outline
     model = open_model(name, adapter)
     engine.prepare(model, precision, keep_weights=False)
     config = replace(config, eos_token_ids=tuple(end_ids))
-    return decode(
-        model, prompts, encoded, config, path, path and describe_source(model, precision, adapter)
-    )
+    if stops:
+        config = replace(config, stops=(*config.stops, *stops))
+    return model, encoded, config
+
+
+def one_turn(prompt: str) -> Conversation:
+    return Conversation("", [{"role": "user", "content": prompt}])
+
+
+def chat_tokens(chat: Chat, asked: Conversation, tokenizer: Any) -> list[int]:
+    try:
+        return chat.encode(asked.messages, tokenizer, asked.tools)
+    except UserError as error:
+        raise UserError(f"{asked.place}: {error}" if asked.place else str(error)) from error
+
+
+def check_lengths(prompts: Sequence[str], encoded: Sequence[Sequence[int]], longest: int) -> None:
+    """Raises: UserError: a prompt has more tokens than ``longest``."""
+    for number, (prompt, ids) in enumerate(zip(prompts, encoded), start=1):
+        if len(ids) > longest:
+            raise UserError(
+                f"prompt {number} ({shorten(prompt)!r}) has {len(ids)} tokens, and {longest} fit "
+                "before the new tokens; shorten it, ask for fewer new tokens or take a model with "
+                "a longer context"
+            )
+
+
+def stream_answer(
+    prompt: str,
+    model_name: str | None,
+    adapter: AdapterFile | None,
+    config: GenerateConfig,
+    form: Form,
+    precision: str = "auto",
+) -> Iterator[str]:
+    """The answer to one prompt piece by piece; all together it is that of `answer`.
+
+    Raises:
+        UserError: as `answer`.
+    """
+    model, (encoded,), config = ready([prompt], model_name, adapter, config, form, precision)
+    model.eval()
+    return stripped(stream(model, model.tokenizer, encoded, config))
 
 
 def end_token(model, end_id: int | None) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from jlora.data.batches import TokenExample
 from jlora.data.tasks import get_task
 from jlora.metrics import find_metric
 from jlora.models.hub import outline
@@ -38,15 +37,11 @@ def texts_of(data: RunData) -> Texts:
     batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
     return Texts(
         [example.input_length for example in data.train],
-        [targets_of(example) for example in data.train],
-        max((sum(map(targets_of, batch)) for batch in batches), default=0),
+        [example.target_count for example in data.train],
+        max((sum(e.target_count for e in batch) for batch in batches), default=0),
         [len(prompt) for prompt in data.prompts],
         sum(len(example.ids) for example in [*data.train, *data.valid]),
     )
-
-
-def targets_of(example: TokenExample) -> int:
-    return len(example.ids) - example.prompt_length
 
 
 def assumed_texts(recipe: Recipe) -> Texts:

@@ -71,6 +71,14 @@ def begin_run(run: Path, recipe: Recipe) -> None:
     write_text(run / "config.yaml", dump_recipe(recipe))
 
 
+def keep_template(run: Path, data: RunData) -> None:
+    """Put the chat template of the training into the run, and into the adapters that it has."""
+    if data.template is not None:
+        for folder in (run, run / "adapter", run / "best"):
+            if folder.is_dir():
+                data.template.save(folder)
+
+
 def build(recipe: Recipe, tuned: str | Path | None = None) -> TunedModel:
     """The recipe's model, about to be tuned as the recipe says or tuned already.
 
@@ -246,14 +254,17 @@ def train_recipe(
     here = world()
     recipe = here.first(lambda: open_run(run, recipe, resume))
     data = open_data(recipe, False, check_memory)
+    recipe = data.recipe
     model = build(recipe)
     if here.is_first and not resume:
         begin_run(run, recipe)
+        keep_template(run, data)
         environment.record(run, data.hashes)
     started = here.first(lambda: resume and has_checkpoint(run))
     if not finetune(recipe, run, model, data, started, command="finetune"):
         return None
     if here.is_first:
+        keep_template(run, data)
         write_report(run)
     return here.first(lambda: tuned_folder(run, recipe))
 
@@ -278,11 +289,13 @@ def run_recipe(
     if not task.choices:
         here.first(lambda: check_metrics(recipe.data.metrics or task.metrics))
     data = open_data(recipe, True, check_memory)
+    recipe = data.recipe
     scores = here.first(lambda: read_scores(run))
 
     def begin() -> None:
         if here.is_first and not (run / "config.yaml").exists():
             begin_run(run, recipe)
+            keep_template(run, data)
             environment.record(run, data.hashes)
 
     def score(model, key: str, path: Path, adapter: Path | None = None) -> None:
@@ -304,6 +317,8 @@ def run_recipe(
         if not finetune(recipe, run, model, data, started):
             return None
         chosen = here.first(lambda: tuned_folder(run, recipe))
+        if here.is_first:
+            keep_template(run, data)
         say(f"the tuned model ({chosen.name} adapter) on {len(data.groups)} test inputs")
         # From the files, so that what is scored is what a user gets; the old model goes first.
         del model

@@ -14,53 +14,15 @@ from typing import Any
 import yaml
 
 from jlora.adapters import METHODS, LoraConfig
-from jlora.data.tasks import get_task
 from jlora.decoding.beam import BeamConfig
 from jlora.engine import PRECISIONS
+from jlora.runs.data_config import DataConfig, rename_settings
 from jlora.system.console import say, warn
 from jlora.system.errors import UserError, one_line
 from jlora.system.files import read_text
 from jlora.system.settings import check_choice, check_least
 from jlora.training.loggers import LOGGERS
 from jlora.training.loop import TrainConfig
-
-
-@dataclass
-class DataConfig:
-    """Which dataset, and how its texts become tokens."""
-
-    task: str = "e2e"
-    metrics: list[str] | None = None  # scores to compute; None: the task's own
-    template: str | None = None  # prompt template of BoolQ, by name or as text; None: its first
-    folder: str | None = None  # a folder with the splits; None: the usual places
-    train: str | None = None  # a file instead of the folder's training split
-    valid: str | None = None
-    test: str | None = None
-    separator_id: int | None = None  # token after the prompt; None: the end token; -1: no token
-    end_id: int | None = None  # token after the completion; None: the tokenizer's end token
-    max_prompt: int | None = None  # most tokens of a prompt, in training and decoding; None: all
-    train_limit: int | None = None  # only the first so many examples
-    valid_stride: int = 1  # every n-th validation example, from the first
-    test_limit: int | None = None  # only so many test inputs, evenly spaced
-
-    def __post_init__(self):
-        """Raises UserError for a value that makes no sense."""
-        task = get_task(self.task)
-        task.find_template(self.template)
-        if self.metrics is not None:
-            if task.choices:
-                raise UserError(
-                    f"task {task.name} is scored by accuracy alone; leave data.metrics out"
-                )
-            from jlora.metrics import check_names
-
-            check_names(self.metrics)
-        if self.valid_stride < 1:
-            raise UserError(f"data.valid_stride must be at least 1, not {self.valid_stride}")
-        for name in ("train_limit", "test_limit", "max_prompt"):
-            limit = getattr(self, name)
-            if limit is not None and limit < 1:
-                raise UserError(f"data.{name} must be at least 1, or null for all, not {limit}")
 
 
 @dataclass(frozen=True)
@@ -367,7 +329,7 @@ def make_recipe(values: dict[str, Any], source: str) -> Recipe:
     """
     import pydantic
 
-    values = _check_names(values, Recipe, "", source)
+    values = _check_names(rename_settings(values, source), Recipe, "", source)
     if values.get("model") is None:
         raise UserError(f"{source}: no model given; add one, such as `model: smollm2-135m`")
     try:

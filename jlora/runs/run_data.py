@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from jlora.data.batches import (
-    Example,
     TokenExample,
     check_vocabulary,
     encode_examples,
     encode_prompts,
 )
+from jlora.data.chat_template import ChatTemplate
 from jlora.data.tasks import ReferenceGroup, Task, get_task
 from jlora.models.hub import outline, require_tokenizer
 from jlora.runs.recipe import Recipe
@@ -30,10 +30,13 @@ def load_data(recipe: Recipe, test: bool = True) -> RunData:
     Raises:
         UserError: data or model are missing or broken, or do not fit each other.
     """
-    data = RunData(recipe, test)
-    model = outline(recipe.model).model
-    require_tokenizer(model)
-    return data.encode(model)
+    from jlora.runs.chat_data import ChatData
+
+    data = ChatData(recipe, test) if recipe.data.task == "chat" else RunData(recipe, test)
+    found = outline(recipe.model)
+    require_tokenizer(found.model)
+    data.find_template(found.source)
+    return data.encode(found.model)
 
 
 class RunData:
@@ -47,11 +50,15 @@ class RunData:
         test: whether the test split is wanted; `jlora finetune` does without.
 
     Attributes:
+        recipe: as given, or with what the data decide filled in.
         task: the dataset's task.
         groups: distinct test inputs with their references, evenly thinned to ``data.test_limit``.
         hashes: sha256 of each file, by its path.
         train, valid: examples as tokens, after `encode`; valid may be empty.
         prompts: tokens of each test input, after `encode`.
+        template: the chat template of the examples; None: they have none.
+        tokenizer: the model's, after `encode`.
+        notes: what is to be said of the examples of each split, after `encode`.
 
     Raises:
         UserError: a file is missing or broken (with its line).
@@ -60,6 +67,8 @@ class RunData:
     train: list[TokenExample]
     valid: list[TokenExample]
     prompts: list[list[int]]
+    notes: dict[str, str]
+    template: ChatTemplate | None = None
 
     def __init__(self, recipe: Recipe, test: bool = True):
         self.recipe = recipe
@@ -93,35 +102,52 @@ class RunData:
         Raises:
             UserError: an example does not fit the model.
         """
-        data, tokenizer = self.recipe.data, model.tokenizer
+        self.tokenizer = tokenizer = model.tokenizer
         context = model.config.max_positions
         # Every answer of a choice is tried behind the prompt, however few tokens may be generated.
         ends = tokenizer.encode_after([" " + choice for choice in self.task.choices])
         new = max([self.recipe.decode.max_new_tokens, *map(len, ends)])
-        self.prompts = encode_prompts(
-            [group.prompt for group in self.groups], tokenizer, context - new + 1,
-            data.separator_id, data.max_prompt, [group.keep for group in self.groups],
-        )  # fmt: skip
+        self.prompts = self._encode_prompts(tokenizer, context - new + 1)
         longest = min(self.recipe.train.max_length, context)
-        self.train, self.valid = [], []
+        self.train, self.valid, self.notes = [], [], {}
         for split, examples in self._examples.items():
-            encoded = encode_examples(
-                examples, tokenizer, longest, data.separator_id, data.end_id, data.max_prompt
-            )
+            encoded, self.notes[split] = self._encode(examples, tokenizer, longest)
             check_vocabulary(encoded, model.config.vocab_size)
-            cut = sum(example.cut > 0 for example in encoded)
-            say(f"{len(encoded):,} {split} examples" + (f", {cut:,} prompts cut" if cut else ""))
+            say(f"{len(encoded):,} {split} examples{self.notes[split]}")
             setattr(self, split, encoded)
         self._examples = {}
         return self
 
-    def _read(self, split: str) -> list[Example]:
+    def find_template(self, source: Path | None) -> None:
+        """Find the chat template of the model whose weights are in ``source``."""
+
+    def _encode_prompts(self, tokenizer, longest: int) -> list[list[int]]:
+        """The test inputs as tokens."""
+        data = self.recipe.data
+        return encode_prompts(
+            [group.prompt for group in self.groups], tokenizer, longest,
+            data.separator_id, data.max_prompt, [group.keep for group in self.groups],
+        )  # fmt: skip
+
+    def _encode(self, examples: list, tokenizer, longest: int) -> tuple[list[TokenExample], str]:
+        """Examples as tokens, and what is to be said about them."""
+        data = self.recipe.data
+        encoded = encode_examples(
+            examples, tokenizer, longest, data.separator_id, data.end_id, data.max_prompt
+        )
+        cut = sum(example.cut > 0 for example in encoded)
+        return encoded, f", {cut:,} prompts cut" if cut else ""
+
+    def _read(self, split: str) -> list[Any]:
         file = self._file(split)
         if file is None:
             return self.task.built_in(split)
-        examples = self.task.read(file, self.recipe.data.template)
+        examples = self._read_file(file)
         self.hashes[str(file)] = sha256_of(file)
         return examples
+
+    def _read_file(self, file: Path) -> list[Any]:
+        return self.task.read(file, self.recipe.data.template)
 
     def _file(self, split: str) -> Path | None:
         """The split's own file if the recipe names one, else the folder's; None: built in."""

@@ -245,7 +245,7 @@ def train(
                     # stand beside it. It comes to this a few times between two checkpoints.
                     largest = batch.input_ids.size
                     release_memory()
-                targets = sum(len(example.ids) - example.prompt_length for example in rows)
+                targets = sum(example.target_count for example in rows)
                 batch_mean = batch_loss(model, batch, config.label_smoothing, targets, loss)
                 batch_mean = batch_mean / accumulate
                 new = optimizer.arrays(jt.grad(batch_mean, parameters))
@@ -402,7 +402,9 @@ def fingerprint(config: TrainConfig, examples: Sequence[TokenExample], named) ->
             del optim[name]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for example in examples:
-        digest.update(np.asarray([example.prompt_length, *example.ids], np.int32).tobytes())
+        spans = [edge for span in example.spans for edge in span]
+        ids = [example.prompt_length, *spans, *example.ids]
+        digest.update(np.asarray(ids, np.int32).tobytes())
     for name, parameter in named:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
     return digest.hexdigest()
