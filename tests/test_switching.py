@@ -349,3 +349,23 @@ def test_tokens_that_do_not_fit(tokens, message, folders, tmp_path):
     with pytest.raises(UserError, match=message):
         PeftModel.from_pretrained(model, tmp_path / "a")
     np.testing.assert_array_equal(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"modules_to_save": ["embed_tokens"]}, "model.embed_tokens.weight"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight"),
+        ({"target_modules": ["embed_tokens"]}, "model.embed_tokens.lora_A"),
+        ({"target_modules": ["lm_head"]}, "lm_head.lora_B"),
+    ],
+)
+def test_adapters_of_a_resized_vocabulary_are_refused(settings, name, tmp_path):
+    larger = get_peft_model(
+        wide_llama(vocab_size=25), LoraConfig(**{"target_modules": ["q_proj"], "r": 2, **settings})
+    )
+    larger.save_pretrained(tmp_path)
+    (tmp_path / "jlora_adapter.json").unlink()
+    message = f"{name} is .*: the base model of this adapter has 25 words, and this one 23; load"
+    with pytest.raises(UserError, match=message):
+        PeftModel.from_pretrained(base("llama"), tmp_path)

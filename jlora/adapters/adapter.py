@@ -154,12 +154,33 @@ class Adapter:
         for name in self.bias_names:
             if self.config.bias == "lora_only" and name not in complete:
                 complete[name] = own[name].float32().numpy()
+        check_vocabulary(source, model, shapes, complete)
         storage.check_tensors(source, shapes, complete)
         for name, module in rows.items():
             module.set_rows(complete[name])
         for key, name in by_file_name.items():
             values = np.ascontiguousarray(complete[key])
             assign(own[name], jt.array(values).cast(own[name].dtype))
+
+
+def check_vocabulary(
+    source: str,
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, np.ndarray],
+) -> None:
+    """Raises: UserError: an embedding or a head in the file is one of another vocabulary."""
+    head = getattr(model, "output_embedding", None)
+    words = None if head is None else head.shape[0]
+    for name, shape in shapes.items():
+        found = getattr(tensors.get(name), "shape", shape)
+        differ = [pair for pair in zip(found, shape) if pair[0] != pair[1]]
+        if len(found) == len(shape) and len(differ) == 1 and differ[0][1] == words:
+            raise UserError(
+                f"{source}: {name} is {tuple(found)} instead of {shape}: the base model of this "
+                f"adapter has {differ[0][0]:,} words, and this one {words:,}; load it on that one "
+                "(transformers' resize_token_embeddings and save_pretrained make it)"
+            )
 
 
 def adapter_names(model: nn.Module, config: LoraConfig) -> set[str]:
