@@ -53,6 +53,7 @@ GPT2_VARIANTS = {
     "embedding": {"target_modules": ["wpe", "c_attn"]},
     "embedding-tied": {"target_modules": ["wte"]},
     "dora": {"target_modules": ["c_attn", "c_proj"], "use_dora": True},
+    "lora-bias": {"target_modules": ["c_attn", "c_proj"], "lora_bias": True},
     "dora-blocks": {"target_modules": ["c_attn"], "r": 6, "blocks": QV, "use_dora": True},
     "dora-embedding": {"target_modules": ["wpe", "c_fc"], "use_dora": True, "use_rslora": True},
 }  # fmt: skip
@@ -76,6 +77,7 @@ LLAMA_VARIANTS = {
     "tokens-tied": {
         "target_modules": "all-linear", "trainable_token_indices": [3, 7], "tie": True,
     },
+    "lora-bias": {"target_modules": ["q_proj", "down_proj"], "lora_bias": True},
     "dora": {"target_modules": "all-linear", "use_dora": True},
     "dora-patterns": {
         "target_modules": ["q_proj", "down_proj"],

@@ -41,7 +41,6 @@ ON_VALUES = {
     "kasa_config": {"beta": 0.1},
     "layer_replication": [[0, 2], [1, 2]],
     "loftq_config": {"loftq_bits": 4, "loftq_iter": 1},
-    "lora_bias": True,
     "lora_ga_config": {"direction": "ArB2r"},
     "megatron_config": {"num_layers": 2},
     "megatron_core": "my.megatron",

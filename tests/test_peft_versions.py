@@ -48,7 +48,6 @@ REFUSED = {
     "arrow_config": "routes between adapters",
     "kasa_config": "takes singular values out of the base, a diagonal between A and B",
     "layer_replication": "another base: layers stand in it several times",
-    "lora_bias": "B has a bias",
     "megatron_config": "Megatron's parallel layers",
     "monteclora_config": "a sampler's tensors; samples in training",
     "target_parameters": "LoRA on a parameter that is no module",

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from needs import needs_bf16
-from tiny_models import ids_of, randomise_adapter, tiny_gpt2, wide_gpt2, wide_llama
+from tiny_models import ids_of, randomise_adapter, tiny_gpt2, tiny_llama, wide_gpt2, wide_llama
 
 from jlora import engine
 from jlora.adapters import LoraConfig, PeftModel, get_peft_model
@@ -68,7 +68,9 @@ MODELS = {
     ),
     "llama": (wide_llama, {"target_modules": ["q_proj", "down_proj", "lm_head"]}),
 }
-KINDS = [(v, kind) for v in ("rslora", "dora", "rsdora", "weighed", "gated") for kind in MODELS]
+BUILT = ("rslora", "dora", "rsdora", "weighed", "gated")
+KINDS = [(variant, kind) for variant in BUILT for kind in MODELS]
+KINDS += [("lora_bias", "gpt2"), ("lora_bias", "gpt2-blocks")]
 
 
 def adapted(variant, kind="llama", scale=0.1):
@@ -151,7 +153,7 @@ def test_training_changes_all_of_its_parameters():
 
 @needs_bf16
 @pytest.mark.parametrize("keep_weights", [True, False])
-@pytest.mark.parametrize("variant", ["rslora", "dora", "weighed"])
+@pytest.mark.parametrize("variant", ["rslora", "dora", "weighed", "lora_bias"])
 def test_the_engine_computes_the_variant(variant, keep_weights):
     """rsLoRA in the fused operators, which know LoRA with any scaling; the others by themselves.
 
@@ -223,6 +225,24 @@ def test_dora_drops_for_both_parts():
     np.testing.assert_allclose(layer(x).numpy(), 2 * whole - bias - (base - bias), atol=1e-5)
     layer.lora_dropout.is_train = False
     assert not layer.drops
+
+
+def test_a_bias_of_b_needs_one_of_the_base_to_be_merged():
+    model = adapted("lora_bias", "llama")
+    with pytest.raises(UserError, match="LoraBias: the base layer has no bias to merge into, as"):
+        model.merge_adapter()
+    mixed = get_peft_model(
+        tiny_llama(model_type="qwen2"),
+        LoraConfig(r=2, target_modules=["q_proj", "o_proj"], lora_bias=True),
+    )
+    with pytest.raises(UserError, match="no bias to merge into"):
+        mixed.merge_adapter()
+    for left in (model, mixed):
+        assert not any(layer.merged for layer in left.lora_layers().values())
+    with pytest.raises(UserError, match="lora_bias goes on linear layers only"):
+        get_peft_model(tiny_gpt2(), LoraConfig(r=2, target_modules=["wpe"], lora_bias=True))
+    with pytest.raises(UserError, match="lora_bias goes with plain LoRA alone, and not with use_d"):
+        LoraConfig(lora_bias=True, use_dora=True)
 
 
 def test_training_says_what_a_variant_costs(monkeypatch, tmp_path, capsys):

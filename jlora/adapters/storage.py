@@ -35,7 +35,7 @@ def to_peft_key(name: str, owner: object) -> str:
     """A parameter's name -> PEFT's key; ``owner`` is the module it belongs to."""
     module, _, last = name.rpartition(".")
     if isinstance(owner, LoRALayer) and last in owner.variant.parameters:
-        return PREFIX + name
+        return PREFIX + (f"{module}.lora_B.bias" if last == "lora_bias" else name)
     if last in ("lora_A", "lora_B"):
         if isinstance(owner, Embedding):
             return f"{PREFIX}{module}.lora_embedding_{last[-1]}"
@@ -88,6 +88,8 @@ def from_peft_key(key: str) -> str:
         del parts[-2]
     if parts[-1] == "weight" and parts[-2:-1] != [] and is_lora_name(parts[-2]):
         parts.pop()
+    elif parts[-2:] == ["lora_B", "bias"]:
+        parts[-2:] = ["lora_bias"]
     elif parts[-1] in ("lora_embedding_A", "lora_embedding_B"):
         parts[-1] = f"lora_{parts[-1][-1]}"
     return ".".join(part for part in parts if part not in ("base_layer", "modules_to_save"))

@@ -176,8 +176,9 @@ class NativeModel:
         product = folded or product
         turned = module.fan_in_fan_out if adapted else isinstance(module, Conv1D)
         result = self._weight(module.weight, turned, product)
-        if module.bias is not None:
-            result["bias"] = self._address(module.bias)
+        bias = module.bias if folded is None else folded.bias
+        if bias is not None:
+            result["bias"] = self._address(bias)
         if adds and folded is None:
             self._read_branch(module, result)
         return result
