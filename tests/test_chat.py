@@ -187,6 +187,7 @@ def test_a_pipe(model, adapters, capsys, monkeypatch):
         ("", ["--temp", "-1"], "temperature is -1.0, but must be >= 0"),
         ("", ["--stop", ""], "stops is [''], but must be texts of a character or more"),
         ("", ["--adapter", "nowhere"], "nowhere is no folder"),
+        ("", ["--end-id", "402"], "end tokens 402: the model's vocabulary has 402 words"),
         ("", ["--lora-alpha", "1"], "--lora-alpha is for an --adapter"),
         ("", ["--chat-template", "nope"], "no chat template nope"),
     ],
@@ -443,3 +444,28 @@ def test_the_demo_ends_in_a_conversation(model, tmp_path, capsys, monkeypatch):
     shown = {line for line, after in zip(lines, lines[1:]) if after.startswith("  before:")}
     assert len(rows) == 72 and len(shown) == 4 and not shown & asked
     assert main(["demo", "--chat", "--data", "x"]) == 2
+
+
+def test_a_run_keeps_its_template_and_so_does_what_is_merged(
+    tiny_model, tmp_path, capsys, monkeypatch
+):
+    """Trained by ChatML on a model that has neither a template nor its tokens."""
+    rows = [{"prompt": f"name : {name}", "completion": f"{name} ."} for name in "ABC"]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    argv = f"finetune --model {tiny_model} --data {tmp_path / 'train.jsonl'} --out {run} "
+    argv += "--chat-template chatml --rank 2 --lr 1e-2 --steps 3 --precision plain"
+    assert main(argv.split()) == 0
+    assert f"try it: jlora chat {run}" in capsys.readouterr().out
+    assert main(["merge", str(tiny_model), str(run), str(merged)]) == 0
+    said = [chat(capsys, monkeypatch, "name : A\n", model)[1] for model in (run, merged)]
+    ask = ["--prompt", "name : A", "--max-tokens", 8]
+    said += [answers(capsys, *each, *ask) for each in (["--adapter", run], ["--model", merged])]
+    assert len(set(said)) == 1 and said[0].strip()
+    # A run of whole texts goes on with texts.
+    (tmp_path / "text.jsonl").write_text('{"text": "name : A is there ."}\n')
+    argv = f"finetune --model {tiny_model} --data {tmp_path / 'text.jsonl'} --out {tmp_path / 't'} "
+    assert main((argv + "--rank 2 --steps 1 --precision plain").split()) == 0
+    assert f"jlora generate --adapter {tmp_path / 't'}" in capsys.readouterr().out
+    plain = answers(capsys, "--adapter", tmp_path / "t", *ask)
+    assert plain == answers(capsys, "--adapter", tmp_path / "t", *ask, "--raw")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import yaml
@@ -64,6 +66,8 @@ def test_a_file_of_messages_and_nothing_else_said(jlora, tmp_path, tiny_model):
         template = find_template(folder)
         assert template.source == find_template(None, "chatml").source
         assert template.arguments == {"a": 1}
+    jlora("merge", tiny_model, run, tmp_path / "merged")
+    assert find_template(tmp_path / "merged") == replace(template, name=ANY, tokens=ANY)
 
 
 def test_whole_texts_leave_no_template(jlora, tmp_path, tiny_model):

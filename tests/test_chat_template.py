@@ -89,6 +89,11 @@ def test_in_tokenizer_config(tmp_path):
     assert find_template(tmp_path / "model.safetensors").render([]) == "<e>"
 
 
+def test_tokens_that_only_a_configuration_names(tiny_model):
+    template = find_template(tiny_model, "alpaca")
+    assert template.tokens == {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+
+
 def test_one_of_its_own_for_tools(tmp_path):
     both = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
     template = find_template(write(tmp_path, chat_template=both))

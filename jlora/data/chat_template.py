@@ -20,6 +20,7 @@ import jinja2
 
 from jlora.data.rows import characters
 from jlora.data.template_sandbox import TemplateRefusal, budget, compile_template
+from jlora.data.tokenizer import Tokenizer, find_files
 from jlora.formats.safetensors_file import one_line
 from jlora.system.errors import UserError, kind_of
 from jlora.system.files import read_text, write_text
@@ -164,6 +165,7 @@ def find_template(
         if place.suffix.lower() == ".gguf" and (template is None or not tokens):
             own, special = _in_gguf(place)
             template, tokens = template or own, tokens or special
+        tokens = tokens or _of_tokenizer(folder)
     given = {**kept, **(arguments or {})}
     if choice is not None:
         return ChatTemplate(*_chosen(choice, tokens or {}, given))
@@ -244,6 +246,18 @@ def special_tokens(folder: Path) -> dict[str, str]:
                 if isinstance(token, str):
                     found[key] = token
     return found
+
+
+def _of_tokenizer(folder: Path) -> dict[str, str]:
+    """The end and begin tokens of a model whose files name none but by their ids, as GPT-2's do."""
+    return {} if find_files(folder) is None else tokens_of(Tokenizer.from_folder(folder))
+
+
+def tokens_of(tokenizer: Tokenizer) -> dict[str, str]:
+    """The end and begin tokens of a tokenizer, as texts."""
+    ids = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id}
+    found = {name: tokenizer.backend.id_to_token(i) for name, i in ids.items() if i is not None}
+    return {name: token for name, token in found.items() if token is not None}
 
 
 def _in_gguf(path: Path) -> tuple[Any, dict[str, str]]:

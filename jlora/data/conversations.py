@@ -366,12 +366,17 @@ def _exported(row: dict[str, Any], place: str) -> list[dict[str, Any]]:
             raise UserError(f"{place}: its mapping has no way from {shorten(name)} to its root")
         seen.add(name)
         message, name = node.get("message"), node.get("parent")
-        if not isinstance(message, dict):
+        author, content = (_inner(message, key) for key in ("author", "content"))
+        role, parts = author.get("role"), content.get("parts")
+        if content.get("content_type") != "text" or not isinstance(parts, list):
             continue
-        content = message.get("content") or {}
-        role = (message.get("author") or {}).get("role")
-        parts = content.get("parts") if content.get("content_type") == "text" else None
-        text = "".join(part for part in parts or [] if isinstance(part, str))
+        text = "".join(part for part in parts if isinstance(part, str))
         if role in ("user", "assistant") and text.strip():
             found.append({"role": role, "content": text})
     return found[::-1]
+
+
+def _inner(value: Any, key: str) -> dict[str, Any]:
+    """The object under a key of an object; empty where one of the two is none."""
+    found = value.get(key) if isinstance(value, dict) else None
+    return found if isinstance(found, dict) else {}

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from jlora.decoding.decoder import check_prompts, decoder_of
+from jlora.decoding.decoder import angle_limit, check_prompts, decoder_of, room
 from jlora.decoding.sampling import GenerateConfig, next_tokens
-
-
-def angle_limit(model) -> int | None:
-    """The length of a text beyond which rope_type longrope turns all its keys by other angles."""
-    ropes = (rope for module in model.modules() for rope in module.__dict__.get("ropes", ()))
-    return next((rope.limit for rope in ropes if rope.long is not None), None)
 
 
 class Session:
@@ -27,7 +21,7 @@ class Session:
     def __init__(self, model):
         self._model = model
         self._decoder = None
-        self._limit = angle_limit(model)
+        self._limit = angle_limit(model.config)
         self._held: list[int] = []  # the tokens whose keys and values the decoder has
 
     def tokens(
@@ -61,10 +55,7 @@ class Session:
 
     def room(self, prompt: Sequence[int]) -> int:
         """How many tokens can follow ``prompt``; below 1 it does not fit the model's context."""
-        limit = self._limit
-        if limit is None or len(prompt) > limit:
-            limit = self._model.config.max_positions
-        return limit - len(prompt) + 1  # the last one is never read
+        return room(self._model, prompt)
 
     def _common(self, prompt: Sequence[int]) -> int:
         """Tokens at the beginning of ``prompt`` that need not be run; its last one always is."""

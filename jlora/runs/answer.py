@@ -18,7 +18,7 @@ from jlora.data.conversations import Conversation
 from jlora.data.end_tokens import find_ends
 from jlora.data.readers import shorten
 from jlora.decoding.beam import BeamConfig, search
-from jlora.decoding.decoder import check_prompts
+from jlora.decoding.decoder import check_prompts, room
 from jlora.decoding.hypothesis import Hypothesis
 from jlora.decoding.predictions import (
     Prediction,
@@ -30,7 +30,7 @@ from jlora.decoding.sampling import GenerateConfig, sample, stream
 from jlora.decoding.text_stream import stripped, up_to_stop
 from jlora.models.hub import outline, require_tokenizer
 from jlora.runs.adapter_file import AdapterFile, base_name, open_model
-from jlora.runs.chat import Chat
+from jlora.runs.chat import Chat, check_end_ids
 from jlora.runs.recipe import DataConfig
 from jlora.system.distributed import world
 from jlora.system.errors import UserError
@@ -237,19 +237,17 @@ def ready(
     end_ids, stops = form.end_ids or config.eos_token_ids, ()
     if form.chat or form.plain:
         ends = find_ends(tokenizer, form.chat and form.chat.template)
-        end_ids, stops = end_ids or ends.ids, ends.texts
-    end_ids = end_ids or [end_token(seen, trained.end_id)]
+        own = [] if trained.end_id is None else [trained.end_id]
+        end_ids, stops = end_ids or [*ends.ids, *own], ends.texts
+    else:
+        end_ids = end_ids or [end_token(seen, trained.end_id)]
     if stops and isinstance(config, BeamConfig):
         raise UserError(
             f"{form.chat.template.name} ends an answer by the text {stops[0]!r}, at which beam "
             "search does not stop; take --method greedy or sample"
         )
-    context, vocabulary = seen.config.max_positions, seen.config.vocab_size
-    if not all(0 <= token < vocabulary for token in end_ids):
-        raise UserError(
-            f"end tokens {', '.join(map(str, end_ids))}: the model's vocabulary has {vocabulary} "
-            "words, numbered from 0; give --end-id one of them"
-        )
+    context = seen.config.max_positions
+    check_end_ids(end_ids, seen.config.vocab_size)
     longest = context - (0 if form.shorten else config.max_new_tokens - 1)
     if form.chat or form.plain:
         if form.chat:
@@ -263,8 +261,8 @@ def ready(
         max_prompt = trained.max_prompt if keeps else None
         encoded = encode_prompts(prompts, tokenizer, longest, separator, max_prompt, keeps)
     if form.shorten:
-        room = context + 1 - max(map(len, encoded))
-        config = replace(config, max_new_tokens=min(config.max_new_tokens, room))
+        most = min(room(seen, prompt) for prompt in encoded)
+        config = replace(config, max_new_tokens=min(config.max_new_tokens, most))
     check_prompts(seen, encoded, config.max_new_tokens)
     del seen  # see Outline
     model = open_model(name, adapter)

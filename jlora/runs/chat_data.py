@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from jlora.data.batches import NO_SEPARATOR, TokenExample, encode_prompts
-from jlora.data.chat_template import find_template
+from jlora.data.chat_template import find_template, tokens_of
 from jlora.data.conversations import Conversation, read_conversations
 from jlora.data.loss_mask import encode_conversations
 from jlora.data.tasks import data_folders
 from jlora.data.tasks.chat import guess_task
+from jlora.data.tokenizer import Tokenizer
 from jlora.runs.run_data import RunData
 from jlora.system.console import say
 from jlora.system.errors import UserError
@@ -58,7 +59,7 @@ class ChatData(RunData):
 
     _all_rows: Sequence[Conversation] = ()  # of a training file that is divided
 
-    def find_template(self, source: Path | None) -> None:
+    def find_template(self, source: Path | None, tokenizer: Tokenizer) -> None:
         """Find the template that the recipe chooses, or else the model's.
 
         Raises:
@@ -74,6 +75,8 @@ class ChatData(RunData):
             return
         self.template = find_template(source, data.chat_template, data.chat_template_args)
         if self.template is not None:
+            if not self.template.tokens:  # no file of the model's names any
+                self.template = replace(self.template, tokens=tokens_of(tokenizer))
             self._check_settings()
             say(f"conversations are written by {self.template.name}")
 
@@ -139,7 +142,7 @@ class ChatData(RunData):
                 )
             except UserError as error:
                 raise UserError(f"{asked.place}: {error}") from error
-        return encode_prompts(texts, tokenizer, longest, -1)
+        return encode_prompts(texts, tokenizer, longest, NO_SEPARATOR)
 
     def _encode(self, examples: list, tokenizer, longest: int) -> tuple[list[TokenExample], str]:
         found = encode_conversations(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora import engine
-from jlora.data.batches import TokenExample, check_vocabulary, encode_examples
+from jlora.data.batches import NO_SEPARATOR, TokenExample, check_vocabulary, encode_examples
 from jlora.data.loss_mask import encode_conversations
 from jlora.data.tasks import get_task
 from jlora.data.tasks.chat import guess_task
@@ -101,7 +101,9 @@ class HeldOut:
             form = Form(Chat(template), shorten=True)
             prompts: list[Any] = [group.asked for group in groups]
         else:
-            form, prompts = Form(separator_id=data.separator_id), None
+            texts = data.task == "chat" and data.separator_id == NO_SEPARATOR  # whole ones
+            form = Form(plain=texts, separator_id=data.separator_id, shorten=texts)
+            prompts = None
         found = answer(
             [group.prompt for group in groups], name, self.adapter, config, form, self.precision,
             out, [group.keep for group in groups], prompts,

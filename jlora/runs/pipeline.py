@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jlora import engine
 from jlora.adapters import PartialModel, TunedModel, get_peft_model
+from jlora.data.end_tokens import find_ends
 from jlora.data.tasks import get_task
 from jlora.layers import set_trainable
 from jlora.metrics import check_metrics, evaluate_parts
@@ -172,7 +173,10 @@ def answer_and_score(
         adapter: the folder that the model was tuned from; None: it is untouched.
     """
     config, prompts = recipe.decode, [group.prompt for group in data.groups]
-    ends = config.eos_token_ids or [end_token(model, recipe.data.end_id)]
+    ends = config.eos_token_ids
+    if not ends and data.template is not None:
+        ends = find_ends(model.tokenizer, data.template).ids
+    ends = ends or [end_token(model, recipe.data.end_id)]
     predictions = decode(
         model,
         prompts,

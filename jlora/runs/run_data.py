@@ -34,8 +34,7 @@ def load_data(recipe: Recipe, test: bool = True) -> RunData:
 
     data = ChatData(recipe, test) if recipe.data.task == "chat" else RunData(recipe, test)
     found = outline(recipe.model)
-    require_tokenizer(found.model)
-    data.find_template(found.source)
+    data.find_template(found.source, require_tokenizer(found.model))
     return data.encode(found.model)
 
 
@@ -118,7 +117,7 @@ class RunData:
         self._examples = {}
         return self
 
-    def find_template(self, source: Path | None) -> None:
+    def find_template(self, source: Path | None, tokenizer) -> None:
         """Find the chat template of the model whose weights are in ``source``."""
 
     def _encode_prompts(self, tokenizer, longest: int) -> list[list[int]]:
