@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from jlora.adapters import TunedModel
-from jlora.engine.blocks import BLOCKS, is_interleaved, is_whole, part
+from jlora.engine import blocks
+from jlora.engine.blocks import BLOCKS, is_interleaved, is_whole
 from jlora.engine.parts import current, is_known
 from jlora.engine.products import LORA, PackedEmbedding, PackedHead
 from jlora.kernels import native
@@ -19,6 +20,11 @@ from jlora.models.rope import Rope
 from jlora.system.runtime import jt, nn
 
 NORMS = "before_attention", "after_attention", "before_mlp", "after_mlp", "queries", "keys"
+
+
+def part(module: nn.Module, path: str) -> nn.Module:
+    """The submodule that stands at a path now: of one that is trained in full, the copy."""
+    return current(blocks.part(module, path))
 
 
 class _Unsupported(Exception):
@@ -74,16 +80,16 @@ class NativeModel:
         }  # fmt: skip
         for name, number in numbers.items():
             self.model[name] = number
-        self._read_tokens(current(getattr(body, parts.tokens)))
+        self._read_tokens(part(body, parts.tokens))
         if parts.positions is None:
             self._read_ropes(body.ropes)
         else:
-            self.model["positions"] = self._address(current(getattr(body, parts.positions)).weight)
+            self.model["positions"] = self._address(part(body, parts.positions).weight)
         self.model["activation"] = ACTIVATIONS[parts.activation]
         self.model["gated"], self._centred = parts.gated, parts.norm == "layer"
         self.model["grouped"] = parts.grouped
         self.model["embedding_scale"] = getattr(body, "embedding_scale", 1.0)
-        self.model["last"] = self._norm(current(getattr(body, parts.last_norm)))
+        self.model["last"] = self._norm(part(body, parts.last_norm))
         sources = getattr(body, parts.blocks)
         self.blocks = np.zeros(len(sources), BLOCK)
         ropes = getattr(body, "layer_ropes", [None] * len(sources))
@@ -94,15 +100,15 @@ class NativeModel:
             self._read_scores(attention, block)
             for name, path in zip(NORMS, (*parts.norms, *parts.qk_norms)):
                 if path is not None:
-                    block[name] = self._norm(current(part(source, path)))
+                    block[name] = self._norm(part(source, path))
             if parts.qk_norms[1] is not None:
-                whole = is_whole(attention, current(part(source, parts.qk_norms[1])).weight)
+                whole = is_whole(attention, part(source, parts.qk_norms[1]).weight)
                 self._same("whole", whole)
             for name, paths in (("qkv", parts.qkv), ("in", parts.up)):
                 for i, path in enumerate(paths):
-                    block[name][i] = self._linear(current(part(source, path)))
-            block["out"] = self._linear(current(part(source, parts.output)))
-            block["down"] = self._linear(current(part(source, parts.down)))
+                    block[name][i] = self._linear(part(source, path))
+            block["out"] = self._linear(part(source, parts.output))
+            block["down"] = self._linear(part(source, parts.down))
 
     def _check_heads(self, *numbers: int) -> None:
         """A block may not differ from the config, which the decoder reads once for all blocks."""
