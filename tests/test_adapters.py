@@ -392,8 +392,6 @@ def test_config_of_peft():
     [
         ("use_qalora", True),
         ("peft_type", "IA3"),
-        ("lora_bias", True),
-        ("trainable_token_indices", [1]),
         ("init_lora_weights", "pissa"),
         ("target_parameters", ["experts"]),
         ("layer_replication", [[0, 4]]),

@@ -136,7 +136,7 @@ def _factors(part: Part) -> dict[str, _Factors]:
     config = part.config
     more = None
     if not config.lora_variant.is_plain:
-        more = f"is of the variant {config.variant or 'dora'!r}, whose change is no sum of B A"
+        more = f"is of the variant {config.variant_name!r}, whose change is no sum of B A"
     elif config.bias != "none":
         more = f"trains biases (bias {config.bias!r})"
     elif config.modules_to_save:

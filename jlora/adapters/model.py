@@ -163,6 +163,11 @@ class PeftModel(SwitchableModel):
         """The adapter of a PEFT folder, put aside."""
         with self._plain():
             config, tensors, source = _read_folder(self.base_model, folder, force)
+        if is_trainable and config.trainable_token_indices is not None:
+            raise UserError(
+                f"{folder}: trainable_token_indices is read and not trained here; load it without "
+                "is_trainable"
+            )
         return self._made(config, tensors, source, is_trainable)
 
     # --- on, off, merged ---

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.adapters.attach import find_targets, linear_shape
+from jlora.adapters.attach import TokenRows, find_targets, linear_shape
 from jlora.adapters.config import LoraConfig
 from jlora.adapters.targets import pattern_value
 from jlora.formats.names import is_lora_name
@@ -35,7 +35,7 @@ def to_peft_key(name: str, owner: object) -> str:
     """A parameter's name -> PEFT's key; ``owner`` is the module it belongs to."""
     module, _, last = name.rpartition(".")
     if isinstance(owner, LoRALayer) and last in owner.variant.parameters:
-        return PREFIX + name
+        return PREFIX + (f"{module}.lora_B.bias" if last == "lora_bias" else name)
     if last in ("lora_A", "lora_B"):
         if isinstance(owner, Embedding):
             return f"{PREFIX}{module}.lora_embedding_{last[-1]}"
@@ -43,6 +43,11 @@ def to_peft_key(name: str, owner: object) -> str:
     if isinstance(owner, LoRALayer):
         return f"{PREFIX}{module}.base_layer.{last}"
     return PREFIX + name.replace(".modules_to_save.", ".")
+
+
+def rows_name(module: str) -> str:
+    """The name of a `TokenRows`' rows in PEFT's files, without the prefix."""
+    return f"{module}.token_adapter.trainable_tokens_delta"
 
 
 def from_peft_keys(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
@@ -83,6 +88,8 @@ def from_peft_key(key: str) -> str:
         del parts[-2]
     if parts[-1] == "weight" and parts[-2:-1] != [] and is_lora_name(parts[-2]):
         parts.pop()
+    elif parts[-2:] == ["lora_B", "bias"]:
+        parts[-2:] = ["lora_bias"]
     elif parts[-1] in ("lora_embedding_A", "lora_embedding_B"):
         parts[-1] = f"lora_{parts[-1][-1]}"
     return ".".join(part for part in parts if part not in ("base_layer", "modules_to_save"))
@@ -161,6 +168,9 @@ def peft_form(
         if isinstance(owner, MergedLinear) and name.endswith("lora_B"):
             array = block_matrix(array, owner.enable_lora, owner.r)
         found[to_peft_key(name, owner)] = array
+    for name, module in modules.items():
+        if isinstance(module, TokenRows):
+            found[PREFIX + rows_name(name)] = module.rows
     transposed = any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values())
     return replace(peft_config(config, layers), fan_in_fan_out=transposed), found
 

@@ -239,8 +239,14 @@ class SwitchableModel(TunedModel):
         """Let the base class, and Jittor, know which parameters are whose now."""
         self._adapter_names = self._current.names if self._current else set()
         trains = self._current is not None and self._current.is_trainable
-        self._trainable_names = self._adapter_names if trains else set()
+        before, self._trainable_names = self._trainable_names, set()
+        if trains:
+            self._trainable_names = self._adapter_names
         set_trainable(self.base_model, self._trainable_names)
+        if self._trainable_names - before:
+            # What an engine noted at `prepare`: that nothing below a block is trained.
+            for module in self.base_model.modules():
+                vars(module).pop("_bottom", None)
         for layer in self.lora_layers().values():
             layer.is_frozen = not trains
 

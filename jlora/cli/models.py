@@ -150,6 +150,7 @@ def add_combine(verb: Verb) -> None:
 
 
 def run_combine(arguments: argparse.Namespace) -> int:
+    from jlora.runs.adapter_file import AdapterFile
     from jlora.runs.combining import combine_files
 
     count = len(arguments.adapters)
@@ -158,6 +159,11 @@ def run_combine(arguments: argparse.Namespace) -> int:
         arguments.adapters, weights, arguments.out, arguments.type, arguments.rank, arguments.force
     )
     ranks = sorted({config.r, *config.rank_pattern.values()})
+    if any(AdapterFile(Path(adapter)).recipe for adapter in arguments.adapters):
+        print(
+            "its files do not say with which template and tokens round the texts its parts were "
+            "trained: to generate, give the same options as for those"
+        )
     print(f"rank {' and '.join(map(str, ranks))}; written: {arguments.out}")
     return 0
 

@@ -65,9 +65,9 @@ def prepare(
 
     Weights that are trained stay float32. With AMX or AVX-512 their products read copies in bf16
     that follow them, whatever precision the frozen ones are packed in; elsewhere they run plain.
-    Call it again after something else is to be trained, after an adapter was attached, merged away
-    or unloaded (the layers put in place then are plain), and after frozen weights were given other
-    numbers: packed weights are copies.
+    Call it again after something else is to be trained, after an adapter was merged away (the
+    layers put in place then are plain), and after frozen weights were given other numbers: packed
+    weights are copies. Adapters that are put on or taken off later take the packed weights over.
 
     Args:
         model: a model or PeftModel, in float32; what is not trained has its gradient stopped.

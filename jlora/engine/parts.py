@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from jlora import layers
+from jlora.adapters.attach import ModulesToSave
 from jlora.engine.leaves import (
     FUSED,
     FUSED_ON_GPU,
@@ -88,10 +89,19 @@ def learn_modules(modules: Mapping[type, Mapping[str, type]]) -> None:
         }
 
 
-def is_known(module: nn.Module) -> bool:
-    """Whether a module and everything in it is what `PARTS` says, and holds nothing else."""
+def current(module: nn.Module) -> nn.Module:
+    """What stands in a module's place now: of one that is trained in full, the copy."""
+    return module.current if isinstance(module, ModulesToSave) else module
+
+
+def is_known(module: nn.Module, copies: bool = False) -> bool:
+    """Whether a module and everything in it is what `PARTS` says, and holds nothing else.
+
+    Args:
+        copies: the reader takes `current` of the modules.
+    """
     if type(module) is nn.ModuleList:
-        return all(is_known(child) for child in module.layers.values())
+        return all(is_known(child, copies) for child in module.layers.values())
     known = PARTS.get(type(module))
     if known is None or is_overridden(module):
         return False
@@ -104,8 +114,9 @@ def is_known(module: nn.Module) -> bool:
             continue
         if name in folded_in:
             continue
+        value = current(value) if copies else value
         if type(value) not in known.get(name, ()):
             return False
-        if isinstance(value, nn.Module) and not is_known(value):
+        if isinstance(value, nn.Module) and not is_known(value, copies):
             return False
     return True

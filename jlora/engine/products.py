@@ -114,7 +114,8 @@ class FrozenProduct:
         if kept is None or kept[0] != key:
             with jt.no_grad():
                 weight = layer.variant.merged_weight(layer, layer.float_weight())
-            product = FrozenProduct(weight, self.bias, self.transposed, self.kind)
+                bias = layer.variant.merged_bias(layer, self.bias)
+            product = FrozenProduct(weight, bias, self.transposed, self.kind)
             product.release(())
             layer._folded = kept = key, product
         return kept[1]

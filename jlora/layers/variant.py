@@ -59,6 +59,10 @@ class LoraVariant:
         """
         return weight + layer.delta_weight()
 
+    def merged_bias(self, layer: LoRALayer, bias: jt.Var | None) -> jt.Var | None:
+        """The plain bias with which a base layer computes what this layer does."""
+        return bias
+
     def unmerged_weight(self, layer: LoRALayer, weight: jt.Var) -> jt.Var:
         """`merged_weight` undone, for weights that were loaded into a merged layer.
 
@@ -86,6 +90,7 @@ class LoraVariant:
             not self.parameters
             and own.forward is LoraVariant.forward
             and own.merged_weight is LoraVariant.merged_weight
+            and own.merged_bias is LoraVariant.merged_bias
         )
 
 

@@ -6,6 +6,7 @@ import difflib
 import math
 
 from jlora.layers.dora import Dora
+from jlora.layers.lora_bias import LoraBias
 from jlora.layers.variant import PLAIN, LoraVariant
 from jlora.system.errors import UserError
 
@@ -32,6 +33,7 @@ VARIANTS: dict[str, LoraVariant] = {
     "rslora": RsLora(),
     "dora": Dora(),
     "rsdora": RsDora(),
+    "lora_bias": LoraBias(),
 }
 
 
