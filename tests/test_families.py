@@ -16,8 +16,10 @@ from jlora import engine
 from jlora.adapters import LoraConfig, PeftModel, get_peft_model
 from jlora.decoding.decoder import Decoder, decoder_of
 from jlora.decoding.native_decoder import NativeDecoder
+from jlora.engine.blocks import BLOCKS, learn
 from jlora.models import phi3, rope
 from jlora.models.attention import Stream
+from jlora.models.families import FAMILIES
 from jlora.system.runtime import jt
 
 LENGTHS = [7, 1, 40, 9]
@@ -107,6 +109,13 @@ def test_native_decoding_is_the_plain_models(name):
         wanted, same = plain.best(5)
         close(values, wanted, 0.03)
         assert (ids == same).mean() > 0.8
+
+
+def test_what_no_family_has_together_is_left_to_the_layers():
+    plain = FAMILIES["qwen3"].parts
+    own = type("Block", (plain.block,), {})
+    learn(replace(plain, block=own, modules={own: {}}, grouped=True))
+    assert own not in BLOCKS
 
 
 @pytest.mark.parametrize("name", ["phi3", "internlm2", "gemma2"])
