@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -193,6 +194,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     form, of_task = form_of(arguments, adapter)
     config = decoding(arguments, trained, of_task)
     shown = [arguments.model, adapter, config, form, arguments.precision]
+    show_anything()
     streams = isinstance(config, GenerateConfig) and world().size == 1 and not arguments.data
     if streams and len(prompts) == 1 and not arguments.out:
         for piece in stream_answer(prompts[0], *shown):
@@ -204,6 +206,12 @@ def run_generate(arguments: argparse.Namespace) -> int:
         for prediction in predictions:
             print(prediction.prediction)
     return 0
+
+
+def show_anything() -> None:
+    """Print characters that the terminal's encoding lacks as question marks."""
+    with contextlib.suppress(AttributeError):  # a test's or a notebook's output takes all
+        sys.stdout.reconfigure(errors="replace")
 
 
 def read_prompt() -> str:

@@ -34,7 +34,8 @@ def run_merge(arguments: argparse.Namespace) -> int:
     check_absent(arguments.out)  # before a minute of loading
     adapter = adapter_file(arguments)
     model = open_model(arguments.base, adapter)
-    print(write_merged(model, arguments.out, arguments.dtype, trained_tokens(model, adapter)))
+    tokens, template = trained_tokens(model, adapter), trained_template(adapter)
+    print(write_merged(model, arguments.out, arguments.dtype, tokens, template))
     return 0
 
 
@@ -76,8 +77,22 @@ def trained_tokens(model: Any, adapter: Any) -> Any:
 
     if adapter is None or adapter.recipe is None:
         return UNKNOWN
+    if not adapter.of_task:
+        from jlora.data.end_tokens import template_end
+
+        template = trained_template(adapter)
+        return TrainedTokens(end=template and template_end(model.tokenizer, template)[0])
     data = adapter.recipe.data
     return TrainedTokens.of(model.tokenizer, data.separator_id, data.end_id)
+
+
+def trained_template(adapter: Any) -> Any:
+    """The chat template that an adapter was trained with, or None."""
+    from jlora.data.chat_template import find_template
+
+    if adapter is None or adapter.recipe is None or adapter.of_task:
+        return None
+    return find_template(adapter.folder)
 
 
 def add_convert(verb: Verb) -> None:

@@ -89,7 +89,9 @@ def run_finetune(arguments: argparse.Namespace) -> int:
     if best is None:
         return 130
     print(f"adapter: {best}")
-    print(f"try it: jlora generate --adapter {run} --prompt ...")
+    talks = (run / "chat_template.jinja").is_file()
+    way = f"chat {run}" if talks else f"generate --adapter {run} --prompt ..."
+    print(f"try it: jlora {way}")
     return 0
 
 

@@ -70,6 +70,8 @@ class NativeDecoder:
             shape = (self.model.layers, 2, self.model.width)
             blocks = [np.empty((*shape[:2], length, shape[2]), np.float32) for length in lengths]
         whole = np.array([block.shape[2] for block in blocks], np.int32)
+        if self.model.rope is not None:
+            self.model.rope.is_long(whole, lengths)
         before = whole - lengths
         if self.model.rope is not None:
             self.model.rope.is_long(whole, lengths)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jlora import engine
 from jlora.adapters import PartialModel, TunedModel, get_peft_model
+from jlora.data.end_tokens import find_ends
 from jlora.data.tasks import get_task
 from jlora.layers import set_trainable
 from jlora.metrics import check_metrics, evaluate_parts
@@ -166,7 +167,10 @@ def answer_and_score(
         adapter: the folder that the model was tuned from; None: it is untouched.
     """
     config, prompts = recipe.decode, [group.prompt for group in data.groups]
-    ends = config.eos_token_ids or [end_token(model, recipe.data.end_id)]
+    ends = config.eos_token_ids
+    if not ends and data.template is not None:
+        ends = find_ends(model.tokenizer, data.template).ids
+    ends = ends or [end_token(model, recipe.data.end_id)]
     predictions = decode(
         model,
         prompts,
@@ -248,6 +252,7 @@ def train_recipe(
     here = world()
     recipe = here.first(lambda: open_run(run, recipe, resume))
     data = open_data(recipe, False, check_memory)
+    recipe = data.recipe
     model = build(recipe)
     if here.is_first and not resume:
         begin_run(run, recipe)
@@ -282,6 +287,7 @@ def run_recipe(
     if not task.choices:
         here.first(lambda: check_metrics(recipe.data.metrics or task.metrics))
     data = open_data(recipe, True, check_memory)
+    recipe = data.recipe
     scores = here.first(lambda: read_scores(run))
 
     def begin() -> None:
