@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from jlora.adapters import TunedModel
-from jlora.engine.blocks import BLOCKS, is_interleaved, is_whole, part
-from jlora.engine.parts import is_known
+from jlora.engine import blocks
+from jlora.engine.blocks import BLOCKS, is_interleaved, is_whole
+from jlora.engine.parts import current, is_known
 from jlora.engine.products import LORA, PackedEmbedding, PackedHead
 from jlora.kernels import native
 from jlora.kernels.block import ACTIVATIONS
@@ -19,6 +20,11 @@ from jlora.models.rope import Rope
 from jlora.system.runtime import jt, nn
 
 NORMS = "before_attention", "after_attention", "before_mlp", "after_mlp", "queries", "keys"
+
+
+def part(module: nn.Module, path: str) -> nn.Module:
+    """The submodule that stands at a path now: of one that is trained in full, the copy."""
+    return current(blocks.part(module, path))
 
 
 class _Unsupported(Exception):
@@ -51,7 +57,7 @@ class NativeModel:
         if family.parts.block not in BLOCKS:
             raise _Unsupported("blocks that the operators do not compute")
         body = getattr(model, family.parts.body)
-        if not is_known(body):
+        if not is_known(body, copies=True):
             raise _Unsupported("parts that the operators do not read")
         self._read(model.config, body, family.parts)
         self.model["layers"] = len(self.blocks)
@@ -74,16 +80,16 @@ class NativeModel:
         }  # fmt: skip
         for name, number in numbers.items():
             self.model[name] = number
-        self._read_tokens(getattr(body, parts.tokens))
+        self._read_tokens(part(body, parts.tokens))
         if parts.positions is None:
             self._read_ropes(body.ropes)
         else:
-            self.model["positions"] = self._address(getattr(body, parts.positions).weight)
+            self.model["positions"] = self._address(part(body, parts.positions).weight)
         self.model["activation"] = ACTIVATIONS[parts.activation]
         self.model["gated"], self._centred = parts.gated, parts.norm == "layer"
         self.model["grouped"] = parts.grouped
         self.model["embedding_scale"] = getattr(body, "embedding_scale", 1.0)
-        self.model["last"] = self._norm(getattr(body, parts.last_norm))
+        self.model["last"] = self._norm(part(body, parts.last_norm))
         sources = getattr(body, parts.blocks)
         self.blocks = np.zeros(len(sources), BLOCK)
         ropes = getattr(body, "layer_ropes", [None] * len(sources))
@@ -146,7 +152,8 @@ class NativeModel:
         self.model[name] = value
 
     def _read_tokens(self, module: nn.Module) -> None:
-        if type(module) is PackedEmbedding:
+        # A copy of it, which has other rows, is of the class too.
+        if type(module) is PackedEmbedding and module._packed.fits(module.weight):
             self.model["packed_tokens"] = self._packed_address(module._packed)
         else:
             self.model["tokens"] = self._address(module.weight)
@@ -169,11 +176,15 @@ class NativeModel:
         else:
             product = getattr(module, "_packed", None)
             product = product if product is not None and product.fits(module.weight) else None
+        adds = adapted and module._adds_lora
+        folded = product.folded(module) if adds and product is not None else None
+        product = folded or product
         turned = module.fan_in_fan_out if adapted else isinstance(module, Conv1D)
         result = self._weight(module.weight, turned, product)
-        if module.bias is not None:
-            result["bias"] = self._address(module.bias)
-        if adapted and module._adds_lora:
+        bias = module.bias if folded is None else folded.bias
+        if bias is not None:
+            result["bias"] = self._address(bias)
+        if adds and folded is None:
             self._read_branch(module, result)
         return result
 

@@ -63,9 +63,9 @@ def prepare(
 
     Weights that are trained stay float32. With AMX or AVX-512 their products read copies in bf16
     that follow them, whatever precision the frozen ones are packed in; elsewhere they run plain.
-    Call it again after something else is to be trained, after an adapter was attached, merged away
-    or unloaded (the layers put in place then are plain), and after frozen weights were given other
-    numbers: packed weights are copies.
+    Call it again after something else is to be trained, after an adapter was merged away (the
+    layers put in place then are plain), and after frozen weights were given other numbers: packed
+    weights are copies. Adapters that are put on or taken off later take the packed weights over.
 
     Args:
         model: a model or PeftModel, in float32; what is not trained has its gradient stopped.
@@ -139,7 +139,7 @@ def restore(model) -> None:
             if held not in unpacked:  # tied weights stay tied
                 unpacked[held] = held.unpacked()
             module.weight = unpacked[held]
-        for name in ("_packed", "_engine", "_plans", "_checkpoint", "_given", "_bottom"):
+        for name in ("_packed", "_engine", "_folded", "_plans", "_checkpoint", "_given", "_bottom"):
             module.__dict__.pop(name, None)
     native.free_retired()
 
@@ -196,8 +196,15 @@ def _pack(model, precision: str, keep_weights: bool) -> None:
         kind = "bf16" if weight is head else precision
         product = FrozenProduct(weight, bias, transposed, kind)
         product.install(module)
-        # Another variant than plain LoRA may read the weight in its forward pass.
-        if not keep_weights and not (is_lora and not module.variant.is_plain):
+        # Another variant than plain LoRA may read the weight in its forward pass, unless it is
+        # folded into a copy now, while the weight is not rounded.
+        runs_itself = (
+            is_lora
+            and module.has_adapter
+            and not module.variant.is_plain
+            and product.folded(module) is None
+        )
+        if not keep_weights and not runs_itself:
             release = _release_head if type(module) is PackedHead else _release
             release(model, product, module)
             del weight

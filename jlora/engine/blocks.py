@@ -41,9 +41,11 @@ class _Layer:
             if module.merged:
                 return None
             if module._adds_lora:
+                folded = product.folded(module)
                 branch = product.branch(module)
-                if branch is None:
+                if folded is None and branch is None:
                     return None
+                product = folded or product
         else:
             return None
         return cls(module, product, branch)

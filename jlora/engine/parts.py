@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from jlora import layers
+from jlora.adapters.attach import ModulesToSave
 from jlora.engine.leaves import (
     FUSED,
     FusedAttention,
@@ -73,19 +74,34 @@ def learn_modules(modules: Mapping[type, Mapping[str, type]]) -> None:
         }
 
 
-def is_known(module: nn.Module) -> bool:
-    """Whether a module and everything in it is what `PARTS` says, and holds nothing else."""
+def current(module: nn.Module) -> nn.Module:
+    """What stands in a module's place now: of one that is trained in full, the copy."""
+    return module.current if isinstance(module, ModulesToSave) else module
+
+
+def is_known(module: nn.Module, copies: bool = False) -> bool:
+    """Whether a module and everything in it is what `PARTS` says, and holds nothing else.
+
+    Args:
+        copies: the reader takes `current` of the modules.
+    """
     if type(module) is nn.ModuleList:
-        return all(is_known(child) for child in module.layers.values())
+        return all(is_known(child, copies) for child in module.layers.values())
     known = PARTS.get(type(module))
     if known is None or is_overridden(module):
         return False
+    # Of a variant of LoRA they read a weight with its change in it, see `FrozenProduct.folded`.
+    folds = isinstance(module, layers.LoRALayer) and module.is_frozen and module._engine is not None
+    folded_in = module.variant.parameters if folds else ()
     for name, value in vars(module).items():
         # An underscore keeps a Var from being a parameter: what a module computes for itself.
         if name.startswith("_") or not isinstance(value, (jt.Var, nn.Module)):
             continue
+        if name in folded_in:
+            continue
+        value = current(value) if copies else value
         if type(value) not in known.get(name, ()):
             return False
-        if isinstance(value, nn.Module) and not is_known(value):
+        if isinstance(value, nn.Module) and not is_known(value, copies):
             return False
     return True
