@@ -175,7 +175,7 @@ def read_tensors(path: Path, reader: Any, shapes_only: bool = False) -> dict[str
             with np.errstate(all="ignore"):  # NaN and infinity come from the file
                 array = dequantize(tensor.data, kind).reshape(shape)
             # A copy of what is the file's own memory, so that the mapped file can be closed.
-            tensors[tensor.name] = np.array(array) if kind == "F32" else array
+            tensors[tensor.name] = np.array(array) if kind == "F32" else np.asarray(array)
         except Exception as error:
             raise damaged(path, error) from error
     return tensors
