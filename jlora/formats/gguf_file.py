@@ -95,6 +95,12 @@ def read_gguf(
         raise UserError(
             f"{path}: architecture {name!r}; only {', '.join(architectures)} are read from GGUF"
         )
+    parts = metadata.get("split.count", 1)
+    if parts != 1:
+        raise UserError(
+            f"{path}: one of {parts} parts of a model; put them together first "
+            "(llama-gguf-split --merge), or take the model from Hugging Face"
+        )
     own = architectures[name]
     raw = read_tensors(path, reader, shapes_only=True)
     factors = {rope: raw.pop(rope) for rope in ROPE_TENSORS if rope in raw}
