@@ -71,6 +71,8 @@ class NativeDecoder:
             blocks = [np.empty((*shape[:2], length, shape[2]), np.float32) for length in lengths]
         whole = np.array([block.shape[2] for block in blocks], np.int32)
         before = whole - lengths
+        if self.model.rope is not None:
+            self.model.rope.is_long(whole, lengths)
         positions = np.concatenate(
             [np.arange(*ends, dtype=np.int32) for ends in zip(before, whole)]
         )
@@ -93,6 +95,8 @@ class NativeDecoder:
         """
         self._owner, self._prompt_lengths = self._owner[rows], self._prompt_lengths[rows]
         lengths = self._lengths[rows]
+        if self.model.rope is not None:
+            self.model.rope.is_long(self._prompt_lengths + lengths + 1, 1)
         most = int(lengths.max(initial=0)) + 1
         table = np.full((len(rows), most), -1, np.int32)
         width = min(most, self._table.shape[1])
@@ -117,7 +121,8 @@ class NativeDecoder:
     def best(self, k: int, banned=None, penalised=None, penalty: float = 1.0):
         """The k likeliest next tokens; see `jlora.kernels.topk.log_softmax_topk`."""
         if self.model.head is not None and k <= FUSED_K:
-            return head_topk(self.hidden, self.model.head, k, banned, penalised, penalty)
+            model = self.model
+            return head_topk(self.hidden, model.head, k, banned, penalised, penalty, model.head_cap)
         with jt.no_grad():
             logits = self._source.lm_head_logits(jt.array(self.hidden))
         return log_softmax_topk(logits, k, banned, penalised, penalty)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from jlora.adapters import TunedModel
-from jlora.engine.blocks import BLOCKS, is_usual, part
+from jlora.engine.blocks import BLOCKS, is_interleaved, is_whole, part
 from jlora.engine.parts import is_known
 from jlora.engine.products import LORA, PackedEmbedding, PackedHead
 from jlora.kernels import native
 from jlora.kernels.block import ACTIVATIONS
 from jlora.kernels.decoder import BLOCK, COLUMNS_FIRST, LINEAR, MODEL, NORM, PACKED, ROWS_FIRST
 from jlora.layers.base import Conv1D
-from jlora.models.families import Parts
+from jlora.models.parts import Parts
+from jlora.models.rope import Rope
 from jlora.system.runtime import jt, nn
+
+NORMS = "before_attention", "after_attention", "before_mlp", "after_mlp", "queries", "keys"
 
 
 class _Unsupported(Exception):
@@ -27,6 +32,8 @@ class NativeModel:
         model, blocks: MODEL (1,) and BLOCK (layers,), see `jlora.kernels.decoder`.
         width: floats that one token's keys take in one layer.
         head: address of the head's packed weight; None where it is not packed.
+        head_cap: see `jlora.models.head.LanguageHead`.
+        rope: rotary positions that are right up to some length of the text; None: of any.
 
     Raises:
         _Unsupported: the model has parts of another kind.
@@ -35,6 +42,8 @@ class NativeModel:
     def __init__(self, model):
         model = model.get_base_model() if isinstance(model, TunedModel) else model
         self._held: list = []  # what the addresses point to
+        self._common: dict[str, object] = {}
+        self.rope: Rope | None = None
         self.model = np.zeros(1, MODEL)
         family = getattr(model, "family", None)
         if family is None or family.parts is None or type(model) is not family.model:
@@ -50,6 +59,7 @@ class NativeModel:
         packed = model.head._packed if own_head else None
         fits = packed is not None and packed.fits(model.output_embedding)
         self.head = self._packed_address(packed) if fits else None
+        self.head_cap = model.head.cap
         self.width = int(self.model["G"][0] * self.model["D"][0])
 
     @property
@@ -66,24 +76,27 @@ class NativeModel:
             self.model[name] = number
         self._read_tokens(getattr(body, parts.tokens))
         if parts.positions is None:
-            rope = body.ropes[0]
-            if rope.limit is not None or rope.amplitude != 1:
-                raise _Unsupported("rotary positions that change with the text")
-            self.model["frequencies"] = self._array(rope.frequencies)
+            self._read_ropes(body.ropes)
         else:
             self.model["positions"] = self._address(getattr(body, parts.positions).weight)
         self.model["activation"] = ACTIVATIONS[parts.activation]
         self.model["gated"], self._centred = parts.gated, parts.norm == "layer"
+        self.model["grouped"] = parts.grouped
+        self.model["embedding_scale"] = getattr(body, "embedding_scale", 1.0)
         self.model["last"] = self._norm(getattr(body, parts.last_norm))
         sources = getattr(body, parts.blocks)
         self.blocks = np.zeros(len(sources), BLOCK)
-        for block, source in zip(self.blocks, sources):
+        ropes = getattr(body, "layer_ropes", [None] * len(sources))
+        for block, source, rope in zip(self.blocks, sources, ropes):
+            block["rope"] = 0 if rope is None else rope + 1
             attention = part(source, parts.attention)
             self._check_heads(attention.heads, attention.kv_heads, attention.head_dim)
-            if not is_usual(attention):
-                raise _Unsupported("windows")
-            for name, place in (("before_attention", 0), ("before_mlp", 2)):
-                block[name] = self._norm(part(source, parts.norms[place]))
+            self._read_scores(attention, block)
+            for name, path in zip(NORMS, (*parts.norms, *parts.qk_norms)):
+                if path is not None:
+                    block[name] = self._norm(part(source, path))
+            if parts.qk_norms[0] is not None:
+                self._same("whole", is_whole(attention, part(source, parts.qk_norms[0]).weight))
             for name, paths in (("qkv", parts.qkv), ("in", parts.up)):
                 for i, path in enumerate(paths):
                     block[name][i] = self._linear(part(source, path))
@@ -95,6 +108,43 @@ class NativeModel:
         if numbers != tuple(int(self.model[name][0]) for name in "HGD"):
             raise _Unsupported("blocks with heads of their own")
 
+    def _read_ropes(self, ropes: Sequence[Rope]) -> None:
+        """One row of frequencies for each kind, and for longer texts one more."""
+        first = ropes[0]
+        rows = [rope.frequencies for rope in ropes]
+        if first.limit is not None:
+            if len(ropes) > 1:
+                raise _Unsupported("rotary positions of several kinds, some with a limit")
+            self.rope = first
+        if first.long is not None:
+            rows.append(first.long)
+            self.model["long_from"] = first.limit
+        if any(rope.amplitude != first.amplitude for rope in ropes):
+            raise _Unsupported("rotary positions of several amplitudes")
+        self.model["ropes"], self.model["rotary"] = len(rows), 2 * len(rows[0])
+        self.model["amplitude"] = first.amplitude
+        frequencies = np.ascontiguousarray(np.stack(rows), np.float32)
+        self._held.append(frequencies)
+        self.model["frequencies"] = frequencies.ctypes.data
+
+    def _read_scores(self, attention: nn.Module, block: np.ndarray) -> None:
+        """Of a block's attention: what becomes of its scores, and how it is turned."""
+        scores, rotary = attention.attention, getattr(attention, "rotary", None)
+        if (rotary is None) != (block["rope"] == 0):
+            raise _Unsupported("layers whose rotary positions are not the model's")
+        self._same("neighbours", is_interleaved(rotary) if rotary is not None else None)
+        self._same("scale", scores.scale_of(attention.head_dim))
+        self._same("cap", scores.cap or 0.0)
+        block["window"] = scores.window or 0
+
+    def _same(self, name: str, value) -> None:
+        """A number that all blocks must have in common; None: this one has none."""
+        if value is None:
+            return
+        if self._common.setdefault(name, value) != value:
+            raise _Unsupported(f"blocks with {name} of their own")
+        self.model[name] = value
+
     def _read_tokens(self, module: nn.Module) -> None:
         if type(module) is PackedEmbedding:
             self.model["packed_tokens"] = self._packed_address(module._packed)
@@ -105,6 +155,7 @@ class NativeModel:
         if module.eps != self._eps:
             raise _Unsupported("norms with an eps of their own")
         result = np.zeros((), NORM)
+        result["offset"] = getattr(module, "offset", 0.0)
         result["weight"] = self._address(module.weight)
         result["centred"] = self._centred
         if hasattr(module, "bias"):
@@ -153,10 +204,6 @@ class NativeModel:
         weight = product.packed.settled()
         self._held.append(weight)
         return weight.address
-
-    def _array(self, array: np.ndarray) -> int:
-        self._held.append(array)
-        return array.ctypes.data
 
     def _address(self, var: jt.Var) -> int:
         if not isinstance(var, jt.Var) or var.dtype != "float32":

@@ -14,7 +14,9 @@ from jlora.kernels.block import ACTIVATIONS, NORMS, BlockPlan, Layer, Shape, run
 from jlora.kernels.packed_linear import Branch
 from jlora.layers import Linear, MergedLinear
 from jlora.models.attention import Stream
-from jlora.models.families import FAMILIES, Parts
+from jlora.models.families import FAMILIES
+from jlora.models.parts import Parts
+from jlora.models.rope import InterleavedRotary
 from jlora.system.runtime import jt
 
 
@@ -80,15 +82,19 @@ class _FusedBlock:
         if not is_known(self):
             return plain()
         parts = self._parts
-        norm_1, norm_2 = (part(self, parts.norms[place]) for place in (0, 2))
-        if norm_1.eps != norm_2.eps or not is_usual(part(self, parts.attention)):
-            return plain()  # the operator has one eps for both
+        found = [path and part(self, path) for path in (*parts.norms, *parts.qk_norms)]
+        if len({(norm.eps, getattr(norm, "offset", 0)) for norm in found if norm}) > 1:
+            return plain()  # the operator has one for all
         joints = parts.qkv, (parts.output,), parts.up, (parts.down,)
         layers = [[_Layer.of(part(self, path)) for path in joint] for joint in joints]
         flat = [layer for joint in layers for layer in joint]
         if None in flat:
             return plain()
-        norms = [p for norm in (norm_1, norm_2) for p in (norm.weight, getattr(norm, "bias", None))]
+        norms = [
+            getattr(norm, name, None) if norm else None
+            for norm in found
+            for name in ("weight", "bias")
+        ]
         biases = [[layer.product.bias for layer in joint] for joint in layers]
         fixed = [p for p in (*norms, *(b for joint in biases for b in joint)) if p is not None]
         if not self._given and not all(p.is_stop_grad() for p in fixed):
@@ -96,6 +102,8 @@ class _FusedBlock:
         plan = self._plan(layers, flat, norms)
         if plan is None:
             return plain()
+        if getattr(part(self, parts.attention), "rotary", None) is None:
+            rotation = []  # positions are learned, or this layer has none
         B, T = x.shape[:2]
         starts = np.arange(0, B * T + 1, T, dtype=np.int32) if keys is None else keys.starts
         branches = [layer.branch for layer in flat if layer.branch is not None]
@@ -119,7 +127,8 @@ class _FusedBlock:
 
     def _plan(self, layers, flat, norms) -> BlockPlan | None:
         plans = self.__dict__.setdefault("_plans", {})
-        key = tuple(layer.key for layer in flat)
+        shape = self._shape(norms)
+        key = (shape, *(layer.key for layer in flat))
         if not self._given:
             # The plan holds copies, and an adapter may have other biases than its base.
             fixed = (*norms, *(layer.product.bias for layer in flat))
@@ -127,23 +136,25 @@ class _FusedBlock:
         if key not in plans:
             if len(plans) >= MOST_PLANS:
                 plans.clear()
-            attention, eps = part(self, self._parts.attention), part(self, self._parts.norms[0]).eps
-            heads = attention.heads, attention.kv_heads, attention.head_dim
-            positions = "rotary" if self._parts.positions is None else "learned"
-            kinds = self._parts.norm, positions, self._parts.activation, self._parts.gated
-            shape = Shape(*heads, eps, *kinds)
             fits = shape.fits(flat[0].product.packed.k, flat[-1].product.packed.k)
             arrays = [None if p is None else p.numpy() for p in norms]
             joints = [[layer.planned() for layer in joint] for joint in layers]
             plans[key] = BlockPlan(shape, arrays, joints, self._given) if fits else None
         return plans[key]
 
-
-def is_usual(attention) -> bool:
-    """Whether scores are neither windowed nor capped, nor scaled by another number."""
-    own = attention.attention
-    turns = getattr(attention, "rotary", True) is not None
-    return turns and (own.scale, own.window, own.cap) == (None, None, None)
+    def _shape(self, norms) -> Shape:
+        """What the block is besides its weights; norms: weights and biases of all places."""
+        parts, attention = self._parts, part(self, self._parts.attention)
+        first = part(self, next(filter(None, parts.norms)))
+        rotary, scores = getattr(attention, "rotary", None), attention.attention
+        query_norm = norms[-4]
+        return Shape(
+            attention.heads, attention.kv_heads, attention.head_dim, first.eps, parts.norm,
+            parts.activation, parts.gated, getattr(first, "offset", 0.0),
+            0 if rotary is None else attention.rotary_size, is_interleaved(rotary),
+            scores.scale_of(attention.head_dim), scores.window, scores.cap, parts.grouped,
+            query_norm is not None and is_whole(attention, query_norm),
+        )  # fmt: skip
 
 
 def part(module, path: str):
@@ -151,6 +162,15 @@ def part(module, path: str):
     for name in path.split("."):
         module = getattr(module, name)
     return module
+
+
+def is_interleaved(rotary) -> bool:
+    return isinstance(rotary, InterleavedRotary)
+
+
+def is_whole(attention, query_norm) -> bool:
+    """Whether a norm's weight is for all heads of queries together, and not for each alike."""
+    return query_norm.shape[0] > attention.head_dim
 
 
 def _joined(biases: Sequence[jt.Var | None], layers: Sequence[_Layer]) -> jt.Var:
@@ -172,6 +192,8 @@ def learn(parts: Parts) -> None:
     """Make the fused class of a family's blocks, where the operator computes them."""
     plain = parts.block
     computed = parts.norm in NORMS and parts.activation in ACTIVATIONS
+    if parts.grouped and parts.qk_norms[0] is not None:
+        computed = False  # they are normed where queries stand first
     if plain in BLOCKS or not computed:
         return
     learn_modules(parts.modules)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jlora.kernels import attention, elementwise
 from jlora.models import attention as models_attention
-from jlora.models import gpt2, llama, rope
+from jlora.models import gemma, gpt2, llama, rope
 from jlora.system.runtime import nn
 
 
@@ -12,16 +12,12 @@ class FusedAttention(models_attention.CausalAttention):
     reads_streams = True
 
     def execute(self, q, k, v, keys=None):
-        if (self.scale, self.window, self.cap) != (None, None, None):
-            return super().execute(q, k, v, keys)
-        return attention.causal_attention(q, k, v, keys)
+        return attention.causal_attention(q, k, v, keys, self.scale, self.window, self.cap)
 
 
 class FusedRMSNorm(llama.RMSNorm):
     def execute(self, x):
-        if self.offset:
-            return super().execute(x)
-        return elementwise.rms_norm(x, self.weight, self.eps)
+        return elementwise.rms_norm(x, self.weight, self.eps, self.offset)
 
 
 class FusedLayerNorm(gpt2.LayerNorm):
@@ -34,6 +30,11 @@ class FusedSwiGLU(llama.SwiGLU):
         return elementwise.swiglu(gate, up)
 
 
+class FusedGEGLU(gemma.GEGLU):
+    def execute(self, gate, up):
+        return elementwise.geglu(gate, up)
+
+
 class FusedGELU(gpt2.GELU):
     def execute(self, x):
         return elementwise.gelu(x)
@@ -41,9 +42,12 @@ class FusedGELU(gpt2.GELU):
 
 class FusedRotary(rope.Rotary):
     def execute(self, x, cos, sin):
-        if 2 * cos.shape[-1] < x.shape[-1]:
-            return super().execute(x, cos, sin)
         return elementwise.rotary(x, cos, sin)
+
+
+class FusedInterleavedRotary(rope.InterleavedRotary):
+    def execute(self, x, cos, sin):
+        return elementwise.rotary(x, cos, sin, True)
 
 
 class TrainedEmbedding(nn.Embedding):
@@ -54,8 +58,10 @@ class TrainedEmbedding(nn.Embedding):
 FUSED = {
     models_attention.CausalAttention: FusedAttention,
     llama.SwiGLU: FusedSwiGLU,
+    gemma.GEGLU: FusedGEGLU,
     gpt2.GELU: FusedGELU,
     rope.Rotary: FusedRotary,
+    rope.InterleavedRotary: FusedInterleavedRotary,
     nn.Dropout: elementwise.FusedDropout,
     llama.RMSNorm: FusedRMSNorm,
     gpt2.LayerNorm: FusedLayerNorm,

@@ -13,7 +13,9 @@ from jlora import layers
 from jlora.engine.leaves import (
     FUSED,
     FusedAttention,
+    FusedGEGLU,
     FusedGELU,
+    FusedInterleavedRotary,
     FusedLayerNorm,
     FusedRMSNorm,
     FusedRotary,
@@ -54,8 +56,10 @@ PARTS: dict[type, dict[str, tuple[type, ...]]] = {
     PackedHead: {},
     FusedLayerNorm: {"weight": VAR, "bias": VAR},
     FusedRMSNorm: {"weight": VAR},
+    FusedGEGLU: {},
     FusedGELU: {},
     FusedSwiGLU: {},
+    FusedInterleavedRotary: {},
     FusedRotary: {},
     FusedAttention: {},
 }

@@ -157,11 +157,13 @@ class PackedHead(LanguageHead):
         return super().execute(hidden, weight)
 
     def losses(self, hidden, weight, targets, smoothing):
-        if not self._packed.fits(weight) or is_overridden(self) or self.cap is not None:
+        if not self._packed.fits(weight) or is_overridden(self):
             return super().losses(hidden, weight, targets, smoothing)
         if isinstance(self._packed, TrainedProduct):
-            return target_loss.trained_target_loss(hidden, self._packed.packed, targets, smoothing)
-        return target_loss.target_loss(hidden, self._packed.packed, targets, smoothing)
+            loss = target_loss.trained_target_loss
+        else:
+            loss = target_loss.target_loss
+        return loss(hidden, self._packed.packed, targets, smoothing, self.cap)
 
 
 class PackedEmbedding(nn.Embedding):

@@ -1,6 +1,7 @@
 // The activations of an MLP and their slopes, sixteen numbers at a time.
 #pragma once
 #include "lanes.h"
+#include "vector_math.h"
 
 namespace jlora {
 enum Activation : int64_t { silu, gelu_tanh };  // ACTIVATIONS in block.py
@@ -19,6 +20,11 @@ inline F16 activation_slope16(int64_t kind, F16 x) {
     const F16 s = sigmoid16(2.0f * 0.7978845608f * (x + 0.044715f * x * x * x));
     return s + x * 2.0f * s * (1.0f - s) * du;
 }
+// cap tanh(x / cap), and its slope by the result
+inline F16 soft_cap16(F16 x, float cap) { return cap * (2.0f * sigmoid16(x * (2.0f / cap)) - 1.0f); }
+inline float soft_cap(float x, float cap) { return cap * (2.0f / (1.0f + fast_exp(x * (-2.0f / cap))) - 1.0f); }
+template <typename T>
+inline T soft_cap_slope(T y, float cap) { return 1.0f - y * y * (1.0f / (cap * cap)); }
 // Rotary embedding: a pair of numbers turned by an angle; with -sin it is turned back.
 template <typename T>
 inline void rotate_pair(T& left, T& right, T cos, T sin) {
@@ -26,4 +32,21 @@ inline void rotate_pair(T& left, T& right, T cos, T sin) {
     left = l * cos - right * sin;
     right = right * cos + l * sin;
 }
+// As rotate_pair for 8 pairs of neighbours among 16 numbers; cos and sin: 8 numbers of 16, from `from` on.
+inline F16 rotate_neighbours(F16 x, F16 cos, F16 sin, int from) {
+    constexpr I16 pairs = {0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7};
+    constexpr I16 others = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
+    constexpr F16 signs = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+    const I16 own = pairs + from;
+    return x * __builtin_shuffle(cos, own) + signs * __builtin_shuffle(x, others) * __builtin_shuffle(sin, own);
+}
+// How queries and keys are turned: the first `size` numbers of a head, in halves or neighbour by neighbour.
+struct Turn {
+    int64_t size, neighbours;
+    // cos, sin (size / 2)
+    void operator()(float* x, const float* cos, const float* sin, float sign) const {
+        const int64_t half = size / 2, apart = neighbours ? 1 : half, step = neighbours ? 2 : 1;
+        for (int64_t j = 0; j < half; j++) rotate_pair(x[j * step], x[j * step + apart], cos[j], sign * sin[j]);
+    }
+};
 }  // namespace jlora

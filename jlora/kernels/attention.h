@@ -2,20 +2,35 @@
 #pragma once
 #include <algorithm>
 #include <vector>
+#include "activation.h"
 #include "small_product.h"
 #include "vector_math.h"
 
 namespace jlora {
-// One key head of one sequence, and the query heads that read it. Query t sees the keys from 0 on up
-// to t + ahead; head h's numbers of a row of q stand at h * D.
+// What becomes of scores: times `scale`, capped (0: not), and only of the last `window` keys (0: of all).
+struct Scores {
+    float scale, cap;
+    int64_t window;
+    // Of n scores: such that the scale makes capped ones of them.
+    void bend(float* row, int64_t n) const {
+        if (cap) for (int64_t j = 0; j < n; j++) row[j] = soft_cap(row[j] * scale, cap) / scale;
+    }
+    // The first key that the query at a place sees.
+    int64_t first(int64_t place) const { return window ? std::max<int64_t>(0, place + 1 - window) : 0; }
+};
+// One key head of one sequence, and the query heads that read it. Query t sees the keys up to t + ahead,
+// from 0 or its window's first on; head h's numbers of a row of q stand at h * D.
 struct Group {
     int64_t T, S, ahead, heads, D;
-    float scale;
+    Scores scores;
     const float *q, *k, *v;
     int64_t q_row, kv_row;   // from one row to the next
     float* lse;              // of head h and query t at h * lse_head + t
     int64_t lse_head;
     int64_t used(int64_t t) const { return std::max<int64_t>(0, std::min(S, t + ahead + 1)); }
+    int64_t first(int64_t t) const { return std::min(used(t), scores.first(t + ahead)); }
+    // Of the queries from t on: where the columns begin that are computed for them.
+    int64_t from(int64_t t) const { return first(t) / block_columns * block_columns; }
 };
 constexpr int64_t query_rows = 32;  // score rows held at a time
 
@@ -26,19 +41,22 @@ inline void transpose_rows(const float* x, int64_t stride, int64_t n, int64_t D,
         std::fill(out + d * width + n, out + (d + 1) * width, 0.0f);
     }
 }
-// A row of scores -> probabilities; beyond `used` it becomes zero. Returns log sum exp(scale * row).
-inline float softmax_row(float* row, int64_t used, int64_t width, float scale) {
-    float peak = row[0];
-    for (int64_t j = 1; j < used; j++) peak = row[j] > peak ? row[j] : peak;
+// A row of scores -> probabilities; before `first` and from `used` on it becomes zero. Returns
+// log sum exp(scale * row).
+inline float softmax_row(float* row, int64_t first, int64_t used, int64_t width, const Scores& s) {
+    s.bend(row + first, used - first);
+    float peak = row[first];
+    for (int64_t j = first + 1; j < used; j++) peak = row[j] > peak ? row[j] : peak;
     float sum = 0;
-    for (int64_t j = 0; j < used; j++) {
-        row[j] = fast_exp((row[j] - peak) * scale);
+    for (int64_t j = first; j < used; j++) {
+        row[j] = fast_exp((row[j] - peak) * s.scale);
         sum += row[j];
     }
     const float inverse = 1.0f / sum;
-    for (int64_t j = 0; j < used; j++) row[j] *= inverse;
+    for (int64_t j = first; j < used; j++) row[j] *= inverse;
+    std::fill(row, row + first, 0.0f);
     std::fill(row + used, row + width, 0.0f);
-    return peak * scale + std::log(sum);
+    return peak * s.scale + std::log(sum);
 }
 
 // Memory of one thread.
@@ -58,20 +76,21 @@ inline void attend(const Group& s, AttentionRoom& room, float* out, int64_t out_
     for (int64_t h = 0; h < s.heads; h++)
         for (int64_t t0 = 0; t0 < s.T; t0 += query_rows) {
             const int64_t count = std::min(query_rows, s.T - t0);
-            const int64_t used = s.used(t0 + count - 1), wide = std::min(width, padded(used));
-            const float* query = s.q + t0 * s.q_row + h * s.D;
-            if (many) small_product(count, wide, s.D, query, s.q_row, 1, room.kt.data(), width, p, width, false);
+            // Columns count from `from` on.
+            const int64_t from = s.from(t0), used = s.used(t0 + count - 1) - from;
+            const int64_t wide = std::min(width - from, padded(used));
+            const float *query = s.q + t0 * s.q_row + h * s.D, *k = s.k + from * s.kv_row, *v = s.v + from * s.kv_row;
+            if (many) small_product(count, wide, s.D, query, s.q_row, 1, room.kt.data() + from, width, p, width, false);
             else for (int64_t i = 0; i < count; i++)
-                for (int64_t j = 0; j < used; j++)
-                    p[i * width + j] = dot(query + i * s.q_row, s.k + j * s.kv_row, s.D);
+                for (int64_t j = 0; j < used; j++) p[i * width + j] = dot(query + i * s.q_row, k + j * s.kv_row, s.D);
             for (int64_t i = 0; i < count; i++) {
-                const int64_t own = s.used(t0 + i);
+                const int64_t own = s.used(t0 + i), first = s.first(t0 + i);
                 float log_sum = 0;
-                if (own) log_sum = softmax_row(p + i * width, own, wide, s.scale);
+                if (own) log_sum = softmax_row(p + i * width, first - from, own - from, wide, s.scores);
                 else std::fill_n(p + i * width, wide, 0.0f);
                 s.lse[h * s.lse_head + t0 + i] = log_sum;
             }
-            small_product(count, s.D, used, p, width, 1, s.v, s.kv_row, out + t0 * out_row + h * s.D, out_row, false);
+            small_product(count, s.D, used, p, width, 1, v, s.kv_row, out + t0 * out_row + h * s.D, out_row, false);
         }
 }
 
@@ -87,25 +106,34 @@ inline void attend_back(const Group& s, AttentionRoom& room, const float* out, i
     for (int64_t h = 0; h < s.heads; h++)
         for (int64_t t0 = 0; t0 < s.T; t0 += query_rows) {
             const int64_t count = std::min(query_rows, s.T - t0);
-            const int64_t used = s.used(t0 + count - 1), wide = std::min(width, padded(used));
+            const int64_t from = s.from(t0), used = s.used(t0 + count - 1) - from;
+            const int64_t wide = std::min(width - from, padded(used)), at = from * s.kv_row;
             const float *query = s.q + t0 * s.q_row + h * s.D, *d = dout + t0 * dout_row + h * s.D;
-            small_product(count, wide, s.D, query, s.q_row, 1, room.kt.data(), width, p, width, false);
-            small_product(count, wide, s.D, d, dout_row, 1, room.vt.data(), width, dp, width, false);
+            small_product(count, wide, s.D, query, s.q_row, 1, room.kt.data() + from, width, p, width, false);
+            small_product(count, wide, s.D, d, dout_row, 1, room.vt.data() + from, width, dp, width, false);
             for (int64_t i = 0; i < count; i++) {
-                const int64_t own = s.used(t0 + i);
+                const int64_t own = s.used(t0 + i) - from, first = s.first(t0 + i) - from;
                 float *pi = p + i * width, *di = dp + i * width;
                 const float total = dot(d + i * dout_row, out + (t0 + i) * out_row + h * s.D, s.D);
                 const float log_sum = s.lse[h * s.lse_head + t0 + i];
-                for (int64_t j = 0; j < own; j++) {
-                    pi[j] = fast_exp(pi[j] * s.scale - log_sum);
-                    di[j] = pi[j] * (di[j] - total) * s.scale;
+                const float scale = s.scores.scale, cap = s.scores.cap;
+                for (int64_t j = first; !cap && j < own; j++) {
+                    pi[j] = fast_exp(pi[j] * scale - log_sum);
+                    di[j] = pi[j] * (di[j] - total) * scale;
                 }
-                std::fill(pi + own, pi + wide, 0.0f);
-                std::fill(di + own, di + wide, 0.0f);
+                for (int64_t j = first; cap && j < own; j++) {
+                    const float score = soft_cap(pi[j] * scale, cap);
+                    pi[j] = fast_exp(score - log_sum);
+                    di[j] = pi[j] * (di[j] - total) * scale * soft_cap_slope(score, cap);
+                }
+                for (float* row : {pi, di}) {
+                    std::fill(row, row + first, 0.0f);
+                    std::fill(row + own, row + wide, 0.0f);
+                }
             }
-            small_product(count, s.D, used, dp, width, 1, s.k, s.kv_row, dq + t0 * s.q_row + h * s.D, s.q_row, false);
-            small_product(used, s.D, count, dp, 1, width, query, s.q_row, dk, s.kv_row, true);
-            small_product(used, s.D, count, p, 1, width, d, dout_row, dv, s.kv_row, true);
+            small_product(count, s.D, used, dp, width, 1, s.k + at, s.kv_row, dq + t0 * s.q_row + h * s.D, s.q_row, false);
+            small_product(used, s.D, count, dp, 1, width, query, s.q_row, dk + at, s.kv_row, true);
+            small_product(used, s.D, count, p, 1, width, d, dout_row, dv + at, s.kv_row, true);
         }
 }
 
@@ -113,12 +141,12 @@ inline void attend_back(const Group& s, AttentionRoom& room, const float* out, i
 // of five numbers: first row of q and how many, first row of k and how many, and `ahead`.
 struct Batch {
     int64_t rows, H, G, D, count;
-    float scale;
+    Scores scores;
     const int* sequences;
     Group group(int64_t i, int64_t g, const float* q, const float* k, const float* v, float* lse) const {
         const int* s = sequences + 5 * i;
         const int64_t per = H / G, from = s[0] * H * D + g * per * D, key = s[2] * G * D + g * D;
-        return {s[1], s[3], s[4], per, D, scale, q + from, k + key, v + key, H * D, G * D, lse + g * per * rows + s[0], rows};
+        return {s[1], s[3], s[4], per, D, scores, q + from, k + key, v + key, H * D, G * D, lse + g * per * rows + s[0], rows};
     }
 };
 inline void attention_forward(const Batch& b, const float* q, const float* k, const float* v, float* out, float* lse) {

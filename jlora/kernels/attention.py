@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from jlora.kernels.native import FusedFunction, operator
@@ -11,15 +9,15 @@ from jlora.system.runtime import jt
 
 
 class _Attention(FusedFunction):
-    def execute(self, q, k, v, sequences):
+    def execute(self, q, k, v, sequences, scores):
         H, D = q.shape[-2:]
-        self.scale = 1.0 / math.sqrt(D)
+        self.scores = scores
         out, lse = operator(
             [q.shape, (H, q.numel() // (H * D))],
             ["float32", "float32"],
             [q, k, v, sequences],
             "attention_forward_op",
-            self.scale,
+            *scores,
         )
         self.results = [out, lse]
         return out
@@ -29,21 +27,22 @@ class _Attention(FusedFunction):
         dq, dk, dv = operator(
             [q.shape, k.shape, v.shape],
             ["float32"] * 3,
-            [*self.inputs, *self.results, dout],
+            [*self.inputs[:4], *self.results, dout],
             "attention_backward_op",
-            self.scale,
+            *self.scores,
         )
-        return dq, dk, dv, None
+        return dq, dk, dv, None, None
 
 
-def causal_attention(q, k, v, keys=None):
+def causal_attention(q, k, v, keys=None, scale=None, window=None, cap=None):
     """Attend as `CausalAttention` does; q (B, T, H, D), k and v (B, S, H_kv, D), all float32."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     B, T, S = *q.shape[:2], k.shape[1]
     if keys is None:
         table = sequences(np.zeros(B, np.int32), np.full(B, S, np.int32), T, S)
     else:
         table = keys.sequences(T, S)
-    return _Attention.apply(q, k, v, jt.array(table))
+    return _Attention.apply(q, k, v, jt.array(table), (scale, cap or 0, window or 0))
 
 
 def sequences(first: np.ndarray, last: np.ndarray, T: int, S: int) -> np.ndarray:

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from jlora.kernels import structs
+from jlora.kernels.elementwise import ACTIVATIONS
 from jlora.kernels.native import FusedFunction, call, operator, retire
 from jlora.kernels.packed_linear import Branch, PackedWeight, TrainedWeight
 from jlora.system.runtime import jt
 
 ROWS = 256
 NORMS = ("rms", "layer")
-#: Numbers in activation.h.
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,16 @@ class Shape:
 
     Attributes:
         heads, key_heads, head_size: of attention.
-        eps: of both norms.
+        eps: of all norms.
         norm: one of `NORMS`.
-        positions: "rotary", where queries and keys are turned, or "learned", where the embedding
-            has them.
         activation: a key of `ACTIVATIONS`.
         gated: whether the activation of one layer multiplies another's result.
+        offset: what is added to the norms' weights.
+        rotary: how many numbers of queries and keys are turned by their positions, or 0.
+        neighbours: whether those are pairs of neighbours, not of halves.
+        scale, window, cap: see `jlora.models.attention.CausalAttention`.
+        grouped: whether the one layer of queries, keys and values has them group by group.
+        whole: whether norms of queries and keys are of all heads together.
     """
 
     heads: int
@@ -47,13 +50,20 @@ class Shape:
     head_size: int
     eps: float
     norm: str
-    positions: str
     activation: str
     gated: bool
+    offset: float
+    rotary: int
+    neighbours: bool
+    scale: float
+    window: int | None
+    cap: float | None
+    grouped: bool
+    whole: bool
 
     def fits(self, width: int, inner: int) -> bool:
         """Whether the operator can do it: rows are handled 32 numbers at a time."""
-        return self.head_size % 32 == 0 and width % 32 == 0 and inner % 32 == 0
+        return all(n % 32 == 0 for n in (self.head_size, self.rotary, width, inner))
 
 
 class BlockPlan:
@@ -69,19 +79,22 @@ class BlockPlan:
         """Describe a block.
 
         Args:
-            norms: weight and bias of the first norm and of the second; biases None: there are none.
+            norms: weight and bias of each: before and after attention, before and after the MLP,
+                of queries, of keys; None: there is none.
             joints: the layers that read the same rows: query-key-value, output, up, down.
             given: whether norms and biases come with each call instead of being those here.
         """
         self._kept = [norms, joints]  # the operator has their addresses
         self.width = joints[0][0].weight.k
         self.branches = sum(layer.branch is not None for joint in joints for layer in joint)
-        first, first_bias, second, second_bias = map(_pointer, norms)
-        centred = shape.norm == "layer"
+        addresses = list(map(_pointer, norms))
+        each = zip(addresses[::2], addresses[1::2])
+        specs = [(weight, bias, shape.norm == "layer", shape.offset) for weight, bias in each]
         self.spec = structs.BlockSpec(
-            self.width, shape.heads, shape.key_heads, shape.head_size, joints[2][0].weight.n,
-            shape.positions == "rotary", ACTIVATIONS[shape.activation], shape.gated, shape.eps,
-            (first, first_bias, centred), (second, second_bias, centred),
+            self.width, shape.heads, shape.key_heads, shape.head_size, joints[3][0].weight.k,
+            shape.rotary, shape.neighbours, shape.grouped, shape.window or 0, shape.scale,
+            shape.cap or 0, ACTIVATIONS[shape.activation], shape.gated, shape.eps,
+            (structs.Norm * len(specs))(*specs), shape.whole,
             *(self._joint(joint) for joint in joints), given,
         )  # fmt: skip
         self.trained = [x.weight for j in joints for x in j if isinstance(x.weight, TrainedWeight)]

@@ -9,19 +9,32 @@
 
 namespace jlora::decode {
 struct Block {
-    Norm before_attention, before_mlp;
-    Linear qkv[3], out, in[2], down;  // one Linear for query, key and value together, or three
+    Norm before_attention, after_attention, before_mlp, after_mlp, queries, keys;  // weight null: there is none
+    Linear qkv[3], out, in[2], down;  // one Linear for query, key and value together, or three; likewise in
+    int64_t rope, window;             // which frequencies turn queries and keys, from 1 on; 0: none; see Scores
     int64_t qkv_count() const { return qkv[1].kind ? 3 : 1; }
+    int64_t in_count() const { return in[1].kind ? 2 : 1; }
 };
 struct Model {
     int64_t layers, C, H, G, D, inner;
     double eps;
     const float* tokens;           // (V, C), or null where they are kept packed alone
     const Weight* packed_tokens;
-    const float *positions, *frequencies;  // learned, (any, C), and rotary, (D / 2,); null: none
+    const float *positions, *frequencies;  // learned, (any, C), and rotary, (ropes, rotary / 2); null: none
     Norm last;
     int64_t activation;            // see activation.h
     int64_t gated;                 // whether that of the first of two layers multiplies the second
+    int64_t ropes, rotary, neighbours;  // kinds of rotary positions; see Turn
+    int64_t long_from;             // longer prompts take the last of the frequencies; 0: none
+    int64_t grouped;               // see Stream
+    int64_t whole;                 // whether norms of queries and keys are of all heads together
+    double amplitude;              // what turned numbers are multiplied by
+    double embedding_scale, scale, cap;
+    Scores scores(const Block& b) const { return {(float)scale, (float)cap, b.window}; }
+    // Columns of a query head, of a key head and of its values.
+    int64_t query_column(int64_t h) const { return (h + (grouped ? h / (H / G) * 2 : 0)) * D; }
+    int64_t key_column(int64_t g) const { return (grouped ? g * (H / G + 2) + H / G : H + g) * D; }
+    int64_t value_column(int64_t g) const { return key_column(g) + (grouped ? 1 : G) * D; }
 };
 constexpr int64_t row_block = 16;  // rows are made up to whole blocks: fewer kinds of products
 
@@ -35,6 +48,7 @@ struct Tokens {
     int64_t count;
     const int *ids, *positions;
     std::vector<Place> places;
+    std::vector<bool> is_long;  // see `long_from`
 };
 
 // x (whole blocks of rows, C); rows that only fill a block are zero.
@@ -45,56 +59,100 @@ inline void embed(const Model& m, const Tokens& tokens, int64_t whole, float* x)
 #if defined(JLORA_TILES)  // oneDNN's packed weights have no rows to read, and the floats are kept
         else unpack_row(*m.packed_tokens, tokens.ids[i], x + i * m.C);
 #endif
+        if (m.embedding_scale != 1)
+            for (int64_t k = 0; k < m.C; k++) x[i * m.C + k] *= (float)m.embedding_scale;
         if (m.positions) add_scaled(x + i * m.C, 1.0f, m.positions + tokens.positions[i] * m.C, m.C);
     }
     std::fill(x + tokens.count * m.C, x + whole * m.C, 0.0f);
 }
 
-// Cosines and sines of each token's angles, (rows, 2, D / 2).
-inline void angles(const Model& m, const Tokens& tokens, float* turns) {
-    const int64_t half = m.D / 2;
-    #pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < tokens.count; i++)
-        for (int64_t j = 0; j < half; j++) {
-            const float angle = tokens.positions[i] * m.frequencies[j];
-            turns[i * m.D + j] = std::cos(angle);
-            turns[i * m.D + half + j] = std::sin(angle);
+// Cosines and sines of each token's angles, (ropes, rows, 2, rotary / 2).
+inline void angles(const Model& m, const Tokens& tokens, int64_t rows, float* turns) {
+    const int64_t half = m.rotary / 2;
+    #pragma omp parallel for collapse(2) schedule(static)
+    for (int64_t rope = 0; rope < m.ropes; rope++)
+        for (int64_t i = 0; i < tokens.count; i++) {
+            const float* frequencies = m.frequencies + (tokens.is_long[i] ? m.ropes - 1 : rope) * half;
+            float* own = turns + (rope * rows + i) * m.rotary;
+            for (int64_t j = 0; j < half; j++) {
+                const float angle = tokens.positions[i] * frequencies[j];
+                own[j] = std::cos(angle) * (float)m.amplitude;
+                own[half + j] = std::sin(angle) * (float)m.amplitude;
+            }
         }
 }
 
-// Of rows (H + 2 G, D): queries to q (rows, H, D), keys and values to their places, the first two turned.
-inline void place_heads(const Model& m, const Tokens& tokens, int64_t layer, const float* qkv, const float* turns, float* q) {
-    const int64_t half = m.D / 2, width = m.G * m.D, wide = m.H * m.D;
-    #pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < tokens.count; i++) {
-        const float *row = qkv + i * (wide + 2 * width), *c = turns + i * m.D, *s = c + half;
-        auto turn = [&](const float* x, int64_t heads, float* y) {
-            std::copy_n(x, heads * m.D, y);
-            for (int64_t h = 0; m.frequencies && h < heads; h++)
-                for (int64_t j = 0; j < half; j++) rotate_pair(y[h * m.D + j], y[h * m.D + half + j], c[j], s[j]);
-        };
-        turn(row, m.H, q + i * wide);
-        turn(row + wide, m.G, tokens.places[i].at(layer, 0, width));
-        std::copy_n(row + wide + width, width, tokens.places[i].at(layer, 1, width));
+// Heads of queries or keys, normed in place: one by one, or all together.
+inline void norm_heads(const Model& m, const Norm& norm, float* x, int64_t heads) {
+    if (!norm.weight) return;
+    const int64_t size = m.D * (m.whole ? heads : 1);
+    for (float* own = x; own < x + heads * m.D; own += size) {
+        const NormRow row(norm, m.eps, own, size);
+        for (int64_t k = 0; k < size; k += 32) {
+            const int64_t n = std::min<int64_t>(32, size - k);
+            F16 left, right;
+            row(k, n, left, right);
+            store_some(own + k, left, right, n);
+        }
     }
 }
 
-// attend(layer, q, out) is the attention of one layer over rows of (H, D). x (rows, C) is what the
+// Of rows (H + 2 G, D): queries to q (rows, H, D), keys and values to their places, the first two normed and
+// turned. turns: of the block's rope.
+inline void place_heads(const Model& m, const Block& b, const Tokens& tokens, int64_t layer, const float* qkv,
+        const float* turns, float* q) {
+    const int64_t width = m.G * m.D, wide = m.H * m.D;
+    const Turn turn{m.rotary, m.neighbours};
+    #pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < tokens.count; i++) {
+        const float *row = qkv + i * (wide + 2 * width), *cos = turns + i * m.rotary, *sin = cos + m.rotary / 2;
+        float *queries = q + i * wide, *keys = tokens.places[i].at(layer, 0, width), *values = tokens.places[i].at(layer, 1, width);
+        for (int64_t h = 0; h < m.H; h++) std::copy_n(row + m.query_column(h), m.D, queries + h * m.D);
+        for (int64_t g = 0; g < m.G; g++) {
+            std::copy_n(row + m.key_column(g), m.D, keys + g * m.D);
+            std::copy_n(row + m.value_column(g), m.D, values + g * m.D);
+        }
+        norm_heads(m, b.queries, queries, m.H), norm_heads(m, b.keys, keys, m.G);
+        if (!m.frequencies || !b.rope) continue;
+        for (int64_t h = 0; h < m.H; h++) turn(queries + h * m.D, cos, sin, 1);
+        for (int64_t g = 0; g < m.G; g++) turn(keys + g * m.D, cos, sin, 1);
+    }
+}
+
+// attend(layer, scores, q, out) is the attention of one layer over rows of (H, D). x (rows, C) is what the
 // last norm reads; it stays valid until the next call.
 template <typename Attend>
 inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens& tokens, const Attend& attend) {
     const int64_t R = up_to(tokens.count, row_block), C = m.C, wide = m.H * m.D, heads = wide + 2 * m.G * m.D;
-    static Buffer<float> for_x, for_qkv, for_q, for_attended, for_inner, for_turns;
+    static Buffer<float> for_x, for_qkv, for_q, for_attended, for_inner, for_turns, for_branch;
     static InputMemory for_normed, for_out, for_active;
     float *x = for_x.of(R * C), *qkv = for_qkv.of(R * heads), *q = for_q.of(R * wide), *attended = for_attended.of(R * wide);
-    float *inner = for_inner.of(R * 2 * m.inner), *turns = for_turns.of(R * m.D);
+    float *inner = for_inner.of(R * 2 * m.inner), *turns = for_turns.of(m.ropes * R * m.rotary);
+    float* branch = for_branch.of(R * C);
     const auto add_to_x = [&](int64_t m, int64_t n, F16 left, F16 right, int64_t count) {
         F16 l, r;
         load_some(x + m * C + n, l, r, count);
         store_some(x + m * C + n, l + left, r + right, count);
     };
+    // x += the layer's results, or the norm of them
+    const auto add_layer = [&](const Linear& layer, const Input& from, const Norm& norm) {
+        if (!norm.weight) return apply(&layer, 1, from, add_to_x);
+        apply(&layer, 1, from, [&](int64_t m, int64_t n, F16 left, F16 right, int64_t count) {
+            store_some(branch + m * C + n, left, right, count);
+        });
+        #pragma omp parallel for schedule(static)
+        for (int64_t i = 0; i < R; i++) {
+            const NormRow row(norm, m.eps, branch + i * C, C);
+            for (int64_t k = 0; k < C; k += 32) {
+                const int64_t n = std::min<int64_t>(32, C - k);
+                F16 left, right;
+                row(k, n, left, right);
+                add_to_x(i, k, left, right, n);
+            }
+        }
+    };
     embed(m, tokens, R, x);
-    if (m.frequencies) angles(m, tokens, turns);
+    if (m.frequencies) angles(m, tokens, R, turns);
     for (int64_t layer = 0; layer < m.layers; layer++) {
         const Block& b = blocks[layer];
         const Input normed = for_normed.of(R, C, b.qkv, b.qkv_count());
@@ -102,21 +160,21 @@ inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens
         apply(b.qkv, b.qkv_count(), normed, [&](int64_t m, int64_t n, F16 left, F16 right, int64_t count) {
             store_some(qkv + m * heads + n, left, right, count);
         });
-        place_heads(m, tokens, layer, qkv, turns, q);
-        attend(layer, q, attended);
+        place_heads(m, b, tokens, layer, qkv, turns + std::max<int64_t>(0, b.rope - 1) * R * m.rotary, q);
+        attend(layer, m.scores(b), q, attended);
         const Input out = for_out.of(R, wide, &b.out, 1);
         #pragma omp parallel for schedule(static)
         for (int64_t i = 0; i < R; i++)
             out.put_row(i, [&](int64_t k, int64_t n, F16& left, F16& right) {
                 load_some(attended + i * wide + k, left, right, n);
             });
-        apply(&b.out, 1, out, add_to_x);
+        add_layer(b.out, out, b.after_attention);
 
         const int64_t parts = m.gated ? 2 : 1;
-        const Input again = for_normed.of(R, C, b.in, parts), active = for_active.of(R, m.inner, &b.down, 1);
+        const Input again = for_normed.of(R, C, b.in, b.in_count()), active = for_active.of(R, m.inner, &b.down, 1);
         normalise(b.before_mlp, m.eps, x, C, again);
-        if (!m.gated || !gate_in_registers(m.activation, b.in, again, active)) {
-            apply(b.in, parts, again, [&](int64_t row, int64_t n, F16 left, F16 right, int64_t count) {
+        if (!m.gated || !gate_in_registers(m.activation, b.in, b.in_count(), again, active)) {
+            apply(b.in, b.in_count(), again, [&](int64_t row, int64_t n, F16 left, F16 right, int64_t count) {
                 store_some(inner + row * parts * m.inner + n, left, right, count);
             });
             #pragma omp parallel for schedule(static)
@@ -131,7 +189,7 @@ inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens
                     left *= l, right *= r;
                 });
         }
-        apply(&b.down, 1, active, add_to_x);
+        add_layer(b.down, active, b.after_mlp);
     }
     return x;
 }
@@ -151,19 +209,19 @@ inline void finish(const Model& m, const float* x, float* hidden) {
 // stand in its block already: theirs go behind those, and hidden (P, C) is the state of each one's last token.
 inline void run_prompts(const Model& m, const Block* blocks, int64_t P, const int* ids, const int* positions,
         const int* lengths, const int* before, float* const* prompts, float* hidden) {
-    Tokens tokens{0, ids, positions, {}};
+    Tokens tokens{0, ids, positions, {}, {}};
     std::vector<int64_t> starts;
     for (int64_t p = 0; p < P; p++) {
         starts.push_back(tokens.count);
         for (int64_t t = 0; t < lengths[p]; t++)
             tokens.places.push_back({prompts[p], before[p] + lengths[p], before[p] + t});
+        tokens.is_long.insert(tokens.is_long.end(), lengths[p], m.long_from && before[p] + lengths[p] > m.long_from);
         tokens.count += lengths[p];
     }
     static Buffer<float> for_lse;
     float* lse = for_lse.of(tokens.count * m.H);
     const int64_t per = m.H / m.G, width = m.G * m.D, wide = m.H * m.D;
-    const float scale = 1.0f / std::sqrt((float)m.D);
-    const float* x = run_tokens(m, blocks, tokens, [&](int64_t layer, const float* q, float* out) {
+    const float* x = run_tokens(m, blocks, tokens, [&](int64_t layer, const Scores& scores, const float* q, float* out) {
         #pragma omp parallel
         {
             AttentionRoom room;
@@ -172,7 +230,7 @@ inline void run_prompts(const Model& m, const Block* blocks, int64_t P, const in
                 for (int64_t g = 0; g < m.G; g++) {
                     const int64_t T = lengths[p], S = before[p] + T, at = starts[p] * wide + g * per * m.D;
                     const Place first{prompts[p], S, 0};
-                    attend({T, S, before[p], per, m.D, scale, q + at, first.at(layer, 0, width) + g * m.D,
+                    attend({T, S, before[p], per, m.D, scores, q + at, first.at(layer, 0, width) + g * m.D,
                         first.at(layer, 1, width) + g * m.D, wide, width, lse + starts[p] * m.H + g * per * T, T},
                         room, out + at, wide);
                 }
@@ -187,13 +245,14 @@ inline void run_step(const Model& m, const Block* blocks, int64_t R, const int* 
         float* const* slabs, int64_t slab_size, int64_t slab_count, float* hidden) {
     if (!R) return;
     const auto groups = group_rows(R, m.H / m.G, prompts, prompt_tokens, table, most, lengths, slabs, slab_size, slab_count);
-    Tokens tokens{R, ids, positions, {}};
+    Tokens tokens{R, ids, positions, {}, {}};
     for (int64_t r = 0; r < R; r++) {
         const int place = table[r * most + lengths[r] - 1];
         tokens.places.push_back({slabs[place / slab_size], slab_size, place % slab_size});
+        tokens.is_long.push_back(m.long_from && prompt_tokens[r] > m.long_from);
     }
-    const float* x = run_tokens(m, blocks, tokens, [&](int64_t layer, const float* q, float* out) {
-        shared_attention(groups, layer, m.H, m.G, m.D, q, out);
+    const float* x = run_tokens(m, blocks, tokens, [&](int64_t layer, const Scores& scores, const float* q, float* out) {
+        shared_attention(groups, layer, m.H, m.G, m.D, scores, q, out);
     });
     for (int64_t r = 0; r < R; r++) finish(m, x + r * m.C, hidden + r * m.C);
 }

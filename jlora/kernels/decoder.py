@@ -59,7 +59,13 @@ def run_step(
 
 
 def head_topk(
-    hidden: np.ndarray, head: int, k: int, banned=None, penalised=None, penalty: float = 1.0
+    hidden: np.ndarray,
+    head: int,
+    k: int,
+    banned=None,
+    penalised=None,
+    penalty: float = 1.0,
+    cap: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`jlora.kernels.topk.log_softmax_topk` of the head's logits, which are never written.
 
@@ -67,9 +73,10 @@ def head_topk(
         hidden: (rows, C) float32.
         head: address of the head's packed weight.
         k: how many; V where the vocabulary V is smaller.
+        cap: of the logits, see `jlora.models.head.LanguageHead`.
     """
     rows, k = len(hidden), min(k, structs.Weight.from_address(head).n)
     values, ids = np.empty((rows, k), np.float32), np.empty((rows, k), np.int32)
     edits = [np.ascontiguousarray(rectangle(lists, rows)) for lists in (penalised, banned)]
-    run("head_topk_op", [hidden, *edits], [values, ids], penalty, integers=[head])
+    run("head_topk_op", [hidden, *edits], [values, ids], penalty, cap or 0, integers=[head])
     return values, ids

@@ -73,22 +73,17 @@ inline void activation_backward(int64_t kind, const float* x, const float* dy, f
         store_some(dx + i, d0 * activation_slope16(kind, left), d1 * activation_slope16(kind, right), count);
     });
 }
-// x, y (rows, H, D); cos, sin (rows, D / 2); sign -1 turns back.
-inline void rotate(const float* x, const float* cos, const float* sin, float* y, int64_t rows, int64_t H, int64_t D, float sign) {
-    const int64_t half = D / 2;
+// x, y (rows, H, D); cos, sin (rows, turn.size / 2); sign -1 turns back.
+inline void rotate(const float* x, const float* cos, const float* sin, float* y, int64_t rows, int64_t H, int64_t D,
+        const Turn& turn, float sign) {
+    const int64_t half = turn.size / 2;
     #pragma omp parallel for
-    for (int64_t i = 0; i < rows; i++) {
-        const float *c = cos + i * half, *s = sin + i * half;
+    for (int64_t i = 0; i < rows; i++)
         for (int64_t h = 0; h < H; h++) {
-            const float* a = x + (i * H + h) * D;
-            float* o = y + (i * H + h) * D;
-            for (int64_t j = 0; j < half; j++) {
-                float left = a[j], right = a[j + half];
-                rotate_pair(left, right, c[j], sign * s[j]);
-                o[j] = left, o[j + half] = right;
-            }
+            float* own = y + (i * H + h) * D;
+            std::copy_n(x + (i * H + h) * D, D, own);
+            turn(own, cos + i * half, sin + i * half, sign);
         }
-    }
 }
 // What decides a dropout: a seed, and the number of the first row among the rows of all processes that
 // share a batch.

@@ -11,18 +11,22 @@ import numpy as np
 from jlora.kernels.native import FusedFunction, operator
 from jlora.system.runtime import nn
 
+#: Numbers in activation.h.
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+
 
 class _RMSNorm(FusedFunction):
-    def execute(self, x, weight, eps):
+    def execute(self, x, weight, eps, offset):
         shapes = [x.shape, x.shape[:-1]]
         y, self.rstd = operator(
-            shapes, ["float32"] * 2, [x, weight], "rms_forward_op", x.shape[-1], eps
+            shapes, ["float32"] * 2, [x, weight], "rms_forward_op", x.shape[-1], eps, offset
         )
         return y
 
     def grad(self, dy):
-        x, weight, _ = self.inputs
-        return *_norm_gradients("rms_backward_op", [x, weight, self.rstd, dy], [weight]), None
+        x, weight, _, offset = self.inputs
+        inputs = [x, weight, self.rstd, dy]
+        return *_norm_gradients("rms_backward_op", inputs, [weight], offset), None, None
 
 
 class _LayerNorm(FusedFunction):
@@ -39,12 +43,12 @@ class _LayerNorm(FusedFunction):
         return *_norm_gradients("layer_backward_op", inputs, [weight, bias]), None
 
 
-def _norm_gradients(function, inputs, parameters):
+def _norm_gradients(function, inputs, parameters, *numbers):
     """Gradients of x, the first input, and of those parameters that are trained."""
     x, trained = inputs[0], [not parameter.is_stop_grad() for parameter in parameters]
     shapes = [x.shape, *(p.shape if t else (1,) for p, t in zip(parameters, trained))]
     dtypes = ["float32"] * len(shapes)
-    dx, *gradients = operator(shapes, dtypes, inputs, function, x.shape[-1], *trained)
+    dx, *gradients = operator(shapes, dtypes, inputs, function, x.shape[-1], *trained, *numbers)
     return dx, *(gradient if t else None for gradient, t in zip(gradients, trained))
 
 
@@ -58,14 +62,14 @@ class _Embedding(FusedFunction):
         return operator(weight.shape, "float32", [dy, ids], "embedding_back_op"), None
 
 
-class _SwiGLU(FusedFunction):
-    def execute(self, gate, up):
-        return operator(gate.shape, "float32", [gate, up], "swiglu_forward_op")
+class _Gated(FusedFunction):
+    def execute(self, gate, up, kind):
+        return operator(gate.shape, "float32", [gate, up], "gated_forward_op", kind)
 
     def grad(self, dy):
-        gate, up = self.inputs
-        shapes = [gate.shape, up.shape]
-        return operator(shapes, ["float32"] * 2, [gate, up, dy], "swiglu_backward_op")
+        gate, up, kind = self.inputs
+        shapes, inputs = [gate.shape, up.shape], [gate, up, dy]
+        return *operator(shapes, ["float32"] * 2, inputs, "gated_backward_op", kind), None
 
 
 class _GELU(FusedFunction):
@@ -78,16 +82,16 @@ class _GELU(FusedFunction):
 
 
 class _Rotary(FusedFunction):
-    def execute(self, x, cos, sin):
+    def execute(self, x, cos, sin, neighbours):
         return self.turn(x, 1)
 
     def turn(self, x, sign):
-        heads, size = x.shape[-2:]
-        inputs = [x, *self.inputs[1:]]
-        return operator(x.shape, "float32", inputs, "rotate_op", heads, size, sign)
+        _, cos, sin, neighbours = self.inputs
+        numbers = *x.shape[-2:], 2 * cos.shape[-1], neighbours, sign
+        return operator(x.shape, "float32", [x, cos, sin], "rotate_op", *numbers)
 
     def grad(self, dy):
-        return self.turn(dy, -1), None, None
+        return self.turn(dy, -1), None, None, None
 
 
 class _Dropout(FusedFunction):
@@ -137,8 +141,24 @@ class FusedDropout(nn.Dropout):
 
 
 embedding = _Embedding.apply
-rms_norm = _RMSNorm.apply
 layer_norm = _LayerNorm.apply
-swiglu = _SwiGLU.apply
 gelu = _GELU.apply
-rotary = _Rotary.apply
+
+
+def rms_norm(x, weight, eps, offset=0.0):
+    return _RMSNorm.apply(x, weight, eps, offset)
+
+
+def swiglu(gate, up):
+    """silu(gate) * up."""
+    return _Gated.apply(gate, up, ACTIVATIONS["silu"])
+
+
+def geglu(gate, up):
+    """gelu(gate) * up, by the tanh approximation."""
+    return _Gated.apply(gate, up, ACTIVATIONS["gelu_tanh"])
+
+
+def rotary(x, cos, sin, neighbours=False):
+    """Turn pairs of a head's halves, or of neighbours; see `jlora.models.rope`."""
+    return _Rotary.apply(x, cos, sin, neighbours)

@@ -1,6 +1,7 @@
 // The likeliest words of each row straight from the head's product: of its logits, which are as many
 // as the vocabulary has words, only what may still be among the best is kept. Says what topk.h says.
 #pragma once
+#include "activation.h"
 #include "product.h"
 #include "topk.h"
 
@@ -89,9 +90,9 @@ private:
     std::vector<uint64_t> bits_;
 };
 
-// hidden (rows, C), head (V, C) -> values, ids (rows, k)
+// hidden (rows, C), head (V, C) -> values, ids (rows, k); cap: of the logits, 0: none
 inline void head_topk(const float* hidden, int64_t rows, const Weight& head, const Edits& edits, int64_t k,
-        float* values, int* ids) {
+        float* values, int* ids, float cap) {
     static Buffer<uint16_t> for_hidden;
     const Rows x = rows_in(for_hidden, rows, head.k);
     round_rows(hidden, x);
@@ -102,6 +103,7 @@ inline void head_topk(const float* hidden, int64_t rows, const Weight& head, con
     std::vector<int> part_ids(threads * rows * k);
     product(x, {{&head}, 1}, [&](int64_t m, int64_t n, F16 left, F16 right) {
         const int64_t count = std::min<int64_t>(32, head.n - n), own = omp_get_thread_num() * rows + m;
+        if (cap) left = soft_cap16(left, cap), right = soft_cap16(right, cap);
         edited.apply(m, n, left, right);
         parts[own].take(left, right, n, count, k, part_values.data() + own * k, part_ids.data() + own * k);
     }, true);

@@ -27,7 +27,7 @@ inline std::string layouts() {
         + JLORA_FIELD(W, stride) + JLORA_FIELD(W, scales) + JLORA_FIELD(W, int8_back);
 #endif
     text += JLORA_STRUCT(Norm, Norm) + JLORA_FIELD(Norm, weight) + JLORA_FIELD(Norm, bias)
-        + JLORA_FIELD(Norm, centred);
+        + JLORA_FIELD(Norm, centred) + JLORA_FIELD(Norm, offset);
     using L = LinearSpec;
     text += JLORA_STRUCT(L, LinearSpec) + JLORA_FIELD(L, weight) + JLORA_FIELD(L, r) + JLORA_FIELD(L, blocks)
         + JLORA_FIELD(L, flags) + JLORA_FIELD(L, scale) + JLORA_FIELD(L, p) + JLORA_FIELD(L, trained);
@@ -36,21 +36,27 @@ inline std::string layouts() {
     using B = BlockSpec;
     text += JLORA_STRUCT(B, BlockSpec) + JLORA_FIELD(B, width) + JLORA_FIELD(B, heads) + JLORA_FIELD(B, key_heads)
         + JLORA_FIELD(B, head_size) + JLORA_FIELD(B, inner) + JLORA_FIELD(B, rotary)
-        + JLORA_FIELD(B, activation) + JLORA_FIELD(B, gated) + JLORA_FIELD(B, eps)
-        + JLORA_FIELD(B, norm1) + JLORA_FIELD(B, norm2) + JLORA_FIELD(B, qkv) + JLORA_FIELD(B, out)
+        + JLORA_FIELD(B, neighbours) + JLORA_FIELD(B, grouped) + JLORA_FIELD(B, window) + JLORA_FIELD(B, scale)
+        + JLORA_FIELD(B, cap) + JLORA_FIELD(B, activation) + JLORA_FIELD(B, gated) + JLORA_FIELD(B, eps)
+        + JLORA_FIELD(B, norms) + JLORA_FIELD(B, whole) + JLORA_FIELD(B, qkv) + JLORA_FIELD(B, out)
         + JLORA_FIELD(B, up) + JLORA_FIELD(B, down) + JLORA_FIELD(B, given);
     using D = decode::Linear;
     text += JLORA_STRUCT(D, Linear) + JLORA_FIELD(D, kind) + JLORA_FIELD(D, weight) + JLORA_FIELD(D, n)
         + JLORA_FIELD(D, k) + JLORA_FIELD(D, bias) + JLORA_FIELD(D, A) + JLORA_FIELD(D, B) + JLORA_FIELD(D, r)
         + JLORA_FIELD(D, blocks) + JLORA_FIELD(D, flags) + JLORA_FIELD(D, scale);
     using E = decode::Block;
-    text += JLORA_STRUCT(E, Block) + JLORA_FIELD(E, before_attention) + JLORA_FIELD(E, before_mlp)
-        + JLORA_FIELD(E, qkv) + JLORA_FIELD(E, out) + JLORA_FIELD(E, in) + JLORA_FIELD(E, down);
+    text += JLORA_STRUCT(E, Block) + JLORA_FIELD(E, before_attention) + JLORA_FIELD(E, after_attention)
+        + JLORA_FIELD(E, before_mlp) + JLORA_FIELD(E, after_mlp) + JLORA_FIELD(E, queries) + JLORA_FIELD(E, keys)
+        + JLORA_FIELD(E, qkv) + JLORA_FIELD(E, out) + JLORA_FIELD(E, in) + JLORA_FIELD(E, down)
+        + JLORA_FIELD(E, rope) + JLORA_FIELD(E, window);
     using M = decode::Model;
     text += JLORA_STRUCT(M, Model) + JLORA_FIELD(M, layers) + JLORA_FIELD(M, C) + JLORA_FIELD(M, H)
         + JLORA_FIELD(M, G) + JLORA_FIELD(M, D) + JLORA_FIELD(M, inner) + JLORA_FIELD(M, eps) + JLORA_FIELD(M, tokens)
         + JLORA_FIELD(M, packed_tokens) + JLORA_FIELD(M, positions) + JLORA_FIELD(M, frequencies)
-        + JLORA_FIELD(M, last) + JLORA_FIELD(M, activation) + JLORA_FIELD(M, gated);
+        + JLORA_FIELD(M, last) + JLORA_FIELD(M, activation) + JLORA_FIELD(M, gated) + JLORA_FIELD(M, ropes)
+        + JLORA_FIELD(M, rotary) + JLORA_FIELD(M, neighbours) + JLORA_FIELD(M, long_from) + JLORA_FIELD(M, grouped)
+        + JLORA_FIELD(M, whole) + JLORA_FIELD(M, amplitude) + JLORA_FIELD(M, embedding_scale) + JLORA_FIELD(M, scale)
+        + JLORA_FIELD(M, cap);
 #endif
     return text;
 }

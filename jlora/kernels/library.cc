@@ -32,42 +32,46 @@ extern "C" const char* struct_layouts() {
     return text.c_str();
 }
 
-// Attention: q (..., H, D), k and v (..., G, D), sequences (n, 5) -> out, lse (H, rows); number: scale.
-static Batch batch(const Array* in, double scale) {
+// Attention: q (..., H, D), k and v (..., G, D), sequences (n, 5) -> out, lse (H, rows); number: scale,
+// cap, window, 0 where there is none.
+static Batch batch(const Array* in, const double* number) {
     const int last = in[0].dims - 1;
     const int64_t H = in[0].shape[last - 1], D = in[0].shape[last], G = in[1].shape[last - 1];
-    return {in[0].size / (H * D), H, G, D, in[3].shape[0], (float)scale, in[3].as<int>()};
+    return {in[0].size / (H * D), H, G, D, in[3].shape[0],
+        {(float)number[0], (float)number[1], (int64_t)number[2]}, in[3].as<int>()};
 }
 JLORA_OPERATOR(attention_forward_op) {
-    attention_forward(batch(in, number[0]), in[0].in(), in[1].in(), in[2].in(), out[0].out(), out[1].out());
+    attention_forward(batch(in, number), in[0].in(), in[1].in(), in[2].in(), out[0].out(), out[1].out());
 }
 // As above, then out, lse and d out -> dq, dk, dv.
 JLORA_OPERATOR(attention_backward_op) {
-    const Batch b = batch(in, number[0]);
+    const Batch b = batch(in, number);
     attention_backward(b, in[0].in(), in[1].in(), in[2].in(), in[4].in(), in[5].in(), in[6].in(),
         in[1].size / (b.G * b.D), out[0].out(), out[1].out(), out[2].out());
 }
 
-// Norms: x (..., n), weight (n,) -> y and what the backward pass needs; number: n, eps.
+// Norms: x (..., n), weight (n,) -> y and what the backward pass needs; number: n, eps, of RMSNorm what is
+// added to the weight.
 JLORA_OPERATOR(rms_forward_op) {
     const int64_t n = number[0];
-    norm_forward({in[1].in(), nullptr, 0}, in[0].in(), out[0].out(), nullptr, out[1].out(), in[0].size / n, n, number[1]);
+    norm_forward({in[1].in(), nullptr, 0, number[2]}, in[0].in(), out[0].out(), nullptr, out[1].out(), in[0].size / n, n,
+        number[1]);
 }
-// number: n, for each gradient of a parameter whether it is wanted.
+// number: n, for each gradient of a parameter whether it is wanted; RMSNorm's offset.
 static float* wanted(const Array& array, double flag) { return flag != 0 ? array.out() : nullptr; }
 JLORA_OPERATOR(rms_backward_op) {
     const int64_t n = number[0];
-    norm_backward({in[1].in(), nullptr, 0}, in[0].in(), nullptr, in[2].in(), in[3].in(), out[0].out(),
+    norm_backward({in[1].in(), nullptr, 0, number[2]}, in[0].in(), nullptr, in[2].in(), in[3].in(), out[0].out(),
         wanted(out[1], number[1]), nullptr, in[0].size / n, n);
 }
 JLORA_OPERATOR(layer_forward_op) {
     const int64_t n = number[0];
-    norm_forward({in[1].in(), in[2].in(), 1}, in[0].in(), out[0].out(), out[1].out(), out[2].out(), in[0].size / n, n,
+    norm_forward({in[1].in(), in[2].in(), 1, 0}, in[0].in(), out[0].out(), out[1].out(), out[2].out(), in[0].size / n, n,
         number[1]);
 }
 JLORA_OPERATOR(layer_backward_op) {
     const int64_t n = number[0];
-    norm_backward({in[1].in(), nullptr, 1}, in[0].in(), in[2].in(), in[3].in(), in[4].in(), out[0].out(),
+    norm_backward({in[1].in(), nullptr, 1, 0}, in[0].in(), in[2].in(), in[3].in(), in[4].in(), out[0].out(),
         wanted(out[1], number[1]), wanted(out[2], number[2]), in[0].size / n, n);
 }
 
@@ -99,21 +103,22 @@ JLORA_OPERATOR(adamw_op) {
     adamw(in[0].in(), in[1].in(), *in[2].as<AdamWNumbers>(), number[0] != 0, out[0].out(), out[1].out(), out[2].out(), in[0].size);
 }
 
-// Activations, element by element.
-JLORA_OPERATOR(swiglu_forward_op) {
-    gated_forward(silu, in[0].in(), in[1].in(), out[0].out(), in[0].size);
+// Activations, element by element. number: which.
+JLORA_OPERATOR(gated_forward_op) {
+    gated_forward((int64_t)number[0], in[0].in(), in[1].in(), out[0].out(), in[0].size);
 }
-JLORA_OPERATOR(swiglu_backward_op) {
-    gated_backward(silu, in[0].in(), in[1].in(), in[2].in(), out[0].out(), out[1].out(), in[0].size);
+JLORA_OPERATOR(gated_backward_op) {
+    gated_backward((int64_t)number[0], in[0].in(), in[1].in(), in[2].in(), out[0].out(), out[1].out(), in[0].size);
 }
 JLORA_OPERATOR(gelu_forward_op) { activation_forward(gelu_tanh, in[0].in(), out[0].out(), in[0].size); }
 JLORA_OPERATOR(gelu_backward_op) {
     activation_backward(gelu_tanh, in[0].in(), in[1].in(), out[0].out(), in[0].size);
 }
-// x (..., H, D), cos and sin (..., D / 2); number: H, D, sign.
+// x (..., H, D), cos and sin (..., R / 2); number: H, D, R, whether neighbours turn, sign.
 JLORA_OPERATOR(rotate_op) {
     const int64_t H = number[0], D = number[1];
-    rotate(in[0].in(), in[1].in(), in[2].in(), out[0].out(), in[0].size / (H * D), H, D, number[2]);
+    rotate(in[0].in(), in[1].in(), in[2].in(), out[0].out(), in[0].size / (H * D), H, D,
+        {(int64_t)number[2], (int64_t)number[3]}, number[4]);
 }
 // integer: seed, first row; number: p, width of a row.
 JLORA_OPERATOR(dropout_op) {
@@ -216,17 +221,17 @@ JLORA_OPERATOR(trained_backward_op) {
         weight_gradient(x, dy, number[2] != 0, dw);
     }
 }
-// hidden (N, C), targets (N,), packed head (V, C) -> losses, log_sums (N,); number: V, smoothing
+// hidden (N, C), targets (N,), packed head (V, C) -> losses, log_sums (N,); number: V, smoothing, cap
 JLORA_OPERATOR(trained_loss_op) {
     const int64_t* shape = in[0].shape;
     target_loss(in[0].in(), weight_of(in[2].data, number[0], shape[1]), in[1].as<int>(), out[0].out(), out[1].out(),
-        nullptr, shape[0], number[1]);
+        nullptr, shape[0], number[1], number[2]);
 }
 // As above, then log_sums and dlosses -> dhidden, dhead
 JLORA_OPERATOR(trained_loss_back_op) {
     const int64_t* shape = in[0].shape;
     target_loss_back(in[0].in(), weight_of(in[2].data, number[0], shape[1]), in[1].as<int>(), in[3].in(), in[4].in(),
-        out[0].out(), out[1].out(), shape[0], number[1]);
+        out[0].out(), out[1].out(), shape[0], number[1], number[2]);
 }
 #endif
 // A linear layer with its low-rank branch. integer: address of the weight, seed, first row; number: r,
@@ -269,11 +274,11 @@ JLORA_OPERATOR(lora_backward_op) {
     });
 }
 // hidden (N, C), targets (N,) -> losses (N,), d hidden. integer: address of the head; number:
-// smoothing, whether the gradient is wanted.
+// smoothing, whether the gradient is wanted, cap.
 JLORA_OPERATOR(target_loss_op) {
     std::vector<float> log_sums(in[0].shape[0]);
     target_loss(in[0].in(), weight_at(integer), in[1].as<int>(), out[0].out(), log_sums.data(),
-        number[1] != 0 ? out[1].out() : nullptr, in[0].shape[0], number[0]);
+        number[1] != 0 ? out[1].out() : nullptr, in[0].shape[0], number[0], number[2]);
 }
 
 // Blocks. in: x, starts, cos and sin if there are, A and B of each branch; where `given`, weights and
@@ -291,12 +296,12 @@ struct BlockArrays {
         call.seed = Seed(integer + 1);
         if (s.rotary) call.cos = in[next++].in(), call.sin = in[next++].in();
         for (int64_t i = 0; i < 2 * (int64_t)number[0]; i++) call.adapters.push_back(in[next++].in());
-        call.norm1 = s.norm1, call.norm2 = s.norm2;
+        std::copy_n(s.norms, norm_places, call.norms);
         for (int64_t i = 0; i < joints; i++) call.biases[i] = joint(i).bias;
         if (!s.given) return;
-        for (Norm* norm : {&call.norm1, &call.norm2}) {
-            norm->weight = in[next++].in();
-            if (norm->bias) norm->bias = in[next++].in();
+        for (Norm& norm : call.norms) {
+            if (norm.weight) norm.weight = in[next++].in();
+            if (norm.bias) norm.bias = in[next++].in();
         }
         for (int64_t i = 0; i < joints; i++) if (joint(i).bias) call.biases[i] = in[next++].in();
         for (int64_t i = 0; i < (int64_t)number[2]; i++) call.packed.push_back(in[next++].data);
@@ -307,9 +312,9 @@ struct BlockArrays {
         int64_t o = 1;
         for (size_t i = 0; i < call.adapters.size(); i++) call.gradients.push_back(out[o++].out());
         if (!s.given) return;
-        for (int64_t i = 0; i < 4; i += 2) {
-            call.norm_gradients[i] = wanted(out[o++]);
-            if (s.norm1.bias) call.norm_gradients[i + 1] = wanted(out[o++]);
+        for (int64_t i = 0; i < norm_places; i++) {
+            if (s.norms[i].weight) call.norm_gradients[2 * i] = wanted(out[o++]);
+            if (s.norms[i].bias) call.norm_gradients[2 * i + 1] = wanted(out[o++]);
         }
         for (int64_t i = 0; i < joints; i++) if (joint(i).bias) call.bias_gradients[i] = wanted(out[o++]);
         for (size_t i = 0; i < call.packed.size(); i++) call.weight_gradients.push_back(wanted(out[o++]));
@@ -352,10 +357,10 @@ JLORA_OPERATOR(run_step_op) {
         in[8].as<float*>(), (int64_t)number[0], in[8].size, out[0].out());
 }
 // hidden (rows, C), penalised and banned ids (rows, any) -> values, ids (rows, k). integer: address of
-// the head's weight; number: penalty.
+// the head's weight; number: penalty, cap of the logits.
 JLORA_OPERATOR(head_topk_op) {
     const Edits edits{in[1].as<int>(), in[2].as<int>(), in[1].shape[1], in[2].shape[1], (float)number[0]};
     head_topk(in[0].in(), in[0].shape[0], weight_at(integer), edits, out[0].shape[1],
-        out[0].out(), out[1].as<int>());
+        out[0].out(), out[1].as<int>(), number[1]);
 }
 #endif

@@ -155,13 +155,19 @@ struct Paired {
         _mm_prefetch((const char*)up.tile(tile(p), s) + line * 64, _MM_HINT_T1);
     }
 };
-inline bool gate_in_registers(int64_t activation, const Linear* layers, const Input& x, const Input& active) {
-    if (!joined(layers, 2) || active.wants_full || layers[0].n % 32) return false;
-    for (int i = 0; i < 2; i++)
+// count: 2, or 1 where one layer is both, the gate's outputs first.
+inline bool gate_in_registers(int64_t activation, const Linear* layers, int64_t count, const Input& x, const Input& active) {
+    const int64_t inner = active.rounded.width;
+    if (!joined(layers, count) || active.wants_full || inner % 32) return false;
+    for (int i = 0; i < count; i++)
         if (layers[i].A || layers[i].bias) return false;
-    const Paired paired{*(const Weight*)layers[0].weight, *(const Weight*)layers[1].weight};
-    if (paired.gate.scales || paired.up.scales) return false;  // int8
-    tiles::product<false>((const char*)x.rounded.data, x.rounded.rows, layers[0].n / 16, x.rounded.steps(), paired,
+    const Weight& first = *(const Weight*)layers[0].weight;
+    const Weight gate{first.tiles, inner, first.k, first.stride, first.scales, first.int8_back};
+    Weight up = count == 2 ? *(const Weight*)layers[1].weight : gate;
+    if (gate.scales || up.scales) return false;  // int8
+    if (count == 1) up.tiles = (char*)first.tile(inner / 16, 0);
+    const Paired paired{gate, up};
+    tiles::product<false>((const char*)x.rounded.data, x.rounded.rows, inner / 16, x.rounded.steps(), paired,
         [&](int64_t m, int64_t n, F16 gate, F16 up) {
             const int64_t k = paired.tile(n / 32) * 16;
             const F16 y = activation16(activation, gate) * up;
@@ -172,6 +178,6 @@ inline bool gate_in_registers(int64_t activation, const Linear* layers, const In
     return true;
 }
 #else
-inline bool gate_in_registers(int64_t, const Linear*, const Input&, const Input&) { return false; }
+inline bool gate_in_registers(int64_t, const Linear*, int64_t, const Input&, const Input&) { return false; }
 #endif
 }  // namespace jlora::decode

@@ -8,8 +8,9 @@
 
 namespace jlora {
 struct Norm {
-    const float *weight, *bias;  // bias: null where there is none
+    const float *weight, *bias;  // bias: null where there is none; weight null: there is no norm
     int64_t centred;             // LayerNorm takes the mean off; RMSNorm, 0, does not
+    double offset;               // added to the weight
 };
 
 // Called, it gives n normalised numbers from column k on, at most 32, and zeros beyond.
@@ -19,6 +20,7 @@ struct NormRow {
     float mean = 0, r;  // r: 1 / standard deviation
     NormRow(const Norm& norm, float eps, const float* x, int64_t C) : x(x), norm(norm) {
         float sum = 0, square = 0;
+        if (!norm.weight) { r = 1; return; }
         if (norm.centred) for (int64_t j = 0; j < C; j++) sum += x[j];
         mean = sum / C;
         for (int64_t j = 0; j < C; j++) square += (x[j] - mean) * (x[j] - mean);
@@ -27,9 +29,11 @@ struct NormRow {
     void operator()(int64_t k, int64_t n, F16& left, F16& right) const {
         F16 w0, w1, b0{}, b1{};
         load_some(x + k, left, right, n);
+        if (!norm.weight) return;
         load_some(norm.weight + k, w0, w1, n);
         if (norm.bias) load_some(norm.bias + k, b0, b1, n);
-        left = (left - mean) * r * w0 + b0, right = (right - mean) * r * w1 + b1;
+        const float offset = (float)norm.offset;
+        left = (left - mean) * r * (w0 + offset) + b0, right = (right - mean) * r * (w1 + offset) + b1;
     }
 };
 
@@ -37,14 +41,15 @@ struct NormRow {
 inline void norm_row_back(const Norm& norm, const float* x, float mean, float r, const float* dy, const float* past,
         float* dx, int64_t C) {
     float sum = 0, along = 0;
+    const float offset = (float)norm.offset;
     for (int64_t j = 0; j < C; j++) {
-        const float w = dy[j] * norm.weight[j];
+        const float w = dy[j] * (norm.weight[j] + offset);
         sum += w;
         along += w * (x[j] - mean);
     }
     const float c0 = norm.centred ? sum / C : 0.0f, c1 = along * r * r / C;
     for (int64_t j = 0; j < C; j++) {
-        const float own = r * (dy[j] * norm.weight[j] - c0 - (x[j] - mean) * c1);
+        const float own = r * (dy[j] * (norm.weight[j] + offset) - c0 - (x[j] - mean) * c1);
         dx[j] = past ? past[j] + own : own;
     }
 }

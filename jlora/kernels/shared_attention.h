@@ -2,6 +2,7 @@
 // keys together, and each generated token is read once for all the beams that descend from it.
 #pragma once
 #include <vector>
+#include "attention.h"
 #include "lanes.h"
 #include "small_product.h"
 #include "vector_math.h"
@@ -23,6 +24,8 @@ struct Group {
     Place prompt;               // its first token; the block holds the prompt and nothing else
     std::vector<Place> tokens;  // generated ones, each once
     std::vector<float> hidden;  // (tokens, columns): 0, or far below any score where a row lacks it
+    std::vector<int> places;    // of each generated token in its text
+    std::vector<int> newest;    // of each row's newest token
 };
 constexpr float unseen = -1e30f;
 inline int64_t columns_of(int64_t rows, int64_t per) { return (rows * per + 15) / 16 * 16; }
@@ -37,39 +40,47 @@ inline std::vector<Group> group_rows(int64_t R, int64_t per, float* const* promp
     std::vector<int> numbers(slab_count * slab_size);   // and its number there
     for (int64_t first = 0, end; first < R; first = end) {
         for (end = first + 1; end < R && prompts[end] == prompts[first]; end++) {}
-        Group g{first, end - first, {prompts[first], prompt_tokens[first], 0}, {}, {}};
+        Group g{first, end - first, {prompts[first], prompt_tokens[first], 0}, {}, {}, {}, {}};
         const int64_t columns = columns_of(g.rows, per);
-        for (int64_t r = first; r < end; r++)
+        for (int64_t r = first; r < end; r++) {
+            g.newest.push_back(prompt_tokens[first] + lengths[r] - 1);
             for (int64_t t = 0; t < lengths[r]; t++) {
                 const int place = table[r * most + t];
                 if (seen[place] != (int)groups.size()) {
                     seen[place] = (int)groups.size();
                     numbers[place] = (int)g.tokens.size();
                     g.tokens.push_back({slabs[place / slab_size], slab_size, place % slab_size});
+                    g.places.push_back(prompt_tokens[first] + (int)t);
                     g.hidden.resize(g.tokens.size() * columns, unseen);
                 }
                 std::fill_n(g.hidden.data() + numbers[place] * columns + (r - first) * per, per, 0.0f);
             }
+        }
         groups.push_back(std::move(g));
     }
     return groups;
 }
 
 // scores (tokens, columns) -> exp(scale * (score - the column's largest)), by 16 columns; those of the
-// tokens from `shown` on are hidden where `hidden` says so. totals (columns): their sums.
-inline void exponentials(float* scores, int64_t shown, int64_t tokens, const float* hidden, int64_t columns, float scale,
-        float* totals) {
+// tokens from `shown` on are hidden where `hidden` says so, and with a window those whose place in the text,
+// place(token), is below the column's in `first`. totals (columns): their sums.
+template <typename At>
+inline void exponentials(float* scores, int64_t shown, int64_t tokens, const float* hidden, int64_t columns,
+        const Scores& how, const At& place, const float* first, float* totals) {
     for (int64_t c = 0; c < columns; c += 16) {
         float* own = scores + c;
         const float* mask = hidden + c - shown * columns;
         F16 peak = F16{} + unseen, total{};
         for (int64_t t = 0; t < tokens; t++) {
             F16 s = load16(own + t * columns);
-            if (t >= shown) store16(own + t * columns, s += load16(mask + t * columns));
+            if (how.cap) s = soft_cap16(s * how.scale, how.cap) / how.scale;
+            if (t >= shown) s += load16(mask + t * columns);
+            if (how.window) s = F16{} + (float)place(t) >= load16(first + c) ? s : F16{} + unseen;
+            if (how.cap || t >= shown || how.window) store16(own + t * columns, s);
             peak = s > peak ? s : peak;
         }
         for (int64_t t = 0; t < tokens; t++) {
-            const F16 s = load16(own + t * columns), e = exp16((s - peak) * scale);
+            const F16 s = load16(own + t * columns), e = exp16((s - peak) * how.scale);
             const F16 p = s < unseen / 2 ? F16{} : e;
             store16(own + t * columns, p);
             total += p;
@@ -85,17 +96,24 @@ inline void copy_numbers(const float* from, int64_t n, float* to) {
 
 // q, out (R, H, D), for one layer.
 inline void shared_attention(const std::vector<Group>& groups, int64_t layer, int64_t H, int64_t G, int64_t D,
-        const float* q, float* out) {
+        const Scores& how, const float* q, float* out) {
     const int64_t per = H / G, width = G * D;
-    const float scale = 1.0f / std::sqrt((float)D);
     #pragma omp parallel
     {
-        std::vector<float> queries, scores, keys, values, sums, totals;
+        std::vector<float> queries, scores, keys, values, sums, totals, first;
         #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t i = 0; i < (int64_t)groups.size(); i++)
             for (int64_t g = 0; g < G; g++) {
                 const Group& group = groups[i];
-                const int64_t columns = columns_of(group.rows, per), T = group.prompt.size, U = group.tokens.size();
+                const int64_t columns = columns_of(group.rows, per), U = group.tokens.size();
+                // The prompt's tokens from `begin` on, which some row sees.
+                first.assign(columns, 0.0f);
+                int64_t begin = group.prompt.size;
+                for (int64_t m = 0; m < group.rows * per; m++) {
+                    const int64_t seen = how.first(group.newest[m / per]);
+                    first[m] = (float)seen, begin = std::min(begin, seen);
+                }
+                const int64_t T = group.prompt.size - begin;
                 queries.assign(D * columns, 0.0f);
                 scores.resize((T + U) * columns);
                 keys.resize(U * D);
@@ -110,12 +128,13 @@ inline void shared_attention(const std::vector<Group>& groups, int64_t layer, in
                     copy_numbers(group.tokens[u].at(layer, 0, width) + g * D, D, keys.data() + u * D);
                     copy_numbers(group.tokens[u].at(layer, 1, width) + g * D, D, values.data() + u * D);
                 }
-                const float *prompt_keys = group.prompt.at(layer, 0, width) + g * D,
-                            *prompt_values = group.prompt.at(layer, 1, width) + g * D;
+                const float *prompt_keys = group.prompt.at(layer, 0, width) + begin * width + g * D,
+                            *prompt_values = group.prompt.at(layer, 1, width) + begin * width + g * D;
                 float* generated = scores.data() + T * columns;
                 small_product(T, columns, D, prompt_keys, width, 1, queries.data(), columns, scores.data(), columns, false);
                 small_product(U, columns, D, keys.data(), D, 1, queries.data(), columns, generated, columns, false);
-                exponentials(scores.data(), T, T + U, group.hidden.data(), columns, scale, totals.data());
+                exponentials(scores.data(), T, T + U, group.hidden.data(), columns, how,
+                    [&](int64_t t) { return t < T ? begin + t : group.places[t - T]; }, first.data(), totals.data());
                 const int64_t M = group.rows * per;
                 small_product(M, D, T, scores.data(), 1, columns, prompt_values, width, sums.data(), D, false);
                 small_product(M, D, U, generated, 1, columns, values.data(), D, sums.data(), D, true);

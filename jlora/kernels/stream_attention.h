@@ -12,23 +12,20 @@ struct StreamHeads {
 
     Group load(const Stream& s, int64_t i, int64_t g) {
         const int64_t first = s.starts[i], T = s.starts[i + 1] - first, D = s.D, row = s.per() * D;
-        fetch(s.qkv, T, row, q, first, g * row);
+        fetch(s.qkv, T, row, q, first, s.query_column(g * s.per()));
         fetch(s.qkv, T, D, k, first, s.key_column(g)), fetch(s.qkv, T, D, v, first, s.value_column(g));
         o.resize(T * row);
         turn(s, q.data(), first, T, s.per(), 1), turn(s, k.data(), first, T, 1, 1);
-        return {T, T, 0, s.per(), D, s.scale(), q.data(), k.data(), v.data(), row, D,
+        return {T, T, 0, s.per(), D, s.scores, q.data(), k.data(), v.data(), row, D,
             s.lse + g * s.per() * s.rows + first, s.rows};
     }
     // Rotates `heads` heads of every row by its position's angle; sign -1 turns back.
     static void turn(const Stream& s, float* x, int64_t first, int64_t T, int64_t heads, float sign) {
-        const int64_t half = s.D / 2;
+        const int64_t half = s.turn.size / 2;
         if (!s.cos) return;
         for (int64_t t = 0; t < T; t++) {
             const float *cos = s.cos + (first + t) * half, *sin = s.sin + (first + t) * half;
-            for (int64_t h = 0; h < heads; h++) {
-                float* a = x + (t * heads + h) * s.D;
-                for (int64_t j = 0; j < half; j++) rotate_pair(a[j], a[j + half], cos[j], sign * sin[j]);
-            }
+            for (int64_t h = 0; h < heads; h++) s.turn(x + (t * heads + h) * s.D, cos, sin, sign);
         }
     }
     // (T, width) -> columns from `column` on of rows from `first` on, and back
@@ -76,7 +73,7 @@ inline void stream_attention_back(const Stream& s, const Rows& dattended, const 
         attend_back(group, room, heads.o.data(), row, heads.d.data(), row, heads.dq.data(), heads.dk.data(),
             heads.dv.data());
         heads.turn(s, heads.dq.data(), first, T, s.per(), -1), heads.turn(s, heads.dk.data(), first, T, 1, -1);
-        heads.store(heads.dq, T, row, dqkv, first, column);
+        heads.store(heads.dq, T, row, dqkv, first, s.query_column(g * s.per()));
         heads.store(heads.dk, T, s.D, dqkv, first, s.key_column(g));
         heads.store(heads.dv, T, s.D, dqkv, first, s.value_column(g));
     });

@@ -38,7 +38,8 @@ class Weight(Structure):
 class Norm(Structure):
     """norm.h: addresses of a norm's weight and bias, (C,) float32; LayerNorm is centred."""
 
-    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("centred", c_int64)]
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("centred", c_int64),
+                ("offset", c_double)]  # fmt: skip
 
 
 class LinearSpec(Structure):
@@ -59,8 +60,9 @@ class BlockSpec(Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("width", "heads", "key_heads", "head_size", "inner")),
-        *((name, c_int64) for name in ("rotary", "activation", "gated")),
-        ("eps", c_double), ("norm1", Norm), ("norm2", Norm),
+        *((name, c_int64) for name in ("rotary", "neighbours", "grouped", "window")),
+        ("scale", c_double), ("cap", c_double), ("activation", c_int64), ("gated", c_int64),
+        ("eps", c_double), ("norms", Norm * 6), ("whole", c_int64),
         *((name, JointSpec) for name in ("qkv", "out", "up", "down")),
         ("given", c_int64),
     ]  # fmt: skip
@@ -77,8 +79,13 @@ class Linear(Structure):
 class Block(Structure):
     """decoder.h: a transformer block as it decodes."""
 
-    _fields_ = [("before_attention", Norm), ("before_mlp", Norm), ("qkv", Linear * 3),
-                ("out", Linear), ("in", Linear * 2), ("down", Linear)]  # fmt: skip
+    _fields_ = [
+        *((name, Norm) for name in (
+            "before_attention", "after_attention", "before_mlp", "after_mlp", "queries", "keys",
+        )),
+        ("qkv", Linear * 3), ("out", Linear), ("in", Linear * 2), ("down", Linear),
+        ("rope", c_int64), ("window", c_int64),
+    ]  # fmt: skip
 
 
 class Model(Structure):
@@ -89,6 +96,9 @@ class Model(Structure):
         ("eps", c_double),
         *((name, c_void_p) for name in ("tokens", "packed_tokens", "positions", "frequencies")),
         ("last", Norm), ("activation", c_int64), ("gated", c_int64),
+        *((name, c_int64) for name in ("ropes", "rotary", "neighbours", "long_from", "grouped")),
+        ("whole", c_int64),
+        *((name, c_double) for name in ("amplitude", "embedding_scale", "scale", "cap")),
     ]  # fmt: skip
 
 

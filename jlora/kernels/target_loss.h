@@ -8,6 +8,7 @@
 #include <cfloat>
 #include <cmath>
 #include <vector>
+#include "activation.h"
 #include "lanes.h"
 #include "product.h"
 #include "vector_math.h"
@@ -58,11 +59,11 @@ struct TargetRows {
     Rows x;
     const Weight& head;
     const int* targets;
-    float smoothing;
+    float smoothing, cap;  // cap: of the logits, see soft_cap16; 0: none
 
     TargetRows(Buffer<uint16_t>& memory, const float* hidden, int64_t rows, const Weight& head, const int* targets,
-            float smoothing)
-        : x(rows_in(memory, rows, head.k)), head(head), targets(targets), smoothing(smoothing) {
+            float smoothing, float cap)
+        : x(rows_in(memory, rows, head.k)), head(head), targets(targets), smoothing(smoothing), cap(cap) {
         round_rows(hidden, x);
     }
     // -> losses and log_sums (rows,)
@@ -70,6 +71,7 @@ struct TargetRows {
         const int64_t V = head.n, rows = x.rows;
         std::vector<RowSums> parts(omp_get_max_threads() * rows);
         product(x, {{&head}, 1}, [&](int64_t m, int64_t n, F16 left, F16 right) {
+            if (cap) left = soft_cap16(left, cap), right = soft_cap16(right, cap);
             parts[omp_get_thread_num() * rows + m].take(left, right, n, std::min<int64_t>(32, V - n), targets[m]);
         }, true);
         for (int64_t m = 0; m < rows; m++) {
@@ -90,8 +92,11 @@ struct TargetRows {
             product(x, {{&some}, 1}, [&](int64_t m, int64_t n, F16 left, F16 right) {
                 const int64_t count = std::min<int64_t>(32, some.n - n), place = targets[m] - from - n;
                 const float log_sum = targets[m] >= 0 && targets[m] < V ? log_sums[m] : NAN;
+                if (cap) left = soft_cap16(left, cap), right = soft_cap16(right, cap);
+                const F16 bent_left = left, bent_right = right;
                 left = exp16(left - log_sum) - even, right = exp16(right - log_sum) - even;
                 if (place >= 0 && place < 32) (place < 16 ? left : right)[place % 16] -= 1.0f - smoothing;
+                if (cap) left *= soft_cap_slope(bent_left, cap), right *= soft_cap_slope(bent_right, cap);
                 if (factors) left *= factors[m], right *= factors[m];
                 if (count == 32) return store32(low.at(m, n), left, right);
                 uint16_t end[32];
@@ -115,21 +120,21 @@ struct TargetRows {
 
 // hidden (N, C), head (V, C), targets (N,) -> losses, log_sums (N,), dhidden (N, C) unless it is null
 inline void target_loss(const float* hidden, const Weight& head, const int* targets, float* losses, float* log_sums,
-        float* dhidden, int64_t N, float smoothing) {
+        float* dhidden, int64_t N, float smoothing, float cap) {
     static Buffer<uint16_t> memory;
     for (int64_t first = 0; first < N; first += target_rows) {
-        const TargetRows rows(memory, hidden + first * head.k, std::min(target_rows, N - first), head, targets + first, smoothing);
+        const TargetRows rows(memory, hidden + first * head.k, std::min(target_rows, N - first), head, targets + first, smoothing, cap);
         rows.losses(losses + first, log_sums + first);
         if (dhidden) rows.gradient(log_sums + first, nullptr, dhidden + first * head.k, nullptr, false);
     }
 }
 // The gradients by themselves, of a head that is trained; dlosses (N,), dhead (V, C).
 inline void target_loss_back(const float* hidden, const Weight& head, const int* targets, const float* log_sums,
-        const float* dlosses, float* dhidden, float* dhead, int64_t N, float smoothing) {
+        const float* dlosses, float* dhidden, float* dhead, int64_t N, float smoothing, float cap) {
     static Buffer<uint16_t> memory;
     if (!N) std::fill_n(dhead, head.n * head.k, 0.0f);
     for (int64_t first = 0; first < N; first += target_rows) {
-        const TargetRows rows(memory, hidden + first * head.k, std::min(target_rows, N - first), head, targets + first, smoothing);
+        const TargetRows rows(memory, hidden + first * head.k, std::min(target_rows, N - first), head, targets + first, smoothing, cap);
         rows.gradient(log_sums + first, dlosses + first, dhidden + first * head.k, dhead, first > 0);
     }
 }

@@ -8,7 +8,7 @@ from jlora.system.runtime import jt
 
 
 class _TargetLoss(FusedFunction):
-    def execute(self, hidden, head, targets, smoothing):
+    def execute(self, hidden, head, targets, smoothing, cap):
         wanted = not hidden.is_stop_grad() and not jt.flags.no_grad
         losses, self.dhidden = operator(
             [targets.shape, hidden.shape if wanted else (1,)],
@@ -17,17 +17,18 @@ class _TargetLoss(FusedFunction):
             "target_loss_op",
             smoothing,
             wanted,
+            cap,
             integers=[head.address],
         )
         return losses
 
     def grad(self, dlosses):
-        return self.dhidden * dlosses.unsqueeze(1), None, None, None
+        return self.dhidden * dlosses.unsqueeze(1), None, None, None, None
 
 
 class _TrainedTargetLoss(FusedFunction):
-    def execute(self, hidden, weight, targets, trained, smoothing):
-        self.packed, self.numbers = trained.packed(), (trained.n, smoothing)
+    def execute(self, hidden, weight, targets, trained, smoothing, cap):
+        self.packed, self.numbers = trained.packed(), (trained.n, smoothing, cap)
         losses, self.log_sums = operator(
             [targets.shape] * 2, ["float32"] * 2, [hidden, targets, self.packed],
             "trained_loss_op", *self.numbers,
@@ -41,16 +42,18 @@ class _TrainedTargetLoss(FusedFunction):
             [hidden.shape, weight.shape], ["float32"] * 2, inputs, "trained_loss_back_op",
             *self.numbers,
         )  # fmt: skip
-        return dhidden, dhead, None, None, None
+        return dhidden, dhead, None, None, None, None
 
 
-def target_loss(hidden: jt.Var, head: PackedWeight, targets: jt.Var, smoothing: float) -> jt.Var:
+def target_loss(
+    hidden: jt.Var, head: PackedWeight, targets: jt.Var, smoothing: float, cap: float | None = None
+) -> jt.Var:
     """Losses (N,) of hidden states (N, C) for int32 targets (N,), as `LanguageHead.losses`."""
-    return _TargetLoss.apply(hidden, head, targets, smoothing)
+    return _TargetLoss.apply(hidden, head, targets, smoothing, cap or 0)
 
 
 def trained_target_loss(
-    hidden: jt.Var, head: TrainedWeight, targets: jt.Var, smoothing: float
+    hidden: jt.Var, head: TrainedWeight, targets: jt.Var, smoothing: float, cap: float | None = None
 ) -> jt.Var:
     """The same over a head that is trained itself; differentiable in both."""
-    return _TrainedTargetLoss.apply(hidden, head.weight, targets, head, smoothing)
+    return _TrainedTargetLoss.apply(hidden, head.weight, targets, head, smoothing, cap or 0)

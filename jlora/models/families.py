@@ -30,7 +30,8 @@ class Family:
         model: `models.head.CausalLM` subclass; its parameters have Hugging Face's names.
         prefix: of the backbone's parameters, which checkpoints of the bare backbone leave out.
         embedding: name of the token embedding, which a tied head repeats.
-        targets: modules that get LoRA where target_modules is not given: PEFT's choice.
+        targets: modules that get LoRA where target_modules is not given: PEFT's choice, or where it
+            has none the layers with queries and values.
         biases: switches in config.json that give linear layers biases, for BitFit on a model
             without any; empty: there are none.
         rename: name in an older checkpoint -> Hugging Face's.
@@ -50,25 +51,25 @@ class Family:
     gguf: Architecture | None = None
 
 
-LLAMA_PARTS = llama.PARTS
-OWN = llama.LlamaConfig, llama.LlamaForCausalLM, LLAMA_PARTS
+LLAMA_PARTS = llama.parts_of(llama.LlamaModel)
 
 
-def _llama(config: type, model: type, parts: Parts | None, **changes) -> Family:
-    """A family of Llama's architecture, or near it."""
+def _llama(config: type, model: type, **changes) -> Family:
+    """A family of Llama's architecture, or of other choices of its parts."""
     usual = {
+        "model_type": config.model_type,
         "prefix": "model.",
         "embedding": "model.embed_tokens.weight",
         "targets": ("q_proj", "v_proj"),
     }
-    return Family(
-        **{"model_type": config.model_type, **usual, **changes},
-        config=config,
-        model=model,
-        parts=parts,
-    )
+    parts = LLAMA_PARTS
+    if model.backbone is not llama.LlamaModel:
+        parts = llama.parts_of(model.backbone)
+    return Family(**{**usual, **changes}, config=config, model=model, parts=parts)
 
 
+OWN = llama.LlamaConfig, llama.LlamaForCausalLM
+BIASES = "attention_bias", "mlp_bias"
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -83,30 +84,28 @@ FAMILIES: dict[str, Family] = {
             parts=gpt2.PARTS,
             gguf=gguf.GPT2,
         ),
-        _llama(*OWN, model_type="llama", gguf=gguf.LLAMA, biases=("attention_bias", "mlp_bias")),
+        _llama(*OWN, model_type="llama", gguf=gguf.LLAMA, biases=BIASES),
         _llama(*OWN, model_type="mistral", gguf=gguf.LLAMA),
         _llama(*OWN, model_type="qwen2", gguf=gguf.QWEN2),
-        _llama(qwen3.Qwen3Config, qwen3.Qwen3ForCausalLM, None, gguf=gguf.QWEN3),
+        _llama(qwen3.Qwen3Config, qwen3.Qwen3ForCausalLM, gguf=gguf.QWEN3),
         _llama(
-            smollm3.SmolLM3Config, smollm3.SmolLM3ForCausalLM, None, gguf=gguf.SMOLLM3,
-            biases=("attention_bias", "mlp_bias"),
+            smollm3.SmolLM3Config, smollm3.SmolLM3ForCausalLM,
+            gguf=gguf.SMOLLM3, biases=BIASES,
         ),
-        _llama(olmo2.Olmo2Config, olmo2.Olmo2ForCausalLM, None, gguf=gguf.OLMO2),
-        _llama(gemma.Gemma2Config, gemma.Gemma2ForCausalLM, None, gguf=gguf.GEMMA2),
-        _llama(gemma.Gemma3Config, gemma.Gemma3ForCausalLM, None, gguf=gguf.GEMMA3),
+        _llama(olmo2.Olmo2Config, olmo2.Olmo2ForCausalLM, gguf=gguf.OLMO2),
+        _llama(gemma.Gemma2Config, gemma.Gemma2ForCausalLM, gguf=gguf.GEMMA2),
+        _llama(gemma.Gemma3Config, gemma.Gemma3ForCausalLM, gguf=gguf.GEMMA3),
+        _llama(phi3.Phi3Config, phi3.Phi3ForCausalLM, gguf=gguf.PHI3, targets=("qkv_proj",)),
+        _llama(glm.GlmConfig, glm.GlmForCausalLM, gguf=gguf.GLM),
+        _llama(glm.Glm4Config, glm.Glm4ForCausalLM, gguf=gguf.GLM4),
         _llama(
-            phi3.Phi3Config, phi3.Phi3ForCausalLM, None, targets=("qkv_proj",), gguf=gguf.PHI3,
-        ),
-        _llama(glm.GlmConfig, glm.GlmForCausalLM, None, gguf=gguf.GLM),
-        _llama(glm.Glm4Config, glm.Glm4ForCausalLM, None, gguf=gguf.GLM4),
-        _llama(
-            internlm.InternLM2Config, internlm.InternLM2ForCausalLM, None,
+            internlm.InternLM2Config, internlm.InternLM2ForCausalLM,
             embedding="model.tok_embeddings.weight", targets=("wqkv",),
             gguf=gguf.INTERNLM2,
         ),
         _llama(
-            internlm.InternLM3Config, internlm.InternLM3ForCausalLM, None,
-            biases=("attention_bias", "mlp_bias"), gguf=gguf.LLAMA,
+            internlm.InternLM3Config, internlm.InternLM3ForCausalLM,
+            gguf=gguf.LLAMA, biases=BIASES,
         ),
     )
 }  # fmt: skip

@@ -145,6 +145,8 @@ class Gemma3Config(Gemma2Config):
 class GEGLU(nn.Module):
     """gelu(gate) * up, by the tanh approximation."""
 
+    kind: ClassVar = "gelu_tanh"
+
     def execute(self, gate: jt.Var, up: jt.Var) -> jt.Var:
         return GELU.execute(self, gate) * up
 

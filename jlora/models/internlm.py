@@ -31,6 +31,9 @@ class InternLM2Config(llama.LlamaConfig):
 
 
 class Attention(llama.Attention):
+    layer_names = "wqkv", "wo"
+    grouped = True
+
     def make_layers(self, config: InternLM2Config) -> None:
         C, D = config.hidden_size, config.head_dim
         self.wqkv = nn.Linear(C, (self.heads + 2 * self.kv_heads) * D, bias=config.qkv_bias)
@@ -48,6 +51,8 @@ class Attention(llama.Attention):
 
 
 class MLP(llama.MLP):
+    layer_names = "w1", "w3", "w2"
+
     def make_layers(self, config: llama.LlamaConfig) -> None:
         C, inner = config.hidden_size, config.intermediate_size
         self.w1 = nn.Linear(C, inner, bias=False)

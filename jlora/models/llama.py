@@ -47,6 +47,8 @@ def norm_of(config: LlamaConfig, size: int) -> RMSNorm:
 class SwiGLU(nn.Module):
     """silu(gate) * up."""
 
+    kind: ClassVar[str] = "silu"  # its name for the operators
+
     def execute(self, gate: jt.Var, up: jt.Var) -> jt.Var:
         return gate * jt.sigmoid(gate) * up
 
@@ -54,6 +56,8 @@ class SwiGLU(nn.Module):
 class Attention(nn.Module):
     qk_norm: ClassVar[str | None] = None  # norms of queries and keys: of each "head", or of "all"
     rotary_type: ClassVar[type] = Rotary
+    layer_names: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    grouped: ClassVar[bool] = False  # see `Parts`
 
     def __init__(self, config: LlamaConfig, layer: int):
         self.layer = layer
@@ -65,6 +69,7 @@ class Attention(nn.Module):
                 size = self.head_dim * (1 if self.qk_norm == "head" else heads)
                 setattr(self, name, norm_of(config, size))
         self.rotary = None if config.layer_ropes[layer] is None else self.rotary_type()
+        self.rotary_size = config.rotary_size
         window = config.windows[layer]
         self.attention = CausalAttention(config.score_scale, window, config.score_cap)
 
@@ -107,6 +112,7 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     act_type: ClassVar[type] = SwiGLU
+    layer_names: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj", "down_proj")
 
     def __init__(self, config: LlamaConfig):
         self.make_layers(config)
@@ -132,11 +138,17 @@ class Block(nn.Module):
     )  # fmt: skip
 
     def __init__(self, config: LlamaConfig, layer: int):
-        for name in filter(None, self.norms):
+        first, after_attention, second, after_mlp = self.norms
+        self.add_norm(config, first)
+        setattr(self, self.names[0], self.attention(config, layer))
+        self.add_norm(config, after_attention)
+        self.add_norm(config, second)
+        setattr(self, self.names[1], self.mlp_type(config))
+        self.add_norm(config, after_mlp)
+
+    def add_norm(self, config: LlamaConfig, name: str | None) -> None:
+        if name is not None:
             setattr(self, name, norm_of(config, config.hidden_size))
-        attention, mlp = self.names
-        setattr(self, attention, self.attention(config, layer))
-        setattr(self, mlp, self.mlp_type(config))
 
     def norm(self, place: int, x: jt.Var) -> jt.Var:
         name = self.norms[place]
@@ -168,7 +180,7 @@ class LlamaModel(nn.Module):
         past, keys = step_keys(cache, attention_mask, B, T)
         position = positions(B, T, past, keys)
         turns = [
-            rope.turns(position, past, lambda: lengths(B, T, past, keys)) for rope in self.ropes
+            rope.turns(position, lambda: lengths(B, T, past, keys)) for rope in self.ropes
         ]  # cosines and sines, (B, T, R / 2)
         x = getattr(self, self.tokens)(input_ids)  # (B, T, C)
         if self.embedding_scale != 1:
@@ -210,36 +222,44 @@ class LlamaForCausalLM(CausalLM):
         return getattr(first, first.names[0]).attention
 
 
-PARTS = Parts(
-    block=Block,
-    norms=Block.norms,
-    attention="self_attn",
-    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    output="self_attn.o_proj",
-    up=("mlp.gate_proj", "mlp.up_proj"),
-    down="mlp.down_proj",
-    body="model",
-    tokens="embed_tokens",
-    blocks="layers",
-    last_norm="norm",
-    positions=None,
-    norm="rms",
-    activation="silu",
-    gated=True,
-    modules={
-        Attention: {
-            "q_proj": nn.Linear, "k_proj": nn.Linear, "v_proj": nn.Linear, "o_proj": nn.Linear,
-            "rotary": Rotary, "attention": CausalAttention,
+def parts_of(body: type) -> Parts:
+    """What the fast paths need to know of a backbone that is made of this file's parts."""
+    block = body.block
+    attention, mlp = block.attention, block.mlp_type
+    *qkv, output = (f"{block.names[0]}.{name}" for name in attention.layer_names)
+    *up, down = (f"{block.names[1]}.{name}" for name in mlp.layer_names)
+    qk_norms = ("q_norm", "k_norm") if attention.qk_norm else ()
+    return Parts(
+        block=block,
+        norms=block.norms,
+        attention=block.names[0],
+        qkv=tuple(qkv),
+        output=output,
+        up=tuple(up),
+        down=down,
+        body="model",
+        tokens=body.tokens,
+        blocks="layers",
+        last_norm="norm",
+        positions=None,
+        norm="rms",
+        activation=mlp.act_type.kind,
+        gated=True,
+        modules={
+            attention: {
+                **dict.fromkeys(attention.layer_names, nn.Linear),
+                **dict.fromkeys(qk_norms, RMSNorm),
+                "rotary": attention.rotary_type,
+                "attention": CausalAttention,
+            },
+            mlp: {**dict.fromkeys(mlp.layer_names, nn.Linear), "act": mlp.act_type},
+            block: {
+                **dict.fromkeys(filter(None, block.norms), RMSNorm),
+                block.names[0]: attention,
+                block.names[1]: mlp,
+            },
+            body: {body.tokens: nn.Embedding, "layers": nn.ModuleList, "norm": RMSNorm},
         },
-        MLP: {
-            "gate_proj": nn.Linear, "up_proj": nn.Linear, "down_proj": nn.Linear, "act": SwiGLU,
-        },
-        Block: {
-            "input_layernorm": RMSNorm, "self_attn": Attention,
-            "post_attention_layernorm": RMSNorm, "mlp": MLP,
-        },
-        LlamaModel: {
-            "embed_tokens": nn.Embedding, "layers": nn.ModuleList, "norm": RMSNorm,
-        },
-    },
-)  # fmt: skip
+        qk_norms=tuple(f"{block.names[0]}.{n}" for n in qk_norms) or (None, None),
+        grouped=attention.grouped,
+    )

@@ -64,19 +64,18 @@ def read_share(config: dict, usual: float) -> tuple[float, dict]:
     Raises:
         ValueError: it is no number up to 1, or two fields say different things.
     """
-    found = {
-        share
-        for settings in (config, config.get("rope_scaling"), config.get("rope_parameters"))
-        if isinstance(settings, dict)
-        and isinstance(share := settings.get("partial_rotary_factor"), (int, float))
-    } or {usual}
-    share = min(found)
-    if len(found) > 1 or number("partial_rotary_factor", share) > 1:
-        raise ValueError(f"partial_rotary_factor {share!r} is not supported")
+    places = (config, config.get("rope_scaling"), config.get("rope_parameters"))
+    shares = [p.get("partial_rotary_factor") for p in places if isinstance(p, dict)]
+    found = {number("partial_rotary_factor", share) for share in shares if share is not None}
+    share = min(found, default=usual)
+    if len(found) > 1 or share > 1:
+        raise ValueError(f"partial_rotary_factor {max(found)!r} is not supported")
     return share, {**config, "partial_rotary_factor": share}
 
 
 class Attention(llama.Attention):
+    layer_names = "qkv_proj", "o_proj"
+
     def make_layers(self, config: Phi3Config) -> None:
         C, D = config.hidden_size, config.head_dim
         self.qkv_proj = nn.Linear(C, (self.heads + 2 * self.kv_heads) * D, bias=config.qkv_bias)
@@ -88,6 +87,8 @@ class Attention(llama.Attention):
 
 
 class MLP(llama.MLP):
+    layer_names = "gate_up_proj", "down_proj"
+
     def make_layers(self, config: llama.LlamaConfig) -> None:
         C, inner = config.hidden_size, config.intermediate_size
         self.gate_up_proj = nn.Linear(C, 2 * inner, bias=config.mlp_bias)

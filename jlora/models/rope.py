@@ -37,8 +37,8 @@ class Rope:
     long: np.ndarray | None = None
     amplitude: float = 1.0
 
-    def is_long(self, past: int, lengths: np.ndarray) -> np.ndarray:
-        """Which texts take the long frequencies; ``past``: tokens of each in the cache.
+    def is_long(self, lengths: np.ndarray, new: int | np.ndarray) -> np.ndarray:
+        """Which texts take the long frequencies; ``new``: how many of their tokens come now.
 
         Raises:
             ValueError: a text that is too long, or that outgrows the limit after some of its keys
@@ -50,18 +50,19 @@ class Rope:
                 f"a text of {lengths.max()} tokens is longer than max_position_embeddings "
                 f"{self.limit}, and rope_type dynamic is not computed beyond"
             )
-        if past and (longer & (lengths - 1 <= self.limit)).any():
+        past = lengths - new
+        if (longer & (past > 0) & (past <= self.limit)).any():
             raise ValueError(
                 f"the text outgrows {CONTEXT} {self.limit}, beyond which rope_type longrope turns "
                 "all of it by other angles; generate less, or run the whole text without a cache"
             )
         return longer
 
-    def turns(self, position: jt.Var, past: int, lengths) -> tuple[jt.Var, jt.Var]:
+    def turns(self, position: jt.Var, lengths) -> tuple[jt.Var, jt.Var]:
         """Cosines and sines of positions (B, T), (B, T, R / 2) each; ``lengths()`` of the texts."""
         frequencies = self.frequencies
         if self.limit is not None:
-            longer = self.is_long(past, lengths())[..., None]
+            longer = self.is_long(lengths(), position.shape[1])[..., None]
             if longer.any():
                 frequencies = np.where(longer, self.long, frequencies)
         angle = position.float32().unsqueeze(-1) * jt.array(frequencies)
