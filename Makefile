@@ -10,13 +10,16 @@ STAMP := $(VENV)/.installed
 # The reference implementations stand apart: Jittor imports torch where it finds it.
 PARITY := .venv-parity
 PARITY_STAMP := $(PARITY)/.installed
+LLAMACPP := .venv-llamacpp
+LLAMACPP_STAMP := $(LLAMACPP)/.installed
 SEED ?= 1
 # Test files at a time; each runs by itself (`make test JOBS=0`: one after another, in one process).
 # In the order of their names: by the number of tests, the few long ones would be left for the end.
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-threads parity golden bench-train bench-decode bench-scale bench-long gpu-check gpu-inputs gpu-wheels gpu-compile lint install clean
+.PHONY: demo test test-all test-threads parity llamacpp golden bench-train bench-decode bench-scale \
+	bench-long gpu-check gpu-inputs gpu-wheels gpu-compile lint install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -39,6 +42,10 @@ test-threads: $(STAMP)
 # jlora beside torch, transformers, peft and loralib, on random cases of SEED (docs/fidelity.md).
 parity: $(STAMP) $(PARITY_STAMP)
 	$(BIN)/python -m parity --seed $(SEED)
+
+# Exported GGUF files in llama.cpp, beside jlora (docs/fidelity.md).
+llamacpp: $(STAMP) $(LLAMACPP_STAMP)
+	$(BIN)/python -m parity.llamacpp --seed $(SEED)
 
 # The reference results that `make test` compares with; made again only when a golden case changes.
 golden: $(PARITY_STAMP)
@@ -105,6 +112,11 @@ $(PARITY_STAMP): parity/requirements.txt
 	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
+$(LLAMACPP_STAMP): parity/llamacpp-requirements.txt
+	@test -x $(LLAMACPP)/bin/python || $(PYTHON) -m venv $(LLAMACPP)
+	$(LLAMACPP)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-jittor-* $(PARITY) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-jittor-* $(PARITY) $(LLAMACPP) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find jlora tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -229,8 +229,8 @@ def run_sides(
         alternate([side], rounds, warmup)
         print(
             f"  {side.name:20} {1000 * side.median / inputs:9.2f} ms, first "
-            f"{side.first_seconds:6.1f} s, {side.extra.get('gpu_mb', 0):7.0f} MB of the card, ratio "
-            f"{side.median / ours.median:.2f}",
+            f"{side.first_seconds:6.1f} s, {side.extra.get('gpu_mb', 0):7.0f} MB of the card, "
+            f"ratio {side.median / ours.median:.2f}",
             flush=True,
         )
 
@@ -261,7 +261,7 @@ def stage_decode(chosen: argparse.Namespace) -> None:
 
 
 def stage_epochs(chosen: argparse.Namespace) -> None:
-    """How long the E2E recipe of GPT-2 medium takes for five epochs, from 200 steps of its batches."""
+    """Five epochs of E2E with GPT-2 medium, from 200 steps of its batches."""
     from benchmarks import jlora_train
 
     spec = {
@@ -277,14 +277,14 @@ def stage_epochs(chosen: argparse.Namespace) -> None:
     each = (time.monotonic() - started) / 200
     steps = 5 * 42061 / 8  # E2E's training rows
     print(
-        f"200 steps: {1000 * each:.1f} ms each, loss {losses[0]:.3f} to {losses[-1]:.3f}; five epochs "
-        f"of {steps / 5:.0f} steps: {steps * each / 60:.1f} min",
+        f"200 steps: {1000 * each:.1f} ms each, loss {losses[0]:.3f} to {losses[-1]:.3f}; five "
+        f"epochs of {steps / 5:.0f} steps: {steps * each / 60:.1f} min",
         flush=True,
     )
 
 
 def stage_fixtures(chosen: argparse.Namespace) -> None:
-    """Stored results of loralib, transformers and PEFT, computed again by Jittor's float32 on the card."""
+    """Stored results of loralib, transformers and PEFT against Jittor's float32 on the card."""
     from safetensors.numpy import load_file
 
     from jlora.system.runtime import use_gpu

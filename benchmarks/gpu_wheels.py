@@ -23,8 +23,9 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("folder", type=Path)
     options.add_argument("--python", default="3.12", help="version of that machine's Python")
-    options.add_argument("--onednn", action="store_true",
-                         help="with jittor-offline, 27 MB; without it set use_mkl=0 there")  # fmt: skip
+    options.add_argument(
+        "--onednn", action="store_true", help="with jittor-offline, 27 MB; else set use_mkl=0 there"
+    )
     chosen = options.parse_args()
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     chosen.folder.mkdir(parents=True, exist_ok=True)

@@ -205,3 +205,10 @@ def test_parts_that_do_not_fit_together_are_one_line(tmp_path):
     path = write_gguf(tmp_path / "n.gguf", "internlm2", keyed("internlm2", LLAMA), tensors)
     with pytest.raises(UserError, match="do not fit together"):
         read_gguf(path)
+
+
+def test_a_part_of_a_model_is_refused_with_the_way_out(tmp_path):
+    values = {**keyed("llama", LLAMA), "split.count": 3}
+    path = write_gguf(tmp_path / "m-00001-of-00003.gguf", "llama", values, llama_tensors())
+    with pytest.raises(UserError, match="one of 3 parts of a model; put them together first"):
+        read_gguf(path)

@@ -1,4 +1,4 @@
-"""The CUDA operators without a card: compiled as C++ beside an emulator, against the plain layers."""
+"""The CUDA operators without a card: as C++ beside an emulator, against the plain layers."""
 
 from __future__ import annotations
 

@@ -250,6 +250,17 @@ def test_what_gguf_s_keys_cannot_say_stands_in_a_tokenizer_json():
         Tokenizer.from_gguf({**written, WHOLE: "{}"}, "m.gguf")
 
 
+def test_phi_3_s_special_tokens_take_the_spaces_behind_them():
+    """GGUF cannot say so; llama.cpp, and jlora, go by the model's name."""
+    written = Tokenizer(spm("always"), eos_token_id=2, bos_token_id=1).to_gguf(300)
+    written.pop(WHOLE, None)
+    other = Tokenizer.from_gguf(written)
+    phi3 = Tokenizer.from_gguf({**written, "general.name": "Phi-3-mini"})
+    for text, same in (("<turn>\n the", "<turn>the"), ("</s>  the", "</s>the")):
+        assert phi3.encode(text) == phi3.encode(same) == other.encode(same) != other.encode(text)
+    assert phi3.encode("<s>\nthe") == other.encode("<s>\nthe")
+
+
 def test_merges_are_those_of_sentencepiece():
     """The pair of the highest score first, however it is made."""
     pieces = {"a": -9.0, "b": -9.0, "c": -9.0, "ab": -3.0, "bc": -1.0, "abc": -2.0, "</s>": 0.0}

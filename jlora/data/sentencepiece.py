@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 MARK = "\u2581"  # stands for a space
+#: Phi-3's special tokens that leave the spaces behind them.
+KEEP = ("<unk>", "<s>", "<|endoftext|>")
 NORMAL, UNKNOWN, USER_DEFINED, CONTROL, BYTE = 1, 2, 4, 3, 6  # GGUF's token types
 
 
@@ -38,11 +40,21 @@ def backend(metadata: dict[str, Any], tokens: Sequence[str], types: Sequence[int
     else:
         made.normalizer = replace
     made.decoder = decoders.Sequence(steps)
-    special = [t for t, kind in zip(tokens, types) if kind in (CONTROL, UNKNOWN)]
-    extra = [t for t, kind in zip(tokens, types) if kind == USER_DEFINED]
-    made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    made.add_tokens([AddedToken(t, special=False, normalized=False) for t in extra])
+    takes = takes_spaces(metadata)
+    ways = (((CONTROL, UNKNOWN), made.add_special_tokens), ((USER_DEFINED,), made.add_tokens))
+    for kinds, add in ways:
+        named = [token for token, kind in zip(tokens, types) if kind in kinds]
+        add([AddedToken(t, normalized=False, rstrip=takes and t not in KEEP) for t in named])
     return made
+
+
+def takes_spaces(metadata: dict[str, Any]) -> bool:
+    """Whether special tokens take the spaces behind them.
+
+    Phi-3's do; GGUF cannot say so, and llama.cpp goes by the model's name.
+    """
+    name = str(metadata.get("general.name", "")).lower()
+    return "phi-3" in name or "phi3" in name
 
 
 def merges(

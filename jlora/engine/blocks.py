@@ -130,7 +130,8 @@ class _FusedBlock:
 
     def _plan(self, layers, flat, norms) -> BlockPlan | None:
         plans = self.__dict__.setdefault("_plans", {})
-        key = tuple(layer.key for layer in flat)
+        shape = self._shape(norms)
+        key = (shape, *(layer.key for layer in flat))
         if not self._given:
             # The plan holds copies, and an adapter may have other biases than its base.
             fixed = (*norms, *(layer.product.bias for layer in flat))
@@ -138,7 +139,6 @@ class _FusedBlock:
         if key not in plans:
             if len(plans) >= MOST_PLANS:
                 plans.clear()
-            shape = self._shape(norms)
             fits = shape.fits(flat[0].product.packed.k, flat[-1].product.packed.k)
             if on_gpu():  # cuda/block.h has the first two norms alone
                 fits = (
@@ -200,6 +200,8 @@ def learn(parts: Parts) -> None:
     """Make the fused class of a family's blocks, where the operator computes them."""
     plain = parts.block
     computed = parts.norm in NORMS and parts.activation in ACTIVATIONS
+    if parts.grouped and parts.qk_norms[0] is not None:
+        computed = False  # they are normed where queries stand first
     if plain in BLOCKS or not computed:
         return
     learn_modules(parts.modules)

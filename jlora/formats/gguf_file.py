@@ -95,6 +95,12 @@ def read_gguf(
         raise UserError(
             f"{path}: architecture {name!r}; only {', '.join(architectures)} are read from GGUF"
         )
+    parts = metadata.get("split.count", 1)
+    if parts != 1:
+        raise UserError(
+            f"{path}: one of {parts} parts of a model; put them together first "
+            "(llama-gguf-split --merge), or take the model from Hugging Face"
+        )
     own = architectures[name]
     raw = read_tensors(path, reader, shapes_only=True)
     factors = {rope: raw.pop(rope) for rope in ROPE_TENSORS if rope in raw}
@@ -175,7 +181,7 @@ def read_tensors(path: Path, reader: Any, shapes_only: bool = False) -> dict[str
             with np.errstate(all="ignore"):  # NaN and infinity come from the file
                 array = dequantize(tensor.data, kind).reshape(shape)
             # A copy of what is the file's own memory, so that the mapped file can be closed.
-            tensors[tensor.name] = np.array(array) if kind == "F32" else array
+            tensors[tensor.name] = np.array(array) if kind == "F32" else np.asarray(array)
         except Exception as error:
             raise damaged(path, error) from error
     return tensors

@@ -1,4 +1,4 @@
-"""The operators on an NVIDIA card: the library of ``cuda/``, compiled by nvcc, and the card's memory."""
+"""The operators on an NVIDIA card: the library of ``cuda/``, by nvcc, and the card's memory."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def _compiled() -> Path:
                     lines = [line for line in errors.splitlines() if "error" in line]
                     raise UserError(
                         f"{nvcc} could not compile jlora's operators "
-                        f"({(lines or ['no message'])[0].strip()}); precision plain runs without them"
+                        f"({(lines or ['no message'])[0].strip()}); precision plain runs without "
+                        "them"
                     )
     return path
 

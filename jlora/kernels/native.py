@@ -2,8 +2,8 @@
 
 The operators of this folder are compiled once for the machine, into one library. What Jittor
 compiles for each of them is a stub of a few lines that calls the library; the stub depends on the
-number and types of the arrays only, so a handful of stubs serve all operators and all sizes. On an NVIDIA card the library is that of
-`gpu_library`, whose operators have the same names and arguments.
+number and types of the arrays only, so a handful of stubs serve all operators and all sizes. On an
+NVIDIA card the library is that of `gpu_library`, whose operators have the same names and arguments.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ class PackedWeight:
         if size == 0:
             where, instead = ("GPU", "plain") if on_gpu() else ("processor", "fp32")
             raise UserError(
-                f"this {where} has no {kind} product of {self.n} by {self.k}; use precision {instead}"
+                f"this {where} has no {kind} product of {self.n} by {self.k}; use precision "
+                f"{instead}"
             )
         free_retired()
         if on_gpu():

@@ -30,7 +30,8 @@ class Family:
         model: `models.head.CausalLM` subclass; its parameters have Hugging Face's names.
         prefix: of the backbone's parameters, which checkpoints of the bare backbone leave out.
         embedding: name of the token embedding, which a tied head repeats.
-        targets: modules that get LoRA where target_modules is not given: PEFT's choice.
+        targets: modules that get LoRA where target_modules is not given: PEFT's choice, or where it
+            has none the layers with queries and values.
         biases: switches in config.json that give linear layers biases, for BitFit on a model
             without any; empty: there are none.
         rename: name in an older checkpoint -> Hugging Face's.

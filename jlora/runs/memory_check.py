@@ -138,7 +138,8 @@ def check_fits(recipe: Recipe, data: RunData) -> None:
         UserError: it does not, with the settings that would make it fit.
     """
     if on_gpu():
-        return _check_card(recipe, data)
+        _check_card(recipe, data)
+        return
     here = world()
     limit = machine.usable_memory(here.local_size)
     share = -(-recipe.train.batch_size // here.size)
@@ -156,7 +157,7 @@ def check_fits(recipe: Recipe, data: RunData) -> None:
     )
 
 
-#: What CUDA, cuBLAS and Jittor take of a card besides the run's own arrays: about 0.8 GB on an H100.
+#: What CUDA, cuBLAS and Jittor take of a card besides the run's own arrays, about.
 CARD = GIB
 
 

@@ -32,7 +32,7 @@ from jlora.system.distributed import world
 from jlora.system.errors import UserError
 from jlora.system.files import check_writable, recover_directory, write_text
 from jlora.system.json_files import read_object
-from jlora.system.runtime import jt, set_seed
+from jlora.system.runtime import set_seed
 from jlora.training.checkpoint import has_checkpoint
 from jlora.training.loggers import ProgressLogger, check_loggers, make_logger, read_metrics
 from jlora.training.loop import train
