@@ -10,13 +10,16 @@ STAMP := $(VENV)/.installed
 # The reference implementations stand apart: Jittor imports torch where it finds it.
 PARITY := .venv-parity
 PARITY_STAMP := $(PARITY)/.installed
+LLAMACPP := .venv-llamacpp
+LLAMACPP_STAMP := $(LLAMACPP)/.installed
 SEED ?= 1
 # Test files at a time; each runs by itself (`make test JOBS=0`: one after another, in one process).
 # In the order of their names: by the number of tests, the few long ones would be left for the end.
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-threads parity golden bench-train bench-decode bench-scale bench-long lint install clean
+.PHONY: demo test test-all test-threads parity llamacpp golden bench-train bench-decode bench-scale \
+	bench-long gpu-check gpu-inputs gpu-wheels gpu-compile lint install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -40,6 +43,10 @@ test-threads: $(STAMP)
 parity: $(STAMP) $(PARITY_STAMP)
 	$(BIN)/python -m parity --seed $(SEED)
 
+# Exported GGUF files in llama.cpp, beside jlora (docs/fidelity.md).
+llamacpp: $(STAMP) $(LLAMACPP_STAMP)
+	$(BIN)/python -m parity.llamacpp --seed $(SEED)
+
 # The reference results that `make test` compares with; made again only when a golden case changes.
 golden: $(PARITY_STAMP)
 	$(PARITY)/bin/python -m parity.golden
@@ -58,6 +65,28 @@ bench-scale: $(STAMP) $(PARITY_STAMP)
 # Many steps of one model: does time or memory grow, and how long do five epochs of E2E take?
 bench-long: $(STAMP)
 	$(BIN)/python -m benchmarks.long_run $(ARGS)
+
+# The check of an NVIDIA card (docs/gpu.md). For a card without a network: what its machine needs for
+# Python GPU_PYTHON, and batches and prompts, are gathered in runs/gpu beforehand.
+GPU_PYTHON ?= 3.12
+gpu-check: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+gpu-inputs: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu --prepare
+
+gpu-wheels: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu_wheels runs/gpu/wheels --python $(GPU_PYTHON)
+
+# The CUDA operators for three kinds of cards by NVIDIA's compiler from PyPI; no card is needed.
+gpu-compile: $(STAMP)
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check \
+	  'nvidia-cuda-nvcc==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-nvvm==13.0.*' \
+	  'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-cccl==13.0.*' 'nvidia-cublas==13.1.*' \
+	  'nvidia-curand==10.4.0.*'
+	PYTHONPATH=$$(echo .venv-cuda/lib/python*/site-packages) \
+	  $(BIN)/python -m benchmarks.gpu_compile 80 89 90
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -83,6 +112,11 @@ $(PARITY_STAMP): parity/requirements.txt
 	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
+$(LLAMACPP_STAMP): parity/llamacpp-requirements.txt
+	@test -x $(LLAMACPP)/bin/python || $(PYTHON) -m venv $(LLAMACPP)
+	$(LLAMACPP)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-jittor-* $(PARITY) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-jittor-* $(PARITY) $(LLAMACPP) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find jlora tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -34,7 +34,7 @@ from jlora.system.runtime import jt
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "adding.md"
 CONFIG = {
-    "model_type": "qwen3", "vocab_size": 23, "hidden_size": 32, "intermediate_size": 64,
+    "model_type": "hunyuan_v1_dense", "vocab_size": 23, "hidden_size": 32, "intermediate_size": 64,
     "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
     "rope_theta": 100.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
 }  # fmt: skip
@@ -53,15 +53,15 @@ def package(tmp_path, monkeypatch):
     folder = tmp_path / "packages" / "my_models"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("")
-    (folder / "qwen3.py").write_text(code())
+    (folder / "hunyuan.py").write_text(code())
     monkeypatch.syspath_prepend(str(folder.parent))
     before = dict(families.FAMILIES)
-    import my_models.qwen3
+    import my_models.hunyuan
 
-    yield my_models.qwen3
+    yield my_models.hunyuan
     families.FAMILIES.clear()
     families.FAMILIES.update(before)
-    for name in ("my_models", "my_models.qwen3"):
+    for name in ("my_models", "my_models.hunyuan"):
         del sys.modules[name]
 
 
@@ -75,10 +75,10 @@ def folder(tmp_path, package):
     return tmp_path / "model"
 
 
-# transformers 5.23's Qwen3ForCausalLM with the same weights and ids.
+# transformers 5.23's HunYuanDenseV1ForCausalLM with the same weights and ids.
 LOGITS = {
-    (0, 8): [-0.3993106782436371, -0.9360466003417969, -1.0797293186187744, -0.47599005699157715],
-    (1, 4): [0.16382387280464172, 0.7850778698921204, 0.43885889649391174, -1.4660000801086426],
+    (0, 8): [-0.9854916334152222, -0.8676274418830872, -0.265835314989090, -0.2734620571136475],
+    (1, 4): [-0.2382072061300278, 0.0720372349023819, 0.2729765176773071, -2.107459783554077],
 }
 GREEDY = [16, 16, 16, 16, 16, 16]
 
@@ -104,7 +104,7 @@ def test_its_blocks_run_layer_by_layer_where_others_are_fused(folder):
         assert type(decoder_of(model)) is Decoder
         assert np.abs(model(ids).numpy() - plain).max() < bound
     # Norms that change the numbers are not passed over.
-    model.model.layers[0].self_attn.q_norm.weight *= 3
+    model.model.layers[0].self_attn.query_layernorm.weight *= 3
     assert np.abs(model(ids).numpy() - plain).max() > 0.1
     engine.prepare(model, "plain")
 
@@ -117,13 +117,15 @@ def test_its_adapter_and_its_way_through_gguf(tmp_path, folder):
     adapted = model(ids).numpy()
     export_gguf(model, tmp_path / "m.gguf", tokenizer=False)
     again = jlora.load(tmp_path / "m.gguf")
-    assert again.config.to_dict()["architectures"] == ["Qwen3ForCausalLM"]
+    assert again.config.to_dict()["architectures"] == ["HunYuanDenseV1ForCausalLM"]
     np.testing.assert_allclose(again(ids).numpy(), adapted, atol=1e-4)
 
 
 def test_a_field_that_is_not_computed_is_refused(package):
-    with pytest.raises(UserError, match="use_sliding_window true: sliding-window attention"):
+    with pytest.raises(UserError, match="use_sliding_window true is not computed"):
         build_model({**CONFIG, "use_sliding_window": True})
+    with pytest.raises(UserError, match="rope_scaling .*dynamic.* is not supported"):
+        build_model({**CONFIG, "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0}})
 
 
 def test_the_command_line_trains_and_answers(tmp_path, package, capsys):
@@ -181,17 +183,17 @@ def test_a_family_with_parts_is_fused_and_decoded_as_llama_is(package):
 
 
 def test_an_entry_point_makes_it_known(package, monkeypatch):
-    del families.FAMILIES["qwen3"]
-    point = EntryPoint("qwen3", "my_models.qwen3:QWEN3", "jlora.families")
-    monkeypatch.setattr(plugins, "plugins", lambda group: {"qwen3": point})
-    assert build_model(CONFIG).family is package.QWEN3
-    del families.FAMILIES["qwen3"]
-    wrong = EntryPoint("qwen3", "my_models.qwen3:Block", "jlora.families")
-    monkeypatch.setattr(plugins, "plugins", lambda group: {"qwen3": wrong})
-    with pytest.raises(UserError, match="jlora.families, my_models.qwen3:Block. is no Family"):
+    del families.FAMILIES["hunyuan_v1_dense"]
+    point = EntryPoint("hunyuan_v1_dense", "my_models.hunyuan:HUNYUAN", "jlora.families")
+    monkeypatch.setattr(plugins, "plugins", lambda group: {"hunyuan_v1_dense": point})
+    assert build_model(CONFIG).family is package.HUNYUAN
+    del families.FAMILIES["hunyuan_v1_dense"]
+    wrong = EntryPoint("hunyuan_v1_dense", "my_models.hunyuan:Block", "jlora.families")
+    monkeypatch.setattr(plugins, "plugins", lambda group: {"hunyuan_v1_dense": wrong})
+    with pytest.raises(UserError, match="jlora.families, my_models.hunyuan:Block. is no Family"):
         build_model(CONFIG)
 
 
 def test_without_its_package_the_type_is_named():
-    with pytest.raises(UserError, match="model_type 'qwen3' is not supported; only gpt2, llama"):
+    with pytest.raises(UserError, match="'hunyuan_v1_dense' is not supported; only gpt2, llama"):
         build_model(CONFIG)

@@ -13,7 +13,7 @@ import pytest
 
 from jlora.kernels import elementwise, native
 from jlora.kernels.attention import causal_attention
-from jlora.models import gpt2, llama
+from jlora.models import gemma, gpt2, llama, rope
 from jlora.models.attention import CausalAttention, KeyRange, Stream
 from jlora.system import machine
 from jlora.system.errors import UserError
@@ -95,6 +95,32 @@ def test_attention(T, S, H, G, D, side):
         assert_close(actual, expected, 5e-6)
 
 
+@pytest.mark.parametrize(
+    ("T", "S", "side", "window", "cap"),
+    [
+        (17, 17, None, 5, None),
+        (17, 17, "left", 1, None),
+        (4, 17, "right", 3, 0.7),
+        (1, 17, "left", 6, None),
+        (100, 100, "left", 40, 2.0),
+        (100, 100, None, 100, 0.5),
+    ],
+)
+def test_attention_with_windows_and_caps(T, S, side, window, cap):
+    q, k, v = random(3, T, 6, 8), random(3, S, 2, 8, seed=1), random(3, S, 2, 8, seed=2)
+    keys, factor = None, random(3, T, 6, 8, seed=3)
+    if side:
+        mask = mask_of(side, S)
+        keys = KeyRange.from_mask(mask)
+        factor *= mask[:, S - T :, None, None]
+    plain = CausalAttention(0.9, window, cap)
+    fused = results(lambda *qkv: causal_attention(*qkv, keys, 0.9, window, cap), [q, k, v], factor)
+    expected = results(lambda *qkv: plain(*qkv, keys), [q, k, v], factor)
+    fused[0], expected[0] = fused[0] * (factor != 0), expected[0] * (factor != 0)
+    for actual, wanted in zip(fused, expected):
+        assert_close(actual, wanted, 5e-6, least=1.0)  # one key alone has no gradient
+
+
 @pytest.mark.parametrize("lengths", [[1, 33, 64], [5], [1, 1, 1]], ids=str)
 def test_attention_over_a_stream(lengths):
     T, keys = sum(lengths), Stream(lengths)
@@ -137,6 +163,9 @@ def test_rms_norm(size):
     fused = lambda x: elementwise.rms_norm(x, layer.weight, 1e-5)  # noqa: E731
     assert_twins(fused, layer, [random(3, 5, size)])
     assert_twins(fused, layer, [random(3, 5, size, scale=1e-4)])  # where eps counts
+    layer.offset = 1.0
+    fused = lambda x: elementwise.rms_norm(x, layer.weight, 1e-5, 1.0)  # noqa: E731
+    assert_twins(fused, layer, [random(3, 5, size)])
 
 
 @pytest.mark.parametrize("size", [40, 7])
@@ -150,15 +179,18 @@ def test_layer_norm(size):
 
 def test_swiglu_and_gelu():
     assert_twins(elementwise.swiglu, llama.SwiGLU(), [random(3, 5, 7), random(3, 5, 7, seed=1)])
+    assert_twins(elementwise.geglu, gemma.GEGLU(), [random(3, 5, 7), random(3, 5, 7, seed=1)])
     assert_twins(elementwise.gelu, gpt2.GELU(), [random(3, 5, 7, scale=2)])
 
 
-def test_rotary():
-    angle = random(3, 5, 4)
+@pytest.mark.parametrize("plain", [rope.Rotary(), rope.InterleavedRotary()])
+@pytest.mark.parametrize("half", [4, 3])  # all of a head, and a part
+def test_rotary(plain, half):
+    angle = random(3, 5, half)
     cos, sin = jt.array(np.cos(angle)), jt.array(np.sin(angle))
-    plain = llama.Rotary()
+    neighbours = isinstance(plain, rope.InterleavedRotary)
     assert_twins(
-        lambda x: elementwise.rotary(x, cos, sin),
+        lambda x: elementwise.rotary(x, cos, sin, neighbours),
         lambda x: plain(x, cos, sin),
         [random(3, 5, 2, 8)],
     )

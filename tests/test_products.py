@@ -195,6 +195,8 @@ SAME_TESTS = [
     "test_block.py::test_block_equals_its_twin",
     "test_block.py::test_dropout_drops_what_its_hash_says",
     "test_engine.py::test_bf16_engine_differs_by_the_rounding_alone",
+    "test_families.py::test_fused_blocks_train_as_plain_ones_do",
+    "test_families.py::test_native_decoding_is_the_plain_models",
 ]
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jlora.data.tokenizer import Tokenizer, byte_level_bpe
+from jlora.data.pretokenizers import byte_level_bpe
+from jlora.data.tokenizer import Tokenizer
 from jlora.system.errors import UserError
 
 
@@ -203,7 +204,8 @@ def test_gguf_ids_are_what_the_file_says():
     ("metadata", "message"),
     [
         ({}, r"its tokenizer \(none\) is not read; put .* tokenizer\.json"),
-        ({"tokenizer.ggml.model": "llama"}, "llama/default"),
+        ({"tokenizer.ggml.model": "llama"}, "damaged"),
+        ({"tokenizer.ggml.model": "t5"}, r"its tokenizer \(t5\) is not read"),
         (gguf_metadata("chameleon"), "gpt2/chameleon"),
         (gguf_metadata() | {"tokenizer.ggml.merges": ["no such"]}, "damaged"),
         ({"tokenizer.ggml.model": "gpt2"}, "damaged"),

@@ -15,9 +15,10 @@ WINDOW = {"sliding_window": 4}
 USED = {**WINDOW, "use_sliding_window": True}
 TYPES = {"layer_types": ["sliding_attention", "full_attention"]}
 LONGROPE = {
-    "type": "longrope", "short_factor": [1.0, 1.5] * 8, "long_factor": [2.0, 3.0] * 8,
-    "original_max_position_embeddings": 40,
-}  # fmt: skip
+    "type": "longrope",
+    "short_factor": [1.0, 1.5] * 8,
+    "long_factor": [2.0, 3.0] * 8,
+}
 GEMMA = {**WINDOW, **TYPES, "query_pre_attn_scalar": 20}
 CAPS = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}
 ALL = {
@@ -26,14 +27,18 @@ ALL = {
     "qwen3": {"model_type": "qwen3", **USED, "max_window_layers": 1},
     "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0]},
     "olmo2": {"model_type": "olmo2"},
+    "olmo2-one-key-head": {"model_type": "olmo2", "num_key_value_heads": 1},
     "gemma2": {"model_type": "gemma2", **GEMMA, **CAPS},
     "gemma3": {"model_type": "gemma3_text", **GEMMA, "rope_local_base_freq": 50.0},
-    "phi3": {"model_type": "phi3", "rope_scaling": LONGROPE, **WINDOW},
+    "phi3": {
+        "model_type": "phi3", "rope_scaling": LONGROPE, "original_max_position_embeddings": 20,
+        **WINDOW,
+    },
     "glm": {"model_type": "glm", "head_dim": 64},
     "glm4": {"model_type": "glm4", "head_dim": 64},
     "internlm2": {"model_type": "internlm2"},
     "internlm3": {"model_type": "internlm3"},
-}
+}  # fmt: skip
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 #: Linear layers where they are not `LAYERS`.
 OTHER_LAYERS = {

@@ -35,6 +35,9 @@ FAMILIES = {
     r"bloomz?": ("bloom",),
     r"falcon": ("falcon", "llama"),
     r"pythia|gpt-?neox": ("gpt_neox",),
+    r"olmo": ("olmo",),
+    r"(?<![a-z])glm|chatglm": ("glm", "chatglm"),
+    r"internlm": ("internlm", "llama"),
 }
 
 

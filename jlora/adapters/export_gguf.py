@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from jlora.adapters import TunedModel, merged_weights
 from jlora.adapters.export_folder import WrittenModel
-from jlora.adapters.trained_tokens import UNKNOWN, TrainedTokens
-from jlora.formats.gguf_file import QUANTIZATIONS
+from jlora.adapters.modelfile import modelfile, modelfile_path
+from jlora.adapters.trained_tokens import UNKNOWN, TrainedTokens, special_token
+from jlora.data.chat_template import ChatTemplate, find_template
+from jlora.data.end_tokens import find_ends
+from jlora.data.tokenizer import GGUF_ENDS
+from jlora.formats.gguf_kinds import check_written
 from jlora.formats.gguf_write import write_gguf
 from jlora.formats.rounding import precision_loss
 from jlora.system.errors import UserError
-from jlora.system.files import check_absent
+from jlora.system.files import check_absent, write_text
+
+#: The model's own chat template.
+OWN = "own"
+EOS = "tokenizer.ggml.eos_token_id"
 
 
 def export_gguf(
@@ -21,17 +30,22 @@ def export_gguf(
     kind: str = "F32",
     tokenizer: bool = True,
     trained: TrainedTokens = UNKNOWN,
+    template: ChatTemplate | str | None = OWN,
 ) -> WrittenModel:
     """Write a model, its adapter merged in float32, as a GGUF file with its tokenizer.
+
+    A Modelfile for Ollama goes beside it, unless the tokenizer is left out.
 
     Args:
         model: a tuned model, or a plain one as `jlora.load` gives it; it stays as it is.
         path: of a new file.
-        kind: of the matrices: f32, f16, bf16, q8_0, q4_0 or q4_1, in either case (see
-            `formats.gguf_write.write_gguf`).
+        kind: of the matrices, one of `formats.gguf_kinds.WRITTEN` in either case, such as q8_0 or
+            q4_k_m.
         tokenizer: put the model's tokenizer into the file; llama.cpp needs it there.
         trained: the tokens round the completions that the adapter was trained with, where they are
             not the base's own.
+        template: of the conversations that it was trained with; `OWN`: the model's, if it has one;
+            None: it continues prompts as they stand.
 
     Raises:
         UserError: no such kind, ``path`` is in use or cannot be written, the model has no
@@ -39,9 +53,7 @@ def export_gguf(
             adapter cannot be merged (see `PeftModel.merge_adapter`).
     """
     path, kind = Path(path), kind.upper()
-    if kind not in QUANTIZATIONS:
-        kinds = ", ".join(QUANTIZATIONS).lower()
-        raise UserError(f"type {kind.lower()!r} is not one of {kinds}")
+    check_written(kind)
     check_absent(path)
     base = model.get_base_model() if isinstance(model, TunedModel) else model
     architecture = getattr(getattr(base, "family", None), "gguf", None)
@@ -50,29 +62,99 @@ def export_gguf(
             f"models of type {base.config.model_type} have no form in GGUF that is known here; "
             "`jlora merge` writes a folder"
         )
-    metadata = tokenizer_metadata(base) if tokenizer else special_ids(base)
-    notes = trained.gguf(metadata)
+    config = base.config.to_dict()
+    reason = architecture.check and architecture.check(config)
+    if reason:
+        raise UserError(
+            f"{reason}: llama.cpp would compute something else; `jlora merge` writes a folder"
+        )
+    beside = modelfile_path(path) if tokenizer else None
+    metadata = tokenizer_metadata(base, architecture.pre) if tokenizer else special_ids(base)
+    notes, text = trained.gguf(metadata), ""
+    if tokenizer:
+        chosen = own_template(base) if template == OWN else template
+        text, said = conversation_metadata(metadata, path.name, base.tokenizer, chosen, trained)
+        notes += said
+    notes += window_notes(base.config, architecture)
     weights = merged_weights(model)
     name = getattr(base, "name_or_path", None)
     errors = write_gguf(
         path,
         architecture,
-        base.config.to_dict(),
+        config,
         weights.tensors,
         kind,
         metadata,
         name and Path(name).name.removesuffix(".gguf"),
     )
+    if beside is not None:
+        write_text(beside, text)
+        notes.append(f"for Ollama: ollama create NAME -f {beside}")
     loss = None if kind == "F32" else precision_loss(kind.lower(), errors, weights.changes)
     return WrittenModel(path, weights.report, loss, tuple(notes))
 
 
-def tokenizer_metadata(base: Any) -> dict[str, Any]:
+def window_notes(config: Any, architecture: Any) -> list[str]:
+    """What llama.cpp leaves out: it computes the windows of few architectures."""
+    windows = [window for window in getattr(config, "windows", []) if window]
+    if architecture.windows[1] or not windows or min(windows) >= config.max_positions:
+        return []
+    return [
+        f"llama.cpp does not compute the window of {min(windows)} tokens in models of architecture "
+        f"{architecture.name}: longer texts differ there"
+    ]
+
+
+def own_template(base: Any) -> ChatTemplate | None:
+    """The chat template of a model's own files."""
+    source = getattr(base, "source", None)
+    if source is not None:
+        return find_template(source)
+    text = base.tokenizer.chat_template
+    return None if text is None else ChatTemplate(text)
+
+
+def conversation_metadata(
+    metadata: dict[str, Any],
+    name: str,
+    tokenizer: Any,
+    template: ChatTemplate | None,
+    trained: TrainedTokens,
+) -> tuple[str, list[str]]:
+    """Put template and end tokens into a file's metadata; the text of a Modelfile, and notes.
+
+    llama.cpp stops at the tokens under eos, eot and eom; Ollama reads the whole list as well.
+    """
+    notes, ends = [], find_ends(tokenizer, template)
+    eos = metadata.get(EOS)
+    ids = list(dict.fromkeys([*([] if eos is None else [eos]), *ends.ids]))
+    for key, index in zip(("eot", "eom"), ids[1:]):
+        metadata[f"tokenizer.ggml.{key}_token_id"] = index
+    if len(ids) > 1:
+        metadata[GGUF_ENDS] = ids
+    if template is not None:
+        metadata["tokenizer.chat_template"] = template.source
+        if template.with_tools is not None:
+            metadata["tokenizer.chat_template.tool_use"] = template.with_tools
+            metadata["tokenizer.chat_templates"] = ["tool_use"]
+        if template.arguments:
+            arguments = json.dumps(dict(template.arguments))
+            notes.append(f"llama.cpp is to be told: --chat-template-kwargs '{arguments}'")
+    begins = metadata["tokenizer.ggml.add_bos_token"] and tokenizer.bos_token_id is not None
+    begin = tokenizer.backend.id_to_token(tokenizer.bos_token_id) if begins else ""
+    separator = trained.separator
+    between = special_token(tokenizer, separator) if separator is not None else None
+    stops = [tokenizer.decode([index], skip_special_tokens=False) for index in ids]
+    stops = [text for text in dict.fromkeys([*stops, *ends.texts]) if text]
+    return modelfile(name, template, stops, begin, between or ""), notes
+
+
+def tokenizer_metadata(base: Any, pre: str | None) -> dict[str, Any]:
     """The tokenizer as GGUF's metadata, or an error with the way out."""
     try:
         if getattr(base, "tokenizer", None) is None:
             raise UserError("the model has no tokenizer")
-        return base.tokenizer.to_gguf(base.config.vocab_size)
+        return base.tokenizer.to_gguf(base.config.vocab_size, pre)
     except UserError as error:
         raise UserError(
             f"{error}; --no-tokenizer (tokenizer=False) writes the weights alone, which jlora "

@@ -11,6 +11,8 @@ from jlora.cli.options import (
     Verb,
     adapter_file,
     add_adapter_options,
+    decimals,
+    positive,
 )
 from jlora.system.errors import UserError
 
@@ -45,8 +47,8 @@ def add_export(verb: Verb) -> None:
     command.add_argument("--gguf", required=True, metavar="OUT.gguf", help="file to write")
     command.add_argument("--adapter", help=f"merge this first: {ADAPTER_HELP}")
     command.add_argument(
-        "--type", default="f32", choices=("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"),
-        help="of the matrices (default: f32)",
+        "--type", default="f32", help="of the matrices: f32 (default), f16, bf16, q8_0, q5_0, "
+        "q5_1, q4_0, q4_1; with jlora[kquants] also q4_k_m, q5_k_m, q6_k",
     )  # fmt: skip
     command.add_argument(
         "--no-tokenizer", action="store_true", help="leave out the tokenizer, which llama.cpp needs"
@@ -56,14 +58,18 @@ def add_export(verb: Verb) -> None:
 
 def run_export(arguments: argparse.Namespace) -> int:
     from jlora.adapters.export_gguf import export_gguf
-    from jlora.runs.adapter_file import open_model
+    from jlora.formats.gguf_kinds import check_written
+    from jlora.runs.adapter_file import base_name, open_model
+    from jlora.runs.chat import find_chat_template
     from jlora.system.files import check_absent
 
+    check_written(arguments.type.upper())  # before a minute of loading
     check_absent(arguments.gguf)
     adapter = adapter_file(arguments)
     model = open_model(arguments.model, adapter)
-    tokens = trained_tokens(model, adapter)
-    print(export_gguf(model, arguments.gguf, arguments.type, not arguments.no_tokenizer, tokens))
+    tokens, tokenizer = trained_tokens(model, adapter), not arguments.no_tokenizer
+    template = find_chat_template(base_name(arguments.model, adapter), adapter)
+    print(export_gguf(model, arguments.gguf, arguments.type, tokenizer, tokens, template))
     return 0
 
 
@@ -121,6 +127,44 @@ def run_convert(arguments: argparse.Namespace) -> int:
             f"--separator-id {tokens.separator} --end-id {tokens.end} to generate"
         )
     print(f"written: {arguments.out}")
+    return 0
+
+
+def add_combine(verb: Verb) -> None:
+    command = verb("combine", run_combine, "Make one adapter of several of the same base model.")
+    command.add_argument("adapters", nargs="+", help="run folders or adapter folders")
+    command.add_argument(
+        "--weights", type=decimals, metavar=".7,.3", help="one for each (default: 1 divided by "
+        "their number)",
+    )  # fmt: skip
+    command.add_argument(
+        "--type", choices=("svd", "linear", "cat"), default="svd",
+        help="svd: the nearest change of a rank (default); cat: exact, of the sum of the ranks; "
+        "linear: A and B added each by itself",
+    )  # fmt: skip
+    command.add_argument("--rank", type=positive, help="of svd (default: the largest of theirs)")
+    command.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
+    command.add_argument(
+        "--force", action="store_true", help="combine adapters made for different base models"
+    )
+
+
+def run_combine(arguments: argparse.Namespace) -> int:
+    from jlora.runs.adapter_file import AdapterFile
+    from jlora.runs.combining import combine_files
+
+    count = len(arguments.adapters)
+    weights = arguments.weights or [1 / count] * count
+    config = combine_files(
+        arguments.adapters, weights, arguments.out, arguments.type, arguments.rank, arguments.force
+    )
+    ranks = sorted({config.r, *config.rank_pattern.values()})
+    if any(AdapterFile(Path(adapter)).recipe for adapter in arguments.adapters):
+        print(
+            "its files do not say with which template and tokens round the texts its parts were "
+            "trained: to generate, give the same options as for those"
+        )
+    print(f"rank {' and '.join(map(str, ranks))}; written: {arguments.out}")
     return 0
 
 

@@ -165,6 +165,14 @@ def whole_numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 2400,400,470") from None
 
 
+def decimals(text: str) -> list[float]:
+    """``.7,.3`` -> [0.7, 0.3]"""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form .7,.3") from None
+
+
 def add_nproc(command: argparse.ArgumentParser, dest: str = "nproc") -> None:
     command.add_argument(
         "--nproc", dest=dest, type=positive, default=1, metavar="N",
@@ -173,8 +181,10 @@ def add_nproc(command: argparse.ArgumentParser, dest: str = "nproc") -> None:
     )  # fmt: skip
 
 
-def names(text: str) -> list[str]:
-    """``q_proj, v_proj`` -> ["q_proj", "v_proj"]"""
+def targets(text: str) -> list[str] | str:
+    """``q_proj, v_proj`` -> ["q_proj", "v_proj"], and ``all-linear`` as it is."""
+    if text.strip().lower() == "all-linear":
+        return "all-linear"
     found = [name.strip() for name in text.split(",") if name.strip()]
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} names nothing; write a,b")

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jlora.formats.gguf_architectures import ARCHITECTURES
+from jlora.data.gguf_tokenizer import backend_metadata, read_backend
+from jlora.data.pretokenizers import byte_level_bpe
 from jlora.formats.safetensors_file import one_line
-from jlora.system.console import say
 from jlora.system.errors import UserError
 from jlora.system.files import atomic_path, read_text
 from jlora.system.json_files import read_object
@@ -26,25 +25,12 @@ TOKENIZER_FILES = (
     ("vocab.json", "merges.txt"),
     ("encoder.json", "vocab.bpe"),
 )
-DIGITS_BY_THREE = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-DIGITS_ALONE = DIGITS_BY_THREE.replace(r"\p{N}{1,3}", r"\p{N}")
-#: `tokenizer.ggml.pre` -> the kind of pre-tokenizer that `byte_level_bpe` builds.
-GGUF_PRE = {
-    "gpt-2": "gpt2",
-    "smollm": "smollm",
-    "llama-bpe": "llama3",
-    "llama3": "llama3",
-    "llama-v3": "llama3",
-    "qwen2": "qwen2",
-}
 #: Texts behind which another one is encoded, see `Tokenizer.encode_after`.
 ANCHORS = ("\n", "a", ".")
 #: jlora's own key in GGUF for `Tokenizer.separator_id`.
 GGUF_SEPARATOR = "jlora.separator_id"
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # GGUF's token types
+#: Ollama's key in GGUF for all tokens that end an answer.
+GGUF_ENDS = "tokenizer.ggml.eos_token_ids"
 
 
 class Tokenizer:
@@ -180,75 +166,32 @@ class Tokenizer:
         """Build the tokenizer that a GGUF file carries (`GGUFFile.metadata`).
 
         Raises:
-            UserError: the file has none, or one that is not byte-level BPE of a known kind.
+            UserError: the file has none, or one of an unknown kind.
         """
-        model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-        if model != "gpt2" or (pre not in GGUF_PRE and pre not in (None, "", "default")):
-            kind = "none" if model is None else f"{model}/{pre or 'default'}"
-            raise UserError(
-                f"{path}: its tokenizer ({kind}) is not read; put the model's tokenizer.json "
-                "into the same folder"
-            )
-        try:
-            tokens = metadata["tokenizer.ggml.tokens"]
-            types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
-            if "tokenizer.ggml.merges" not in metadata and needs_merges(tokens, types):
-                raise ValueError("it lacks tokenizer.ggml.merges")
-            pairs = metadata.get("tokenizer.ggml.merges", [])
-            merges = [tuple(pair.split(" ")) for pair in pairs]
-            vocab = {token: index for index, token in enumerate(tokens)}
-            special = [t for t, kind in zip(tokens, types) if kind == CONTROL]
-            extra = [t for t, kind in zip(tokens, types) if kind == USER_DEFINED]
-            kind = GGUF_PRE[pre if pre in GGUF_PRE else assumed_pre(metadata, path)]
-            backend = byte_level_bpe(vocab, merges, kind, special, extra)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"{path}: its tokenizer is damaged ({one_line(error)}); download it again"
-            ) from error
+        backend = read_backend(metadata, path)
         ids = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "bos", "padding")]
         special_ids = (None if i is None else int(i) for i in ids)
         tokenizer = cls(backend, *special_ids, metadata.get("tokenizer.chat_template"))
         ends = [f"tokenizer.ggml.{key}_token_id" for key in ("eos", "eot", "eom")]
-        tokenizer.end_token_ids = named_ids([metadata], ends, tokenizer.vocab_size)
+        tokenizer.end_token_ids = named_ids([metadata], [*ends, GGUF_ENDS], tokenizer.vocab_size)
         if type(metadata.get(GGUF_SEPARATOR)) is int:
             tokenizer.separator_id = metadata[GGUF_SEPARATOR]
         return tokenizer
 
-    def to_gguf(self, rows: int) -> dict[str, Any]:
+    def to_gguf(self, rows: int, pre: str | None = None) -> dict[str, Any]:
         """The metadata from which `from_gguf`, and llama.cpp, build this tokenizer.
 
         Args:
             rows: of the model's embedding matrix; ids up to there that have no token get a filler.
+            pre: the `tokenizer.ggml.pre` to write where several names mean the same.
 
         Raises:
-            UserError: it is not a byte-level BPE of a kind that has a name in GGUF.
+            UserError: it is neither a byte-level BPE of a kind that has a name in GGUF nor
+                SentencePiece's.
         """
-        settings = json.loads(self.backend.to_str())
-        pre = gguf_pre(settings)
-        if pre is None:
-            raise UserError(
-                "the tokenizer is no byte-level BPE of a kind that GGUF has a name for "
-                f"({', '.join(dict.fromkeys(GGUF_PRE))}), so it cannot go into the file"
-            )
-        vocab = self.backend.get_vocab(with_added_tokens=True)
-        named = {index: token for token, index in vocab.items()}
-        tokens = [named.get(index, f"[PAD{index}]") for index in range(rows)]
-        types = [NORMAL if index in named else UNUSED for index in range(rows)]
-        for index, token in self.backend.get_added_tokens_decoder().items():
-            if index < rows:
-                types[index] = CONTROL if token.special else USER_DEFINED
-        if not settings["model"]["merges"] and needs_merges(tokens, types):
-            raise UserError("the tokenizer has words and no merges, which GGUF cannot represent")
-        merges = [m if isinstance(m, str) else " ".join(m) for m in settings["model"]["merges"]]
         ids = {"bos": self.bos_token_id, "eos": self.eos_token_id, "padding": self.pad_token_id}
         metadata = {
-            "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": pre,
-            "tokenizer.ggml.tokens": tokens,
-            "tokenizer.ggml.token_type": types,
-            "tokenizer.ggml.merges": merges,
+            **backend_metadata(self.backend, rows, pre),
             **{f"tokenizer.ggml.{key}_token_id": index for key, index in ids.items()},
             "tokenizer.ggml.add_bos_token": bool(self.begin_ids),
             "tokenizer.chat_template": self.chat_template,
@@ -270,58 +213,6 @@ class Tokenizer:
             settings["chat_template"] = self.chat_template
         with atomic_path(folder / "tokenizer_config.json") as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def needs_merges(tokens: Sequence[str], types: Sequence[int]) -> bool:
-    """Whether there are tokens of several characters, which need merges.
-
-    GGUF has no empty lists, so the file of a vocabulary of single bytes has no merges.
-    """
-    return any(len(token) > 1 and kind == NORMAL for token, kind in zip(tokens, types))
-
-
-def assumed_pre(metadata: dict[str, Any], path: str | Path) -> str:
-    """The `tokenizer.ggml.pre` to use for a file without it; prints a warning.
-
-    (llama.cpp also warns, and splits texts in a default way that no model has.)
-
-    Raises:
-        UserError: models of this architecture differ.
-    """
-    architecture = metadata.get("general.architecture")
-    given = metadata.get("tokenizer.ggml.pre")
-    state = "does not say how its tokenizer splits texts (tokenizer.ggml.pre is "
-    state += "missing)" if given is None else f"{given!r})"
-    known = ARCHITECTURES.get(architecture)
-    if known is None or known.pre is None:
-        raise UserError(
-            f"{path}: it {state}, and models of architecture {architecture} differ; put the "
-            "model's tokenizer.json into the same folder, or convert the model again with a "
-            "current llama.cpp"
-        )
-    say(f"warning: {path} {state}; taken as {known.pre}, since its architecture is {architecture}")
-    return known.pre
-
-
-def gguf_pre(settings: dict[str, Any]) -> str | None:
-    """GGUF's name (`tokenizer.ggml.pre`) for the way a tokenizer.json splits text, or None."""
-    if settings["model"]["type"] != "BPE":
-        return None
-    for name, kind in GGUF_PRE.items():
-        known = json.loads(byte_level_bpe({}, [], kind, []).to_str())
-        if split_settings(settings) == split_settings(known):
-            return name
-    return None
-
-
-def split_settings(settings: dict[str, Any]) -> list[Any]:
-    """The settings of a tokenizer.json that determine how text is split before the merges."""
-    # trim_offsets changes the reported positions of tokens, not the tokens.
-    text = re.sub(r'"trim_offsets": (true|false)', "", json.dumps(settings["pre_tokenizer"]))
-    model = settings["model"]
-    affixes = [model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")]
-    affixes = [affix or "" for affix in affixes]
-    return [text, settings["normalizer"], model.get("ignore_merges", False), affixes]
 
 
 def chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
@@ -405,41 +296,6 @@ def added_tokens(settings: dict[str, Any]) -> list[tuple[str, int, bool]]:
         if index.isdecimal() and isinstance(entry, dict) and isinstance(entry.get("content"), str):
             found.append((entry["content"], int(index), bool(entry.get("special", True))))
     return sorted(found, key=lambda token: token[1])
-
-
-def byte_level_bpe(
-    vocab: dict[str, int],
-    merges: list[tuple[str, ...]],
-    kind: str,
-    special: Sequence[str],
-    extra: Sequence[str] = (),
-) -> Any:
-    """A byte-level BPE tokenizer of a kind: gpt2, smollm, llama3 or qwen2."""
-    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-
-    # Llama 3's vocabulary has words that its merges do not produce.
-    backend = Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=kind == "llama3"))
-    if kind == "gpt2":
-        splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    elif kind == "smollm":
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        splitter = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(False)])
-    else:
-        pattern = Regex(DIGITS_BY_THREE if kind == "llama3" else DIGITS_ALONE)
-        splitter = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(pattern, behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-    if kind == "qwen2":
-        backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = splitter
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in extra])
-    return backend
 
 
 def named_ids(

@@ -11,6 +11,7 @@ from jlora.engine.parts import PARTS, is_known, learn_modules
 from jlora.engine.products import FrozenProduct, PackedConv1D, PackedLinear, TrainedProduct
 from jlora.kernels import elementwise
 from jlora.kernels.block import ACTIVATIONS, NORMS, BlockPlan, Layer, Shape, run_block
+from jlora.kernels.gpu_library import on_gpu
 from jlora.kernels.packed_linear import Branch
 from jlora.layers import Linear, MergedLinear
 from jlora.models.attention import Stream
@@ -41,9 +42,11 @@ class _Layer:
             if module.merged:
                 return None
             if module._adds_lora:
+                folded = product.folded(module)
                 branch = product.branch(module)
-                if branch is None:
+                if folded is None and branch is None:
                     return None
+                product = folded or product
         else:
             return None
         return cls(module, product, branch)
@@ -127,7 +130,8 @@ class _FusedBlock:
 
     def _plan(self, layers, flat, norms) -> BlockPlan | None:
         plans = self.__dict__.setdefault("_plans", {})
-        key = tuple(layer.key for layer in flat)
+        shape = self._shape(norms)
+        key = (shape, *(layer.key for layer in flat))
         if not self._given:
             # The plan holds copies, and an adapter may have other biases than its base.
             fixed = (*norms, *(layer.product.bias for layer in flat))
@@ -135,8 +139,12 @@ class _FusedBlock:
         if key not in plans:
             if len(plans) >= MOST_PLANS:
                 plans.clear()
-            shape = self._shape(norms)
             fits = shape.fits(flat[0].product.packed.k, flat[-1].product.packed.k)
+            if on_gpu():  # cuda/block.h has the first two norms alone
+                fits = (
+                    fits and [p is not None for p in norms[::2]] == [True, False] * 2 + [False] * 2
+                )
+                fits = fits and len(layers[2]) == (2 if shape.gated else 1)
             arrays = [None if p is None else p.numpy() for p in norms]
             joints = [[layer.planned() for layer in joint] for joint in layers]
             plans[key] = BlockPlan(shape, arrays, joints, self._given) if fits else None
@@ -147,13 +155,13 @@ class _FusedBlock:
         parts, attention = self._parts, part(self, self._parts.attention)
         first = part(self, next(filter(None, parts.norms)))
         rotary, scores = getattr(attention, "rotary", None), attention.attention
-        key_norm = norms[-2]
+        query_norm = norms[-4]
         return Shape(
             attention.heads, attention.kv_heads, attention.head_dim, first.eps, parts.norm,
             parts.activation, parts.gated, getattr(first, "offset", 0.0),
             0 if rotary is None else attention.rotary_size, is_interleaved(rotary),
             scores.scale_of(attention.head_dim), scores.window, scores.cap, parts.grouped,
-            key_norm is not None and is_whole(attention, key_norm),
+            query_norm is not None and is_whole(attention, query_norm),
         )  # fmt: skip
 
 
@@ -168,9 +176,9 @@ def is_interleaved(rotary) -> bool:
     return isinstance(rotary, InterleavedRotary)
 
 
-def is_whole(attention, key_norm) -> bool:
-    """Whether a norm's weight is for all heads of keys together, and not for each alike."""
-    return attention.kv_heads > 1 and key_norm.shape[0] == attention.kv_heads * attention.head_dim
+def is_whole(attention, query_norm) -> bool:
+    """Whether a norm's weight is for all heads of queries together, and not for each alike."""
+    return query_norm.shape[0] > attention.head_dim
 
 
 def _joined(biases: Sequence[jt.Var | None], layers: Sequence[_Layer]) -> jt.Var:
@@ -192,6 +200,8 @@ def learn(parts: Parts) -> None:
     """Make the fused class of a family's blocks, where the operator computes them."""
     plain = parts.block
     computed = parts.norm in NORMS and parts.activation in ACTIVATIONS
+    if parts.grouped and parts.qk_norms[0] is not None:
+        computed = False  # they are normed where queries stand first
     if plain in BLOCKS or not computed:
         return
     learn_modules(parts.modules)

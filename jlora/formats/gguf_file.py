@@ -6,20 +6,22 @@ What is particular to an architecture stands in `gguf_architectures`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jlora.formats.gguf_architectures import ARCHITECTURES, ROPE_FACTORS, Architecture
+from jlora.formats.gguf_architecture import Architecture
+from jlora.formats.gguf_architectures import ARCHITECTURES
+from jlora.formats.gguf_kinds import READ, dequantize
+from jlora.formats.gguf_rope import ROPE_TENSORS
 from jlora.formats.safetensors_file import one_line, placeholder
 from jlora.system.errors import UserError
 from jlora.system.files import os_error
 from jlora.system.text import check_no_pointer
-
-QUANTIZATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
 #: Limit of strings in lists of the metadata, each of which becomes several objects. 256,000 tokens
 #: and their merges are about a million.
@@ -83,7 +85,7 @@ def read_gguf(
 
     Raises:
         UserError: the file is not GGUF or truncated, or has an unknown architecture or tensor, or a
-            quantization other than F32, F16, BF16, Q8_0, Q4_0, Q4_1.
+            type that is none of `gguf_kinds.READ`.
     """
     path = Path(path)
     reader = open_gguf(path)
@@ -93,12 +95,18 @@ def read_gguf(
         raise UserError(
             f"{path}: architecture {name!r}; only {', '.join(architectures)} are read from GGUF"
         )
+    parts = metadata.get("split.count", 1)
+    if parts != 1:
+        raise UserError(
+            f"{path}: one of {parts} parts of a model; put them together first "
+            "(llama-gguf-split --merge), or take the model from Hugging Face"
+        )
     own = architectures[name]
     raw = read_tensors(path, reader, shapes_only=True)
-    factors = raw.pop(ROPE_FACTORS, None)
+    factors = {rope: raw.pop(rope) for rope in ROPE_TENSORS if rope in raw}
     shapes = rename(path, raw, own)
     try:
-        check_metadata(path, name, metadata)
+        check_metadata(path, own, metadata)
         config = own.read_config(own, path, metadata, shapes, factors)
     except KeyError as error:
         raise UserError(
@@ -108,24 +116,38 @@ def read_gguf(
     for key, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         value = metadata.get(f"tokenizer.ggml.{name}_token_id")
         config[f"{key}_token_id"] = None if value is None else int(value)
+    kept = set(shapes)
     shapes = {n: a.T if own.is_transposed(n) else a for n, a in shapes.items()}
+    with fitting(path):
+        own.join(shapes, config)
     outline = GGUFFile(path, config, shapes, metadata)
     if check is not None:
         check(outline)
     if shapes_only:
         return outline
     raw = read_tensors(path, reader)
-    raw.pop(ROPE_FACTORS, None)
-    tensors = rename(path, raw, own)
-    for name in list(tensors):
-        heads = own.heads(name, config)
-        if name not in shapes:  # a tied head that repeats the embedding
-            del tensors[name]
-        elif own.is_transposed(name):
-            tensors[name] = np.ascontiguousarray(tensors[name].T)
-        elif heads is not None:
-            tensors[name] = unpermute(tensors[name], heads)
+    tensors = rename(path, {n: a for n, a in raw.items() if n not in ROPE_TENSORS}, own)
+    raw.clear()
+    with fitting(path):
+        for name in list(tensors):
+            if name not in kept:  # a tied head that repeats the embedding
+                del tensors[name]
+            else:
+                tensors[name] = own.from_file(name, tensors[name], config)
+        own.join(tensors, config)
     return GGUFFile(path, config, tensors, metadata)
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """An error of sizes that do not go together, as one line."""
+    try:
+        yield
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{path}: its tensors and its numbers of heads do not fit together "
+            f"({one_line(error)}); download it again"
+        ) from error
 
 
 def read_metadata(path: Path, reader: Any) -> dict[str, Any]:
@@ -139,30 +161,27 @@ def read_metadata(path: Path, reader: Any) -> dict[str, Any]:
 def read_tensors(path: Path, reader: Any, shapes_only: bool = False) -> dict[str, np.ndarray]:
     """Dequantized float32 tensors of an open file, under its own names.
 
+    One after the other: beside the result there is never more than one tensor's worth of memory.
+
     Args:
-        shapes_only: give `placeholder` arrays; only `ROPE_FACTORS`, which belong to the
+        shapes_only: give `placeholder` arrays; only `ROPE_TENSORS`, which belong to the
             configuration, are read.
     """
-    from gguf.quants import dequantize
-
     tensors = {}
     for tensor in reader.tensors:
-        kind = tensor.tensor_type
-        if kind.name not in QUANTIZATIONS:
-            raise UserError(
-                f"{path}: tensor {tensor.name} is quantized as {kind.name}; only "
-                f"{', '.join(QUANTIZATIONS)} are read: take a file of one of these kinds"
-            )
+        kind = tensor.tensor_type.name
+        if kind not in READ:
+            raise unread(path, tensor.name, kind)
         # GGUF lists the fastest dimension first.
         shape = tuple(int(n) for n in reversed(tensor.shape))
-        if shapes_only and tensor.name != ROPE_FACTORS:
+        if shapes_only and tensor.name not in ROPE_TENSORS:
             tensors[tensor.name] = placeholder(shape)
             continue
         try:
             with np.errstate(all="ignore"):  # NaN and infinity come from the file
-                array = dequantize(tensor.data, kind).astype(np.float32)
-            # A copy, so that the mapped file can be closed.
-            tensors[tensor.name] = np.array(array.reshape(shape))
+                array = dequantize(tensor.data, kind).reshape(shape)
+            # A copy of what is the file's own memory, so that the mapped file can be closed.
+            tensors[tensor.name] = np.array(array) if kind == "F32" else np.asarray(array)
         except Exception as error:
             raise damaged(path, error) from error
     return tensors
@@ -174,7 +193,7 @@ def open_gguf(path: Path) -> Any:
     Raises:
         UserError: the file cannot be read, is not GGUF, or is damaged.
     """
-    from gguf import GGUFReader, GGUFValueType
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 
     class Reader(GGUFReader):
         entries = 0
@@ -202,6 +221,13 @@ def open_gguf(path: Path) -> Any:
                 raise ValueError(f"its metadata have over {MOST_ENTRIES:,} texts")
             return super()._get_field_parts(orig_offs, raw_type)
 
+        def _get_tensor_info_field(self, orig_offs):
+            field = super()._get_tensor_info_field(orig_offs)
+            kind = int(field.parts[4][0])
+            if kind not in set(GGMLQuantizationType):  # of a newer llama.cpp, or withdrawn
+                raise unread(path, field.name, f"type {kind}")
+            return field
+
     try:
         with open(path, "rb") as handle:
             head = handle.read(64)
@@ -218,6 +244,14 @@ def open_gguf(path: Path) -> Any:
     except Exception as error:  # the reader indexes into the file without checks
         raise damaged(path, error) from error
     return reader
+
+
+def unread(path: Path, name: str, kind: str) -> UserError:
+    """The error for a tensor of a type that is not dequantized here."""
+    return UserError(
+        f"{path}: tensor {name} is quantized as {kind}; only {', '.join(READ)} are read: take a "
+        "file of one of these kinds"
+    )
 
 
 def main_kind(path: Path) -> str:
@@ -253,7 +287,7 @@ def rename(path: Path, raw: dict[str, np.ndarray], own: Architecture) -> dict[st
     return tensors
 
 
-def check_metadata(path: Path, architecture: str, metadata: Mapping[str, Any]) -> None:
+def check_metadata(path: Path, own: Architecture, metadata: Mapping[str, Any]) -> None:
     """Refuse settings that change results and are not supported.
 
     Raises:
@@ -262,26 +296,23 @@ def check_metadata(path: Path, architecture: str, metadata: Mapping[str, Any]) -
     """
 
     def get(key: str) -> Any:
-        return metadata.get(f"{architecture}.{key}")
+        return metadata.get(f"{own.name}.{key}")
 
-    wrong = [key for key, fine in NEUTRAL.items() if get(key) is not None and get(key) not in fine]
+    wrong = [
+        key for key, fine in NEUTRAL.items()
+        if key not in own.computed and get(key) is not None and get(key) not in fine
+    ]  # fmt: skip
     window = get("attention.sliding_window")
-    if window and window < (get("context_length") or 0):
+    if not own.windows[0] and window and window < (get("context_length") or 0):
         wrong.append("attention.sliding_window")
     head = get("attention.key_length") or 0
-    for key in ("attention.value_length", "rope.dimension_count"):
+    same = ("attention.value_length", *(() if own.part_turned else ("rope.dimension_count",)))
+    for key in same:
         if head and get(key) is not None and get(key) != head:
             wrong.append(key)
     wrong += [k for k in COUNTS if get(k) is not None and (type(get(k)) is not int or get(k) < 1)]
     if wrong:
         raise UserError(
-            f"{path}: {architecture}.{wrong[0]} is {get(wrong[0])!r}, which is not supported; take "
+            f"{path}: {own.name}.{wrong[0]} is {get(wrong[0])!r}, which is not supported; take "
             "another model"
         )
-
-
-def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Undo llama.cpp's row order of q_proj and k_proj: (heads * d, ...) -> the same shape."""
-    half = rows.shape[0] // heads // 2
-    pairs = rows.reshape(heads, half, 2, *rows.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)

@@ -5,21 +5,18 @@ Names, layouts, metadata and the choice of types follow llama.cpp's ``convert_hf
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jlora.formats.gguf_architectures import (
-    ROPE_FACTORS,
-    ROPE_SCALING,
-    Architecture,
-    rope_factors,
-)
+from jlora.formats.gguf_architecture import Architecture
+from jlora.formats.gguf_kinds import kind_of
+from jlora.formats.gguf_rope import rope_tensors
 from jlora.formats.rounding import narrow, norm, widen
+from jlora.system.errors import UserError
 from jlora.system.files import atomic_path
 
 
@@ -38,8 +35,9 @@ def write_gguf(
         architecture: how models of this family stand in GGUF files.
         config: config.json with every field that the family's ``to_dict`` gives.
         tensors: float32 arrays by Hugging Face's names; a tied head is left out.
-        kind: of the matrices, one of `gguf_file.QUANTIZATIONS`. Vectors, position embeddings and
-            rotary factors stay F32; matrices whose rows do not divide into blocks become F16.
+        kind: of the matrices, one of `gguf_kinds.WRITTEN`. Vectors, position embeddings and
+            rotary factors stay F32; matrices whose rows do not divide into blocks get another type
+            (`gguf_kinds.kind_of`).
         tokenizer: metadata as `Tokenizer.to_gguf` gives it.
         name: ``general.name``.
 
@@ -51,21 +49,22 @@ def write_gguf(
     """
     from gguf import GGMLQuantizationType, GGUFWriter
 
-    errors = {}
+    errors: dict[str, float] = {}
+    tied = architecture.names.get("output", "none") + ".weight" not in tensors
     with atomic_path(path) as temporary:
         writer = GGUFWriter(temporary, architecture.name)
         try:
             add_metadata(writer, architecture, config, kind, name)
             for key, value in (tokenizer or {}).items():
                 add_value(writer, key, value)
-            factors = rope_factors(config)
-            if factors is not None:
-                writer.add_tensor(ROPE_FACTORS, factors)
-                writer.add_string(ROPE_SCALING, json.dumps(config["rope_scaling"]))
+            for rope, factors in rope_tensors(config).items():
+                writer.add_tensor(rope, factors)
+            layers = block_count(architecture, tensors)
             for old, new, array in stored_layout(architecture, config, tensors):
-                own = kind_of(new, array, kind)
+                own = kind_of(new, array.shape, kind, layers, tied)
                 stored = narrow(old, array, own)
-                errors[old] = 0.0 if own == "F32" else norm(widen(stored, own) - array)
+                error = 0.0 if own == "F32" else norm(widen(stored, own) - array)
+                errors[old] = float(np.hypot(errors.get(old, 0.0), error))
                 writer.add_tensor(new, stored, raw_dtype=GGMLQuantizationType[own])
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -75,38 +74,25 @@ def write_gguf(
     return errors
 
 
+def block_count(own: Architecture, names: Iterable[str]) -> int:
+    """How many blocks a model's tensors belong to."""
+    start = own.blocks + "."
+    return len({name[len(start) :].split(".")[0] for name in names if name.startswith(start)})
+
+
 def stored_layout(
     own: Architecture, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[str, str, np.ndarray]]:
     """(Hugging Face's name, GGUF's name, array in GGUF's layout) of every tensor."""
     inverse = {theirs: ours for ours, theirs in own.names.items()}
-    for name, array in tensors.items():
-        block = re.match(rf"{re.escape(own.blocks)}\.(\d+)\.", name)
-        module, _, last = name[block.end() if block else 0 :].rpartition(".")
-        prefix = f"blk.{block.group(1)}." if block else ""
-        heads = own.heads(name, config)
-        if own.is_transposed(name):
-            array = array.T
-        elif heads is not None:
-            array = permute(array, heads)
-        yield name, f"{prefix}{inverse[module]}.{last}", np.ascontiguousarray(array)
-
-
-def permute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Put the rows of q_proj and k_proj in llama.cpp's order; inverse of `gguf_file.unpermute`."""
-    half = rows.shape[0] // heads // 2
-    halves = rows.reshape(heads, 2, half, *rows.shape[1:])
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
-
-
-def kind_of(name: str, array: np.ndarray, kind: str) -> str:
-    """The type in which a tensor is stored if ``kind`` is requested."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    if array.ndim == 1 or name == "position_embd.weight":
-        return "F32"
-    block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    return kind if array.shape[-1] % block == 0 else "F16"
+    for name, whole in tensors.items():
+        for part, array in own.split(name, whole, config):
+            block = re.match(rf"{re.escape(own.blocks)}\.(\d+)\.", part)
+            module, _, last = part[block.end() if block else 0 :].rpartition(".")
+            prefix = f"blk.{block.group(1)}." if block else ""
+            if module not in inverse:
+                raise UserError(f"{name} has no place in a GGUF file of architecture {own.name}")
+            yield name, f"{prefix}{inverse[module]}.{last}", own.to_file(part, array, config)
 
 
 def add_metadata(

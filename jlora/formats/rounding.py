@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jlora.formats.gguf_kinds import dequantize, quantize
 from jlora.system.errors import UserError
 
 
@@ -26,12 +27,10 @@ def narrow(name: str, array: np.ndarray, kind: str) -> np.ndarray:
     Raises:
         UserError: a value is too large for float16, which is also the type of a block's scale.
     """
-    from gguf import GGMLQuantizationType
-    from gguf.quants import quantize
-
-    with np.errstate(over="ignore"):
-        stored = quantize(np.ascontiguousarray(array), GGMLQuantizationType[kind])
-    if kind not in ("F32", "BF16") and not np.isfinite(widen(stored, kind)).all():
+    with np.errstate(over="ignore", invalid="ignore"):
+        stored = quantize(array, kind)
+        fits = kind in ("F32", "BF16") or np.isfinite(widen(stored, kind)).all()
+    if not fits:
         raise UserError(
             f"{name} has values up to {np.abs(array).max():.3g}, too large for {kind}; "
             "take bfloat16 or float32"
@@ -41,10 +40,7 @@ def narrow(name: str, array: np.ndarray, kind: str) -> np.ndarray:
 
 def widen(stored: np.ndarray, kind: str) -> np.ndarray:
     """The inverse of `narrow`: float32 in the array's own shape."""
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    return dequantize(stored, GGMLQuantizationType[kind]).astype(np.float32, copy=False)
+    return dequantize(stored, kind).astype(np.float32, copy=False)
 
 
 def norm(array: np.ndarray) -> float:

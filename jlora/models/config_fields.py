@@ -26,6 +26,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "lm_head_bias": (None, False),
     "logit_scale": (None, 1),
     "logits_scaling": (None, 1),
+    "no_rope_layers": (None, []),
     "num_experts": (None, 0, 1),
     "num_local_experts": (None, 0, 1),
     "per_layer_config": (None, {}),
@@ -38,6 +39,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rotary_pct": (None, 1),
     "scale_emb": (None, 1),
     "use_bidirectional_attention": (None, False),
+    "use_mrope": (None, False),
     "use_parallel_residual": (None, False),
     "use_qk_norm": (None, False),
 }

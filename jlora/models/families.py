@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jlora.formats.gguf_architectures import GPT2, LLAMA, QWEN2, Architecture
+from jlora.formats import gguf_architectures as gguf
+from jlora.formats.gguf_architecture import Architecture
 from jlora.models import gemma, glm, gpt2, internlm, llama, olmo2, phi3, qwen3, smollm3
 from jlora.models.parts import Parts
 from jlora.system.plugins import load_plugin
@@ -29,7 +30,8 @@ class Family:
         model: `models.head.CausalLM` subclass; its parameters have Hugging Face's names.
         prefix: of the backbone's parameters, which checkpoints of the bare backbone leave out.
         embedding: name of the token embedding, which a tied head repeats.
-        targets: modules that get LoRA where target_modules is not given: PEFT's choice.
+        targets: modules that get LoRA where target_modules is not given: PEFT's choice, or where it
+            has none the layers with queries and values.
         biases: switches in config.json that give linear layers biases, for BitFit on a model
             without any; empty: there are none.
         rename: name in an older checkpoint -> Hugging Face's.
@@ -80,24 +82,31 @@ FAMILIES: dict[str, Family] = {
             targets=("c_attn",),
             rename=gpt2.hugging_face_name,
             parts=gpt2.PARTS,
-            gguf=GPT2,
+            gguf=gguf.GPT2,
         ),
-        _llama(*OWN, model_type="llama", gguf=LLAMA, biases=BIASES),
-        _llama(*OWN, model_type="mistral", gguf=LLAMA),
-        _llama(*OWN, model_type="qwen2", gguf=QWEN2),
-        _llama(qwen3.Qwen3Config, qwen3.Qwen3ForCausalLM),
-        _llama(smollm3.SmolLM3Config, smollm3.SmolLM3ForCausalLM, biases=BIASES),
-        _llama(olmo2.Olmo2Config, olmo2.Olmo2ForCausalLM),
-        _llama(gemma.Gemma2Config, gemma.Gemma2ForCausalLM),
-        _llama(gemma.Gemma3Config, gemma.Gemma3ForCausalLM),
-        _llama(phi3.Phi3Config, phi3.Phi3ForCausalLM, targets=("qkv_proj",)),
-        _llama(glm.GlmConfig, glm.GlmForCausalLM),
-        _llama(glm.Glm4Config, glm.Glm4ForCausalLM),
+        _llama(*OWN, model_type="llama", gguf=gguf.LLAMA, biases=BIASES),
+        _llama(*OWN, model_type="mistral", gguf=gguf.LLAMA),
+        _llama(*OWN, model_type="qwen2", gguf=gguf.QWEN2),
+        _llama(qwen3.Qwen3Config, qwen3.Qwen3ForCausalLM, gguf=gguf.QWEN3),
+        _llama(
+            smollm3.SmolLM3Config, smollm3.SmolLM3ForCausalLM,
+            gguf=gguf.SMOLLM3, biases=BIASES,
+        ),
+        _llama(olmo2.Olmo2Config, olmo2.Olmo2ForCausalLM, gguf=gguf.OLMO2),
+        _llama(gemma.Gemma2Config, gemma.Gemma2ForCausalLM, gguf=gguf.GEMMA2),
+        _llama(gemma.Gemma3Config, gemma.Gemma3ForCausalLM, gguf=gguf.GEMMA3),
+        _llama(phi3.Phi3Config, phi3.Phi3ForCausalLM, gguf=gguf.PHI3, targets=("qkv_proj",)),
+        _llama(glm.GlmConfig, glm.GlmForCausalLM, gguf=gguf.GLM),
+        _llama(glm.Glm4Config, glm.Glm4ForCausalLM, gguf=gguf.GLM4),
         _llama(
             internlm.InternLM2Config, internlm.InternLM2ForCausalLM,
             embedding="model.tok_embeddings.weight", targets=("wqkv",),
+            gguf=gguf.INTERNLM2,
         ),
-        _llama(internlm.InternLM3Config, internlm.InternLM3ForCausalLM, biases=BIASES),
+        _llama(
+            internlm.InternLM3Config, internlm.InternLM3ForCausalLM,
+            gguf=gguf.LLAMA, biases=BIASES,
+        ),
     )
 }  # fmt: skip
 

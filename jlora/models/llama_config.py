@@ -9,7 +9,7 @@ import numpy as np
 
 from jlora.models.config_fields import check_not_computed, known_fields, number
 from jlora.models.rope import Rope, make_rope, rope_settings
-from jlora.models.windows import FULL, SLIDING, read_windows
+from jlora.models.windows import FULL, SLIDING, check_unused_windows, read_windows
 
 SILU = ("silu", "swish")  # two names of one function
 
@@ -118,8 +118,8 @@ class LlamaConfig:
             first = config.get("max_window_layers", 28)
             number("max_window_layers", first, above=-1)
             own = [FULL if window is None or i < first else SLIDING for i in range(layers)]
-        elif SLIDING in (config.get("layer_types") or []):
-            raise ValueError(f"layer_types has {SLIDING}, but use_sliding_window is not true")
+        else:
+            check_unused_windows(config)
         return read_windows(config, layers, own, model_type in cls.lists_layers)
 
     def check_sizes(self, config: dict) -> None:

@@ -64,15 +64,12 @@ def read_share(config: dict, usual: float) -> tuple[float, dict]:
     Raises:
         ValueError: it is no number up to 1, or two fields say different things.
     """
-    found = {
-        share
-        for settings in (config, config.get("rope_scaling"), config.get("rope_parameters"))
-        if isinstance(settings, dict)
-        and isinstance(share := settings.get("partial_rotary_factor"), (int, float))
-    } or {usual}
-    share = min(found)
-    if len(found) > 1 or number("partial_rotary_factor", share) > 1:
-        raise ValueError(f"partial_rotary_factor {share!r} is not supported")
+    places = (config, config.get("rope_scaling"), config.get("rope_parameters"))
+    shares = [p.get("partial_rotary_factor") for p in places if isinstance(p, dict)]
+    found = {number("partial_rotary_factor", share) for share in shares if share is not None}
+    share = min(found, default=usual)
+    if len(found) > 1 or share > 1:
+        raise ValueError(f"partial_rotary_factor {max(found)!r} is not supported")
     return share, {**config, "partial_rotary_factor": share}
 
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jlora.models import llama
-from jlora.models.windows import FULL, SLIDING, read_windows
+from jlora.models.windows import FULL, SLIDING, check_unused_windows, read_windows
 
 
 @dataclass
 class SmolLM3Config(llama.LlamaConfig):
     model_type: str = "smollm3"
     no_rope_layers: list[int] | None = None  # of each layer: 1 with rotary positions, 0 without
+    computed: ClassVar = ("no_rope_layers",)
     architectures: ClassVar = {"smollm3": "SmolLM3ForCausalLM"}
     defaults: ClassVar = {
         "smollm3": {
@@ -38,20 +39,18 @@ class SmolLM3Config(llama.LlamaConfig):
             turned = [int((layer + 1) % every != 0) for layer in numbers]
         if not isinstance(turned, list) or not all(t in (0, 1) for t in turned):
             raise ValueError(f"no_rope_layers {turned!r} is not a list of 0 and 1")
-        result = super().from_dict({**config, "no_rope_layers": turned})
-        if len(turned) != result.num_hidden_layers:
+        if type(layers) is int and len(turned) != layers:
             raise ValueError(
-                f"no_rope_layers has {len(turned)} entries, and the model "
-                f"{result.num_hidden_layers} layers"
+                f"no_rope_layers has {len(turned)} entries, and the model {layers} layers"
             )
-        return result
+        return super().from_dict({**config, "no_rope_layers": turned})
 
     @classmethod
     def read_layers(cls, config, result):
         windowed = config.get("use_sliding_window") and config.get("sliding_window") is not None
         own = [SLIDING if windowed and not turned else FULL for turned in result.no_rope_layers]
-        if not windowed and SLIDING in (config.get("layer_types") or []):
-            raise ValueError(f"layer_types has {SLIDING}, but use_sliding_window is not true")
+        if not windowed:
+            check_unused_windows(config)
         return read_windows(config, result.num_hidden_layers, own, listed=True)
 
     @property

@@ -10,6 +10,13 @@ from jlora.models.config_fields import number, shown
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
+def check_unused_windows(config: Mapping[str, Any]) -> None:
+    """Raises: ValueError: the windows are switched off, and layers listed that have one."""
+    types = config.get("layer_types")
+    if isinstance(types, list) and SLIDING in types:
+        raise ValueError(f"layer_types has {SLIDING}, but use_sliding_window is not true")
+
+
 def read_windows(
     config: Mapping[str, Any], layers: int, own_types: list[str], listed: bool
 ) -> tuple[int | None, list[str] | None]:

@@ -244,13 +244,21 @@ class BlockShape:
     inner: int
     gated: bool
     layers: int
+    rotary: int  # numbers of a head that are turned
+    norms_after: int  # norms after attention and MLP
+    normed: bool  # whether queries and keys have norms
 
     @classmethod
-    def of(cls, config) -> BlockShape:
+    def of(cls, model) -> BlockShape:
+        config, family = model.config, getattr(model, "family", None)
+        parts = None if family is None else family.parts
         keys = config.kv_heads * config.head_dim
+        norms = (None,) * 4 if parts is None else parts.norms
         return cls(
             config.hidden_size, config.heads, config.head_dim, keys, config.inner, config.gated,
-            config.layers,
+            config.layers, getattr(config, "rotary_size", 0),
+            sum(name is not None for name in (norms[1], norms[3])),
+            parts is not None and parts.qk_norms[0] is not None,
         )  # fmt: skip
 
     @property
@@ -260,7 +268,7 @@ class BlockShape:
     @property
     def is_fused(self) -> bool:
         """Whether `jlora.kernels.block` takes it."""
-        return not (self.head_dim % 32 or self.width % 32 or self.inner % 32)
+        return not any(n % 32 for n in (self.head_dim, self.rotary, self.width, self.inner))
 
     def saved_bytes(self, rows: int, ranks: int) -> int:
         """What a fused block keeps for its backward pass; `Saved` of block.h, but for rounding up.
@@ -268,9 +276,10 @@ class BlockShape:
         Args:
             ranks: of all low-rank branches together.
         """
-        floats = self.width + self.heads + ranks
+        floats = self.width * (1 + self.norms_after) + self.heads + ranks
         gate = self.inner if self.gated else 0
         bf16 = 2 * self.query_width + 2 * self.key_width + self.inner + gate
+        bf16 += (self.query_width + self.key_width) * self.normed  # before their norms
         return rows * (4 * floats + 2 * bf16)
 
     def backward_bytes(self, rows: int) -> int:
@@ -294,7 +303,7 @@ def activation_bytes(
     recipe: Recipe, model, precision: str, trained: set[str], batch: LargestBatch
 ) -> int:
     """What is kept of the blocks between the two passes of a step, and scratch of the second."""
-    shape, rows = BlockShape.of(model.config), batch.tokens
+    shape, rows = BlockShape.of(model), batch.tokens
     through = rows * shape.width * FLOAT  # the residual stream at one place
     copied = trained_copies(model, trained)
     plain = recipe.method != "lora" or recipe.lora.lora_variant.is_plain
@@ -331,7 +340,7 @@ def blocks_below(model, trained: set[str]) -> int:
             numbers.append(int(found[1]))
         elif "emb" in name or "wte" in name or "wpe" in name:
             return 0
-    return min(numbers, default=BlockShape.of(model.config).layers)
+    return min(numbers, default=BlockShape.of(model).layers)
 
 
 def trained_copies(model, trained: set[str]) -> int:
@@ -365,7 +374,7 @@ def loss_bytes(
 
 def decode_bytes(recipe: Recipe, model, precision: str, texts: Texts) -> dict[str, int]:
     """Keys and values of prompts and of what is generated, and a step's scratch."""
-    shape, decode = BlockShape.of(model.config), recipe.decode
+    shape, decode = BlockShape.of(model), recipe.decode
     together = min(decode.batch_size, len(texts.prompts))
     beams, steps = decode.num_beams, decode.max_new_tokens
     token = shape.layers * 2 * shape.key_width * FLOAT
