@@ -114,7 +114,8 @@ def model_scores(arguments: argparse.Namespace) -> dict[str, Any]:
         return held_out.perplexity()
     recipe = adapter and adapter.recipe
     tokens = arguments.max_new_tokens or (recipe.decode.max_new_tokens if recipe else 256)
-    config = GenerateConfig((), tokens, batch_size=arguments.batch_size or 32)
+    ends = tuple((recipe and recipe.decode.eos_token_ids) or ())
+    config = GenerateConfig(ends, tokens, batch_size=arguments.batch_size or 32)
     return held_out.exact_match(config, Path(arguments.out) if arguments.out else None)
 
 
