@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from plain_gpt2 import PlainGPT2
 
+from jlora.decoding import sampling
+from jlora.decoding.decoder import Decoder
 from jlora.decoding.sampling import GenerateConfig, generate, stream
 from jlora.system.errors import UserError
 
@@ -100,6 +102,28 @@ def test_tokens_are_drawn_with_their_probability(setting):
     share = np.bincount(drawn, minlength=10) / 4000
     assert (share[p == 0] == 0).all()
     np.testing.assert_allclose(share, p, atol=4.5 * np.sqrt(0.25 / 4000))
+
+
+@pytest.mark.parametrize("few", [1, 3, 8])
+@pytest.mark.parametrize(
+    "setting",
+    [{}, {"temperature": 0.4}, {"temperature": 2.0, "top_p": 0.7}, {"min_p": 0.2}, {"top_k": 12},
+     {"temperature": 1.5, "top_p": 0.9, "min_p": 0.05}],
+)  # fmt: skip
+def test_the_likeliest_few_often_decide_the_draw(few, setting, monkeypatch):
+    """And where they do not, all tokens are sorted: the draws are those of all."""
+    model, asked = PlainGPT2.random(1, 25, scale=0.5), []
+    config = GenerateConfig((0,), 12, seed=3, batch_size=4, **{"temperature": 0.8, **setting})
+    expected = generate(model, some_prompts(12), config)
+    monkeypatch.setattr(sampling, "LARGEST_K", few)
+    best = Decoder.best
+    monkeypatch.setattr(
+        Decoder, "best", lambda self, k, **more: asked.append(k) or best(self, k, **more)
+    )
+    assert generate(model, some_prompts(12), config) == expected
+    assert few in asked and (len(set(asked)) == 2 or few == 8)
+    if few == 8:
+        assert asked.count(few) > len(asked) - asked.count(few)  # mostly they do
 
 
 def test_a_tiny_top_p_or_temperature_is_greedy():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from jlora.decoding.decoder import check_finite, check_prompts, decoder_of
 from jlora.decoding.hypothesis import Hypothesis
 from jlora.decoding.text_stream import pieces
+from jlora.kernels.topk import LARGEST_K
 from jlora.system.settings import check_setting
 
 
@@ -150,19 +152,24 @@ def next_tokens(
     """
     batch = list(batch)
     vocabulary = model.config.vocab_size
+    most = 1 if config.temperature == 0 else min(config.top_k or vocabulary, vocabulary)
     draws = {index: np.random.default_rng([config.seed, numbers[index]]) for index in batch}
     texts = {index: list(prompts[index]) for index in batch}
     for step in range(config.max_new_tokens):
-        penalised = config.repetition_penalty != 1
-        values, ids = decoder.best(
-            1 if config.temperature == 0 else config.top_k or vocabulary,
-            penalised=[texts[index] for index in batch] if penalised else None,
-            penalty=config.repetition_penalty,
-        )  # (rows, k) each, likeliest first
+        rows = [texts[index] for index in batch] if config.repetition_penalty != 1 else None
+        best = partial(decoder.best, penalised=rows, penalty=config.repetition_penalty)
+        values, ids = few = best(min(most, LARGEST_K))  # (rows, k) each, likeliest first
         check_finite(values)
+        everything = None
         chosen = []
         for row, index in enumerate(batch):
-            place = 0 if config.temperature == 0 else _draw(values[row], config, draws[index])
+            (values, ids), place = few, 0
+            if config.temperature > 0:
+                u = draws[index].random()
+                place = _draw(values[row], config, u, most - values.shape[1])
+                if place is None:  # a few do not decide it, so sort them all
+                    values, ids = everything = everything or best(most)
+                    place = _draw(values[row], config, u)
             chosen.append(int(ids[row, place]))
             texts[index].append(chosen[-1])
             yield index, chosen[-1], float(values[row, place])
@@ -173,14 +180,36 @@ def next_tokens(
         batch = [batch[row] for row in live]
 
 
-def _draw(logprobs: np.ndarray, config: GenerateConfig, generator: np.random.Generator) -> int:
-    """Draw a place out of log-probabilities (k,), which stand in falling order."""
+def _draw(logprobs: np.ndarray, config: GenerateConfig, u: float, unseen: int = 0) -> int | None:
+    """The place that ``u``, from 0 to 1, falls on among tokens, likeliest first.
+
+    Args:
+        logprobs: (k,), in falling order.
+        unseen: how many tokens there are behind these, none of them likelier.
+
+    Returns:
+        None where it depends on the unseen ones.
+    """
     weights = np.exp((logprobs - logprobs[0]).astype(np.float64) / config.temperature)
     cumulative = np.cumsum(weights)
+    # Together the unseen weigh between nothing and as if each were as likely as the last one seen.
+    # If both ends give one place, so does what is between them.
+    totals = {cumulative[-1], cumulative[-1] + unseen * weights[-1]}
+    found = {_place(weights, cumulative, total, config, u) for total in totals}
+    return found.pop() if len(found) == 1 else None
+
+
+def _place(
+    weights: np.ndarray, cumulative: np.ndarray, total: float, config: GenerateConfig, u: float
+) -> int | None:
+    """`_draw` where all tokens together weigh ``total``."""
     # The token that carries the sum over top_p still counts, so one is always left.
-    count = int(np.searchsorted(cumulative, config.top_p * cumulative[-1])) + 1
-    if config.min_p:
-        count = min(count, int((weights >= config.min_p).sum()))  # the likeliest has weight 1
-    cumulative = cumulative[: min(count, len(cumulative))]
-    place = np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")
-    return min(int(place), len(cumulative) - 1)
+    count = int(np.searchsorted(cumulative, config.top_p * total)) + 1
+    likely = int((weights >= config.min_p).sum())  # the likeliest has weight 1
+    if likely < len(weights):
+        count = min(count, likely)
+    kept = cumulative[count - 1] if count <= len(weights) else total
+    place = int(np.searchsorted(cumulative[:count], u * kept, side="right"))
+    if place >= len(weights) and total > cumulative[-1]:
+        return None
+    return min(place, count - 1, len(weights) - 1)
