@@ -190,12 +190,21 @@ def _draw(logprobs: np.ndarray, config: GenerateConfig, u: float, unseen: int = 
     Returns:
         None where it depends on the unseen ones.
     """
-    weights = np.exp((logprobs - logprobs[0]).astype(np.float64) / config.temperature)
+    relative = (logprobs - logprobs[0]).astype(np.float64)
+    weights = np.exp(relative / config.temperature)
     cumulative = np.cumsum(weights)
-    # Together the unseen weigh between nothing and as if each were as likely as the last one seen.
-    # If both ends give one place, so does what is between them.
-    totals = {cumulative[-1], cumulative[-1] + unseen * weights[-1]}
-    found = {_place(weights, cumulative, total, config, u) for total in totals}
+    seen = cumulative[-1]
+    # Where the least and the most that all tokens together can weigh give one place, that is it.
+    least, most = seen, seen + unseen * weights[-1]
+    if unseen and config.temperature <= 1:
+        # At temperature 1 all weigh 1 / p of the first. Below it the unseen lose at least as much
+        # as the last one seen.
+        whole = np.exp(-float(logprobs[0]))
+        rest, rounding = whole - np.exp(relative).sum(), 1e-5 * whole
+        most = min(most, seen + (rest + rounding) * weights[-1] ** (1 - config.temperature))
+        if config.temperature == 1:
+            least = max(seen, min(most, seen + rest - rounding))
+    found = {_place(weights, cumulative, total, config, u) for total in (least, most)}
     return found.pop() if len(found) == 1 else None
 
 
