@@ -107,8 +107,8 @@ def test_tokens_are_drawn_with_their_probability(setting):
 @pytest.mark.parametrize("few", [1, 3, 8])
 @pytest.mark.parametrize(
     "setting",
-    [{}, {"temperature": 0.4}, {"temperature": 1.0}, {"temperature": 2.0, "top_p": 0.7}, {"min_p": 0.2}, {"top_k": 12},
-     {"temperature": 1.5, "top_p": 0.9, "min_p": 0.05}],
+    [{}, {"temperature": 0.4}, {"temperature": 1.0}, {"temperature": 2.0, "top_p": 0.7},
+     {"min_p": 0.2}, {"top_k": 12}, {"temperature": 1.5, "top_p": 0.9, "min_p": 0.05}],
 )  # fmt: skip
 def test_the_likeliest_few_often_decide_the_draw(few, setting, monkeypatch):
     """And where they do not, all tokens are sorted: the draws are those of all."""
