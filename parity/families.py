@@ -96,7 +96,7 @@ def cases(seed: int) -> list[Case]:
         settings = {"config": config, "targets": targets, "batch": 3, "tokens": 40}
         row = name.partition("-")[0] if not name.startswith(("r1", "llama", "phi4")) else name
         found.append(Case(row, name, settings, 1e-4))
-        found.append(Case(f"{row}, bf16", f"{name}-bf16", settings, 4e-2))
+        found.append(Case(f"{row}, bf16", f"{name}-bf16", settings, 8e-2))
         if name in GOLDEN:
             found.append(golden(name, settings))
     return found
