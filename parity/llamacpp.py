@@ -127,7 +127,8 @@ class Line:
         return "| " + " | ".join(cells) + " |"
 
 
-HEAD = "| model | texts split alike | tokens equal | log p, largest difference | |\n|---|---|---|---|---|"
+HEAD = """| model | texts split alike | tokens equal | log p, largest difference | |
+|---|---|---|---|---|"""
 
 
 def main() -> int:
@@ -176,7 +177,7 @@ def compare(name: str, seed: int) -> Line:
 
 
 def compare_answer(line: Line, model: Any, prompt: list[int], answer: dict[str, list]) -> None:
-    """Go along llama.cpp's answer: of each token, whether it is jlora's likeliest, and its log p."""
+    """Of each token of llama.cpp's answer: whether it is jlora's likeliest, and its log p."""
     from jlora.system.runtime import jt
 
     ids = np.array([prompt + answer["ids"]], np.int32)

@@ -116,6 +116,47 @@ def gguf_reader(folder: Path) -> Reader:
     return Reader(files_of(folder), read)
 
 
+def gguf_family_reader(folder: Path) -> Reader:
+    """Parts that are joined, norms of 1 + w, LongRoPE's tensors, SentencePiece's scores."""
+    from test_formats import LLAMA, keyed, write_gguf
+
+    from jlora.data.tokenizer import Tokenizer
+    from jlora.formats.gguf_file import read_gguf
+
+    def normal(*shape: int) -> np.ndarray:
+        return np.random.default_rng(0).standard_normal(shape).astype("f")
+
+    tokens = ["<unk>", "<s>", "</s>", "a", "b", "ab", "\u2581", "\u2581ab"]
+    tokenizer = {
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 1, 1],
+        "tokenizer.ggml.scores": [0.0, 0.0, 0.0, -1e3, -1e3, -1.0, -1e3, -2.0],
+        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
+    }  # fmt: skip
+    heads = {"attn_q": 32, "attn_k": 16, "attn_v": 16}
+    parts = {f"blk.0.{name}.weight": normal(rows, 32) for name, rows in heads.items()}
+    embedding = {"token_embd.weight": normal(8, 32), "blk.0.attn_norm.weight": normal(32)}
+    factors = {f"rope_factors_{length}.weight": normal(4) for length in ("long", "short")}
+    scaling = {"rope.scaling.original_context_length": 32, "rope.scaling.attn_factor": 1.2}
+    windows = {"attention.sliding_window": 9, "attention.sliding_window_pattern": [1, 0]}
+    for name, tensors, values in (
+        ("internlm2", parts, {}),
+        ("phi3", factors, scaling),
+        ("gemma2", {}, {**windows, "attn_logit_softcapping": 20.0}),
+    ):
+        settings = keyed(name, {**LLAMA, **values})
+        write_gguf(folder / f"{name}.gguf", name, settings, {**embedding, **tensors}, {}, tokenizer)
+
+    def read(path: Path):
+        found = []
+        for file in sorted(path.glob("*.gguf")):
+            model = read_gguf(file)
+            found.append((model, Tokenizer.from_gguf(model.metadata, file).encode("ab")))
+        return found
+
+    return Reader(files_of(folder), read)
+
+
 def tokenizer_reader(folder: Path) -> Reader:
     from tests.tiny import END, train_tokenizer
 
@@ -330,6 +371,7 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "torch-zip": torch_reader("zip"),
     "torch-legacy": torch_reader("legacy"),
     "gguf": gguf_reader,
+    "gguf-families": gguf_family_reader,
     "tokenizer": tokenizer_reader,
     "vocab": vocab_reader,
     "adapter": adapter_reader,

@@ -404,6 +404,13 @@ def test_flags_that_do_not_go_together(model, capsys, options, said):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--prompt", "--system-prompt", "--stop"])
+def test_bytes_of_another_encoding(capsys, option):
+    with pytest.raises(SystemExit):
+        main(["generate", "--model", "m", "--prompt", "x", option, "caf\udce9"])
+    assert "'caf\\udce9' is not UTF-8; set the terminal to it" in capsys.readouterr().err
+
+
 def test_a_template_s_end_that_is_no_token_and_beams(tiny_model, capsys):
     argv = [
         "--model",

@@ -187,10 +187,33 @@ ENDLESS = {
     "width of its own": "{{ '%*d' % (10 ** 11, 1) }}",
     "format": "{{ '{:99999999999}'.format(1) }}",
     "format with a width": "{{ '{:{}}'.format('a', 10 ** 11) }}",
+    "format with a width of text": "{{ '{:{}}'.format('a', '99999999999') }}",
+    "format of a mapping": "{{ '{a:{b}}'.format_map({'a': 1, 'b': 10 ** 11}) }}",
+    "format filter": "{{ '%99999999999s' | format(1) }}",
+    "precision": "{{ '%.99999999999f' % 1 }}",
     "replace": "{{ ('a' * 10 ** 6).replace('a', 'a' * 10 ** 6) }}",
     "replace filter": "{{ ('a' * 10 ** 6) | replace('a', 'a' * 10 ** 6) }}",
     "join": "{{ range(99999) | join('a' * 10 ** 6) }}",
     "join method": "{{ ('a' * 10 ** 6).join('b' * 10 ** 6 | list) }}",
+    "join of one text": "{{ (['a' * 10 ** 6] * 10 ** 6) | join }}",
+    "tabs": "{{ ('\t' * 10 ** 6).expandtabs(10 ** 6) }}",
+    "indented lines": "{{ ('\n' * 10 ** 6) | indent(10 ** 6) }}",
+    "wrapped lines": "{{ ('a ' * 10 ** 5) | wordwrap(1, wrapstring='b' * 10 ** 5) }}",
+    "translate": "{{ ('a' * 10 ** 6).translate({97: 'b' * 10 ** 6}) }}",
+    "lists in lists": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}"
+    "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x == 1 }}",
+    "dicts in dicts": "{% set n = namespace(x=1) %}{% for i in range(60) %}"
+    "{% set n.x = {'a': n.x, 'b': n.x} %}{% endfor %}{{ n.x | tojson }}",
+    "tuples": "{% set n = namespace(x='a') %}{% for i in range(60) %}"
+    "{% set n.x = (n.x, n.x) %}{% endfor %}{{ n.x }}",
+    "lists times lists": "{% set a = [1] * 1000 %}{% set b = [a] * 1000 %}{% set c = [b] * 1000 %}"
+    "{{ c }}",
+    "lists times lists as JSON": "{% set a = [1] * 1000 %}{% set b = [a] * 1000 %}"
+    "{{ ([b] * 1000) | tojson }}",
+    "sum of lists": "{{ ([[1] * 10 ** 5] * 10 ** 4) | sum(start=[]) | length }}",
+    "a list often": "{% set a = ['a' * 10 ** 6] * 10 ** 6 %}{{ '%s' % (a,) }}",
+    "a list formatted": "{% set a = ['a' * 10 ** 6] * 10 ** 6 %}{{ '{}'.format(a) }}",
+    "a list as text": "{% set a = ['a' * 10 ** 6] * 10 ** 6 %}{{ a ~ '' }}",
     "bytes": "{{ (1).to_bytes(10 ** 11, 'big') }}",
     "tojson": "{{ messages | tojson(indent=10 ** 11) }}",
     "lorem ipsum": "{{ lipsum(n=10 ** 9) }}",
@@ -224,15 +247,34 @@ def test_it_reaches_nothing(source):
 
 def test_a_long_conversation_is_no_endless_one():
     letters = "{% for m in messages %}{% for c in m.content %}{{ c }}{% endfor %}{% endfor %}"
-    messages = [{"role": "user", "content": "x" * 300_000}] * 4
-    assert len(ChatTemplate(letters).render(messages)) == 1_200_000
+    messages = [{"role": "user", "content": "x" * 50_000}] * 4
+    assert len(ChatTemplate(letters).render(messages)) == 200_000
     assert len(ChatTemplate("{{ messages[0].content }}").render(
         [{"role": "user", "content": "x" * 5_000_000}])) == 5_000_000  # fmt: skip
 
 
+def test_lists_that_grow_with_the_conversation():
+    source = (
+        "{% set n = namespace(x=[]) %}{% for m in messages %}{% set n.x = n.x + [m] %}{% endfor %}"
+        "{{ n.x | length }}{% for m in messages %}{% if m.role in ['user', 'x'] %}.{% endif %}"
+        "{% endfor %}{{ n }}"
+    )
+    text = ChatTemplate(source).render([{"role": "user", "content": "x"}] * 3000)
+    assert text == "3000" + "." * 3000 + "<Namespace>"
+
+
 def test_numbers_in_texts_are_no_widths():
-    source = "{{ 1700000000 | string }}{{ 'Nr. 123456: %s' % 'a' }}{{ 'in {} 100000'.format(5) }}"
-    assert ChatTemplate(source).render([]) == "1700000000Nr. 123456: ain 5 100000"
+    source = (
+        "{{ 1700000000 | string }}{{ 'Nr. 123456: %s' % 'a' }}{{ 'in {}: 100000'.format(5) }}"
+        "{{ '{}%s: 123456}'.replace('%s', '') }}{{ '%s: 99999' | format(messages[0].content) }}"
+        "{{ '{}'.format(messages[0].content) }}"
+    )
+    text = "1700000000Nr. 123456: ain 5: 100000{}: 123456}:7654321%*d: 99999:7654321%*d"
+    assert ChatTemplate(source).render([{"role": "user", "content": ":7654321%*d"}]) == text
+    started = time.process_time()
+    colons = [{"role": "user", "content": ":" * 500_000}]
+    assert len(ChatTemplate("{{ '{}'.format(messages[0].content) }}").render(colons)) == 500_000
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,18 @@ def test_what_does_not_fit_is_counted_or_refused():
     assert (len(found.examples), found.dropped) == (1, 1)
     with pytest.raises(UserError, match="none of 1 examples fits into 40 tokens .* train.max_leng"):
         encode(long, longest=40)
+    found = encode(
+        replace(long, is_pair=True), say("a", "b", is_pair=True), template=None, longest=40
+    )
+    assert ([trained(example) for example in found.examples], found.dropped) == ([[" b</s>"]], 1)
+
+
+def test_where_everything_is_trained_the_end_stays():
+    (whole,) = encode(FOUR, mask_prompt=False).examples
+    (cut,) = encode(FOUR, mask_prompt=False, longest=20).examples
+    assert cut == TokenExample(whole.ids[-21:], 1, len(whole.ids) - 21)
+    with pytest.raises(UserError, match="none of 1 examples fits"):
+        encode(FOUR, mask_prompt=False, longest=20, too_long="drop")
 
 
 # Whole texts -------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def add_export(verb: Verb) -> None:
     command.add_argument("--adapter", help=f"merge this first: {ADAPTER_HELP}")
     command.add_argument(
         "--type", default="f32", help="of the matrices: f32 (default), f16, bf16, q8_0, q5_0, "
-        "q5_1, q4_0, q4_1; with jlora[kquants] also q4_k_m, q5_k_m, q6_k",
+        "q5_1, q4_0, q4_1; with the package libgguf q6_k, q5_k_m, q4_k_m",
     )  # fmt: skip
     command.add_argument(
         "--no-tokenizer", action="store_true", help="leave out the tokenizer, which llama.cpp needs"

@@ -146,6 +146,17 @@ def flags(text: str) -> list[bool]:
     return [flag == "1" for flag in text.split(",")]
 
 
+def utf8(text: str) -> str:
+    """A text of the command line, whose bytes were UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # other bytes have come through as surrogates
+        raise argparse.ArgumentTypeError(
+            f"{ascii(text)} is not UTF-8; set the terminal to it"
+        ) from None
+    return text
+
+
 def whole_numbers(text: str) -> list[int]:
     """``2400,400,470`` -> [2400, 400, 470]"""
     try:

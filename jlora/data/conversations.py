@@ -142,7 +142,8 @@ def _conversation(
         what = f"no key {missing[0]!r}" if missing else "the keys fit no form"
         raise UserError(
             f"{place}: {what} (found: {found}); write {FORMS}, or name the columns "
-            "by data.prompt_feature, completion_feature, chat_feature, text_feature"
+            "by data.prompt_feature, completion_feature, chat_feature, text_feature; data of "
+            "another task need --task"
         )
     columns = {
         "pair": (names.prompt, names.completion, "tools"),

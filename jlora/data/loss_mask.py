@@ -134,18 +134,19 @@ def _encode_pairs(
     """Pairs for a model without a template: prompt, separator, completion, end token."""
     examples = []
     for row in rows:
-        if not row.is_pair or [message["role"] for message in row.messages] != [
-            "user",
-            "assistant",
-        ]:
+        roles = [message["role"] for message in row.messages]
+        if not row.is_pair or roles != ["user", "assistant"]:
             raise UserError(
                 f"{row.place}: a conversation, and the model has no chat template; choose one with "
                 f"--chat-template: {', '.join(built_in_names())}, or a file"
             )
         asked, answer = (message["content"] for message in row.messages)
         examples.append(Example(asked, answer.strip()))
+    sizes = map(len, tokenizer.encode_after([" " + each.completion for each in examples]))
+    fitting = [each for each, size in zip(examples, sizes) if size <= longest - 2]
+    found.dropped += len(examples) - len(fitting)
     encoded = encode_examples(
-        examples, tokenizer, longest, settings.separator_id, settings.end_id, settings.max_prompt
+        fitting, tokenizer, longest, settings.separator_id, settings.end_id, settings.max_prompt
     )
     if settings.mask_prompt is False:
         encoded = [replace(example, prompt_length=1) for example in encoded]
@@ -176,9 +177,14 @@ def _encode_chats(
     for place, ids, trained, joined in zip(places, *encode_spans(tokenizer, texts, spans)):
         if not trained:
             raise UserError(
-                f"{place}: trains no token (its answer is {shorten(repr(ids[-3:]))}); remove it"
+                f"{place}: trains no token, since {template.name} writes nothing of its answers; "
+                "remove the row, or choose another --chat-template"
             )
-        example = fit(ids, trained, longest, settings.too_long, tokenizer.begin_ids)
+        if settings.mask_prompt is False and settings.too_long == "cut":
+            cut = max(0, len(ids) - 1 - longest)
+            example = TokenExample(ids[cut:], 1, cut)  # all of what is left is trained
+        else:
+            example = fit(ids, trained, longest, settings.too_long, tokenizer.begin_ids)
         if example is None:
             found.dropped += 1
         else:

@@ -14,6 +14,7 @@ from jlora.engine.products import LORA, PackedEmbedding, PackedHead
 from jlora.kernels import native
 from jlora.kernels.block import ACTIVATIONS
 from jlora.kernels.decoder import BLOCK, COLUMNS_FIRST, LINEAR, MODEL, NORM, PACKED, ROWS_FIRST
+from jlora.kernels.gpu_library import DeviceMemory, on_gpu
 from jlora.layers.base import Conv1D
 from jlora.models.parts import Parts
 from jlora.models.rope import Rope
@@ -80,6 +81,8 @@ class NativeModel:
         }  # fmt: skip
         for name, number in numbers.items():
             self.model[name] = number
+        if on_gpu() and (config.head_dim > 128 or config.head_dim % 16):
+            raise _Unsupported("heads of this size")
         self._read_tokens(part(body, parts.tokens))
         if parts.positions is None:
             self._read_ropes(body.ropes)
@@ -108,6 +111,26 @@ class NativeModel:
                     block[name][i] = self._linear(part(source, path))
             block["out"] = self._linear(part(source, parts.output))
             block["down"] = self._linear(part(source, parts.down))
+        if on_gpu():
+            self._check_gpu()
+
+    def _check_gpu(self) -> None:
+        """What cuda/decoder.h computes is less than decoder.h does."""
+        model = self.model[0]
+        plain = ("neighbours", "long_from", "grouped")
+        if any(model[name] for name in plain) or model["amplitude"] not in (0, 1):
+            raise _Unsupported("rotary positions or layouts of heads that the GPU's decoder lacks")
+        if model["positions"] == 0 and (model["ropes"] != 1 or model["rotary"] != model["D"]):
+            raise _Unsupported("partial rotary positions, or several kinds of them")
+        for block in self.blocks:
+            if any(block[name]["weight"] for name in NORMS if not name.startswith("before")):
+                raise _Unsupported("norms that the GPU's decoder lacks")
+            if model["positions"] == 0 and block["rope"] != 1:
+                raise _Unsupported("layers without positions")
+            if block["before_attention"]["weight"] == 0 or block["in"][1]["kind"] == (
+                0 if model["gated"] else PACKED
+            ):
+                raise _Unsupported("blocks without a first norm, or with joined layers")
 
     def _check_heads(self, *numbers: int) -> None:
         """A block may not differ from the config, which the decoder reads once for all blocks."""
@@ -130,8 +153,7 @@ class NativeModel:
         self.model["ropes"], self.model["rotary"] = len(rows), 2 * len(rows[0])
         self.model["amplitude"] = first.amplitude
         frequencies = np.ascontiguousarray(np.stack(rows), np.float32)
-        self._held.append(frequencies)
-        self.model["frequencies"] = frequencies.ctypes.data
+        self.model["frequencies"] = self._array(frequencies)
 
     def _read_scores(self, attention: nn.Module, block: np.ndarray) -> None:
         """Of a block's attention: what becomes of its scores, and how it is turned."""
@@ -192,6 +214,8 @@ class NativeModel:
         result = np.zeros((), LINEAR)
         n, k = weight.shape[::-1] if turned else weight.shape
         result["n"], result["k"] = n, k
+        if product is None and on_gpu():
+            raise _Unsupported("weights that are not packed")
         if product is None:
             result["kind"] = COLUMNS_FIRST if turned else ROWS_FIRST
             result["weight"] = self._address(weight)
@@ -216,17 +240,22 @@ class NativeModel:
         self._held.append(weight)
         return weight.address
 
+    def _array(self, array: np.ndarray) -> int:
+        memory = DeviceMemory.of(array) if on_gpu() else array
+        self._held.append(memory)
+        return memory.address if on_gpu() else array.ctypes.data
+
     def _address(self, var: jt.Var) -> int:
         if not isinstance(var, jt.Var) or var.dtype != "float32":
             raise _Unsupported("weights that are not float32")
-        array = var.data  # shares the Var's memory
-        self._held += [var, array]
-        return array.ctypes.data
+        self._held.append(var)
+        # On the host, .data shares the Var's memory; on a GPU it would move the Var there.
+        return self._array(var.numpy() if on_gpu() else var.data)
 
 
 def native_model(model) -> NativeModel | None:
     """The model for the native decoder; None where only the model's own layers can run it."""
-    if jt.flags.use_cuda or native.problem() is not None or not native.has("run_prompts_op"):
+    if native.problem() is not None or not native.has("run_prompts_op"):
         return None
     try:
         return NativeModel(model)

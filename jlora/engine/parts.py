@@ -13,6 +13,7 @@ from jlora import layers
 from jlora.adapters.attach import ModulesToSave
 from jlora.engine.leaves import (
     FUSED,
+    FUSED_ON_GPU,
     FusedAttention,
     FusedGEGLU,
     FusedGELU,
@@ -21,6 +22,7 @@ from jlora.engine.leaves import (
     FusedRMSNorm,
     FusedRotary,
     FusedSwiGLU,
+    StreamAttention,
     TrainedEmbedding,
 )
 from jlora.engine.products import (
@@ -31,6 +33,8 @@ from jlora.engine.products import (
     is_overridden,
 )
 from jlora.kernels.elementwise import FusedDropout
+from jlora.models import gpt2, llama, rope
+from jlora.models.attention import CausalAttention
 from jlora.system.runtime import jt, nn
 
 VAR = (jt.Var,)
@@ -63,6 +67,12 @@ PARTS: dict[type, dict[str, tuple[type, ...]]] = {
     FusedInterleavedRotary: {},
     FusedRotary: {},
     FusedAttention: {},
+    StreamAttention: {},
+    gpt2.LayerNorm: {"weight": VAR, "bias": VAR},
+    llama.RMSNorm: {"weight": VAR},
+    gpt2.GELU: {},
+    llama.SwiGLU: {},
+    rope.Rotary: {},
 }
 
 
@@ -70,7 +80,12 @@ def learn_modules(modules: Mapping[type, Mapping[str, type]]) -> None:
     """Add a family's modules, by the classes that they have in the plain model."""
     for module, parts in modules.items():
         PARTS[module] = {
-            name: SWAPPED.get(kind) or (FUSED.get(kind, kind),) for name, kind in parts.items()
+            # Leaves are swapped or, on a GPU, not; both compute the same.
+            name: SWAPPED.get(kind)
+            or tuple(
+                {kind, FUSED.get(kind, kind), FUSED_ON_GPU.get(kind, kind)} - {CausalAttention}
+            )
+            for name, kind in parts.items()
         }
 
 

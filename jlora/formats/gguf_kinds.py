@@ -78,8 +78,8 @@ def k_quantizer(kind: str) -> Any:
         import libgguf
     except ImportError:
         raise UserError(
-            f"{kind.lower()} needs the package libgguf: pip install 'jlora[kquants]'; q8_0, q5_0 "
-            "and q4_0 need none"
+            f"{kind.lower()} needs the package libgguf: pip install libgguf; q8_0, q5_0 and q4_0 "
+            "need none"
         ) from None
     return libgguf
 

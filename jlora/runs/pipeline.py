@@ -32,7 +32,7 @@ from jlora.system.distributed import world
 from jlora.system.errors import UserError
 from jlora.system.files import check_writable, recover_directory, write_text
 from jlora.system.json_files import read_object
-from jlora.system.runtime import jt, set_seed
+from jlora.system.runtime import set_seed
 from jlora.training.checkpoint import has_checkpoint
 from jlora.training.loggers import ProgressLogger, check_loggers, make_logger, read_metrics
 from jlora.training.loop import train
@@ -234,15 +234,14 @@ def open_data(recipe: Recipe, test: bool, check_memory: bool) -> RunData:
 
     Args:
         test: whether test inputs are answered after the training.
-        check_memory: whether to refuse a run that does not fit this machine; a GPU has memory of
-            its own.
+        check_memory: whether to refuse a run that does not fit this machine, or its GPU.
 
     Raises:
         UserError: data or model are missing or broken or do not fit each other, or the run does not
             fit.
     """
     data = load_data(recipe, test)
-    if check_memory and not jt.flags.use_cuda:
+    if check_memory:
         world().first(lambda: check_fits(recipe, data))
     return data
 
