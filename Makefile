@@ -18,7 +18,8 @@ SEED ?= 1
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-threads parity llamacpp golden bench-train bench-decode bench-scale bench-long lint install clean
+.PHONY: demo test test-all test-threads parity llamacpp golden bench-train bench-decode bench-scale \
+	bench-long gpu-check gpu-inputs gpu-wheels gpu-compile lint install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -64,6 +65,28 @@ bench-scale: $(STAMP) $(PARITY_STAMP)
 # Many steps of one model: does time or memory grow, and how long do five epochs of E2E take?
 bench-long: $(STAMP)
 	$(BIN)/python -m benchmarks.long_run $(ARGS)
+
+# The check of an NVIDIA card (docs/gpu.md). For a card without a network: what its machine needs for
+# Python GPU_PYTHON, and batches and prompts, are gathered in runs/gpu beforehand.
+GPU_PYTHON ?= 3.12
+gpu-check: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+gpu-inputs: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu --prepare
+
+gpu-wheels: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu_wheels runs/gpu/wheels --python $(GPU_PYTHON)
+
+# The CUDA operators for three kinds of cards by NVIDIA's compiler from PyPI; no card is needed.
+gpu-compile: $(STAMP)
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check \
+	  'nvidia-cuda-nvcc==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-nvvm==13.0.*' \
+	  'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-cccl==13.0.*' 'nvidia-cublas==13.1.*' \
+	  'nvidia-curand==10.4.0.*'
+	PYTHONPATH=$$(echo .venv-cuda/lib/python*/site-packages) \
+	  $(BIN)/python -m benchmarks.gpu_compile 80 89 90
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

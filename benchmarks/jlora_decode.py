@@ -12,7 +12,9 @@ def make(spec: dict):
     from jlora.decoding.beam import BeamConfig, beam_search
     from jlora.layers import set_trainable
     from jlora.models.hub import build_model
+    from jlora.system.runtime import use_gpu
 
+    use_gpu(spec.get("device") == "cuda")
     model = load(spec["model"]) if spec["model"] else build_model(spec["config"])
     set_trainable(model, ())
     if spec["adapter"]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
+from benchmarks.sides import gpu_megabytes
+
 
 def make(spec: dict):
     """One round is one update on the next batch."""
     from jlora import LoraConfig, engine, get_peft_model
     from jlora.models.hub import build_model
-    from jlora.system.runtime import jt
+    from jlora.system.runtime import jt, use_gpu
     from jlora.training.adamw import AdamW, OptimConfig
     from jlora.training.loop import batch_loss
 
+    on_gpu = use_gpu(spec.get("device") == "cuda")
     model = get_peft_model(build_model(spec["config"]), LoraConfig(**spec["lora"]))
     engine.prepare(
         model,
@@ -33,7 +36,8 @@ def make(spec: dict):
         done += 1
         loss = batch_loss(model, batch, spec["label_smoothing"])
         optimizer.step(optimizer.arrays(jt.grad(loss, parameters)), 2e-4)
-        return {"loss": loss.item()}
+        result = {"loss": loss.item()}
+        return {**result, "gpu_mb": gpu_megabytes()} if on_gpu and done % 50 == 5 else result
 
     return work
 

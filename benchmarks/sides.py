@@ -67,7 +67,7 @@ class Side:
 
     def round(self) -> float:
         answer = self._ask("round")
-        self.peak_mb, self.extra = answer["peak_mb"], answer["extra"]
+        self.peak_mb, self.extra = answer["peak_mb"], {**self.extra, **answer["extra"]}
         return answer["seconds"]
 
     def stop(self) -> int:
@@ -102,6 +102,12 @@ def alternate(sides: list[Side], rounds: int, warmup: int = 2) -> None:
                     side.seconds.append(side.round())
         for side in group:
             side.stop()
+
+
+def gpu_megabytes() -> float:
+    """Memory of the card in use, of all programs together."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return float(subprocess.run(command, capture_output=True, text=True).stdout.split()[0])
 
 
 def serve(module: str, spec: dict) -> None:

@@ -18,7 +18,8 @@ def make(spec: dict):
         config = AutoConfig.for_model(**spec["config"])
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.generation_config.eos_token_id = None  # generate() takes it where ours is None
-    model.eval()
+    device = spec.get("device", "cpu")
+    model.eval().to(device)
     if spec["adapter"]:
         from peft import PeftModel
 
@@ -38,8 +39,8 @@ def make(spec: dict):
         batch = [prompts[(done + i) % len(prompts)] for i in range(size)]
         done += size
         longest = max(map(len, batch))
-        ids = torch.tensor([[spec["pad"]] * (longest - len(p)) + p for p in batch])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch])
+        ids = torch.tensor([[spec["pad"]] * (longest - len(p)) + p for p in batch], device=device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=device)
         with torch.no_grad():
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         return {"inputs": size, "tokens": int(out[:, longest:].ne(spec["pad"]).sum())}

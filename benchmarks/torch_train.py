@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from benchmarks.sides import gpu_megabytes
+
 
 def make(spec: dict):
     """One round is one update on the next batch."""
@@ -22,7 +24,8 @@ def make(spec: dict):
         settings["lora_alpha"] * enabled,
     )
     settings["fan_in_fan_out"] = spec["config"]["model_type"] == "gpt2"
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings)).train()
+    device = spec.get("device", "cpu")
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings)).train().to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-4)
     called = torch.compile(model) if spec.get("compile") else model
@@ -34,7 +37,7 @@ def make(spec: dict):
         targets = torch.from_numpy(arrays[f"targets{i}"]).long()
         mask = torch.from_numpy(arrays[f"mask{i}"]) > 0
         real = torch.arange(ids.shape[1])[None] < torch.from_numpy(arrays[f"lengths{i}"])[:, None]
-        return ids, torch.where(mask, targets, -100), real.long()
+        return [x.to(device) for x in (ids, torch.where(mask, targets, -100), real.long())]
 
     def work():
         nonlocal done
@@ -48,6 +51,9 @@ def make(spec: dict):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return {"loss": float(loss)}
+        result = {"loss": float(loss)}
+        if device == "cuda" and done % 50 == 5:
+            result["gpu_mb"] = gpu_megabytes()
+        return result
 
     return work

@@ -52,6 +52,10 @@ GPT2_VARIANTS = {
     "exclude": {"target_modules": ["c_attn", "c_proj"], "exclude_modules": ["mlp.c_proj"]},
     "embedding": {"target_modules": ["wpe", "c_attn"]},
     "embedding-tied": {"target_modules": ["wte"]},
+    "dora": {"target_modules": ["c_attn", "c_proj"], "use_dora": True},
+    "lora-bias": {"target_modules": ["c_attn", "c_proj"], "lora_bias": True},
+    "dora-blocks": {"target_modules": ["c_attn"], "r": 6, "blocks": QV, "use_dora": True},
+    "dora-embedding": {"target_modules": ["wpe", "c_fc"], "use_dora": True, "use_rslora": True},
 }  # fmt: skip
 LLAMA_VARIANTS = {
     "query-value": {"target_modules": ["q_proj", "v_proj"]},
@@ -65,7 +69,28 @@ LLAMA_VARIANTS = {
         "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 1, "down_proj": 6},
         "alpha_pattern": {"down_proj": 3.5},
     },
-}
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7, 60]},
+    "tokens-of-both": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [3], "lm_head": [5, 2]},
+    },
+    "tokens-tied": {
+        "target_modules": "all-linear", "trainable_token_indices": [3, 7], "tie": True,
+    },
+    "lora-bias": {"target_modules": ["q_proj", "down_proj"], "lora_bias": True},
+    "dora": {"target_modules": "all-linear", "use_dora": True},
+    "dora-patterns": {
+        "target_modules": ["q_proj", "down_proj"],
+        "rank_pattern": {"down_proj": 6},
+        "alpha_pattern": {"q_proj": 3.5},
+        "use_dora": True,
+        "use_rslora": True,
+        "modules_to_save": ["norm"],
+    },
+    "dora-biases": {
+        "target_modules": ["q_proj"], "bias": "lora_only", "model_type": "qwen2", "use_dora": True,
+    },
+}  # fmt: skip
 SHARED = ("gpt2_c_attn_c_proj", "gpt2_flag_false", "gpt2_sequence_classifier")
 #: Changes to a base model, to which the adapter then does not belong.
 WRONG = {
@@ -91,7 +116,12 @@ def cases(seed: int) -> list[Case]:
             )
             if "blocks" in variant:
                 row = "MergedLinear <-> PEFT, both ways"
-            golden = name in ("merged-query-value", "rank-and-alpha-pattern", "bias-lora-only")
+            if variant.get("use_dora"):
+                row = "DoRA with PEFT's settings, both ways"
+            golden = name in (
+                *("merged-query-value", "rank-and-alpha-pattern", "bias-lora-only"),
+                *("dora-embedding", "dora-patterns", "tokens-tied"),
+            )
             settings = {"config": config, "peft": variant}
             found.append(Case(row, f"{family}-{name}", settings, 1e-4, golden=golden))
     settings = {"config": REAL_GPT2, "peft": {"target_modules": ["c_attn"], "r": 4}}
@@ -158,6 +188,8 @@ def peft_writes(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict
                 parameter.mul_(torch.from_numpy(block_mask(parameter.shape, variant["blocks"])))
     model.save_pretrained(folder / "peft")
     logits, gradients = torch_results(model, arrays["ids"])
+    if "trainable_token_indices" in variant:  # which jlora reads, and does not train
+        return {"logits": logits, "logits merged": logits}
     found = {"logits": logits, "gradient norm": np.array(0.0)}
     for name, gradient in gradients.items():
         if "lora_B" in name and "blocks" in variant:
@@ -200,7 +232,8 @@ def block_mask(shape, blocks: list[bool]) -> np.ndarray:
 
 def plain_key(name: str) -> str:
     """A parameter's key in a file, from its name in PEFT's model."""
-    return re.sub(r"\.(default|modules_to_save\.default|base_layer)(?=\.|$)", "", name)
+    key = re.sub(r"\.(default|modules_to_save\.default|base_layer)(?=\.|$)", "", name)
+    return key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
 
 
 def norm(found: dict[str, np.ndarray]) -> np.ndarray:
@@ -213,6 +246,8 @@ def peft_reads(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict[
     if "wrong" in case.settings:
         return {}
     if "folder" in case.settings:
+        return {"logits of jlora's folder": peft_logits(folder, folder / "ours", arrays)}
+    if "trainable_token_indices" in case.settings["peft"]:
         return {"logits of jlora's folder": peft_logits(folder, folder / "ours", arrays)}
     return {
         "logits of jlora's folder": peft_logits(folder, folder / "ours", arrays),
@@ -260,8 +295,9 @@ def ours(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict[str, n
         return refusals(folder)
     ids = jt.array(arrays["ids"])
     theirs = shared_adapters() / case.settings["folder"] if "folder" in case.settings else None
+    tokens = "trainable_token_indices" in case.settings.get("peft", ())
     model = PeftModel.from_pretrained(
-        load(folder / "base"), theirs or folder / "peft", is_trainable=True
+        load(folder / "base"), theirs or folder / "peft", is_trainable=not tokens
     )
     model.eval()
     model.save_pretrained(folder / "ours")
@@ -270,6 +306,8 @@ def ours(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict[str, n
     found = {"logits": logits, "logits of jlora's folder": logits}
     if theirs:
         return found
+    if tokens:
+        return {**found, "logits merged": model.merge_and_unload(quiet=True)(ids).numpy()}
     gradients = jlora_gradients(model, arrays["ids"])
     found.update({f"gradient of {name}": array for name, array in gradients.items()})
     found["gradient norm"] = norm(found)

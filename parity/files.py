@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 from parity.case import Case
 
 TOPICS = (
-    "layers", "models", "families", "adapters", "merging", "tokenizers", "training", "decoding",
+    "layers", "models", "families", "adapters", "combining", "merging", "tokenizers", "chat",
+    "training", "decoding",
 )  # fmt: skip
 INPUTS = "inputs.safetensors"
 

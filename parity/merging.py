@@ -38,6 +38,12 @@ MERGED = {
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
         True,
     ),
+    "llama-dora": (LLAMA, {"target_modules": "all-linear", "use_dora": True}, True),
+    "gpt2-dora": (
+        SMALL_GPT2,
+        {"target_modules": ["c_attn", "mlp.c_proj"], "use_dora": True, "use_rslora": True},
+        False,
+    ),
     # Llama 3.1's numbers: the only ones that GGUF files can store.
     "llama3-rope": (
         {

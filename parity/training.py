@@ -42,10 +42,12 @@ TARGETS = {"gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"]}
 DEFAULTS = {
     "steps": 50, "accumulation": 1, "batch": 4, "rows": 42, "longest": 24, "label_smoothing": 0.0,
     "max_grad_norm": 0.0, "lr": 2e-3, "warmup": 5, "unit": "update", "variant": "torch",
-    "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.2, "precision": "plain",
+    "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.2, "precision": "plain", "lora": {},
+    "schedule": "linear", "min_lr_ratio": 0.0, "loraplus": None, "loraplus_embedding": 1e-6,
 }  # fmt: skip
 
 PEFT_ROW = "PEFT and torch.optim.AdamW"
+PLUS_ROW = "PEFT's LoRA+, cosine to a minimum"
 LORALIB_ROW = "microsoft/LoRA's AdamW"
 ENGINE_ROW = "fused fp32 engine"
 
@@ -73,6 +75,12 @@ def runs() -> dict[str, tuple[str, dict]]:
     tiny = {"config": TINY, "steps": 20, "rows": 10, "batch": 3, "longest": 10, "warmup": 2}
     tiny.update(accumulation=2, max_grad_norm=0.1, label_smoothing=0.1, lr=1e-2)
     found["gpt2-tiny"] = f"GPT-2, {PEFT_ROW}", tiny
+    plus = {"schedule": "cosine", "min_lr_ratio": 0.1, "loraplus": 8.0, "loraplus_embedding": 2e-3}
+    plus["lora"] = {"target_modules": ["c_attn", "wpe"], "bias": "all", "modules_to_save": ["ln_f"]}
+    found["gpt2-tiny-plus"] = PLUS_ROW, {**tiny, **plus, "lr": 2e-3}
+    targets = {"target_modules": ["q_proj", "down_proj"], "use_dora": True}
+    dora = {"loraplus": 4.0, "lora": targets, "lr": 1e-3}
+    found["llama-plus-dora"] = PLUS_ROW, {"config": LLAMA, **dora, "schedule": "cosine"}
     return found
 
 
@@ -87,7 +95,7 @@ def cases(seed: int) -> list[Case]:
                 {**settings, "part": "loss"},
                 tolerance=1e-4,
                 relative_to="each",
-                golden=run == "gpt2-tiny",
+                golden=run in ("gpt2-tiny", "gpt2-tiny-plus"),
             )
         )
         part = {"run": run, "part": "lr"}
@@ -136,7 +144,11 @@ def reference(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict[s
 def reference_run(settings: dict, arrays: dict[str, np.ndarray], folder: Path):
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import get_linear_schedule_with_warmup
+    from peft.optimizers import create_loraplus_optimizer
+    from transformers import (
+        get_cosine_with_min_lr_schedule_with_warmup,
+        get_linear_schedule_with_warmup,
+    )
 
     torch.set_num_threads(1)  # such small matrices gain nothing from threads
     base = make_base(settings)
@@ -145,9 +157,9 @@ def reference_run(settings: dict, arrays: dict[str, np.ndarray], folder: Path):
     config = LoraConfig(
         r=4,
         lora_alpha=32,
-        target_modules=TARGETS[family],
-        fan_in_fan_out=family == "gpt2",
+        fan_in_fan_out=family == "gpt2" and "wpe" not in str(settings["lora"]),
         task_type="CAUSAL_LM",
+        **{"target_modules": TARGETS[family], **settings["lora"]},
     )
     model = get_peft_model(base, config)
     model.save_pretrained(folder / "start")
@@ -155,16 +167,27 @@ def reference_run(settings: dict, arrays: dict[str, np.ndarray], folder: Path):
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW if settings["variant"] == "torch" else loralib_adamw()
-    optimizer = adamw(
-        parameters,
-        lr=settings["lr"],
-        betas=(0.9, settings["beta2"]),
-        eps=settings["eps"],
-        weight_decay=settings["weight_decay"],
-    )
+    numbers = {"lr": settings["lr"], "betas": (0.9, settings["beta2"]), "eps": settings["eps"]}
+    if settings["loraplus"]:
+        optimizer = create_loraplus_optimizer(
+            model,
+            adamw,
+            loraplus_lr_ratio=settings["loraplus"],
+            loraplus_lr_embedding=settings["loraplus_embedding"],
+            loraplus_weight_decay=settings["weight_decay"],
+            **numbers,
+        )
+    else:
+        optimizer = adamw(parameters, weight_decay=settings["weight_decay"], **numbers)
     accumulation, by_batch = settings["accumulation"], settings["unit"] == "batch"
     schedule_length = settings["steps"] * (accumulation if by_batch else 1)
-    scheduler = get_linear_schedule_with_warmup(optimizer, settings["warmup"], schedule_length)
+    arguments = (optimizer, settings["warmup"], schedule_length)
+    if settings["schedule"] == "cosine":
+        scheduler = get_cosine_with_min_lr_schedule_with_warmup(
+            *arguments, min_lr_rate=settings["min_lr_ratio"]
+        )
+    else:
+        scheduler = get_linear_schedule_with_warmup(*arguments)
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # by batch
 
     order = batches(settings)
@@ -192,13 +215,19 @@ def reference_run(settings: dict, arrays: dict[str, np.ndarray], folder: Path):
         "loss": np.array(losses),
         "lr": np.array(rates),
         **{
-            name.removeprefix("base_model.model.").removesuffix(".default.weight"): parameter
-            .detach()
-            .numpy()
+            plain_name(name): parameter.detach().numpy()
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         },
     }  # fmt: skip
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in jlora, from its name in PEFT's model."""
+    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    name = name.replace("lora_embedding_", "lora_").replace(".modules_to_save.default.", ".saved.")
+    name = name.removesuffix(".default").removesuffix(".default.weight")
+    return name.replace(".saved.", ".modules_to_save.")
 
 
 def make_base(settings: dict):
@@ -297,6 +326,10 @@ def our_run(settings: dict, arrays: dict[str, np.ndarray], folder: Path) -> dict
         weight_decay=settings["weight_decay"],
         variant=settings["variant"],
         max_grad_norm=settings["max_grad_norm"],
+        schedule=settings["schedule"],
+        min_lr_ratio=settings["min_lr_ratio"],
+        loraplus_lr_ratio=settings["loraplus"],
+        loraplus_lr_embedding=settings["loraplus_embedding"],
     )
     config = TrainConfig(
         batch_size=settings["batch"],

@@ -293,6 +293,42 @@ HYPOTHESIS = {"text": "b", "ids": [1, 2], "logprob": -1.5, "length": 2, "finishe
 PREDICTIONS = json.dumps({"prompt": "a", "prediction": "b", "hypotheses": [HYPOTHESIS] * 2}) + "\n"
 
 
+MESSAGES = [
+    {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+    {"role": "assistant", "content": None, "thinking": "so", "tool_calls": [
+        {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]},
+    {"from": "gpt", "value": "Yo", "weight": 1},
+]  # fmt: skip
+EXPORT = {
+    "current_node": "b",
+    "mapping": {
+        "a": {"parent": None, "message": {"author": {"role": "user"},
+              "content": {"content_type": "text", "parts": ["Hi"]}}},
+        "b": {"parent": "a", "message": {"author": {"role": "assistant"},
+              "content": {"content_type": "text", "parts": ["Yo"]}}},
+    },
+}  # fmt: skip
+CHATS = [
+    {"messages": MESSAGES, "tools": [{"name": "f"}], "id": 3},
+    {"prompt": "a", "completion": "b"},
+    {"instruction": "a", "input": "b", "output": "c", "system": "d"},
+    {"conversations": MESSAGES[2:]},
+    EXPORT,
+]
+
+
+def template_reader(folder: Path) -> Reader:
+    from jlora.data.chat_template import built_in_names, find_template
+
+    # The one that is longest, as the file of a model.
+    templates = [find_template(None, name).source for name in built_in_names()]
+    (folder / "chat_template.jinja").write_text(max(templates, key=len), encoding="utf-8")
+    settings = {"eos_token": {"content": "</s>"}, "bos_token": "<s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    return Reader(files_of(folder), lambda path: find_template(path).render(messages))
+
+
 def recipe_reader(folder: Path) -> Reader:
     from jlora.runs.recipe import dump_recipe, load_recipe
 
@@ -349,6 +385,10 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "webnlg": task_reader("webnlg", "x.json", json.dumps(WEBNLG)),
     "dart": task_reader("dart", "x.json", json.dumps(DART)),
     "boolq": task_reader("boolq", "x.jsonl", BOOLQ),
+    "chat": task_reader("chat", "x.jsonl", "".join(json.dumps(row) + "\n" for row in CHATS)),
+    "chat-array": task_reader("chat", "x.json", json.dumps(CHATS, indent=1)),
+    "chat-csv": task_reader("chat", "x.csv", 'id,prompt,completion\n1,"a, b",c\n2,d,e\n'),
+    "chat-template": template_reader,
     "recipe": recipe_reader,
     "yaml": yaml_reader,
     "metrics": metrics_reader,

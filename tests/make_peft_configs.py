@@ -41,7 +41,6 @@ ON_VALUES = {
     "kasa_config": {"beta": 0.1},
     "layer_replication": [[0, 2], [1, 2]],
     "loftq_config": {"loftq_bits": 4, "loftq_iter": 1},
-    "lora_bias": True,
     "lora_ga_config": {"direction": "ArB2r"},
     "megatron_config": {"num_layers": 2},
     "megatron_core": "my.megatron",
@@ -50,9 +49,7 @@ ON_VALUES = {
     "qalora_group_size": 8,
     "revision": "main",
     "target_parameters": ["mlp.gate_proj.weight"],
-    "trainable_token_indices": [1, 2],
     "use_bdlora": {"target_modules_bd_b": ["q_proj", "v_proj"], "nblocks": 2},
-    "use_dora": True,
     "use_qalora": True,
     "velora_config": {"num_groups": 4},
 }

@@ -390,10 +390,8 @@ def test_config_of_peft():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
+        ("use_qalora", True),
         ("peft_type", "IA3"),
-        ("lora_bias", True),
-        ("trainable_token_indices", [1]),
         ("init_lora_weights", "pissa"),
         ("target_parameters", ["experts"]),
         ("layer_replication", [[0, 4]]),
@@ -415,7 +413,7 @@ def test_config_that_asks_for_more_is_refused_by_name(field, value):
         ),
         ("lora_rank", 4, "somewhere: lora_rank=4 is no setting"),
         ("a_field_of_the_future", 3, "or upgrade jlora if a newer PEFT wrote it"),
-        ("use_dora", True, "asks for something jlora lacks; merge this adapter"),
+        ("use_qalora", True, "asks for something jlora lacks; merge this adapter"),
         ("enable_lora", 3, "enable_lora must be a list of true and false, not 3"),
     ],
 )

@@ -82,7 +82,7 @@ def has(message: str, *words: str) -> None:
         ("train.txt", b"\n \n\n", ["the file is empty; give one with examples"]),
         ("train.txt", GOOD + b"name : A | area : B\n", [":5:", "||"]),
         ("train.txt", GOOD + b"name : A|| \n", [":5: no target after `||`", "write"]),
-        ("train.csv", b"meaning,text\na,b\n", [":1: no column mr or ref", "meaning, text"]),
+        ("train.csv", b"meaning,words\na,b\n", [":1: no column mr or ref", "meaning, words"]),
         ("train.csv", b"mr,ref\nname[A],b,c\n", [":2: 3 fields", "quotes"]),
         ("train.csv", b'mr,ref\nname[A],"b\n', [":2: broken CSV", "quotes"]),
         ("train.csv", b"mr,ref\n", ["no"]),

@@ -131,6 +131,15 @@ def test_options_stand_for_settings(tmp_path):
     assert (recipe.precision, str(run)) == ("fp32", "runs/finetune")
 
 
+def test_options_of_lora():
+    recipe, _ = recipe_of("finetune", "--model", "m", "--target-modules", "All-Linear", "--rslora")
+    assert (
+        recipe.lora.target_modules == "all-linear" and recipe.lora.lora_variant.scaling(4, 8) == 4
+    )
+    recipe, _ = recipe_of("finetune", "--model", "m", "--dora", "--rslora")
+    assert recipe.lora.lora_variant.peft_fields == ("use_dora", "use_rslora")
+
+
 def test_options_go_before_the_recipe_and_set_before_both():
     recipe, run = recipe_of("finetune", "--recipe", "e2e-smollm2-135m", "--epochs", "2",
                             "--lr", "1", "--set", "train.optim.lr=3")  # fmt: skip

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 from needs import needs_bf16
-from test_native_decoder import close, states
+from test_native_decoder import close, goes_on, states
 from tiny_families import ALL, LAYERS, OTHER_LAYERS, tiny
 from tiny_models import ids_of, randomise_adapter
 
@@ -16,10 +16,13 @@ from jlora import engine
 from jlora.adapters import LoraConfig, PeftModel, get_peft_model
 from jlora.decoding.decoder import Decoder, decoder_of
 from jlora.decoding.native_decoder import NativeDecoder
+from jlora.decoding.sampling import GenerateConfig, generate
+from jlora.decoding.session import Session
 from jlora.engine.blocks import BLOCKS, learn
 from jlora.models import phi3, rope
 from jlora.models.attention import Stream
 from jlora.models.families import FAMILIES
+from jlora.system.errors import UserError
 from jlora.system.runtime import jt
 
 LENGTHS = [7, 1, 40, 9]
@@ -129,6 +132,36 @@ def test_adapters_are_saved_loaded_and_merged(name, tmp_path):
     again = PeftModel.from_pretrained(tiny(name), tmp_path / "adapter")
     np.testing.assert_array_equal(again(ids).numpy(), expected)
     close(model.merge_and_unload()(ids).numpy(), expected, 1e-4)
+
+
+@needs_bf16
+@pytest.mark.parametrize(
+    ("name", "native"), [(name, True) for name in ALL] + [("mistral", False), ("gemma3", False)]
+)
+def test_a_conversation_goes_on_after_some_of_its_tokens(name, native):
+    """With windows that are shorter than what is kept."""
+    model = tiny(name)
+    engine.prepare(model, "fp32")
+    goes_on(model, decoder_of(model) if native else Decoder(model))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_conversation_that_outgrows_the_short_angles(native):
+    """Its keys, which were turned by the short ones, are computed anew."""
+    model = tiny("phi3", original_max_position_embeddings=20)
+    if native:
+        engine.prepare(model, "fp32")
+    session, prompt = Session(model), list(range(1, 12))
+    assert session.room(prompt) == 10  # up to the limit, the last one not being read
+    for length in (10, 3, 3):
+        config = GenerateConfig((), length)
+        found = list(session.tokens(prompt, config))
+        (anew,) = generate(model, [prompt], config)
+        assert found == anew.ids
+        prompt = [*prompt, *found]
+        assert session.room(prompt) == 64 - len(prompt) + 1  # beyond, the context is the limit
+    with pytest.raises(UserError, match="outgrow the 20 .* ask for 16 new tokens at most"):
+        generate(model, [[1] * 5], GenerateConfig((), 17))
 
 
 def test_a_text_that_outgrows_the_short_angles():

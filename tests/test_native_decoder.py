@@ -165,7 +165,11 @@ def test_a_row_goes_on_after_some_of_its_tokens(make, native):
     """A conversation's next turn: each state is that of a decoder which ran all tokens anew."""
     model = make()
     engine.prepare(model, "fp32")
-    decoder, tokens = decoder_of(model) if native else Decoder(model), [3, 1, 4, 1, 5]
+    goes_on(model, decoder_of(model) if native else Decoder(model))
+
+
+def goes_on(model, decoder):
+    tokens = [3, 1, 4, 1, 5]
     decoder.enter([tokens])
     # After all there is, within the generated tokens, within the first and the second prompt.
     for kept, more in ((9, [7, 2, 8]), (10, [6]), (4, [1, 2]), (1, [9, 9, 3, 3])):

@@ -48,13 +48,10 @@ REFUSED = {
     "arrow_config": "routes between adapters",
     "kasa_config": "takes singular values out of the base, a diagonal between A and B",
     "layer_replication": "another base: layers stand in it several times",
-    "lora_bias": "B has a bias",
     "megatron_config": "Megatron's parallel layers",
     "monteclora_config": "a sampler's tensors; samples in training",
     "target_parameters": "LoRA on a parameter that is no module",
-    "trainable_token_indices": "rows of the embedding",
     "use_bdlora": "A or B is stored as blocks",
-    "use_dora": "a magnitude for each output",
     "use_qalora": "A reads pooled inputs",
     "velora_config": "a buffer beside A; another backward pass",
 }

@@ -223,17 +223,6 @@ def test_nvcc_without_a_gpu_is_a_cpu_build(tmp_path: Path, monkeypatch):
     assert runtime.environment_defaults()["nvcc_path"] == ""
 
 
-def test_nvcc_counts_only_with_the_cuda_runtime_beside_it(tmp_path: Path, monkeypatch):
-    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
-    nvcc.parent.mkdir(parents=True)
-    nvcc.touch()
-    monkeypatch.setenv("nvcc_path", str(nvcc))
-    assert machine.find_nvcc() != nvcc
-    (tmp_path / "cuda" / "lib64").mkdir()
-    (tmp_path / "cuda" / "lib64" / "libcudart.so").touch()
-    assert machine.find_nvcc() == nvcc
-
-
 # --- the first compilation ------------------------------------------------------------------
 
 

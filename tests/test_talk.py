@@ -136,10 +136,6 @@ def test_the_last_token_is_not_read():
 
 # What ends an answer -----------------------------------------------------------------------------
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 #: As GLM-4's: nothing stands behind an answer but the next turn.
 OPEN = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
@@ -156,11 +152,11 @@ def tokenizer(*special: str) -> Tokenizer:
 @pytest.mark.parametrize(
     ("source", "special", "ids", "texts"),
     [
-        (CHATML, ["<|im_start|>", "<|im_end|>"], (0, 401), ()),
-        (CHATML, ["<|im_start|>"], (0,), ("<|im_end|>",)),
+        (tiny.CHATML, ["<|im_start|>", "<|im_end|>"], (0, 401), ()),
+        (tiny.CHATML, ["<|im_start|>"], (0,), ("<|im_end|>",)),
         (OPEN, ["<|user|>", "<|assistant|>"], (0, 400), ()),
         (OPEN.replace("}}{%", "}} </s>{%"), ["</s>", "<|user|>"], (0, 400), ()),
-        (CHATML.replace("m.content", "m.content | upper"), ["<|im_end|>"], (0,), ()),
+        (tiny.CHATML.replace("m.content", "m.content | upper"), ["<|im_end|>"], (0,), ()),
         ("{{ raise_exception('no') }}", [], (0,), ()),
     ],
     ids=["token", "text", "next turn", "behind a space", "answer not found", "refuses"],

@@ -26,7 +26,7 @@ def test_get_task():
         assert set(get_task(name).splits) == {"train", "valid", "test"}
     with pytest.raises(UserError, match="no task 'e2'; did you mean e2e"):
         get_task("e2")
-    with pytest.raises(UserError, match="no task 'zzz'; there are boolq, dart, e2e"):
+    with pytest.raises(UserError, match="no task 'zzz'; there are boolq, chat, dart, e2e"):
         get_task("zzz")
 
 

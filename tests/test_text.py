@@ -198,7 +198,7 @@ FORM = r'write (one object a line, )?(rows )?as \{"prompt": "\.\.\.", "completio
     ("task", "name", "content", "message"),
     [
         ("jsonl", "a.jsonl", '{"messages": []}\n',
-         rf"1: no key 'prompt' \(found: messages\); this is a chat in messages.*not read; {FORM}"),
+         rf"1: no key 'prompt' \(found: messages\); this is a chat in messages.*reads; {FORM}"),
         ("jsonl", "a.jsonl", '{"conversations": []}\n', rf"a chat in ShareGPT's form.*{FORM}"),
         ("jsonl", "a.jsonl", '{"instruction": "a", "input": "", "output": "b"}\n',
          "an instruction in Alpaca's form"),

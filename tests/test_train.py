@@ -14,9 +14,10 @@ import time
 import numpy as np
 import pytest
 from test_beam import padded, reference_case
+from tiny_models import tiny_gpt2
 
 from jlora import engine
-from jlora.adapters import LoraConfig, get_peft_model
+from jlora.adapters import LoraConfig, PartialModel, get_peft_model
 from jlora.data.batches import TokenExample
 from jlora.decoding.beam import beam_search
 from jlora.kernels import native
@@ -26,7 +27,7 @@ from jlora.system.distributed import World
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt, set_seed
 from jlora.training import loop
-from jlora.training.adamw import AdamW, OptimConfig, learning_rate
+from jlora.training.adamw import AdamW, Group, OptimConfig, groups, learning_rate
 from jlora.training.checkpoint import Progress
 from jlora.training.loggers import read_metrics
 from jlora.training.loop import TrainConfig, target_losses, train, validation_loss
@@ -150,6 +151,55 @@ def test_schedules():
     cosine = OptimConfig(lr=1.0, schedule="cosine")
     assert learning_rate(cosine, 25, 100) == pytest.approx(0.5 + 0.5 * 2**-0.5)
     assert learning_rate(OptimConfig(lr=3.0, schedule="constant"), 99, 100) == 3.0
+
+
+def test_schedules_that_end_above_zero():
+    for schedule, halfway in (("cosine", 0.55), ("linear", 0.55)):
+        config = OptimConfig(lr=2.0, schedule=schedule, min_lr_ratio=0.1, warmup_steps=10)
+        rates = [learning_rate(config, step, 110) for step in (5, 10, 60, 110)]
+        assert rates == pytest.approx([1.0, 2.0, 2 * halfway, 0.2])
+    for ratio, schedule, message in (
+        (0.1, "constant", "min_lr_ratio is for a schedule that falls"),
+        (1.0, "cosine", "min_lr_ratio must be at least 0 and below 1, not 1.0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            OptimConfig(min_lr_ratio=ratio, schedule=schedule)
+
+
+def test_the_groups_of_lora_plus():
+    targets = {
+        "target_modules": ["c_attn", "wpe"],
+        "modules_to_save": ["ln_f"],
+        "bias": "lora_only",
+    }
+    model = get_peft_model(tiny_gpt2(), LoraConfig(r=2, variant="lora", **targets))
+    config = OptimConfig(lr=1e-3, loraplus_lr_ratio=16.0, loraplus_lr_embedding=1e-5)
+    names = [name for name, _ in model.trainable_parameters()]
+    found = {name: (g.rate, g.decays) for name, g in zip(names, groups(model, config))}
+    assert found == {
+        name: (0.01, True) if "wpe" in name
+        else (16.0, False) if "bias" in name or "ln_f" in name
+        else (16.0, True) if name.endswith("lora_B")
+        else (1.0, True)
+        for name in names
+    }  # fmt: skip
+    assert len(set(found.values())) == 4
+    assert groups(model, OptimConfig()) is None
+    with pytest.raises(UserError, match="loraplus_lr_ratio must be above 0, not 0"):
+        OptimConfig(loraplus_lr_ratio=0)
+    with pytest.raises(UserError, match="loraplus_lr_ratio is for LoRA's B, and nothing trained"):
+        groups(PartialModel(tiny_gpt2(), "bitfit"), config)
+
+
+def test_the_groups_count_in_the_update():
+    config = OptimConfig(lr=0.1, weight_decay=0.5)
+    values = []
+    for group in (Group(), Group(rate=2.0), Group(decays=False)):
+        parameter = jt.array(np.array([1.0], np.float32))
+        AdamW([parameter], config, [group]).step([np.array([3.0], np.float32)], lr=0.1)
+        values.append(parameter.item())
+    # Adam's first step has the size of the rate; the decay is rate times weight_decay before it.
+    assert values == pytest.approx([0.95 - 0.1, 0.9 - 0.2, 1.0 - 0.1], abs=1e-6)
 
 
 @pytest.mark.parametrize(("batches", "accumulate"), [(20, 1), (20, 4), (23, 4), (8, 3)])

@@ -6,11 +6,12 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from needs import needs_bf16
-from tiny_models import ids_of, randomise_adapter, tiny_gpt2, wide_gpt2, wide_llama
+from tiny_models import ids_of, randomise_adapter, tiny_gpt2, tiny_llama, wide_gpt2, wide_llama
 
 from jlora import engine
 from jlora.adapters import LoraConfig, PeftModel, get_peft_model
@@ -22,8 +23,10 @@ from jlora.formats.names import is_lora_name
 from jlora.formats.peft_file import read_peft
 from jlora.layers import VARIANTS, LoraVariant, assign
 from jlora.models.hub import load
+from jlora.runs import pipeline
+from jlora.runs.recipe import Recipe
 from jlora.system.errors import UserError
-from jlora.system.runtime import jt
+from jlora.system.runtime import jt, nn
 
 IDS, TARGETS = ids_of((2, 9)), ids_of((18,), seed=1)
 ADDING = Path(__file__).resolve().parents[1] / "docs" / "adding.md"
@@ -48,12 +51,12 @@ class Gated(LoraVariant):
 def table(monkeypatch, tmp_path_factory):
     """The table with two more: the class of docs/adding.md, read from a file, and `Gated`."""
     section = ADDING.read_text(encoding="utf-8").partition("## A LoRA variant")[2]
-    file = tmp_path_factory.mktemp("outside") / "dora.py"
+    file = tmp_path_factory.mktemp("outside") / "weighed.py"
     file.write_text(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1])
-    spec = importlib.util.spec_from_file_location("outside_dora", file)
+    spec = importlib.util.spec_from_file_location("outside_weighed", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setitem(VARIANTS, "dora", module.Dora())
+    monkeypatch.setitem(VARIANTS, "weighed", module.Weighed())
     monkeypatch.setitem(VARIANTS, "gated", Gated())
 
 
@@ -65,7 +68,9 @@ MODELS = {
     ),
     "llama": (wide_llama, {"target_modules": ["q_proj", "down_proj", "lm_head"]}),
 }
-KINDS = [(variant, kind) for variant in ("rslora", "dora", "gated") for kind in MODELS]
+BUILT = ("rslora", "dora", "rsdora", "weighed", "gated")
+KINDS = [(variant, kind) for variant in BUILT for kind in MODELS]
+KINDS += [("lora_bias", "gpt2"), ("lora_bias", "gpt2-blocks")]
 
 
 def adapted(variant, kind="llama", scale=0.1):
@@ -148,9 +153,12 @@ def test_training_changes_all_of_its_parameters():
 
 @needs_bf16
 @pytest.mark.parametrize("keep_weights", [True, False])
-@pytest.mark.parametrize("variant", ["rslora", "dora", "gated"])
+@pytest.mark.parametrize("variant", ["rslora", "dora", "weighed", "lora_bias"])
 def test_the_engine_computes_the_variant(variant, keep_weights):
-    """rsLoRA in the fused operators, which know LoRA with any scaling; the others by themselves."""
+    """rsLoRA in the fused operators, which know LoRA with any scaling; the others by themselves.
+
+    Once nothing of it is trained, they read a weight with its change in it.
+    """
     model = adapted(variant)
     right, slopes = logits(model), gradients(model)
     engine.prepare(model, "bf16", keep_weights=keep_weights)
@@ -167,8 +175,22 @@ def test_the_engine_computes_the_variant(variant, keep_weights):
     decoder.enter([[3, 1, 4]])
     plain = Decoder(model)
     plain.enter([[3, 1, 4]])
-    assert difference(np.array(decoder.hidden), np.array(plain.hidden)) < 2e-2
+    states = np.array(plain.hidden)
+    assert difference(np.array(decoder.hidden), states) < 2e-2
+    model.freeze()
+    assert difference(logits(model), right) < 2e-2
+    assert all(any(p for p in vars(block)["_plans"].values()) for block in blocks)
+    decoder = decoder_of(model)
+    assert isinstance(decoder, NativeDecoder)
+    decoder.enter([[3, 1, 4]])
+    assert difference(np.array(decoder.hidden), states) < 2e-2
+    with model.disable_adapter():
+        assert difference(logits(model), logits(MODELS["llama"][0]())) < 2e-2
+    tensors = model.adapter_tensors()  # what was folded follows
+    model.set_adapter_tensors({name: 0.5 * array for name, array in tensors.items()})
+    changed = logits(model)
     engine.restore(model)
+    assert difference(changed, logits(model)) < 2e-2 < difference(changed, right)
 
 
 def test_dora_is_what_its_paper_says():
@@ -184,6 +206,62 @@ def test_dora_is_what_its_paper_says():
         if layer.bias is not None:
             expected = expected + layer.bias.numpy()
         np.testing.assert_allclose(layer(jt.array(x)).numpy(), expected, atol=1e-5)
+
+
+def test_dora_drops_for_both_parts():
+    """As in PEFT: V multiplies what is left of x, and W what all of x is."""
+
+    class Doubling(nn.Dropout):
+        def execute(self, x):
+            return 2 * x
+
+    layer = adapted("dora", "gpt2").lora_layers()["transformer.h.1.mlp.c_proj"]
+    x = jt.array(np.random.default_rng(0).standard_normal((3, layer.in_features)).astype("f"))
+    whole, bias = layer(x).numpy(), layer.bias.numpy()
+    layer.adapter_enabled = False
+    base = layer(x).numpy()
+    layer.adapter_enabled = True
+    layer.lora_dropout = Doubling(0.5, is_train=True)
+    np.testing.assert_allclose(layer(x).numpy(), 2 * whole - bias - (base - bias), atol=1e-5)
+    layer.lora_dropout.is_train = False
+    assert not layer.drops
+
+
+def test_a_bias_of_b_needs_one_of_the_base_to_be_merged():
+    model = adapted("lora_bias", "llama")
+    with pytest.raises(UserError, match="LoraBias: the base layer has no bias to merge into, as"):
+        model.merge_adapter()
+    mixed = get_peft_model(
+        tiny_llama(model_type="qwen2"),
+        LoraConfig(r=2, target_modules=["q_proj", "o_proj"], lora_bias=True),
+    )
+    with pytest.raises(UserError, match="no bias to merge into"):
+        mixed.merge_adapter()
+    for left in (model, mixed):
+        assert not any(layer.merged for layer in left.lora_layers().values())
+    with pytest.raises(UserError, match="lora_bias goes on linear layers only"):
+        get_peft_model(tiny_gpt2(), LoraConfig(r=2, target_modules=["wpe"], lora_bias=True))
+    with pytest.raises(UserError, match="lora_bias goes with plain LoRA alone, and not with use_d"):
+        LoraConfig(lora_bias=True, use_dora=True)
+
+
+def test_training_says_what_a_variant_costs(monkeypatch, tmp_path, capsys):
+    class Started(Exception):
+        pass
+
+    def train(*arguments):
+        raise Started
+
+    monkeypatch.setattr(pipeline, "train", train)
+    data = SimpleNamespace(train=[], valid=[])
+    for settings, said in (({"use_dora": True}, True), ({"use_rslora": True}, False)):
+        recipe = Recipe("m", lora=LoraConfig(target_modules=["c_attn"], **settings))
+        with pytest.raises(Started):
+            pipeline.finetune(
+                recipe, tmp_path, get_peft_model(tiny_gpt2(), recipe.lora), data, False
+            )
+        found = capsys.readouterr()
+        assert ("variant dora: its layers run one by one" in found.out + found.err) == said
 
 
 def test_rslora_by_either_setting(tmp_path):
@@ -219,9 +297,6 @@ def test_files_say_the_variant(tmp_path, monkeypatch):
     monkeypatch.delitem(VARIANTS, "gated")
     with pytest.raises(UserError, match=r"adapter_config.json: variant 'gated' is no variant"):
         PeftModel.from_pretrained(wide_gpt2(), tmp_path / "gated")
-    monkeypatch.delitem(VARIANTS, "dora")
-    with pytest.raises(UserError, match="use_dora=True asks for something jlora lacks"):
-        PeftModel.from_pretrained(wide_llama(), tmp_path / "dora")
 
 
 def test_keys_as_older_versions_of_peft_write_them(tmp_path):
@@ -240,8 +315,8 @@ def test_keys_as_older_versions_of_peft_write_them(tmp_path):
 def test_a_variant_may_refuse_a_layer():
     base = tiny_gpt2()
     names = [name for name, _ in base.named_parameters()]
-    with pytest.raises(UserError, match="DoRA goes on linear layers only"):
-        get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn", "wte"], variant="dora"))
+    with pytest.raises(UserError, match="this variant goes on linear layers only"):
+        get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn", "wte"], variant="weighed"))
     assert [name for name, _ in base.named_parameters()] == names
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jlora.data.tasks.restaurants import corpus
 from jlora.formats.safetensors_file import write_safetensors
@@ -75,4 +75,24 @@ def write_model(folder: Path, width: int = WIDTH, seed: int = 0) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps(config(vocab, width)))
     write_safetensors(folder / "model.safetensors", weights(vocab, width, seed))
+    return folder
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_chat_model(folder: Path, seed: int = 0) -> Path:
+    """`write_model` with ChatML's tokens (400 and 401) and template."""
+    write_model(folder, seed=seed)
+    tokenizer = train_tokenizer()
+    special = [AddedToken(text, normalized=False) for text in ("<|im_start|>", "<|im_end|>")]
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<|im_end|>", "chat_template": CHATML}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps(config(402)))
+    write_safetensors(folder / "model.safetensors", weights(402, seed=seed))
     return folder

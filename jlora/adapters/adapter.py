@@ -9,6 +9,7 @@ import numpy as np
 from jlora.adapters import base_model, storage
 from jlora.adapters.attach import (
     ModulesToSave,
+    TokenRows,
     attach,
     has_tied_head,
     set_modules,
@@ -54,6 +55,10 @@ class Adapter:
     def lora_layers(self) -> dict[str, LoRALayer]:
         return {name: m for name, m in self.modules.items() if isinstance(m, LoRALayer)}
 
+    @property
+    def token_rows(self) -> dict[str, TokenRows]:
+        return {name: m for name, m in self.modules.items() if isinstance(m, TokenRows)}
+
     def set_enabled(self, model: nn.Module, enabled: bool) -> None:
         """Have the model, which it is on, compute with it or without it."""
         self._swap_biases(model)
@@ -75,6 +80,25 @@ class Adapter:
                 part.is_train = base.is_training()
         set_modules(model, self.modules)
         self._swap_biases(model)
+
+    def parameter_count(self) -> int:
+        """Of its own parameters, biases of the base not among them."""
+        count = sum(module.rows.size for module in self.token_rows.values())
+        for module in self.modules.values():
+            for name, var in getattr(module, "modules_to_save", module).named_parameters():
+                if is_lora_name(name) or type(module) is ModulesToSave:
+                    count += int(np.prod(var.shape))
+        return count
+
+    def peft_form(self, model: nn.Module) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+        """Settings and tensors as PEFT has them, by its keys; ``model`` is plain, and stays so."""
+        self.put_on(model)
+        try:
+            named = self._parameters(model, self.names)
+            tensors = {name: var.float32().numpy() for name, var in named.items()}
+            return storage.peft_form(model, self.config, tensors)
+        finally:
+            self.take_off(model)
 
     def _parameters(self, model: nn.Module, names: set[str]) -> dict[str, jt.Var]:
         return {name: var for name, var in model.named_parameters() if name in names}
@@ -109,6 +133,8 @@ class Adapter:
             key = storage.to_peft_key(name, modules[name.rpartition(".")[0]])
             by_file_name[storage.from_peft_key(key)] = name
         shapes = {key: tuple(own[name].shape) for key, name in by_file_name.items()}
+        rows = {storage.rows_name(name): m for name, m in self.token_rows.items()}
+        shapes.update({name: module.rows.shape for name, module in rows.items()})
         if tensors and not set(shapes) & set(tensors):
             raise UserError(
                 f"{source} fits no module of the model: it has {next(iter(tensors))}, "
@@ -128,15 +154,40 @@ class Adapter:
         for name in self.bias_names:
             if self.config.bias == "lora_only" and name not in complete:
                 complete[name] = own[name].float32().numpy()
+        check_vocabulary(source, model, shapes, complete)
         storage.check_tensors(source, shapes, complete)
+        for name, module in rows.items():
+            module.set_rows(complete[name])
         for key, name in by_file_name.items():
             values = np.ascontiguousarray(complete[key])
             assign(own[name], jt.array(values).cast(own[name].dtype))
 
 
+def check_vocabulary(
+    source: str,
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, np.ndarray],
+) -> None:
+    """Raises: UserError: an embedding or a head in the file is one of another vocabulary."""
+    head = getattr(model, "output_embedding", None)
+    words = None if head is None else head.shape[0]
+    for name, shape in shapes.items():
+        found = getattr(tensors.get(name), "shape", shape)
+        differ = [pair for pair in zip(found, shape) if pair[0] != pair[1]]
+        if len(found) == len(shape) and len(differ) == 1 and differ[0][1] == words:
+            raise UserError(
+                f"{source}: {name} is {tuple(found)} instead of {shape}: the base model of this "
+                f"adapter has {differ[0][0]:,} words, and this one {words:,}; load it on that one "
+                "(transformers' resize_token_embeddings and save_pretrained make it)"
+            )
+
+
 def adapter_names(model: nn.Module, config: LoraConfig) -> set[str]:
     """The parameters that the adapter on ``model`` trains and saves."""
+    tables = [name for name, m in model.named_modules() if isinstance(m, TokenRows)]
     names = {name for name, _ in model.named_parameters()}
+    names -= {f"{name}.modules_to_save.weight" for name in tables}
     own = {n for n in names if is_lora_name(n) or ".modules_to_save." in f".{n}"}
     return own | bias_names(model, config.bias)
 

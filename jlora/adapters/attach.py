@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from jlora.adapters.config import LoraConfig
 from jlora.adapters.targets import (
     is_excluded,
@@ -56,6 +58,31 @@ class ModulesToSave(nn.Module):
         if name.startswith("_") or name in ("original_module", "is_train", "backup_grad_state"):
             raise AttributeError(f"ModulesToSave has no attribute {name!r}")
         return getattr(self.original_module if self.tied else self.current, name)
+
+
+class TokenRows(ModulesToSave):
+    """An embedding or a head with other rows for some tokens (PEFT's ``trainable_token_indices``).
+
+    The rows of a copy are replaced, which a head that is the embedding shares, as in PEFT.
+
+    Attributes:
+        tokens: their ids.
+    """
+
+    def __init__(self, original: nn.Module, tokens: list[int]):
+        super().__init__(original, tied=False)
+        self.tokens = tokens
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(tokens, width) float32"""
+        return self.modules_to_save.weight.float32().numpy()[self.tokens]
+
+    def set_rows(self, rows: np.ndarray) -> None:
+        weight = self.modules_to_save.weight
+        values = weight.float32().numpy().copy()
+        values[self.tokens] = rows
+        weight.update(jt.array(values).cast(weight.dtype).stop_grad())
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
@@ -116,6 +143,11 @@ def check_patterns(model: nn.Module, config: LoraConfig) -> None:
     Raises:
         UserError: one of them has no effect.
     """
+    if config.trainable_token_indices is not None:
+        raise UserError(
+            "trainable_token_indices is read in adapters that PEFT trained, and not trained here; "
+            "train the whole embedding with modules_to_save"
+        )
     targets = find_targets(model, config)
     modules = {name: module for name, module in model.named_modules() if name}
     possible = [name for name, module in modules.items() if isinstance(module, KINDS)]
@@ -228,6 +260,13 @@ def attach(model: nn.Module, config: LoraConfig) -> dict[str, LoRALayer | Module
         for name, module in outer.items():
             tied = isinstance(module, nn.Embedding) and module.weight is head
             made[name] = ModulesToSave(module, tied)
+    for name, tokens in token_modules(model, config).items():
+        if name in made:
+            raise UserError(
+                f"trainable_token_indices and target_modules or modules_to_save are both about "
+                f"{name}; leave out one"
+            )
+        made[name] = TokenRows(dict(model.named_modules())[name], tokens)
     set_modules(model, made)
     return made
 
@@ -274,6 +313,32 @@ def detach(model: nn.Module, keep_trained_modules: bool = False) -> None:
             trained, original = module.modules_to_save, module.original_module
             plain[name] = trained if keep_trained_modules else original
     set_modules(model, plain)
+
+
+def token_modules(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]:
+    """The modules that ``trainable_token_indices`` is about, and the tokens of each.
+
+    Raises:
+        UserError: a name that fits none, or a token that there is not.
+    """
+    wanted = config.trainable_token_indices
+    if wanted is None:
+        return {}
+    modules = dict(model.named_modules())
+    if isinstance(wanted, list):
+        wanted = {model.family.embedding.removesuffix(".weight"): wanted}
+    found = {}
+    for end, tokens in wanted.items():
+        field = f"trainable_token_indices {end!r}"
+        names = [n for n, m in modules.items() if name_fits(n, [end]) and "weight" in vars(m)]
+        if not names:
+            raise _no_match(model, "trainable_token_indices", [end], modules)
+        for name in names:
+            size = modules[name].weight.shape[0]
+            if tokens and max(tokens) >= size:
+                raise UserError(f"{field}: there is no token {max(tokens)}; {name} has {size} rows")
+            found[name] = list(tokens)
+    return found
 
 
 def _has_weights(module: nn.Module) -> bool:

@@ -23,12 +23,15 @@ _INERT_FIELDS = {
 # Fields that change what an adapter computes, by which PEFT can make a plain model of it.
 _LACKING_FIELDS = {
     "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config",
-    "layer_replication", "lora_bias", "megatron_config", "monteclora_config", "target_parameters",
-    "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
+    "layer_replication", "megatron_config", "monteclora_config", "target_parameters",
+    "use_bdlora", "use_qalora", "velora_config",
 }  # fmt: skip
 
 # The peft_type of variants that PEFT does not have.
 _OWN_TYPE = "JLORA"
+
+# PEFT's switches for variants.
+_VARIANT_FIELDS = ("use_rslora", "use_dora", "lora_bias")
 
 _INITS = (True, False, "gaussian")
 # How an adapter was filled before it was trained does not matter once it is loaded. These leave the
@@ -58,13 +61,17 @@ class LoraConfig:
         init_lora_weights: True: A uniform, B zero; "gaussian": A normal with deviation 1/r, B
             zero; False: both random.
         rank_pattern, alpha_pattern: name pattern -> r or lora_alpha of the modules it fits.
-        use_rslora: scale by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732); PEFT's way to say
-            ``variant="rslora"``.
+        use_rslora, use_dora: scale by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732); train the
+            length of each output's weights apart from their direction (arXiv 2402.09353). PEFT's
+            way to say ``variant="rslora"``, "dora", and "rsdora" for both.
+        lora_bias: B has a bias too; ``variant="lora_bias"``.
         layers_to_transform: only the layers with these numbers.
         layers_pattern: name of the list of layers, where it cannot be guessed.
         enable_lora: loralib's setting for fused layers: one flag for each of the equal blocks of
             outputs, ``[True, False, True]`` for query and value of GPT-2's ``c_attn``; each
             enabled block gets its own rank r. Layers that are not fused so stay plain.
+        trainable_token_indices: tokens with rows of their own in the embedding, or module name ->
+            tokens; read in adapters that PEFT trained.
         variant: which variant of LoRA, a key of `jlora.layers.VARIANTS`; None: "lora".
 
     Raises:
@@ -83,11 +90,14 @@ class LoraConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     enable_lora: list[bool] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     variant: str | None = None
 
     def __post_init__(self):
@@ -137,9 +147,14 @@ class LoraConfig:
                 continue
             if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
                 raise UserError(f"{name} must be a list of {what}, not {value!r}")
-        if self.use_rslora and self.variant not in (None, "rslora"):
-            raise UserError(f"use_rslora and variant={self.variant!r} exclude each other")
-        find_variant(self.variant or "lora")
+        _check_tokens(self.trainable_token_indices)
+        on = [name for name in _VARIANT_FIELDS if getattr(self, name)]
+        if self.variant is not None and not set(on) <= set(find_variant(self.variant).peft_fields):
+            raise UserError(
+                f"{on[0]} and variant={self.variant!r} exclude each other; leave out one"
+            )
+        if self.lora_bias and len(on) > 1:
+            raise UserError(f"lora_bias goes with plain LoRA alone, and not with {on[0]}")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise UserError(
                 "layers_to_transform needs target_modules as a list of names, "
@@ -149,7 +164,16 @@ class LoraConfig:
     @property
     def lora_variant(self) -> LoraVariant:
         """The variant that the settings ask for."""
-        return find_variant("rslora" if self.use_rslora else self.variant or "lora")
+        return find_variant(self.variant_name)
+
+    @property
+    def variant_name(self) -> str:
+        """Its key in `VARIANTS`."""
+        if self.variant is not None:
+            return self.variant
+        if self.use_dora:
+            return "rsdora" if self.use_rslora else "dora"
+        return "rslora" if self.use_rslora else "lora_bias" if self.lora_bias else "lora"
 
     def scaling(self, r: int, alpha: float) -> float:
         """The factor of the change for a layer of rank ``r``."""
@@ -177,7 +201,7 @@ class LoraConfig:
             )
         known = {f.name: f for f in fields(cls)}
         values = {}
-        by_field = {v.peft_field: name for name, v in VARIANTS.items() if v.peft_field}
+        by_field = {v.peft_fields[0]: n for n, v in VARIANTS.items() if len(v.peft_fields) == 1}
         for name, value in settings.items():
             if name in known:
                 if value is not None or _default(known[name]) is None:
@@ -204,14 +228,14 @@ class LoraConfig:
         PEFT lacks is written with a ``peft_type`` that PEFT refuses.
         """
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "enable_lora"}
-        field = self.lora_variant.peft_field
-        if field:
-            settings[field] = True
-        own = field is None and self.lora_variant is not VARIANTS["lora"]
+        on = self.lora_variant.peft_fields
+        settings.update(dict.fromkeys(on, True))
+        own = not on and self.lora_variant is not VARIANTS["lora"]
         settings["peft_type"] = _OWN_TYPE if own else "LORA"
         if not own:
             del settings["variant"]
-        for name in ("exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern"):
+        younger = (*_VARIANT_FIELDS, "trainable_token_indices")
+        for name in (*younger, "exclude_modules", "rank_pattern", "alpha_pattern"):
             if not settings[name]:
                 del settings[name]
         settings.update(inference_mode=True, auto_mapping=None, revision=None)
@@ -255,6 +279,16 @@ def _can_tie(settings: Mapping[str, Any]) -> bool:
         return targets.lower() != "all-linear"
     names = targets if isinstance(targets, list) else []
     return any(isinstance(name, str) and name.rpartition(".")[2] in _TIED for name in names)
+
+
+def _check_tokens(tokens: Any) -> None:
+    lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens or []]
+    if not all(
+        isinstance(each, list) and all(type(i) is int and i >= 0 for i in each) for each in lists
+    ):
+        raise UserError(
+            f"trainable_token_indices must be a list of tokens, or lists by module, not {tokens!r}"
+        )
 
 
 def _is_number(value: Any) -> bool:

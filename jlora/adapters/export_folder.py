@@ -10,6 +10,7 @@ from typing import Any
 
 from jlora.adapters import MergeReport, TunedModel, merged_weights
 from jlora.adapters.trained_tokens import UNKNOWN, TrainedTokens
+from jlora.data.chat_template import ChatTemplate
 from jlora.data.tokenizer import find_files, read_json_object
 from jlora.formats.gguf_file import main_kind
 from jlora.formats.rounding import PrecisionLoss, narrow, norm, precision_loss, widen
@@ -61,6 +62,7 @@ def write_merged(
     folder: str | Path,
     dtype: str = "float32",
     trained: TrainedTokens = UNKNOWN,
+    template: ChatTemplate | None = None,
 ) -> WrittenModel:
     """Write a model, its adapter merged in float32, as a folder that transformers loads.
 
@@ -73,6 +75,8 @@ def write_merged(
         dtype: of the weights in the file: "float32", "float16" or "bfloat16" (to the nearest).
         trained: the tokens round the completions that the adapter was trained with, where they are
             not the base's own; every file of the folder then names them.
+        template: the chat template that the adapter was trained with; None: the base's own, if it
+            has one.
 
     Raises:
         UserError: no such dtype, ``folder`` is in use or cannot be written, a weight is too large
@@ -105,6 +109,8 @@ def write_merged(
         notes = [*write_tokenizer(base, temporary), *size_note(base, file, dtype)]
         copy(source_folder(base), temporary, ("generation_config.json",))
         notes += trained.write(temporary, getattr(base, "tokenizer", None))
+        if template is not None:
+            template.save(temporary)
     return WrittenModel(folder, weights.report, loss, tuple(notes))
 
 

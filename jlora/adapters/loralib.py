@@ -245,7 +245,7 @@ def write_loralib(
         )
     if not config.lora_variant.is_plain:
         raise UserError(
-            f"variant {config.variant!r} has no place in a loralib file; keep the PEFT folder"
+            f"variant {config.variant_name!r} has no place in a loralib file; keep the PEFT folder"
         )
     lora_alpha = loralib_alpha(layers)
     write_torch(path, tensors, "model_state_dict" if nested else None)

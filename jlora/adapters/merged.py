@@ -63,7 +63,7 @@ def merged_weights(model: nn.Module) -> MergedWeights:
 
 def base_tensors(model: PeftModel) -> dict[str, np.ndarray]:
     """What the base model has where the adapter changes something, by its plain names."""
-    changed = {f"{name}.weight" for name, layer in model.lora_layers().items()}
+    changed = {f"{name}.{part}" for name in model.lora_layers() for part in ("weight", "bias")}
     if model.peft_config is not None:
         changed |= bias_names(model.base_model, model.peft_config.bias)
     with model.disable_adapter():

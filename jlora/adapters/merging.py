@@ -38,15 +38,25 @@ class MergeReport:
 
 
 def merge_layers(layers: Mapping[str, LoRALayer]) -> MergeReport:
-    """Merge the layers that are not merged yet."""
-    report = MergeReport(0, 0.0, "none", 0.0)
+    """Merge the layers that are not merged yet.
+
+    Raises:
+        UserError: one cannot be merged; all are as they were then.
+    """
+    report, merged = MergeReport(0, 0.0, "none", 0.0), []
     for name, layer in layers.items():
         if layer.merged or not layer.has_adapter:
             continue
         before = layer.float_weight()
         change = layer.variant.merged_weight(layer, before) - before
         largest = float(change.abs().max().item())
-        layer.merge()
+        try:
+            layer.merge()
+        except UserError:
+            for other in merged:
+                other.unmerge()
+            raise
+        merged.append(layer)
         lost = 0.0
         if layer.weight.dtype != "float32":
             lost = (layer.weight.float32() - before - change).abs().max().item()

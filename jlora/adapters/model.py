@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from jlora.adapters import base_model, loralib, storage
-from jlora.adapters.adapter import Adapter, adapter_names, is_adapted
+from jlora.adapters.adapter import Adapter, adapter_names
 from jlora.adapters.attach import attach, check_patterns, detach
+from jlora.adapters.combine import Part, combine
 from jlora.adapters.config import LoraConfig
 from jlora.adapters.merging import MergeReport, check_untied, merge_layers
+from jlora.adapters.switching import SwitchableModel, check_plain
 from jlora.adapters.targets import default_targets
-from jlora.adapters.tuned import TunedModel
 from jlora.formats.peft_file import read_peft, write_peft
-from jlora.layers import LoRALayer, set_trainable
 from jlora.system.errors import UserError
-from jlora.system.runtime import jt, nn
+from jlora.system.runtime import nn
 
 log = logging.getLogger("jlora.adapters")
 
@@ -35,7 +34,7 @@ def get_peft_model(
         UserError: a name or pattern of the settings fits no module, or one that cannot take LoRA.
     """
     config = _completed(config, model)
-    _check_plain(model)
+    check_plain(model)
     check_patterns(model, config)
     return PeftModel(model, config, adapter_name)
 
@@ -56,16 +55,7 @@ def add_adapter(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, set[s
     return config, adapter_names(model, config)
 
 
-def _check_plain(model: nn.Module) -> None:
-    """Raises: UserError: the model has an adapter already."""
-    if isinstance(model, PeftModel) or is_adapted(model):
-        raise UserError(
-            "the model has LoRA layers already; add_adapter() or load_adapter() give a PeftModel "
-            "another adapter, merge_and_unload() or unload() take them off"
-        )
-
-
-class PeftModel(TunedModel):
+class PeftModel(SwitchableModel):
     """A base model with LoRA adapters, of which one is on, or none; called like the base model.
 
     Its parameters, files and merging are those of the adapter that is on.
@@ -82,31 +72,12 @@ class PeftModel(TunedModel):
     def __init__(
         self, model: nn.Module, config: LoraConfig | None = None, adapter_name: str = "default"
     ):
-        _check_plain(model)
-        self._base_record = base_model.describe_base(model)
-        self._adapters: dict[str, Adapter] = {}
-        self.active_adapter: str | None = None
-        self._unloaded = self._disabled = False
-        super().__init__(model, set())
+        super().__init__(model)
         if config is not None:
-            self._adapters[adapter_name] = self._made(config)
+            self._adapters[adapter_name] = self._made(_completed(config, model))
             self._switch(adapter_name)
 
     # --- several adapters ---
-
-    @property
-    def available_adapters(self) -> list[str]:
-        """Their names, in the order in which they came."""
-        return list(self._adapters)
-
-    @property
-    def peft_config(self) -> LoraConfig | None:
-        """The settings of the adapter that is on, target_modules always given."""
-        return self._current.config if self._current else None
-
-    @property
-    def _current(self) -> Adapter | None:
-        return None if self.active_adapter is None else self._adapters[self.active_adapter]
 
     def add_adapter(self, adapter_name: str, peft_config: LoraConfig) -> None:
         """Make a new adapter to be trained; `set_adapter` puts it on.
@@ -137,41 +108,6 @@ class PeftModel(TunedModel):
         self._check_new(adapter_name)
         self._adapters[adapter_name] = self._read(folder, is_trainable, force)
 
-    def set_adapter(self, adapter_name: str | None) -> None:
-        """Put an adapter on in place of the one that is on; a merged one is unmerged before.
-
-        It is trained if it came by `add_adapter`, or with ``is_trainable``; call `engine.prepare`
-        again before. What was computed from the model before, such as a cache of keys and values
-        or a decoder, belongs to the adapter before.
-
-        Args:
-            adapter_name: None: no adapter, the plain base model.
-
-        Raises:
-            UserError: there is no such adapter, or this is inside `disable_adapter`.
-        """
-        if adapter_name is not None:
-            self._find(adapter_name)
-        self._check_enabled("set_adapter")
-        if any(layer.merged for layer in self.lora_layers().values()):
-            log.warning("%s was merged and is unmerged to set another adapter", self.active_adapter)
-            self.unmerge_adapter()
-        self._switch(adapter_name)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter; if it is on, the first of the others is put on, or none.
-
-        Raises:
-            UserError: there is no such adapter, or this is inside `disable_adapter`.
-        """
-        self._find(adapter_name)
-        self._check_enabled("delete_adapter")
-        if adapter_name == self.active_adapter:
-            others = [name for name in self._adapters if name != adapter_name]
-            self.set_adapter(others[0] if others else None)
-            log.warning("%s was on; now it is %s", adapter_name, self.active_adapter or "none")
-        del self._adapters[adapter_name]
-
     def hotswap_adapter(
         self, folder: str | Path, adapter_name: str = "default", force: bool = False
     ) -> None:
@@ -185,137 +121,56 @@ class PeftModel(TunedModel):
         old = self._find(adapter_name)
         self._check_enabled("hotswap_adapter")
         new = self._read(folder, old.is_trainable, force)
-        active = self.active_adapter
-        if active == adapter_name:
+        is_on = adapter_name == self.active_adapter
+        if is_on:
             self.set_adapter(None)
         self._adapters[adapter_name] = new
-        self._switch(active)
+        if is_on:
+            self._switch(adapter_name)
 
-    def _find(self, adapter_name: str) -> Adapter:
-        self._check_loaded()
-        if adapter_name not in self._adapters:
-            near = difflib.get_close_matches(str(adapter_name), self._adapters, 1)
-            known = f"nearest: {near[0]}" if near else f"there are {', '.join(self._adapters)}"
-            raise UserError(
-                f"no adapter is called {adapter_name!r}; "
-                f"{known if self._adapters else 'none is loaded'}"
-            )
-        return self._adapters[adapter_name]
-
-    def _check_new(self, adapter_name: str) -> None:
-        self._check_loaded()
-        self._check_enabled("another adapter")
-        if not isinstance(adapter_name, str) or not adapter_name:
-            raise UserError(f"an adapter's name is a text, not {adapter_name!r}")
-        if adapter_name in self._adapters:
-            raise UserError(
-                f"there is an adapter called {adapter_name!r} already; take another name, or "
-                "hotswap_adapter() or delete_adapter() it"
-            )
-
-    def _check_enabled(self, what: str) -> None:
-        if self._disabled:
-            raise UserError(f"{what} inside disable_adapter(); leave its block first")
-
-    def _switch(self, adapter_name: str | None) -> None:
-        """Take the unmerged adapter off and put another one on."""
-        if self._current:
-            self._current.take_off(self.base_model)
-        self.active_adapter = adapter_name
-        if self._current:
-            self._current.put_on(self.base_model)
-        self._set_names()
-
-    def _set_names(self) -> None:
-        """Let the base class, and Jittor, know which parameters are whose now."""
-        self._adapter_names = self._current.names if self._current else set()
-        trains = self._current is not None and self._current.is_trainable
-        self._trainable_names = self._adapter_names if trains else set()
-        set_trainable(self.base_model, self._trainable_names)
-
-    @contextlib.contextmanager
-    def _plain(self) -> Iterator[None]:
-        """Inside the block ``base_model`` is the plain base model."""
-        active = self.active_adapter
-        with self._unmerged():
-            self._switch(None)
-            try:
-                yield
-            finally:
-                self._switch(active)
-
-    def _made(
+    def add_weighted_adapter(
         self,
-        config: LoraConfig,
-        tensors: Mapping[str, np.ndarray] | None = None,
-        source: str = "",
-        is_trainable: bool = True,
-    ) -> Adapter:
-        """An adapter, put aside; with ``tensors`` instead of first values."""
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Make an adapter of several loaded ones, which stay; `set_adapter` puts it on.
+
+        It is not trained.
+
+        Args:
+            adapters: their names.
+            weights, combination_type, svd_rank: see `jlora.adapters.combine.combine`.
+
+        Raises:
+            UserError: a name is unknown or taken, or as `combine`.
+        """
+        self._check_new(adapter_name)
+        parts = []
         with self._plain():
-            adapter = Adapter(self.base_model, _completed(config, self.base_model))
-            adapter.is_trainable = is_trainable
-            try:
-                if tensors is not None:
-                    adapter.load(self.base_model, tensors, source)
-                # Jittor would draw the first values when they are first read, by whatever seed is
-                # set then.
-                named = self.base_model.named_parameters()
-                jt.sync([var for name, var in named if name in adapter.names])
-            finally:
-                adapter.take_off(self.base_model)
-        return adapter
+            for name in adapters:
+                form = self._find(name).peft_form(self.base_model)
+                parts.append(Part(f"adapter {name!r}", *form))
+        config, tensors = combine(parts, weights, combination_type, svd_rank)
+        named = storage.from_peft_keys(tensors, adapter_name)
+        with self._plain():
+            config, named = storage.native_config(self.base_model, config, named, {})
+        self._adapters[adapter_name] = self._made(config, named, adapter_name, is_trainable=False)
 
     def _read(self, folder: str | Path, is_trainable: bool, force: bool) -> Adapter:
         """The adapter of a PEFT folder, put aside."""
         with self._plain():
             config, tensors, source = _read_folder(self.base_model, folder, force)
+        if is_trainable and config.trainable_token_indices is not None:
+            raise UserError(
+                f"{folder}: trainable_token_indices is read and not trained here; load it without "
+                "is_trainable"
+            )
         return self._made(config, tensors, source, is_trainable)
 
-    # --- parameters ---
-
-    def lora_layers(self) -> dict[str, LoRALayer]:
-        """The LoRA layers of the adapter that is on, by module name."""
-        return self._current.lora_layers if self._current else {}
-
-    def set_adapter_tensors(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """As `TunedModel.set_adapter_tensors`; merged layers stay merged, with the new change."""
-        with self._unmerged():
-            super().set_adapter_tensors(tensors)
-
-    def freeze(self) -> None:
-        """As `TunedModel.freeze`."""
-        if self._current:
-            self._current.is_trainable = False
-        super().freeze()
-
     # --- on, off, merged ---
-
-    @contextlib.contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Inside the block the model computes what the base model computes."""
-        if self._disabled or self._current is None:
-            yield
-            return
-        with self._unmerged():
-            self._current.set_enabled(self.base_model, False)
-            self._disabled = True
-            try:
-                yield
-            finally:
-                self._disabled = False
-                self._current.set_enabled(self.base_model, True)
-
-    @contextlib.contextmanager
-    def _unmerged(self) -> Iterator[None]:
-        merged = [layer for layer in self.lora_layers().values() if layer.merged]
-        for layer in merged:
-            layer.unmerge()
-        try:
-            yield
-        finally:
-            for layer in merged:
-                layer.merge()
 
     def merge_adapter(self) -> MergeReport:
         """Add the changes to the weights, in float32; `unmerge_adapter` takes them away again.
@@ -326,11 +181,6 @@ class PeftModel(TunedModel):
         self._check_loaded()
         check_untied(self.base_model, self._current.modules if self._current else {})
         return merge_layers(self.lora_layers())
-
-    def unmerge_adapter(self) -> None:
-        """Give all weights back as they were before `merge_adapter`."""
-        for layer in self.lora_layers().values():
-            layer.unmerge()
 
     @contextlib.contextmanager
     def merged(self) -> Iterator[MergeReport]:
@@ -377,13 +227,6 @@ class PeftModel(TunedModel):
         self._adapters, self.active_adapter = {}, None
         self._set_names()
         return self.base_model
-
-    def _check_loaded(self) -> None:
-        if self._unloaded:
-            raise UserError(
-                "the adapter was merged or unloaded already; load it again with "
-                "PeftModel.from_pretrained"
-            )
 
     # --- files ---
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.adapters.attach import find_targets, linear_shape
+from jlora.adapters.attach import TokenRows, find_targets, linear_shape
 from jlora.adapters.config import LoraConfig
 from jlora.adapters.targets import pattern_value
 from jlora.formats.names import is_lora_name
@@ -34,7 +35,7 @@ def to_peft_key(name: str, owner: object) -> str:
     """A parameter's name -> PEFT's key; ``owner`` is the module it belongs to."""
     module, _, last = name.rpartition(".")
     if isinstance(owner, LoRALayer) and last in owner.variant.parameters:
-        return PREFIX + name
+        return PREFIX + (f"{module}.lora_B.bias" if last == "lora_bias" else name)
     if last in ("lora_A", "lora_B"):
         if isinstance(owner, Embedding):
             return f"{PREFIX}{module}.lora_embedding_{last[-1]}"
@@ -42,6 +43,11 @@ def to_peft_key(name: str, owner: object) -> str:
     if isinstance(owner, LoRALayer):
         return f"{PREFIX}{module}.base_layer.{last}"
     return PREFIX + name.replace(".modules_to_save.", ".")
+
+
+def rows_name(module: str) -> str:
+    """The name of a `TokenRows`' rows in PEFT's files, without the prefix."""
+    return f"{module}.token_adapter.trainable_tokens_delta"
 
 
 def from_peft_keys(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
@@ -53,7 +59,9 @@ def from_peft_keys(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, 
     result, keys = {}, {}
     for key, array in tensors.items():
         name = from_peft_key(key)
-        if name in keys:
+        # PEFT writes the bias of a module that is copied twice where biases are trained as well.
+        copied = name in keys and "modules_to_save" in keys[name] + key
+        if name in keys and not (copied and np.array_equal(tensors[keys[name]], array)):
             raise UserError(
                 f"{source}: {keys[name]} and {key} are both {name}; take out one of them"
             )
@@ -80,9 +88,34 @@ def from_peft_key(key: str) -> str:
         del parts[-2]
     if parts[-1] == "weight" and parts[-2:-1] != [] and is_lora_name(parts[-2]):
         parts.pop()
+    elif parts[-2:] == ["lora_B", "bias"]:
+        parts[-2:] = ["lora_bias"]
     elif parts[-1] in ("lora_embedding_A", "lora_embedding_B"):
         parts[-1] = f"lora_{parts[-1][-1]}"
     return ".".join(part for part in parts if part not in ("base_layer", "modules_to_save"))
+
+
+def peft_keys(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
+    """Tensors by whatever keys a PEFT wrote -> by those that PEFT 0.21 writes.
+
+    Raises:
+        UserError: as `from_peft_keys`.
+    """
+    tables = {from_peft_key(key) for key in tensors if "lora_embedding_" in key}
+    found = {}
+    for name, array in from_peft_keys(tensors, source).items():
+        module, _, last = name.rpartition(".")
+        if name in tables:
+            found[f"{PREFIX}{module}.lora_embedding_{last[-1]}"] = array
+        else:
+            found[PREFIX + name + ".weight" * (last in ("lora_A", "lora_B"))] = array
+    return found
+
+
+def factor_of(key: str) -> tuple[str, str] | None:
+    """PEFT's key of A or B -> the key with ``*`` for the letter, and the letter; None: another."""
+    found = re.fullmatch(r"(.*\.lora_(?:embedding_)?)([AB])((?:\.weight)?)", key)
+    return (f"{found[1]}*{found[3]}", found[2]) if found else None
 
 
 def block_matrix(B: np.ndarray, enable_lora: list[bool], r: int) -> np.ndarray:
@@ -135,6 +168,9 @@ def peft_form(
         if isinstance(owner, MergedLinear) and name.endswith("lora_B"):
             array = block_matrix(array, owner.enable_lora, owner.r)
         found[to_peft_key(name, owner)] = array
+    for name, module in modules.items():
+        if isinstance(module, TokenRows):
+            found[PREFIX + rows_name(name)] = module.rows
     transposed = any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values())
     return replace(peft_config(config, layers), fan_in_fan_out=transposed), found
 

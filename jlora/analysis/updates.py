@@ -97,8 +97,8 @@ def read_updates(
         config = LoraConfig.from_dict(files.config, source=str(folder / CONFIG))
         if not config.lora_variant.is_plain:
             raise UserError(
-                f"{folder}: variant {config.variant!r} changes the weights by more than B A, and "
-                "nothing else can be analysed"
+                f"{folder}: variant {config.variant_name!r} changes the weights by more than B A, "
+                "and nothing else can be analysed"
             )
         enable_lora, record = files.notes.get("enable_lora"), files.notes.get("base_model")
     names = [name[: -len(".lora_A")] for name in tensors if name.endswith(".lora_A")]

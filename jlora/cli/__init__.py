@@ -18,7 +18,8 @@ VERBS = (
     *(setup.add_demo, setup.add_doctor, setup.add_pull, setup.add_data),
     *(training.add_run, training.add_estimate, training.add_sweep, training.add_finetune),
     *(generate.add_generate, chat.add_chat, models.add_merge, models.add_export),
-    *(models.add_convert, models.add_analyze, answers.add_evaluate, answers.add_rerank),
+    *(models.add_convert, models.add_combine, models.add_analyze),
+    *(answers.add_evaluate, answers.add_rerank),
     *(folders.add_report, folders.add_runs),
 )
 

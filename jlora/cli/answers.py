@@ -5,28 +5,128 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-from jlora.cli.options import Verb
+from jlora.cli.options import (
+    ADAPTER_HELP,
+    PRECISIONS,
+    Verb,
+    adapter_file,
+    add_adapter_options,
+    json_object,
+    positive,
+    refuse,
+)
 from jlora.system.errors import UserError
+
+#: What `jlora evaluate` computes with a model, and not from files of texts.
+BY_MODEL = ("perplexity", "exact-match")
+OF_FILES, OF_MODEL = ("refs", "hyps", "metrics"), ("model", "adapter", "data")
+MODEL_OPTIONS = (
+    *OF_MODEL, "lora_alpha", "enable_lora", "force", "split", "task", "chat_template",
+    "chat_template_args", "max_length", "precision", "batch_size", "max_new_tokens", "out",
+)  # fmt: skip
 
 
 def add_evaluate(verb: Verb) -> None:
-    command = verb("evaluate", run_evaluate, "Score texts by the metrics of a task.")
-    command.add_argument("task", help="e2e, webnlg, dart, boolq, ...")
-    command.add_argument(
-        "--refs", required=True, help="references, groups split by empty lines; of a choice as "
-        "BoolQ: the right answers, one a line",
+    command = verb(
+        "evaluate", run_evaluate,
+        "Score texts by the metrics of a task, or a model by held-out data.",
     )  # fmt: skip
-    command.add_argument("--hyps", required=True, help="hypotheses, one a line")
-    command.add_argument("--metrics", metavar="A,B", help="instead of the task's own")
+    command.add_argument(
+        "what", metavar="TASK", help="of --refs and --hyps: e2e, webnlg, dart, boolq, ...; of a "
+        "model and its --data: perplexity or exact-match",
+    )  # fmt: skip
+    texts = command.add_argument_group("texts")
+    texts.add_argument(
+        "--refs", help="references, groups split by empty lines; of a choice as BoolQ: the right "
+        "answers, one a line",
+    )  # fmt: skip
+    texts.add_argument("--hyps", help="hypotheses, one a line")
+    texts.add_argument("--metrics", metavar="A,B", help="instead of the task's own")
+    model = command.add_argument_group("perplexity and exact-match")
+    model.add_argument("--model", help="base model (default: the one of the adapter's run)")
+    model.add_argument("--adapter", help=ADAPTER_HELP)
+    add_adapter_options(model)
+    model.add_argument("--data", help="a file of examples, or a folder with test or valid data")
+    model.add_argument("--split", help="of the folder (default: test, else valid)")
+    model.add_argument(
+        "--task", help="how --data is read (default: as the adapter's run "
+        "says, else by its keys)",
+    )  # fmt: skip
+    model.add_argument(
+        "--chat-template", metavar="FILE|NAME", help="instead of the model's or the adapter's own"
+    )
+    model.add_argument("--chat-template-args", type=json_object, metavar="JSON")
+    model.add_argument(
+        "--max-length", type=positive, metavar="N",
+        help="tokens of an example for perplexity (default: as in the training, else 2048)",
+    )  # fmt: skip
+    model.add_argument(
+        "--max-new-tokens", "--max-tokens", type=positive, metavar="N",
+        help="of an answer for exact-match (default: as the run says, else 256)",
+    )  # fmt: skip
+    model.add_argument("--out", help="predictions.jsonl of exact-match to write")
+    model.add_argument("--batch-size", type=positive, metavar="N")
+    model.add_argument("--precision", help=f"{PRECISIONS} (default: auto)")
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
+    by_model = arguments.what in BY_MODEL
+    scores = model_scores(arguments) if by_model else text_scores(arguments)
+    if arguments.json:
+        print(json.dumps(scores))
+    else:
+        width = max(8, *map(len, scores))
+        for name, value in scores.items():
+            shown = f"{value:.4f}" if isinstance(value, float) else value
+            print(f"{name:{width}} {shown}")
+    return 0
+
+
+def model_scores(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a model makes of held-out data."""
+    from jlora.decoding.predictions import check_out
+    from jlora.decoding.sampling import GenerateConfig
+    from jlora.runs.held_out import HeldOut
+    from jlora.runs.recipe import check_precision
+
+    what = arguments.what
+    refuse(arguments, OF_FILES, f"is for the scores of a task, not for {what}")
+    if what == "perplexity":
+        refuse(arguments, ("max_new_tokens", "out"), "is for exact-match, not for perplexity")
+    else:
+        refuse(arguments, ("max_length",), "is for perplexity, not for exact-match")
+    if arguments.data is None:
+        raise UserError(f"{what} needs data: --data FILE, in the form of the training's")
+    precision = arguments.precision or "auto"
+    check_precision(precision)
+    if arguments.out:
+        check_out(arguments.out)
+    adapter = adapter_file(arguments)
+    held_out = HeldOut(
+        arguments.model, adapter, Path(arguments.data), arguments.split, arguments.task,
+        arguments.chat_template, arguments.chat_template_args, arguments.max_length, precision,
+        arguments.batch_size or 8,
+    )  # fmt: skip
+    if what == "perplexity":
+        return held_out.perplexity()
+    recipe = adapter and adapter.recipe
+    tokens = arguments.max_new_tokens or (recipe.decode.max_new_tokens if recipe else 256)
+    config = GenerateConfig((), tokens, batch_size=arguments.batch_size or 32)
+    return held_out.exact_match(config, Path(arguments.out) if arguments.out else None)
+
+
+def text_scores(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The scores of hypotheses against references."""
     from jlora.data.tasks import get_task
     from jlora.metrics import evaluate, read_answers, read_hypotheses, read_references
 
-    task = get_task(arguments.task)
+    task = get_task(arguments.what)
+    refuse(arguments, MODEL_OPTIONS, f"is for {' and '.join(BY_MODEL)}")
+    if arguments.refs is None or arguments.hyps is None:
+        raise UserError(f"{task.name} is scored by --refs and --hyps; give both")
     if task.choices:
         from jlora.metrics.accuracy import accuracy, parse_choice
 
@@ -39,14 +139,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         given = (arguments.metrics or "").split(",")
         names = [name.strip() for name in given if name.strip()] or task.metrics
         scores = evaluate(names, read_hypotheses(arguments.hyps), read_references(arguments.refs))
-    if arguments.json:
-        print(json.dumps(scores))
-    else:
-        width = max(8, *map(len, scores))
-        for name, value in scores.items():
-            shown = f"{value:.4f}" if isinstance(value, float) else value
-            print(f"{name:{width}} {shown}")
-    return 0
+    return scores
 
 
 def add_rerank(verb: Verb) -> None:

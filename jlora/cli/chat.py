@@ -14,6 +14,7 @@ from jlora.cli.generate import (
     add_choice_options,
     add_template_options,
     decoding,
+    show_anything,
 )
 from jlora.cli.options import ADAPTER_HELP, PRECISIONS, Verb, adapter_file, add_adapter_options
 from jlora.system.console import say
@@ -70,6 +71,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
         arguments.precision,
         arguments.end_id,
     )
+    show_anything()
     return converse(talk, sys.stdin.isatty())
 
 

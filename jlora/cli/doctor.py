@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jlora.metrics.java import find_java
-from jlora.system import distributed, machine, runtime
+from jlora.system import cuda_toolkit, distributed, machine, runtime
 from jlora.system.errors import UserError
 
 # Jittor's first import compiles it; the child process that tries it may take as long as that.
@@ -214,11 +214,11 @@ def _java() -> Check:
 def _gpu() -> Check:
     problem = machine.gpu_problem()
     if problem is None:
-        return Check("GPU", True, f"NVIDIA, nvcc at {machine.find_nvcc()}", required=False)
+        return Check("GPU", True, f"NVIDIA, nvcc at {cuda_toolkit.find().nvcc}", required=False)
     fix = ""
     if "no driver" in problem:
         fix = "install NVIDIA's driver"
-    elif "no CUDA toolkit" in problem:
+    elif "CUDA" in problem:
         fix = f"{sys.executable} -m jittor_utils.install_cuda"
     return Check("GPU", False, f"{problem}: the CPU is used", fix, required=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from jlora.cli.options import (
     add_nproc,
     json_object,
     refuse,
+    utf8,
 )
 from jlora.system.errors import UserError
 
@@ -39,8 +41,8 @@ def add_generate(verb: Verb) -> None:
     add_adapter_options(command)
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--prompt", action="append", help="a prompt; may be given several times; - reads one from "
-        "standard input",
+        "--prompt", action="append", type=utf8, help="a prompt; may be given several times; - "
+        "reads one from standard input",
     )  # fmt: skip
     source.add_argument("--data", help="a file of the task; its distinct inputs are the prompts")
     command.add_argument("--task", help="how --data is read (default: e2e)")
@@ -68,7 +70,7 @@ def add_generate(verb: Verb) -> None:
 def add_template_options(command: argparse.ArgumentParser) -> None:
     """How a conversation is written, of ``generate`` and ``chat``; see `template_options`."""
     command.add_argument(
-        "--system-prompt", metavar="TEXT", help="what stands before the first turn"
+        "--system-prompt", metavar="TEXT", type=utf8, help="what stands before the first turn"
     )
     command.add_argument(
         "--chat-template", metavar="FILE|NAME", help="instead of the model's or the adapter's own"
@@ -100,7 +102,7 @@ def add_choice_options(command: argparse.ArgumentParser, new_tokens: str) -> Non
         help="above 1 makes tokens that were there less likely (default: 1, or as the run says)",
     )  # fmt: skip
     command.add_argument(
-        "--stop", action="append", metavar="TEXT", help="ends an answer; may be repeated"
+        "--stop", action="append", metavar="TEXT", type=utf8, help="ends an answer; may be repeated"
     )
     command.add_argument("--end-id", type=int, action="append", help="end token; may repeat")
 
@@ -193,6 +195,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     form, of_task = form_of(arguments, adapter)
     config = decoding(arguments, trained, of_task)
     shown = [arguments.model, adapter, config, form, arguments.precision]
+    show_anything()
     streams = isinstance(config, GenerateConfig) and world().size == 1 and not arguments.data
     if streams and len(prompts) == 1 and not arguments.out:
         for piece in stream_answer(prompts[0], *shown):
@@ -204,6 +207,12 @@ def run_generate(arguments: argparse.Namespace) -> int:
         for prediction in predictions:
             print(prediction.prediction)
     return 0
+
+
+def show_anything() -> None:
+    """Print characters that the terminal's encoding lacks as question marks."""
+    with contextlib.suppress(AttributeError):  # a test's or a notebook's output takes all
+        sys.stdout.reconfigure(errors="replace")
 
 
 def read_prompt() -> str:

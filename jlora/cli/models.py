@@ -11,6 +11,8 @@ from jlora.cli.options import (
     Verb,
     adapter_file,
     add_adapter_options,
+    decimals,
+    positive,
 )
 from jlora.system.errors import UserError
 
@@ -34,7 +36,8 @@ def run_merge(arguments: argparse.Namespace) -> int:
     check_absent(arguments.out)  # before a minute of loading
     adapter = adapter_file(arguments)
     model = open_model(arguments.base, adapter)
-    print(write_merged(model, arguments.out, arguments.dtype, trained_tokens(model, adapter)))
+    tokens, template = trained_tokens(model, adapter), trained_template(adapter)
+    print(write_merged(model, arguments.out, arguments.dtype, tokens, template))
     return 0
 
 
@@ -76,8 +79,22 @@ def trained_tokens(model: Any, adapter: Any) -> Any:
 
     if adapter is None or adapter.recipe is None:
         return UNKNOWN
+    if not adapter.of_task:
+        from jlora.data.end_tokens import template_end
+
+        template = trained_template(adapter)
+        return TrainedTokens(end=template and template_end(model.tokenizer, template)[0])
     data = adapter.recipe.data
     return TrainedTokens.of(model.tokenizer, data.separator_id, data.end_id)
+
+
+def trained_template(adapter: Any) -> Any:
+    """The chat template that an adapter was trained with, or None."""
+    from jlora.data.chat_template import find_template
+
+    if adapter is None or adapter.recipe is None or adapter.of_task:
+        return None
+    return find_template(adapter.folder)
 
 
 def add_convert(verb: Verb) -> None:
@@ -110,6 +127,44 @@ def run_convert(arguments: argparse.Namespace) -> int:
             f"--separator-id {tokens.separator} --end-id {tokens.end} to generate"
         )
     print(f"written: {arguments.out}")
+    return 0
+
+
+def add_combine(verb: Verb) -> None:
+    command = verb("combine", run_combine, "Make one adapter of several of the same base model.")
+    command.add_argument("adapters", nargs="+", help="run folders or adapter folders")
+    command.add_argument(
+        "--weights", type=decimals, metavar=".7,.3", help="one for each (default: 1 divided by "
+        "their number)",
+    )  # fmt: skip
+    command.add_argument(
+        "--type", choices=("svd", "linear", "cat"), default="svd",
+        help="svd: the nearest change of a rank (default); cat: exact, of the sum of the ranks; "
+        "linear: A and B added each by itself",
+    )  # fmt: skip
+    command.add_argument("--rank", type=positive, help="of svd (default: the largest of theirs)")
+    command.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
+    command.add_argument(
+        "--force", action="store_true", help="combine adapters made for different base models"
+    )
+
+
+def run_combine(arguments: argparse.Namespace) -> int:
+    from jlora.runs.adapter_file import AdapterFile
+    from jlora.runs.combining import combine_files
+
+    count = len(arguments.adapters)
+    weights = arguments.weights or [1 / count] * count
+    config = combine_files(
+        arguments.adapters, weights, arguments.out, arguments.type, arguments.rank, arguments.force
+    )
+    ranks = sorted({config.r, *config.rank_pattern.values()})
+    if any(AdapterFile(Path(adapter)).recipe for adapter in arguments.adapters):
+        print(
+            "its files do not say with which template and tokens round the texts its parts were "
+            "trained: to generate, give the same options as for those"
+        )
+    print(f"rank {' and '.join(map(str, ranks))}; written: {arguments.out}")
     return 0
 
 

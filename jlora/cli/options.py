@@ -25,7 +25,7 @@ class Setting(argparse.Action):
     """
 
     def __init__(self, option_strings, dest, key: str | Callable[[Any], dict[str, Any]], **options):
-        if options.get("nargs") != 0:
+        if option_strings and options.get("nargs") != 0:
             name = option_strings[-1].lstrip("-")
             options.setdefault("metavar", name.replace("-", "_").upper())
         super().__init__(option_strings, "settings", default=(), **options)
@@ -90,22 +90,31 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
 def add_chat_options(command: argparse.ArgumentParser) -> None:
     """What becomes of conversations; see `jlora.runs.data_config.DataConfig`."""
 
-    def setting(option: str, key: str, **options) -> None:
-        command.add_argument(option, action=Setting, key=f"data.{key}", **options)
+    def setting(option: str, key: str, holder=command, **options) -> None:
+        holder.add_argument(option, action=Setting, key=f"data.{key}", **options)
 
-    setting("--chat-template", "chat_template", metavar="NAME|FILE",
-            help="instead of the model's own: chatml, llama-3, gemma, mistral, alpaca, a Jinja "
-            "file, or none")  # fmt: skip
-    setting("--chat-template-args", "chat_template_args", type=json_object, metavar="JSON",
-            help='more variables for the template, such as \'{"enable_thinking": false}\'')  # fmt: skip
-    setting("--mask-prompt", "mask_prompt", nargs=0, const=True,
-            help="train answers alone (the default, but for whole texts)")  # fmt: skip
-    setting("--no-mask-prompt", "mask_prompt", nargs=0, const=False, help="train every token")
-    setting("--train-on", "train_on", choices=("all", "last", "each"),
-            help="answers of a conversation: all (default), the last, or each as an example of "
-            "its own")  # fmt: skip
-    setting("--valid-split", "valid_split", type=float, metavar="SHARE",
-            help="of the training file for validation, such as 0.05")  # fmt: skip
+    setting(
+        "--chat-template", "chat_template", metavar="NAME|FILE", help="instead of the model's own: "
+        "chatml, llama-3, gemma, mistral, alpaca, a Jinja file, or none",
+    )  # fmt: skip
+    setting(
+        "--chat-template-args", "chat_template_args", type=json_object, metavar="JSON",
+        help="more variables for the template, such as '{\"enable_thinking\": false}'",
+    )  # fmt: skip
+    mask = command.add_mutually_exclusive_group()
+    setting(
+        "--mask-prompt", "mask_prompt", mask, nargs=0, const=True,
+        help="train answers alone (the default, but for whole texts)",
+    )  # fmt: skip
+    setting("--no-mask-prompt", "mask_prompt", mask, nargs=0, const=False, help="train every token")
+    setting(
+        "--train-on", "train_on", choices=("all", "last", "each"), help="which answers of a "
+        "conversation: all (default), the last, or each as an example of its own",
+    )  # fmt: skip
+    setting(
+        "--valid-split", "valid_split", type=float, metavar="SHARE",
+        help="of the training file for validation, such as 0.05",
+    )  # fmt: skip
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -137,12 +146,31 @@ def flags(text: str) -> list[bool]:
     return [flag == "1" for flag in text.split(",")]
 
 
+def utf8(text: str) -> str:
+    """A text of the command line, whose bytes were UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # other bytes have come through as surrogates
+        raise argparse.ArgumentTypeError(
+            f"{ascii(text)} is not UTF-8; set the terminal to it"
+        ) from None
+    return text
+
+
 def whole_numbers(text: str) -> list[int]:
     """``2400,400,470`` -> [2400, 400, 470]"""
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 2400,400,470") from None
+
+
+def decimals(text: str) -> list[float]:
+    """``.7,.3`` -> [0.7, 0.3]"""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form .7,.3") from None
 
 
 def add_nproc(command: argparse.ArgumentParser, dest: str = "nproc") -> None:
@@ -153,8 +181,10 @@ def add_nproc(command: argparse.ArgumentParser, dest: str = "nproc") -> None:
     )  # fmt: skip
 
 
-def names(text: str) -> list[str]:
-    """``q_proj, v_proj`` -> ["q_proj", "v_proj"]"""
+def targets(text: str) -> list[str] | str:
+    """``q_proj, v_proj`` -> ["q_proj", "v_proj"], and ``all-linear`` as it is."""
+    if text.strip().lower() == "all-linear":
+        return "all-linear"
     found = [name.strip() for name in text.split(",") if name.strip()]
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} names nothing; write a,b")
@@ -169,7 +199,7 @@ def positive(text: str) -> int:
 
 def open_recipe(arguments: argparse.Namespace, name: str | None):
     """The recipe and the run folder that a command line means."""
-    from jlora.runs.recipe import apply_override, find_recipe, load_recipe, make_recipe
+    from jlora.runs.recipe import find_recipe, load_recipe
 
     if arguments.resume:
         if overrides(arguments) or getattr(arguments, "smoke", False):
@@ -186,15 +216,21 @@ def open_recipe(arguments: argparse.Namespace, name: str | None):
     if name:
         recipe = load_recipe(find_recipe(name), overrides(arguments))
     else:
-        values: dict = {}
-        for override in overrides(arguments):
-            apply_override(values, override)
-        if "model" not in values:
-            raise UserError("no --model given, such as --model smollm2-135m")
-        from jlora.runs.chat_data import complete
-
-        recipe = make_recipe(complete(values), "command line")
+        recipe = make_recipe_of(arguments)
     return recipe, Path(arguments.out or f"runs/{Path(name).stem if name else 'finetune'}")
+
+
+def make_recipe_of(arguments: argparse.Namespace):
+    """The recipe that a command line alone says."""
+    from jlora.runs.chat_data import complete
+    from jlora.runs.recipe import apply_override, make_recipe
+
+    values: dict = {}
+    for override in overrides(arguments):
+        apply_override(values, override)
+    if "model" not in values:
+        raise UserError("no --model given, such as --model smollm2-135m")
+    return make_recipe(complete(values), "command line")
 
 
 def refuse(arguments: argparse.Namespace, names: Iterable[str], why: str) -> None:

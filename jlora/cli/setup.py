@@ -5,23 +5,34 @@ from __future__ import annotations
 import argparse
 
 from jlora.cli.options import (
+    Setting,
     Verb,
+    add_chat_options,
+    data_settings,
+    make_recipe_of,
+    positive,
+    refuse,
     whole_numbers,
 )
 
 
 def add_demo(verb: Verb) -> None:
     command = verb(
-        "demo", run_demo, "Tune a small model on E2E in minutes: scores before and after."
-    )
-    command.add_argument("--out", default="runs/demo", help="run folder (default: %(default)s)")
+        "demo", run_demo, "Tune a small model on E2E in minutes: scores before and after. With "
+        "--chat: on conversations, and then talk to it.",
+    )  # fmt: skip
+    command.add_argument("--chat", action="store_true", help="end in a conversation")
+    command.add_argument("--out", help="run folder (default: runs/demo, runs/demo-chat)")
     command.add_argument("--data", help="folder with the E2E files")
 
 
 def run_demo(arguments: argparse.Namespace) -> int:
     from jlora.cli import demo
 
-    return demo.main(arguments.out, arguments.data)
+    if arguments.chat:
+        refuse(arguments, ["data"], "is of the demo without --chat, which brings its own")
+        return demo.talk(arguments.out or "runs/demo-chat")
+    return demo.main(arguments.out or "runs/demo", arguments.data)
 
 
 def add_doctor(verb: Verb) -> None:
@@ -53,7 +64,7 @@ def run_pull(arguments: argparse.Namespace) -> int:
 
 
 def add_data(verb: Verb) -> None:
-    command = verb("data", run_split, "Split a dataset's file, or convert BoolQ's.")
+    command = verb("data", run_split, "Show examples as a model sees them, split or convert files.")
     steps = command.add_subparsers(title="commands", metavar="COMMAND", required=True)
     split = steps.add_parser("split", help="seeded parts; no input stands in two of them")
     split.add_argument("file", help="JSON Lines, context||target text, or WebNLG's or DART's JSON")
@@ -64,6 +75,24 @@ def add_data(verb: Verb) -> None:
     )  # fmt: skip
     split.add_argument("--seed", type=int, default=0)
     split.set_defaults(function=run_split)
+    show = steps.add_parser("show", help="examples as the model sees them, and what is trained")
+    show.add_argument(
+        "data", action=Setting, key=data_settings, metavar="DATA", help="as --data of finetune"
+    )
+    show.add_argument("--model", action=Setting, key="model", required=True, help="name or path")
+    show.add_argument("--task", action=Setting, key="data.task", help="as of finetune")
+    add_chat_options(show)
+    show.add_argument("-n", type=positive, default=3, help="how many examples (default: 3)")
+    show.add_argument("--html", metavar="FILE.html", help="write a page instead")
+    show.add_argument(
+        "--color", choices=("auto", "always", "never"), default="auto",
+        help="without colour what is trained stands between \u27e6 and \u27e7",
+    )  # fmt: skip
+    show.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="any setting of a recipe, such as train.max_length=1024; may be repeated",
+    )  # fmt: skip
+    show.set_defaults(function=run_show)
     layout = steps.add_parser("convert", help="BoolQ's original layout and SuperGLUE's")
     layout.add_argument("file", help="JSON Lines in either layout")
     layout.add_argument("out", help="file to write")
@@ -76,6 +105,21 @@ def run_split(arguments: argparse.Namespace) -> int:
 
     for part in split_file(arguments.file, arguments.folder, arguments.sizes, arguments.seed):
         print(f"{part.path}: {part.inputs:,} inputs, {part.rows:,} rows")
+    return 0
+
+
+def run_show(arguments: argparse.Namespace) -> int:
+    from jlora.runs.run_data import load_data
+    from jlora.runs.show_data import page, uses_colour, view
+    from jlora.system.files import write_text
+
+    recipe = make_recipe_of(arguments)
+    data = load_data(recipe, test=False)
+    if arguments.html:
+        write_text(arguments.html, page(data, arguments.n))
+        print(arguments.html)
+    else:
+        print(view(data, arguments.n, uses_colour(arguments.color)))
     return 0
 
 

@@ -13,9 +13,9 @@ from jlora.cli.options import (
     add_nproc,
     add_recipe_settings,
     add_run_options,
-    names,
     open_recipe,
     overrides,
+    targets,
 )
 from jlora.system.errors import UserError
 
@@ -64,8 +64,17 @@ def add_finetune(verb: Verb) -> None:
     setting("--rank", "lora.r", type=int, help="r of LoRA")
     setting("--alpha", "lora.lora_alpha", type=float, help="lora_alpha")
     setting(
-        "--target-modules", "lora.target_modules", type=names,
-        help="comma-separated, such as q_proj,v_proj",
+        "--target-modules", "lora.target_modules", type=targets,
+        help="comma-separated, such as q_proj,v_proj; or all-linear: every linear layer but the "
+        "head",
+    )  # fmt: skip
+    setting(
+        "--rslora", "lora.use_rslora", nargs=0, const=True,
+        help="scale by alpha / sqrt(rank) (rsLoRA): for ranks of 32 and more",
+    )  # fmt: skip
+    setting(
+        "--dora", "lora.use_dora", nargs=0, const=True,
+        help="train the length of each output's weights too (DoRA); slower, see docs/adapters.md",
     )  # fmt: skip
     setting("--lr", "train.optim.lr", type=float, help="learning rate")
     setting("--batch-size", "train.batch_size", type=int)
@@ -89,7 +98,9 @@ def run_finetune(arguments: argparse.Namespace) -> int:
     if best is None:
         return 130
     print(f"adapter: {best}")
-    print(f"try it: jlora generate --adapter {run} --prompt ...")
+    talks = (run / "chat_template.jinja").is_file()
+    way = f"chat {run}" if talks else f"generate --adapter {run} --prompt ..."
+    print(f"try it: jlora {way}")
     return 0
 
 

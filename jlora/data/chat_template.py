@@ -18,7 +18,9 @@ from typing import Any
 
 import jinja2
 
+from jlora.data.rows import characters
 from jlora.data.template_sandbox import TemplateRefusal, budget, compile_template
+from jlora.data.tokenizer import Tokenizer, find_files
 from jlora.formats.safetensors_file import one_line
 from jlora.system.errors import UserError, kind_of
 from jlora.system.files import read_text, write_text
@@ -92,7 +94,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            with budget(_characters(values)):
+            with budget(characters(values)):
                 return self._compiled(source).render(values)
         except TemplateRefusal as error:
             raise UserError(f"{self.name} refuses this: {one_line(error)}") from error
@@ -163,6 +165,7 @@ def find_template(
         if place.suffix.lower() == ".gguf" and (template is None or not tokens):
             own, special = _in_gguf(place)
             template, tokens = template or own, tokens or special
+        tokens = tokens or _of_tokenizer(folder)
     given = {**kept, **(arguments or {})}
     if choice is not None:
         return ChatTemplate(*_chosen(choice, tokens or {}, given))
@@ -245,6 +248,18 @@ def special_tokens(folder: Path) -> dict[str, str]:
     return found
 
 
+def _of_tokenizer(folder: Path) -> dict[str, str]:
+    """The end and begin tokens of a model whose files name none but by their ids, as GPT-2's do."""
+    return {} if find_files(folder) is None else tokens_of(Tokenizer.from_folder(folder))
+
+
+def tokens_of(tokenizer: Tokenizer) -> dict[str, str]:
+    """The end and begin tokens of a tokenizer, as texts."""
+    ids = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id}
+    found = {name: tokenizer.backend.id_to_token(i) for name, i in ids.items() if i is not None}
+    return {name: token for name, token in found.items() if token is not None}
+
+
 def _in_gguf(path: Path) -> tuple[Any, dict[str, str]]:
     from jlora.formats.gguf_file import open_gguf, read_metadata
 
@@ -284,14 +299,3 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     return str(value)
-
-
-def _characters(value: Any) -> int:
-    """About how many characters there are in a structure."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(len(str(key)) + _characters(each) for key, each in value.items())
-    if isinstance(value, list):
-        return sum(1 + _characters(each) for each in value)
-    return 8

@@ -11,6 +11,7 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,17 @@ MORE = ("name", "tool_calls", "tool_call_id", *THOUGHTS)
 
 @dataclass(frozen=True)
 class Features:
-    """The columns that are read, where a file calls them otherwise."""
+    """The columns that are read, where a file calls them otherwise.
+
+    Attributes:
+        answer_after: words of a whole text behind which its answer stands, such as ``"A: "``.
+    """
 
     prompt: str = "prompt"
     completion: str = "completion"
     chat: str = "messages"
     text: str = "text"
+    answer_after: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Conversation:
         answers: numbers of the messages, from 0, that the assistant is to learn.
         tools: JSON schemas of functions that the assistant may call, or None.
         text: a whole text, where there are no messages.
+        question: characters of the text that ask for the rest; None: it asks nothing.
         is_pair: whether it came as a prompt and its completion.
     """
 
@@ -67,6 +74,7 @@ class Conversation:
     answers: Sequence[int] = ()
     tools: Sequence[Mapping[str, Any]] | None = None
     text: str | None = None
+    question: int | None = None
     is_pair: bool = False
 
 
@@ -102,8 +110,7 @@ def holds_conversations(path: str | Path) -> bool:
     Raises:
         UserError: the file cannot be read.
     """
-    _, row = next(iter(read_rows(path, MESSAGES)))
-    return _form(row, Features()) is not None
+    return any(_form(row, Features()) for _, row in islice(read_rows(path, MESSAGES), 1))
 
 
 def _form(row: Mapping[str, Any], names: Features) -> str | None:
@@ -135,7 +142,8 @@ def _conversation(
         what = f"no key {missing[0]!r}" if missing else "the keys fit no form"
         raise UserError(
             f"{place}: {what} (found: {found}); write {FORMS}, or name the columns "
-            "by data.prompt_feature, completion_feature, chat_feature, text_feature"
+            "by data.prompt_feature, completion_feature, chat_feature, text_feature; data of "
+            "another task need --task"
         )
     columns = {
         "pair": (names.prompt, names.completion, "tools"),
@@ -148,7 +156,8 @@ def _conversation(
     keys.used.update(columns)
     keys.other.update(dict.fromkeys(row))
     if form == "text":
-        yield Conversation(place, text=_text(row[names.text], f"{place}: {names.text!r}"))
+        text = _text(row[names.text], f"{place}: {names.text!r}")
+        yield Conversation(place, text=text, question=_question(text, names.answer_after, place))
         return
     given = 0  # messages that no answer is learned from, whoever says them
     if form == "pair":
@@ -183,6 +192,19 @@ def _conversation(
         )
     tools = _tools(row.get("tools"), place) if "tools" in columns else None
     yield Conversation(place, messages, answers, tools, is_pair=form in ("pair", "alpaca"))
+
+
+def _question(text: str, answer_after: str | None, place: str) -> int | None:
+    """Where the answer of a whole text begins: behind the last time that the words stand there."""
+    if answer_after is None:
+        return None
+    before, found, answer = text.rpartition(answer_after)
+    if not found or not answer.strip():
+        raise UserError(
+            f"{place}: no answer after {shorten(repr(answer_after))} (data.answer_after); write "
+            "one, or leave the setting out"
+        )
+    return len(before + found)
 
 
 def _side(value: Any, role: str, what: str) -> list[Any]:
@@ -345,12 +367,17 @@ def _exported(row: dict[str, Any], place: str) -> list[dict[str, Any]]:
             raise UserError(f"{place}: its mapping has no way from {shorten(name)} to its root")
         seen.add(name)
         message, name = node.get("message"), node.get("parent")
-        if not isinstance(message, dict):
+        author, content = (_inner(message, key) for key in ("author", "content"))
+        role, parts = author.get("role"), content.get("parts")
+        if content.get("content_type") != "text" or not isinstance(parts, list):
             continue
-        content = message.get("content") or {}
-        role = (message.get("author") or {}).get("role")
-        parts = content.get("parts") if content.get("content_type") == "text" else None
-        text = "".join(part for part in parts or [] if isinstance(part, str))
+        text = "".join(part for part in parts if isinstance(part, str))
         if role in ("user", "assistant") and text.strip():
             found.append({"role": role, "content": text})
     return found[::-1]
+
+
+def _inner(value: Any, key: str) -> dict[str, Any]:
+    """The object under a key of an object; empty where one of the two is none."""
+    found = value.get(key) if isinstance(value, dict) else None
+    return found if isinstance(found, dict) else {}

@@ -21,6 +21,7 @@ from jlora.system.console import warn
 from jlora.system.errors import UserError
 
 NO_THOUGHTS = re.compile(r"\s*<think>\s*</think>\s*")
+OPEN_THOUGHTS = re.compile(r"<think>\s*\Z")
 #: What looks like a special token in a template's text.
 MARK = re.compile(r"<[|｜][^<>{}'\"\s]+[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]")
 TRAIN_ON = ("all", "last", "each")
@@ -133,18 +134,19 @@ def _encode_pairs(
     """Pairs for a model without a template: prompt, separator, completion, end token."""
     examples = []
     for row in rows:
-        if not row.is_pair or [message["role"] for message in row.messages] != [
-            "user",
-            "assistant",
-        ]:
+        roles = [message["role"] for message in row.messages]
+        if not row.is_pair or roles != ["user", "assistant"]:
             raise UserError(
                 f"{row.place}: a conversation, and the model has no chat template; choose one with "
                 f"--chat-template: {', '.join(built_in_names())}, or a file"
             )
         asked, answer = (message["content"] for message in row.messages)
         examples.append(Example(asked, answer.strip()))
+    sizes = map(len, tokenizer.encode_after([" " + each.completion for each in examples]))
+    fitting = [each for each, size in zip(examples, sizes) if size <= longest - 2]
+    found.dropped += len(examples) - len(fitting)
     encoded = encode_examples(
-        examples, tokenizer, longest, settings.separator_id, settings.end_id, settings.max_prompt
+        fitting, tokenizer, longest, settings.separator_id, settings.end_id, settings.max_prompt
     )
     if settings.mask_prompt is False:
         encoded = [replace(example, prompt_length=1) for example in encoded]
@@ -175,9 +177,14 @@ def _encode_chats(
     for place, ids, trained, joined in zip(places, *encode_spans(tokenizer, texts, spans)):
         if not trained:
             raise UserError(
-                f"{place}: trains no token (its answer is {shorten(repr(ids[-3:]))}); remove it"
+                f"{place}: trains no token, since {template.name} writes nothing of its answers; "
+                "remove the row, or choose another --chat-template"
             )
-        example = fit(ids, trained, longest, settings.too_long, tokenizer.bos_token_id)
+        if settings.mask_prompt is False and settings.too_long == "cut":
+            cut = max(0, len(ids) - 1 - longest)
+            example = TokenExample(ids[cut:], 1, cut)  # all of what is left is trained
+        else:
+            example = fit(ids, trained, longest, settings.too_long, tokenizer.begin_ids)
         if example is None:
             found.dropped += 1
         else:
@@ -228,7 +235,8 @@ def answer_spans(row: Conversation, template: ChatTemplate) -> tuple[str, Spans]
             else:
                 raise _no_prefix(row, number, whole, until, "it as the last message")
         _check_prompt(row, template, number, before, whole[start:end])
-        thoughts = NO_THOUGHTS.match(whole, start, end)
+        opened = OPEN_THOUGHTS.search(before)  # a generation prompt may begin the block
+        thoughts = NO_THOUGHTS.match(whole, opened.start() if opened else start, end)
         spans.append((thoughts.end() if thoughts else start, end))
     return whole, spans
 
@@ -334,7 +342,8 @@ def encode_spans(
         for text, each in zip(texts, spans)
     ]
     pieces = [
-        [text[start:end] for start, end in zip(cuts, cuts[1:])] for text, cuts in zip(texts, edges)
+        [text[start:end] for start, end in zip(cuts, cuts[1:])] or [""]
+        for text, cuts in zip(texts, edges)
     ]
     firsts = tokenizer.encode_batch([each[0] for each in pieces])
     others = iter(tokenizer.encode_after([piece for each in pieces for piece in each[1:]]))
@@ -371,12 +380,12 @@ def fit(
     spans: Sequence[tuple[int, int]],
     longest: int,
     too_long: str = "cut",
-    bos_token_id: int | None = None,
+    begin: Sequence[int] = (),
 ) -> TokenExample | None:
     """An example of at most ``longest`` input tokens; None: no answer fits.
 
-    Of one that is too long the beginning goes (the begin token stays), never a part of an answer:
-    the answers that are still there whole, behind some of what came before, are trained.
+    Of one that is too long the beginning goes, but for ``begin``, the begin token, and never a part
+    of an answer: those that are still there whole, behind some of what came before, are trained.
     """
     cut = len(ids) - 1 - longest
     if cut <= 0:
@@ -384,14 +393,16 @@ def fit(
     if too_long == "drop":
         return None
     ids = ids[: spans[-1][1]]  # behind the last answer there is nothing to learn
-    begin = ids[:1] if ids[0] == bos_token_id else []
-    cut = max(0, len(ids) - 1 - longest)
-    cut += len(begin) if cut else 0
-    shift = cut - len(begin) if cut else 0
-    kept = [(start - shift, end - shift) for start, end in spans if start > cut]
+    begin = list(begin) if ids[: len(begin)] == list(begin) else []
+    cut = len(ids) - 1 - longest
+    if cut <= 0:
+        return _example(ids, spans, 0)
+    cut += len(begin)
+    kept = [(start, end) for start, end in spans if start > cut]
     if not kept:
         return None
-    return _example([*begin, *ids[cut:]] if cut else ids, kept, cut)
+    shift = cut - len(begin)
+    return _example([*begin, *ids[cut:]], [(s - shift, e - shift) for s, e in kept], shift)
 
 
 def _example(ids: list[int], spans: Sequence[tuple[int, int]], cut: int) -> TokenExample:

@@ -76,6 +76,8 @@ SMALL_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
     "vocab.json",
     "merges.txt",
 )

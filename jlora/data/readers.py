@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,9 @@ def csv_objects(path: str | Path) -> Iterator[tuple[int, dict[str, str]]]:
     """
     table = _csv_table(path)
     number, header = next(table)
-    twice = [name for name in header if header.count(name) > 1]
-    if twice:
-        raise UserError(f"{path}:{number}: the column {twice[0]!r} stands twice; rename one")
+    for name, count in Counter(header).items():
+        if count > 1:
+            raise UserError(f"{path}:{number}: the column {name!r} stands twice; rename one")
     for number, row in table:
         yield number, dict(zip(header, row))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def read_rows(path: str | Path, form: str) -> Iterator[Row]:
     else:
         raise UserError(f"{path}: not a data file; give one that ends in {', '.join(SUFFIXES)}")
     for place, row in rows:
-        size = sum(len(value) for value in row.values() if isinstance(value, str))
+        size = characters(row)
         if size > MOST_CHARACTERS:
             raise UserError(
                 f"{place}: a row of {size:,} characters, and at most {MOST_CHARACTERS:,} are read; "
@@ -61,10 +62,21 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
         raise ValueError(f"the key {twice!r} stands twice in an object")
     return found
+
+
+def characters(value: Any) -> int:
+    """About how many characters there are in a structure of dicts, lists and scalars."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(len(str(key)) + characters(each) for key, each in value.items())
+    if isinstance(value, list):
+        return sum(1 + characters(each) for each in value)
+    return 8
 
 
 def _array_rows(path: Path, form: str) -> Iterator[Row]:

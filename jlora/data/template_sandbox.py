@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from datetime import datetime
+from string import Formatter
 from typing import Any
 
 import jinja2
@@ -30,11 +31,18 @@ STEPS, STEPS_A_CHARACTER = 1_000_000, 10
 #: Longest text or list that a rendering may make, and a number for each character given.
 LENGTH, LENGTH_A_CHARACTER = 4_000_000, 20
 NUMBER_BITS = 4096
-WIDE_FIELD = re.compile(r"%[-+ #0(\w)]*?(\d{5,}|\*)|:[^{}]*\d{5,}[^{}]*\}")
-#: Functions and filters that make a text as long as a number says.
-SIZED = frozenset(
-    ("center", "ljust", "rjust", "zfill", "expandtabs", "indent", "wordwrap", "batch", "slice")
-    + ("tojson", "to_bytes")
+#: A width or precision of ``%`` that is very large, or an argument.
+WIDE_FIELD = re.compile(r"%(\([^)]{0,99}\))?[-+ #0]*(\d*\.)?(\d{5,}|\*)")
+WIDE_SPEC = re.compile(r"\d{5,}")
+#: Functions and filters that make a text or list as long as a number says.
+PADDING = frozenset(("center", "ljust", "rjust", "zfill", "to_bytes", "batch", "slice"))
+MOST_INDENT = 16  # of JSON
+SIZED = (str, list, tuple, dict)
+#: Filters that hand on what is in a list and write none of it; all others may make a text of it.
+STRUCTURAL = frozenset(
+    ("length", "count", "first", "last", "list", "map", "select", "reject", "selectattr")
+    + ("rejectattr", "sort", "reverse", "items", "dictsort", "groupby", "batch", "slice")
+    + ("unique", "min", "max", "default", "d", "random", "attr", "int", "float", "round", "abs")
 )
 
 
@@ -53,6 +61,19 @@ class Budget:
     def allow(self, length: int) -> None:
         if length > self.length:
             raise jinja2.TemplateError(f"it makes a text of more than {self.length:,} characters")
+
+    def measure(self, value: str | list | tuple | dict) -> None:
+        """Check the length of what a value is written out as: lists may hold one thing often."""
+        total, stack = 0, [value]
+        while stack:
+            item = stack.pop()
+            total += 1 + len(item)
+            self.allow(total)
+            if isinstance(item, dict):
+                item = [*item, *item.values()]
+            if not isinstance(item, str):
+                stack += [each for each in item if isinstance(each, SIZED)]
+                self.spend(len(item))
 
 
 _budget: contextvars.ContextVar[Budget] = contextvars.ContextVar("budget")
@@ -91,8 +112,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         super().__init__(*args, **keywords)
         self.filters["tojson"] = to_json
         self.filters = {name: _checked(name, each) for name, each in self.filters.items()}
-        self.filters.update(_counted=_Counted, _concatenated=_concatenate)
+        self.filters.update(_counted=_Counted, _concatenated=_concatenate, _measured=_measured)
+        del self.filters["urlize"]  # slow expressions, for HTML
         del self.globals["lipsum"]  # random text of any length
+        self.finalize = _measured
         self.globals["namespace"] = _Namespace
         self.globals["raise_exception"] = raise_exception
         self.globals["strftime_now"] = strftime_now
@@ -120,11 +143,12 @@ class _Environment(ImmutableSandboxedEnvironment):
             _check_bits(left.bit_length() * abs(right))
         elif operator == "%" and isinstance(left, str):
             _check_widths(left)
+            _measured(right)
         return super().call_binop(context, operator, left, right)
 
 
 class _Counting(NodeTransformer):
-    """Has loops and ``~``, for which jinja2 has no hook, go through filters that count."""
+    """Has loops, ``~`` and lists, for which jinja2 has no hook, go through filters that count."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -134,6 +158,16 @@ class _Counting(NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
         self.generic_visit(node)
         return _filter(nodes.List(node.nodes, lineno=node.lineno), "_concatenated")
+
+    def visit_List(self, node: nodes.List) -> nodes.Filter:
+        self.generic_visit(node)
+        return _filter(node, "_measured")
+
+    visit_Dict = visit_List
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
+        self.generic_visit(node)
+        return node if node.ctx == "store" else _filter(node, "_measured")
 
 
 def _filter(node: nodes.Expr, name: str) -> nodes.Filter:
@@ -156,10 +190,16 @@ class _Counted:
         return len(self._items)  # TypeError for a generator, as `loop.length` expects
 
 
+def _measured(value: Any) -> Any:
+    if isinstance(value, SIZED):
+        _budget.get().measure(value)
+    return value
+
+
 def _concatenate(pieces: Iterable[Any]) -> str:
     allowed, total, texts = _budget.get(), 0, []
     for piece in pieces:
-        texts.append(str(piece))
+        texts.append(str(_measured(piece)))
         total += len(texts[-1])
         allowed.allow(total)
     return "".join(texts)
@@ -173,6 +213,9 @@ def _checked(name: str, function: Any) -> Any:
         allowed = _budget.get()
         allowed.spend()
         _check_arguments(name, function, args, keywords)
+        if name not in STRUCTURAL:
+            for value in (*args, *keywords.values()):
+                _measured(value)
         result = function(*args, **keywords)
         if isinstance(result, (str, list)):
             allowed.allow(len(result))
@@ -183,29 +226,46 @@ def _checked(name: str, function: Any) -> Any:
 
 def _check_arguments(name: str, function: Any, args: Any, keywords: Any) -> None:
     """Refuse arguments by which a function of Python's would fill the memory at once."""
+    allowed = _budget.get()
     # The sandbox wraps str.format.
     owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)
     values = [*([owner] if isinstance(owner, str) else []), *args, *keywords.values()]
-    if name in SIZED:
-        for value in values:
-            if isinstance(value, int):
-                _budget.get().allow(value)
-    elif name == "replace":
-        texts = [text for text in values if isinstance(text, str)]
-        if len(texts) == 3:
-            found = len(texts[0]) // max(1, len(texts[1])) + 1
-            _budget.get().allow(len(texts[0]) + found * len(texts[2]))
+    texts = [value for value in values if isinstance(value, str)]
+    numbers = [abs(value) for value in values if isinstance(value, int)]
+    longest = len(max(texts, key=len, default=""))
+    if name in PADDING:
+        allowed.allow(max(numbers, default=0))
+    elif name in ("expandtabs", "indent") and texts:
+        # A number or a text is put before lines, or in the place of tabs.
+        width = max([*numbers, *(len(text) for text in texts[1:])], default=0)
+        allowed.allow((texts[0].count("\t") + texts[0].count("\n") + 1) * width)
+    elif name == "wordwrap" and len(texts) > 1:
+        allowed.allow(len(texts[0]) * len(texts[1]))
+    elif name == "replace" and len(texts) == 3:
+        found = len(texts[0]) // max(1, len(texts[1])) + 1
+        allowed.allow(len(texts[0]) + found * len(texts[2]))
+    elif name == "translate":
+        raise jinja2.TemplateError("it calls translate, which chat templates may not")
+    elif name == "tojson" and max(numbers, default=0) > MOST_INDENT:
+        raise jinja2.TemplateError(f"it writes JSON with an indent above {MOST_INDENT}")
+    elif name == "sum":
+        allowed.measure([value for value in values if isinstance(value, (list, tuple))])
     elif name == "join":
-        between = max((len(text) for text in values if isinstance(text, str)), default=0)
         for items in values:
             if hasattr(items, "__len__") and not isinstance(items, str):
-                _budget.get().allow(between * len(items))
+                allowed.measure(items if isinstance(items, (list, tuple)) else list(items))
+                allowed.allow(longest * len(items))
     elif name in ("format", "format_map"):
         for value in values:
-            if isinstance(value, str):
-                _check_widths(value)
-            elif isinstance(value, int) and "{" in str(values[0]).replace("{}", "", 1):
-                _budget.get().allow(value)  # it may be a width
+            _measured(value)
+        if owner is None and texts:  # the filter is `%`
+            _check_widths(texts[0])
+        elif texts:
+            specs = [spec for _, _, spec, _ in Formatter().parse(texts[0]) if spec]
+            # A width in braces is an argument.
+            wide = [*specs, *map(str, values[1:])] if any("{" in spec for spec in specs) else specs
+            if any(WIDE_SPEC.search(spec) for spec in wide):
+                raise _too_wide(texts[0])
 
 
 def _check_product(left: Any, right: Any) -> None:
@@ -224,7 +284,11 @@ def _check_bits(bits: int) -> None:
 
 def _check_widths(text: str) -> None:
     if WIDE_FIELD.search(text):
-        raise jinja2.TemplateError(f"it formats to a width that is too large ({text[:40]!r})")
+        raise _too_wide(text)
+
+
+def _too_wide(text: str) -> jinja2.TemplateError:
+    return jinja2.TemplateError(f"it formats to a width that is too large ({text[:40]!r})")
 
 
 class _Namespace(jinja2.utils.Namespace):
@@ -239,6 +303,9 @@ class _Namespace(jinja2.utils.Namespace):
     def __setitem__(self, name: str, value: Any) -> None:
         _check_name(name)
         super().__setitem__(name, value)
+
+    def __repr__(self) -> str:
+        return "<Namespace>"  # its values may be namespaces that hold one another
 
 
 def _check_name(name: Any) -> None:

@@ -79,6 +79,20 @@ def decoder_of(model) -> Decoder | NativeDecoder:
     return Decoder(model) if native is None else NativeDecoder(native, model)
 
 
+def angle_limit(config) -> int | None:
+    """The length of a text beyond which rope_type longrope turns all its keys by other angles."""
+    ropes = config.ropes() if hasattr(config, "ropes") else []
+    return next((rope.limit for rope in ropes if rope.long is not None), None)
+
+
+def room(model, prompt: Sequence[int]) -> int:
+    """How many tokens can follow a prompt; below 1 it does not fit the model's context."""
+    limit = angle_limit(model.config)
+    if limit is None or len(prompt) > limit:
+        limit = model.config.max_positions
+    return limit - len(prompt) + 1  # the last one is never read, so it needs no position
+
+
 def check_prompts(model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Refuse prompts that the model cannot take.
 
@@ -86,16 +100,22 @@ def check_prompts(model, prompts: Sequence[Sequence[int]], max_new_tokens: int) 
         UserError: a prompt is empty, too long for the model's context together with the new
             tokens, or holds ids outside the vocabulary.
     """
+    angles = angle_limit(model.config)
     context, vocabulary = model.config.max_positions, model.config.vocab_size
     for number, prompt in enumerate(prompts, start=1):
         if not len(prompt):
             raise UserError(f"input {number} has no tokens; give a prompt of one token or more")
-        # The last new token is never read by the model, so it needs no position.
         if len(prompt) + max_new_tokens - 1 > context:
             raise UserError(
                 f"input {number} has {len(prompt)} tokens, which with {max_new_tokens} new ones "
                 f"exceed the model's context of {context}; shorten the input or ask for fewer "
                 "new tokens"
+            )
+        if room(model, prompt) < max_new_tokens:
+            raise UserError(
+                f"input {number} has {len(prompt)} tokens, which with {max_new_tokens} new ones "
+                f"outgrow the {angles} that rope_type longrope has short angles for; ask for "
+                f"{room(model, prompt)} new tokens at most"
             )
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             raise UserError(

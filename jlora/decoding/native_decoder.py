@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jlora.decoding.native_weights import NativeModel
-from jlora.kernels.decoder import head_topk, run_prompts, run_step
+from jlora.kernels.decoder import TokenMemory, head_topk, run_prompts, run_step
 from jlora.kernels.topk import log_softmax_topk
 from jlora.system.runtime import jt
 
@@ -33,7 +33,7 @@ class NativeDecoder:
 
     def _rows_gone(self) -> None:
         self.hidden = np.zeros((0, int(self.model.model["C"][0])), np.float32)
-        self._prompts: dict[int, np.ndarray] = {}  # (layers, 2, tokens, width) by address
+        self._prompts: dict[int, TokenMemory] = {}  # by address
         self._owner = np.zeros(0, np.int64)  # (R,) address of each row's prompt
         self._prompt_lengths = np.zeros(0, np.int32)  # (R,)
         self._table = np.zeros((0, 0), np.int32)  # (R, most), -1 where a row is shorter
@@ -52,31 +52,33 @@ class NativeDecoder:
     def resume(self, length: int, tokens: Sequence[int]) -> None:
         """Keep the only row's first ``length`` (> 0) tokens and run ``tokens`` after them."""
         shape = (self.model.layers, 2, length + len(tokens), self.model.width)
-        block = np.empty(shape, np.float32)
+        block = TokenMemory(shape)
         prompt = self._prompts[int(self._owner[0])]
         size = min(length, prompt.shape[2])
-        block[:, :, :size] = prompt[:, :, :size]
-        block[:, :, size:length] = self._slabs.read(self._table[0, : length - size])
+        generated = self._slabs.read(self._table[0, : length - size])
+        block.fill([prompt.numbers()[:, :, :size], *generated])
         self._rows_gone()
         self._enter([tokens], [block])
 
     def _enter(
-        self, prompts: Sequence[Sequence[int]], blocks: Sequence[np.ndarray] | None = None
+        self, prompts: Sequence[Sequence[int]], blocks: Sequence[TokenMemory] | None = None
     ) -> None:
         """Run prompts, each behind the tokens that its block has room for besides its own."""
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         ids = np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts])
         if blocks is None:
             shape = (self.model.layers, 2, self.model.width)
-            blocks = [np.empty((*shape[:2], length, shape[2]), np.float32) for length in lengths]
+            blocks = [TokenMemory((*shape[:2], int(n), shape[2])) for n in lengths]
         whole = np.array([block.shape[2] for block in blocks], np.int32)
+        if self.model.rope is not None:
+            self.model.rope.is_long(whole, lengths)
         before = whole - lengths
         if self.model.rope is not None:
             self.model.rope.is_long(whole, lengths)
         positions = np.concatenate(
             [np.arange(*ends, dtype=np.int32) for ends in zip(before, whole)]
         )
-        addresses = np.array([block.ctypes.data for block in blocks], np.int64)
+        addresses = np.array([block.address for block in blocks], np.int64)
         hidden = run_prompts(
             self.model.model, self.model.blocks, ids, positions, lengths, before, addresses
         )
@@ -133,14 +135,14 @@ class _Slabs:
 
     def __init__(self, shape: tuple[int, ...]):
         self._shape = shape
-        self._slabs: list[np.ndarray] = []
+        self._slabs: list[TokenMemory] = []
         self._free = np.zeros(0, np.int32)
         self.addresses = np.zeros(0, np.int64)
 
-    def read(self, places: np.ndarray) -> np.ndarray:
-        """The keys and values at ``places`` (n,), (layers, 2, n, width)."""
-        parts = [self._slabs[place // SLAB][:, :, place % SLAB] for place in places]
-        return np.stack(parts, axis=2) if parts else np.empty((*self._shape[:2], 0, self._shape[3]))
+    def read(self, places: np.ndarray) -> list[np.ndarray]:
+        """The keys and values at ``places``, (layers, 2, 1, width) each."""
+        slabs = {number: self._slabs[number].numbers() for number in set(places // SLAB)}
+        return [slabs[place // SLAB][:, :, place % SLAB][:, :, None] for place in places]
 
     def take(self, count: int, table: np.ndarray) -> np.ndarray:
         """``count`` places, (count,) int32, that ``table`` does not name."""
@@ -150,8 +152,8 @@ class _Slabs:
             self._free = np.flatnonzero(~used).astype(np.int32)
         while len(self._free) < count:
             first = len(self._slabs) * SLAB
-            self._slabs.append(np.empty(self._shape, np.float32))
-            self.addresses = np.array([slab.ctypes.data for slab in self._slabs], np.int64)
+            self._slabs.append(TokenMemory(self._shape))
+            self.addresses = np.array([slab.address for slab in self._slabs], np.int64)
             new = np.arange(first, first + SLAB, dtype=np.int32)
             self._free = np.concatenate([self._free, new])
         taken, self._free = self._free[:count], self._free[count:]

@@ -7,18 +7,25 @@ from collections.abc import Sequence
 import numpy as np
 
 from jlora.adapters import TunedModel
-from jlora.engine.blocks import BLOCKS, is_interleaved, is_whole, part
-from jlora.engine.parts import is_known
+from jlora.engine import blocks
+from jlora.engine.blocks import BLOCKS, is_interleaved, is_whole
+from jlora.engine.parts import current, is_known
 from jlora.engine.products import LORA, PackedEmbedding, PackedHead
 from jlora.kernels import native
 from jlora.kernels.block import ACTIVATIONS
 from jlora.kernels.decoder import BLOCK, COLUMNS_FIRST, LINEAR, MODEL, NORM, PACKED, ROWS_FIRST
+from jlora.kernels.gpu_library import DeviceMemory, on_gpu
 from jlora.layers.base import Conv1D
 from jlora.models.parts import Parts
 from jlora.models.rope import Rope
 from jlora.system.runtime import jt, nn
 
 NORMS = "before_attention", "after_attention", "before_mlp", "after_mlp", "queries", "keys"
+
+
+def part(module: nn.Module, path: str) -> nn.Module:
+    """The submodule that stands at a path now: of one that is trained in full, the copy."""
+    return current(blocks.part(module, path))
 
 
 class _Unsupported(Exception):
@@ -51,7 +58,7 @@ class NativeModel:
         if family.parts.block not in BLOCKS:
             raise _Unsupported("blocks that the operators do not compute")
         body = getattr(model, family.parts.body)
-        if not is_known(body):
+        if not is_known(body, copies=True):
             raise _Unsupported("parts that the operators do not read")
         self._read(model.config, body, family.parts)
         self.model["layers"] = len(self.blocks)
@@ -74,16 +81,18 @@ class NativeModel:
         }  # fmt: skip
         for name, number in numbers.items():
             self.model[name] = number
-        self._read_tokens(getattr(body, parts.tokens))
+        if on_gpu() and (config.head_dim > 128 or config.head_dim % 16):
+            raise _Unsupported("heads of this size")
+        self._read_tokens(part(body, parts.tokens))
         if parts.positions is None:
             self._read_ropes(body.ropes)
         else:
-            self.model["positions"] = self._address(getattr(body, parts.positions).weight)
+            self.model["positions"] = self._address(part(body, parts.positions).weight)
         self.model["activation"] = ACTIVATIONS[parts.activation]
         self.model["gated"], self._centred = parts.gated, parts.norm == "layer"
         self.model["grouped"] = parts.grouped
         self.model["embedding_scale"] = getattr(body, "embedding_scale", 1.0)
-        self.model["last"] = self._norm(getattr(body, parts.last_norm))
+        self.model["last"] = self._norm(part(body, parts.last_norm))
         sources = getattr(body, parts.blocks)
         self.blocks = np.zeros(len(sources), BLOCK)
         ropes = getattr(body, "layer_ropes", [None] * len(sources))
@@ -102,6 +111,26 @@ class NativeModel:
                     block[name][i] = self._linear(part(source, path))
             block["out"] = self._linear(part(source, parts.output))
             block["down"] = self._linear(part(source, parts.down))
+        if on_gpu():
+            self._check_gpu()
+
+    def _check_gpu(self) -> None:
+        """What cuda/decoder.h computes is less than decoder.h does."""
+        model = self.model[0]
+        plain = ("neighbours", "long_from", "grouped")
+        if any(model[name] for name in plain) or model["amplitude"] not in (0, 1):
+            raise _Unsupported("rotary positions or layouts of heads that the GPU's decoder lacks")
+        if model["positions"] == 0 and (model["ropes"] != 1 or model["rotary"] != model["D"]):
+            raise _Unsupported("partial rotary positions, or several kinds of them")
+        for block in self.blocks:
+            if any(block[name]["weight"] for name in NORMS if not name.startswith("before")):
+                raise _Unsupported("norms that the GPU's decoder lacks")
+            if model["positions"] == 0 and block["rope"] != 1:
+                raise _Unsupported("layers without positions")
+            if block["before_attention"]["weight"] == 0 or block["in"][1]["kind"] == (
+                0 if model["gated"] else PACKED
+            ):
+                raise _Unsupported("blocks without a first norm, or with joined layers")
 
     def _check_heads(self, *numbers: int) -> None:
         """A block may not differ from the config, which the decoder reads once for all blocks."""
@@ -124,8 +153,7 @@ class NativeModel:
         self.model["ropes"], self.model["rotary"] = len(rows), 2 * len(rows[0])
         self.model["amplitude"] = first.amplitude
         frequencies = np.ascontiguousarray(np.stack(rows), np.float32)
-        self._held.append(frequencies)
-        self.model["frequencies"] = frequencies.ctypes.data
+        self.model["frequencies"] = self._array(frequencies)
 
     def _read_scores(self, attention: nn.Module, block: np.ndarray) -> None:
         """Of a block's attention: what becomes of its scores, and how it is turned."""
@@ -146,7 +174,8 @@ class NativeModel:
         self.model[name] = value
 
     def _read_tokens(self, module: nn.Module) -> None:
-        if type(module) is PackedEmbedding:
+        # A copy of it, which has other rows, is of the class too.
+        if type(module) is PackedEmbedding and module._packed.fits(module.weight):
             self.model["packed_tokens"] = self._packed_address(module._packed)
         else:
             self.model["tokens"] = self._address(module.weight)
@@ -169,11 +198,15 @@ class NativeModel:
         else:
             product = getattr(module, "_packed", None)
             product = product if product is not None and product.fits(module.weight) else None
+        adds = adapted and module._adds_lora
+        folded = product.folded(module) if adds and product is not None else None
+        product = folded or product
         turned = module.fan_in_fan_out if adapted else isinstance(module, Conv1D)
         result = self._weight(module.weight, turned, product)
-        if module.bias is not None:
-            result["bias"] = self._address(module.bias)
-        if adapted and module._adds_lora:
+        bias = module.bias if folded is None else folded.bias
+        if bias is not None:
+            result["bias"] = self._address(bias)
+        if adds and folded is None:
             self._read_branch(module, result)
         return result
 
@@ -181,6 +214,8 @@ class NativeModel:
         result = np.zeros((), LINEAR)
         n, k = weight.shape[::-1] if turned else weight.shape
         result["n"], result["k"] = n, k
+        if product is None and on_gpu():
+            raise _Unsupported("weights that are not packed")
         if product is None:
             result["kind"] = COLUMNS_FIRST if turned else ROWS_FIRST
             result["weight"] = self._address(weight)
@@ -205,17 +240,22 @@ class NativeModel:
         self._held.append(weight)
         return weight.address
 
+    def _array(self, array: np.ndarray) -> int:
+        memory = DeviceMemory.of(array) if on_gpu() else array
+        self._held.append(memory)
+        return memory.address if on_gpu() else array.ctypes.data
+
     def _address(self, var: jt.Var) -> int:
         if not isinstance(var, jt.Var) or var.dtype != "float32":
             raise _Unsupported("weights that are not float32")
-        array = var.data  # shares the Var's memory
-        self._held += [var, array]
-        return array.ctypes.data
+        self._held.append(var)
+        # On the host, .data shares the Var's memory; on a GPU it would move the Var there.
+        return self._array(var.numpy() if on_gpu() else var.data)
 
 
 def native_model(model) -> NativeModel | None:
     """The model for the native decoder; None where only the model's own layers can run it."""
-    if jt.flags.use_cuda or native.problem() is not None or not native.has("run_prompts_op"):
+    if native.problem() is not None or not native.has("run_prompts_op"):
         return None
     try:
         return NativeModel(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from jlora.decoding.decoder import check_prompts, decoder_of
+from jlora.decoding.decoder import angle_limit, check_prompts, decoder_of, room
 from jlora.decoding.sampling import GenerateConfig, next_tokens
 
 
@@ -21,6 +21,7 @@ class Session:
     def __init__(self, model):
         self._model = model
         self._decoder = None
+        self._limit = angle_limit(model.config)
         self._held: list[int] = []  # the tokens whose keys and values the decoder has
 
     def tokens(
@@ -36,6 +37,8 @@ class Session:
         """
         check_prompts(self._model, [prompt], config.max_new_tokens)
         kept = self._common(prompt)
+        if self._limit is not None and kept <= self._limit < len(prompt):
+            kept = 0
         self._held = []  # unknown until the prompt has been run
         if kept:
             self._decoder.resume(kept, prompt[kept:])
@@ -49,6 +52,10 @@ class Session:
             self._held += unread
             unread = [token]
             yield token
+
+    def room(self, prompt: Sequence[int]) -> int:
+        """How many tokens can follow ``prompt``; below 1 it does not fit the model's context."""
+        return room(self._model, prompt)
 
     def _common(self, prompt: Sequence[int]) -> int:
         """Tokens at the beginning of ``prompt`` that need not be run; its last one always is."""

@@ -12,7 +12,7 @@ import itertools
 from jlora import layers
 from jlora.adapters.base_model import remember_base
 from jlora.engine.blocks import BLOCKS, learn
-from jlora.engine.leaves import FUSED, TrainedEmbedding
+from jlora.engine.leaves import FUSED, FUSED_ON_GPU, TrainedEmbedding
 from jlora.engine.products import (
     LORA,
     PACKED,
@@ -24,6 +24,7 @@ from jlora.engine.products import (
 )
 from jlora.formats.names import is_lora_name
 from jlora.kernels import native, packed_linear
+from jlora.kernels.gpu_library import on_gpu
 from jlora.models.head import LanguageHead
 from jlora.system import machine
 from jlora.system.errors import UserError
@@ -32,17 +33,18 @@ from jlora.system.runtime import jt, nn, release_memory
 PRECISIONS = ("plain", "fp32", "bf16", "int8", "int8-both")
 
 
-PLAIN = {fused: plain for plain, fused in {**FUSED, **PACKED, **BLOCKS}.items()}
+_SWAPS = (FUSED, FUSED_ON_GPU, PACKED, BLOCKS)
+PLAIN = {fused: plain for swaps in _SWAPS for plain, fused in swaps.items()}
 PLAIN[PackedEmbedding] = PLAIN[TrainedEmbedding] = nn.Embedding
 
 
 def choose_precision() -> tuple[str, str]:
     """The fastest precision that this machine does well, and why."""
-    if jt.flags.use_cuda:
-        return "plain", "the fused operators are for CPUs; on a GPU Jittor's own are used"
     problem = native.problem()
     if problem is not None:
         return "plain", problem
+    if on_gpu():
+        return "bf16", "the GPU multiplies bf16"
     if not packed_linear.available("bf16"):
         return "fp32", "neither AMX nor oneDNN multiplies bf16 here"
     tiles = packed_linear.tiles()
@@ -63,9 +65,9 @@ def prepare(
 
     Weights that are trained stay float32. With AMX or AVX-512 their products read copies in bf16
     that follow them, whatever precision the frozen ones are packed in; elsewhere they run plain.
-    Call it again after something else is to be trained, after an adapter was attached, merged away
-    or unloaded (the layers put in place then are plain), and after frozen weights were given other
-    numbers: packed weights are copies.
+    Call it again after something else is to be trained, after an adapter was merged away (the
+    layers put in place then are plain), and after frozen weights were given other numbers: packed
+    weights are copies. Adapters that are put on or taken off later take the packed weights over.
 
     Args:
         model: a model or PeftModel, in float32; what is not trained has its gradient stopped.
@@ -103,9 +105,12 @@ def prepare(
     if precision == "plain":
         return precision
     trainable = _trainable(model)
+    fused = FUSED_ON_GPU if on_gpu() else FUSED
     for module in model.modules():
-        if type(module) in FUSED:
-            module.__class__ = FUSED[type(module)]
+        if type(module) in fused:
+            module.__class__ = fused[type(module)]
+        elif on_gpu():
+            continue
         elif type(module) is nn.Embedding and id(module.weight) in trainable:
             module.__class__ = TrainedEmbedding
     if precision in packed_linear.KINDS:
@@ -139,14 +144,14 @@ def restore(model) -> None:
             if held not in unpacked:  # tied weights stay tied
                 unpacked[held] = held.unpacked()
             module.weight = unpacked[held]
-        for name in ("_packed", "_engine", "_plans", "_checkpoint", "_given", "_bottom"):
+        for name in ("_packed", "_engine", "_folded", "_plans", "_checkpoint", "_given", "_bottom"):
             module.__dict__.pop(name, None)
     native.free_retired()
 
 
 def _check(model, precision: str) -> None:
-    if jt.flags.use_cuda:
-        raise UserError(f"precision {precision} is for CPUs; on a GPU use precision plain")
+    if on_gpu() and precision != "bf16":
+        raise UserError(f"precision {precision} is for CPUs; on a GPU use bf16 or plain")
     problem = native.problem()
     if problem is not None:
         raise UserError(f"precision {precision} is not to be had: {problem}")
@@ -196,8 +201,15 @@ def _pack(model, precision: str, keep_weights: bool) -> None:
         kind = "bf16" if weight is head else precision
         product = FrozenProduct(weight, bias, transposed, kind)
         product.install(module)
-        # Another variant than plain LoRA may read the weight in its forward pass.
-        if not keep_weights and not (is_lora and not module.variant.is_plain):
+        # Another variant than plain LoRA may read the weight in its forward pass, unless it is
+        # folded into a copy now, while the weight is not rounded.
+        runs_itself = (
+            is_lora
+            and module.has_adapter
+            and not module.variant.is_plain
+            and product.folded(module) is None
+        )
+        if not keep_weights and not runs_itself:
             release = _release_head if type(module) is PackedHead else _release
             release(model, product, module)
             del weight
@@ -229,7 +241,7 @@ def _fuse_blocks(model, checkpoint_activations: bool) -> None:
     for block in blocks:
         block.__class__ = BLOCKS[type(block)]
         block._checkpoint = checkpoint_activations
-        block._given = not _trains_lora_alone(block, trainable)
+        block._given = on_gpu() or not _trains_lora_alone(block, trainable)
     if blocks and trainable:
         own = {id(parameter) for parameter in blocks[0].parameters()}
         before = itertools.takewhile(lambda p: id(p) not in own, model.parameters())

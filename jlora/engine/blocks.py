@@ -11,6 +11,7 @@ from jlora.engine.parts import PARTS, is_known, learn_modules
 from jlora.engine.products import FrozenProduct, PackedConv1D, PackedLinear, TrainedProduct
 from jlora.kernels import elementwise
 from jlora.kernels.block import ACTIVATIONS, NORMS, BlockPlan, Layer, Shape, run_block
+from jlora.kernels.gpu_library import on_gpu
 from jlora.kernels.packed_linear import Branch
 from jlora.layers import Linear, MergedLinear
 from jlora.models.attention import Stream
@@ -41,9 +42,11 @@ class _Layer:
             if module.merged:
                 return None
             if module._adds_lora:
+                folded = product.folded(module)
                 branch = product.branch(module)
-                if branch is None:
+                if folded is None and branch is None:
                     return None
+                product = folded or product
         else:
             return None
         return cls(module, product, branch)
@@ -137,6 +140,11 @@ class _FusedBlock:
             if len(plans) >= MOST_PLANS:
                 plans.clear()
             fits = shape.fits(flat[0].product.packed.k, flat[-1].product.packed.k)
+            if on_gpu():  # cuda/block.h has the first two norms alone
+                fits = (
+                    fits and [p is not None for p in norms[::2]] == [True, False] * 2 + [False] * 2
+                )
+                fits = fits and len(layers[2]) == (2 if shape.gated else 1)
             arrays = [None if p is None else p.numpy() for p in norms]
             joints = [[layer.planned() for layer in joint] for joint in layers]
             plans[key] = BlockPlan(shape, arrays, joints, self._given) if fits else None

@@ -55,6 +55,12 @@ class TrainedEmbedding(nn.Embedding):
         return elementwise.embedding(self.weight, x.int32())
 
 
+class StreamAttention(models_attention.CausalAttention):
+    """On a GPU: the fused block reads streams; without it, this is the plain layer with a mask."""
+
+    reads_streams = True
+
+
 FUSED = {
     models_attention.CausalAttention: FusedAttention,
     llama.SwiGLU: FusedSwiGLU,
@@ -65,4 +71,9 @@ FUSED = {
     nn.Dropout: elementwise.FusedDropout,
     llama.RMSNorm: FusedRMSNorm,
     gpt2.LayerNorm: FusedLayerNorm,
+}
+#: On a GPU, where what stands between the products is in the fused block or Jittor's own.
+FUSED_ON_GPU = {
+    models_attention.CausalAttention: StreamAttention,
+    nn.Dropout: elementwise.FusedDropout,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,10 @@ _OVERRIDES = {"execute", "__fhook__", "__fhook2__", "__bihook__", "__bohook__"}
 def is_overridden(module: nn.Module) -> bool:
     """Whether this one module computes something else than its class, or is watched by a hook."""
     return not _OVERRIDES.isdisjoint(vars(module))
+
+
+#: Tells one `FrozenProduct` from another, also from one that is gone.
+NUMBERS = itertools.count()
 
 
 class PackedOnly:
@@ -59,7 +64,8 @@ class FrozenProduct:
 
     def __init__(self, weight: jt.Var, bias: jt.Var | None, transposed: bool, kind: str):
         self.weight, self.bias = weight, bias
-        self.transposed = transposed
+        self.transposed, self.kind = transposed, kind
+        self.number = next(NUMBERS)
         self.packed = PackedWeight(weight, transposed, kind)
 
     def __call__(self, x: jt.Var) -> jt.Var:
@@ -93,8 +99,32 @@ class FrozenProduct:
         enabled = tuple(getattr(layer, "enable_lora", (True,)))
         return Branch(layer.lora_A, layer.lora_B, enabled, layer.scaling, p)
 
+    def folded(self, layer) -> FrozenProduct | None:
+        """A copy of the weight with the layer's change in it, where that is what computes it.
+
+        That is for variants whose forward pass no operator knows, while nothing of the layer is
+        trained; None for others.
+        """
+        if layer.variant.is_plain or not layer.is_frozen or type(layer) not in LORA:
+            return None
+        names = ("lora_A", "lora_B", *layer.variant.parameters)
+        # Jittor gives a Var another number whenever it gets another value.
+        key = (self.number, *(getattr(layer, name).id for name in names))
+        kept = vars(layer).get("_folded")
+        if kept is None or kept[0] != key:
+            with jt.no_grad():
+                weight = layer.variant.merged_weight(layer, layer.float_weight())
+                bias = layer.variant.merged_bias(layer, self.bias)
+            product = FrozenProduct(weight, bias, self.transposed, self.kind)
+            product.release(())
+            layer._folded = kept = key, product
+        return kept[1]
+
     def with_lora(self, x: jt.Var, layer) -> jt.Var | None:
         """The whole of a LoRA layer in one operator, or None where that cannot be."""
+        folded = self.folded(layer)
+        if folded is not None:
+            return folded(x)
         branch = self.branch(layer)
         if branch is None or self.trains_bias:
             return None

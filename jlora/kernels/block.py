@@ -10,6 +10,7 @@ import numpy as np
 
 from jlora.kernels import structs
 from jlora.kernels.elementwise import ACTIVATIONS
+from jlora.kernels.gpu_library import on_gpu
 from jlora.kernels.native import FusedFunction, call, operator, retire
 from jlora.kernels.packed_linear import Branch, PackedWeight, TrainedWeight
 from jlora.system.runtime import jt
@@ -63,6 +64,11 @@ class Shape:
 
     def fits(self, width: int, inner: int) -> bool:
         """Whether the operator can do it: rows are handled 32 numbers at a time."""
+        if on_gpu():
+            # Larger heads have tiles that do not fit into shared memory.
+            usual = self.rotary in (0, self.head_size) and self.head_size <= 128
+            if not usual or self.neighbours or self.grouped:
+                return False
         return all(n % 32 == 0 for n in (self.head_size, self.rotary, width, inner))
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from jlora.kernels import structs
+from jlora.kernels.gpu_library import DeviceMemory, on_gpu
 from jlora.kernels.native import run
 from jlora.kernels.topk import rectangle
 
@@ -15,6 +18,40 @@ LINEAR, NORM = np.dtype(structs.Linear), np.dtype(structs.Norm)
 # MODEL: "positions" and "frequencies" are learned and rotary positions, 0 where there are none;
 # "activation" is one of block.ACTIVATIONS, "gated" whether blocks have two layers "in".
 BLOCK, MODEL = np.dtype(structs.Block), np.dtype(structs.Model)
+
+
+class TokenMemory:
+    """Keys and values of tokens: float32 on the host; bf16, as uint16, on a GPU.
+
+    Attributes:
+        shape: (layers, 2, tokens, width).
+        address: where they stand.
+    """
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.shape = shape
+        if on_gpu():
+            self._memory = DeviceMemory(2 * int(np.prod(shape)))
+            self.address = self._memory.address
+        else:
+            self._memory = np.empty(shape, np.float32)
+            self.address = self._memory.ctypes.data
+
+    def numbers(self) -> np.ndarray:
+        """As an array of ``shape``; a copy on a GPU."""
+        if isinstance(self._memory, np.ndarray):
+            return self._memory
+        return self._memory.numpy(self.shape, np.uint16)
+
+    def fill(self, parts: Sequence[np.ndarray]) -> None:
+        """Write `numbers` of other tokens, one part after the other, from the first token on."""
+        numbers, end = self.numbers(), 0
+        for part in parts:
+            begin, end = end, end + part.shape[2]
+            numbers[:, :, begin:end] = part
+        if not isinstance(self._memory, np.ndarray):
+            self._memory = DeviceMemory.of(numbers)
+            self.address = self._memory.address
 
 
 def run_prompts(model, blocks, ids, positions, lengths, before, prompts) -> np.ndarray:

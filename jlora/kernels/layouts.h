@@ -1,13 +1,9 @@
-// Where the structs that Python mirrors (structs.py) have their fields, for its check.
+// Where the structs that Python mirrors (structs.py) have their fields, for its check. Whoever includes this
+// has included the structs.
 #pragma once
 #include <cstddef>
 #include <string>
-#include "adamw.h"
 #include "native.h"
-#if defined(JLORA_PRODUCTS)
-#include "block.h"
-#include "decoder.h"
-#endif
 
 namespace jlora {
 #define JLORA_FIELD(S, name) (std::string(" " #name " ") + std::to_string(offsetof(S, name)) + " " + std::to_string(sizeof(S::name)))
@@ -16,10 +12,12 @@ namespace jlora {
 inline std::string layouts() {
     std::string text = JLORA_STRUCT(Array, Array) + JLORA_FIELD(Array, data) + JLORA_FIELD(Array, size)
         + JLORA_FIELD(Array, shape) + JLORA_FIELD(Array, dims);
+#if !defined(__CUDACC__) && !defined(JLORA_CUDA_EMULATOR)
     using A = AdamWNumbers;
     text += JLORA_STRUCT(A, AdamWNumbers) + JLORA_FIELD(A, beta1) + JLORA_FIELD(A, rest1) + JLORA_FIELD(A, beta2)
         + JLORA_FIELD(A, rest2) + JLORA_FIELD(A, rate) + JLORA_FIELD(A, root2) + JLORA_FIELD(A, decay)
         + JLORA_FIELD(A, eps) + JLORA_FIELD(A, clip);
+#endif
 #if defined(JLORA_PRODUCTS)
 #if defined(JLORA_TILES)
     using W = Weight;

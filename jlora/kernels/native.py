@@ -1,8 +1,9 @@
-"""How a C++ operator gets into Jittor.
+"""How a C++ or CUDA operator gets into Jittor.
 
 The operators of this folder are compiled once for the machine, into one library. What Jittor
 compiles for each of them is a stub of a few lines that calls the library; the stub depends on the
-number and types of the arrays only, so a handful of stubs serve all operators and all sizes.
+number and types of the arrays only, so a handful of stubs serve all operators and all sizes. On an
+NVIDIA card the library is that of `gpu_library`, whose operators have the same names and arguments.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jlora.kernels import structs
+from jlora.kernels import gpu_library, structs
+from jlora.kernels.gpu_library import on_gpu
 from jlora.system import machine
 from jlora.system.errors import UserError
 from jlora.system.files import atomic_path
@@ -49,8 +51,17 @@ static inline jlora::Array jlora_array(jittor::Var* v) {
 )
 
 
-@functools.cache
 def library() -> ctypes.CDLL:
+    """The compiled operators of where Jittor computes now: the processors, or the card.
+
+    Raises:
+        UserError: they could not be compiled or loaded.
+    """
+    return gpu_library.library() if on_gpu() else _cpu_library()
+
+
+@functools.cache
+def _cpu_library() -> ctypes.CDLL:
     """The compiled operators, compiled at the first call on this machine.
 
     Raises:
@@ -74,9 +85,13 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-@functools.cache
 def problem() -> str | None:
     """Why the operators cannot be used on this machine, None if they can; asked once."""
+    return _problem(on_gpu())
+
+
+@functools.cache
+def _problem(_on_gpu: bool) -> str | None:
     try:
         library()
     except UserError as error:
@@ -133,8 +148,15 @@ def _compile(command: list[str], path: Path) -> None:
 
 
 @functools.cache
-def _address(function: str) -> int:
-    return ctypes.cast(getattr(library(), function), ctypes.c_void_p).value
+def _address(function: str, library: ctypes.CDLL) -> int:
+    return ctypes.cast(getattr(library, function), ctypes.c_void_p).value
+
+
+# What a failed call of CUDA has left to say; Jittor turns the exception into Python's.
+_FAILED = """
+const char* failure = ((const char* (*)())(uintptr_t)integers[4])();
+if (failure) throw std::runtime_error(std::string("the GPU failed in ") + failure);
+"""
 
 
 @functools.cache
@@ -147,7 +169,7 @@ def _stub(inputs: int, outputs: int) -> str:
     numbers = ", ".join(f'data["{i}"]' for i in range(NUMBERS))
     # Jittor hands over doubles alone, which do not hold every int64; see `_halves`.
     integers = ", ".join(
-        f'(int64_t)data["high{i}"] << 32 | (int64_t)data["low{i}"]' for i in range(INTEGERS + 1)
+        f'(int64_t)data["high{i}"] << 32 | (int64_t)data["low{i}"]' for i in range(INTEGERS + 2)
     )
     return "\n".join(
         [
@@ -181,12 +203,17 @@ def operator(shapes, dtypes, inputs, function: str, *numbers: float, integers: S
     Returns:
         A Var, or a list of Vars for several outputs.
     """
+    own = library()
+    asks = _address("gpu_failure", own) if on_gpu() else 0
     data = {str(i): float(number) for i, number in enumerate(_filled(numbers, NUMBERS))}
-    data.update(_halves([_address(function), *_filled(integers, INTEGERS)]))
+    data.update(_halves([_address(function, own), *_filled(integers, INTEGERS), asks]))
     outputs = len(dtypes) if isinstance(dtypes, list) else 1
-    return jt.code(
-        shapes, dtypes, inputs, cpu_header=_HEADER, cpu_src=_stub(len(inputs), outputs), data=data
-    )
+    stub = _stub(len(inputs), outputs)
+    if jt.flags.use_cuda:
+        source = {"cuda_header": "#include <stdexcept>\n" + _HEADER, "cuda_src": stub + _FAILED}
+    else:
+        source = {"cpu_header": _HEADER, "cpu_src": stub}
+    return jt.code(shapes, dtypes, inputs, data=data, **source)
 
 
 def _filled(given: Sequence, count: int) -> list:
@@ -197,7 +224,10 @@ def call(function: str, result: type, *numbers: int) -> int:
     """Ask the library something at once, outside Jittor's graph; all arguments are int64."""
     found = getattr(library(), function)
     found.restype = result
-    return found(*(c_int64(int(number)) for number in numbers))
+    answer = found(*(c_int64(int(number)) for number in numbers))
+    if on_gpu():
+        gpu_library.check()
+    return answer
 
 
 def run(
@@ -216,6 +246,8 @@ def run(
     found.restype = None
     arguments = (c_int64 * INTEGERS)(*integers), (c_double * NUMBERS)(*numbers)
     found(_described(inputs), _described(outputs), *arguments)
+    if on_gpu():
+        gpu_library.check()
 
 
 def _described(arrays: Sequence[np.ndarray]) -> ctypes.Array:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jlora.kernels import structs
+from jlora.kernels.gpu_library import DeviceMemory, on_gpu
 from jlora.kernels.native import (
     FusedFunction,
     call,
@@ -64,10 +65,18 @@ class PackedWeight:
         self.n, self.k = shape[::-1] if transposed else shape
         size = packed_bytes(self.n, self.k, kind)
         if size == 0:
-            raise UserError(f"this processor has no {kind} product; use precision fp32")
+            where, instead = ("GPU", "plain") if on_gpu() else ("processor", "fp32")
+            raise UserError(
+                f"this {where} has no {kind} product of {self.n} by {self.k}; use precision "
+                f"{instead}"
+            )
         free_retired()
-        self._memory = np.empty(size + LINE, np.uint8)
-        begin = -(-self._memory.ctypes.data // LINE) * LINE
+        if on_gpu():
+            self._memory = DeviceMemory(size)
+            begin = self._memory.address
+        else:
+            self._memory = np.empty(size + LINE, np.uint8)
+            begin = -(-self._memory.ctypes.data // LINE) * LINE
         self._weight = structs.Weight()
         self.address = ctypes.addressof(self._weight)
         values = np.ascontiguousarray(weight.data)  # no copy of Jittor's memory

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jlora.kernels.native import operator, problem
+from jlora.kernels.native import has, operator, problem
 from jlora.system.runtime import jt
 
 LARGEST_K = 1024  # the operator inserts into a sorted list, which is slow for a larger k
@@ -46,7 +46,7 @@ def log_softmax_topk(
     """
     rows, size = logits.shape
     k = min(k, size)
-    if k > LARGEST_K or problem() is not None:
+    if k > LARGEST_K or problem() is not None or not has("topk_op"):
         return log_softmax_topk_numpy(logits.numpy(), k, banned, penalised, penalty)
     edits = [jt.array(rectangle(lists, rows)) for lists in (penalised, banned)]
     values, ids = operator(

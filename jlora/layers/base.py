@@ -41,9 +41,12 @@ class LoRALayer:
         adapter_enabled: False makes an unmerged layer compute what its base computes.
         scaling: factor of the change.
         variant: what is done with ``lora_A`` and ``lora_B``; plain LoRA unless an adapter sets it.
+        is_frozen: whether nothing of the layer is trained, so that what follows from its parameters
+            may be kept.
     """
 
     variant: LoraVariant = PLAIN
+    is_frozen = False
     # A packed copy of the weight (`jlora.engine.FrozenProduct`): called, it gives ``W0 x + b``;
     # its ``with_lora(x, layer)`` gives the layer's whole result, or None where it cannot;
     # ``install(module)`` lets another module of the same weight read it.
@@ -63,7 +66,7 @@ class LoRALayer:
         self.merged = False
         self.adapter_enabled = True
         self._training = True
-        self._unmerged = None
+        self._unmerged = self._unmerged_bias = None
 
     # Jittor's Module.train() and eval() assign `is_train` on every module below them and call no
     # method of it: the setter is the hook.
@@ -91,6 +94,12 @@ class LoRALayer:
     @property
     def _adds_lora(self) -> bool:
         return self.has_adapter and self.adapter_enabled and not self.merged
+
+    @property
+    def drops(self) -> bool:
+        """Whether the dropout of the LoRA branch is at work."""
+        drop = self.lora_dropout
+        return isinstance(drop, nn.Module) and drop.is_train and drop.p > 0
 
     def _frozen(self) -> jt.Var:
         """The frozen weight, kept out of the backward pass.
@@ -139,8 +148,16 @@ class LoRALayer:
             self.__dict__.pop(name, None)
         return base
 
-    def low_rank(self, x: jt.Var) -> jt.Var:
-        """``scaling * B A dropout(x)``, of the shape of the layer's result."""
+    def base_output(self, x: jt.Var) -> jt.Var:
+        """What the base layer makes of ``x``."""
+        raise NotImplementedError
+
+    def low_rank(self, x: jt.Var, dropout: bool = True) -> jt.Var:
+        """``scaling * B A dropout(x)``, of the shape of the layer's result.
+
+        Args:
+            dropout: False: ``x`` has been through it.
+        """
         raise NotImplementedError
 
     def delta_weight(self) -> jt.Var:
@@ -153,11 +170,16 @@ class LoRALayer:
         return weight.float32()
 
     def merge(self) -> None:
-        """Put the change into the weight, in float32; nothing happens if it is there already."""
+        """Put the change into the weight, in float32; nothing happens if it is there already.
+
+        Raises:
+            UserError: the variant changes the bias, and there is none.
+        """
         if self.merged:
             return
         if self.has_adapter:
             with jt.no_grad():
+                self._merge_bias()
                 # A copy is kept: subtracting would leave a rounding error at each round, and would
                 # take away the wrong change after lora_A or lora_B were replaced meanwhile.
                 merged = self.variant.merged_weight(self, self.float_weight())
@@ -168,6 +190,19 @@ class LoRALayer:
                     self._unmerged, self.weight = self.weight, merged.stop_grad()
                 self._merged_digest = _digest(self.weight)
         self.merged = True
+
+    def _merge_bias(self) -> None:
+        bias = getattr(self, "bias", None)
+        merged = self.variant.merged_bias(self, bias)
+        if merged is bias:
+            return
+        if bias is None:
+            raise UserError(
+                f"{type(self.variant).__name__}: the base layer has no bias to merge into, as in "
+                "PEFT; keep the adapter unmerged"
+            )
+        self._unmerged_bias = bias.clone().stop_grad()
+        assign(bias, merged)
 
     def unmerge(self) -> None:
         """Give the weight back as it was before `merge`; nothing happens if it is not merged.
@@ -190,7 +225,9 @@ class LoRALayer:
                     self.weight.update(self._unmerged)
                 else:  # an engine had packed the weight, or has packed what was merged
                     self.weight = self._unmerged
-            self._unmerged = self._merged_digest = None
+                if self._unmerged_bias is not None:
+                    assign(self.bias, self._unmerged_bias)
+            self._unmerged = self._merged_digest = self._unmerged_bias = None
         self.merged = False
 
 

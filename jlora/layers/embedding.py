@@ -65,12 +65,15 @@ class Embedding(LoRALayer, nn.Embedding):
         A, B = self.lora_A.float32(), self.lora_B.float32()
         return jt.matmul(A.transpose(0, 1), B.transpose(0, 1)) * self.scaling
 
+    def base_output(self, x: jt.Var) -> jt.Var:
+        return self._frozen()[x]
+
     def execute(self, x: jt.Var) -> jt.Var:
-        y = self._frozen()[x]
+        y = self.base_output(x)
         return self.variant.forward(self, x, y) if self._adds_lora else y
 
-    def low_rank(self, x: jt.Var) -> jt.Var:
-        """int ``(...)`` -> ``(..., dim)``"""
+    def low_rank(self, x: jt.Var, dropout: bool = True) -> jt.Var:
+        """int ``(...)`` -> ``(..., dim)``; there is no dropout."""
         rows = self.lora_A.transpose(0, 1)[x]  # (..., r)
         if self.padding_idx is not None:
             # As in PyTorch, the padding entry is looked up but never learns.

@@ -54,7 +54,7 @@ class _LinearBase(LoRALayer, nn.Linear):
             self._engine.install(base)
         return base
 
-    def _frozen_product(self, x: jt.Var) -> jt.Var:
+    def base_output(self, x: jt.Var) -> jt.Var:
         """``W0 x + b``; an engine's packed copy of W0 stands in while the layer is unmerged."""
         if self._engine is not None and not self.merged:
             return self._engine(x)
@@ -77,13 +77,14 @@ class _LinearBase(LoRALayer, nn.Linear):
             y = self._engine.with_lora(x, self)
             if y is not None:
                 return y
-        y = self._frozen_product(x)
+        y = self.base_output(x)
         return self.variant.forward(self, x, y) if self._adds_lora else y
 
-    def low_rank(self, x: jt.Var) -> jt.Var:
+    def low_rank(self, x: jt.Var, dropout: bool = True) -> jt.Var:
         """``(..., in) -> (..., out)``"""
         shape = (*x.shape[:-1], self.out_features)
-        x = cast(self.lora_dropout(x), self.lora_A.dtype).reshape(-1, self.in_features)
+        x = self.lora_dropout(x) if dropout else x
+        x = cast(x, self.lora_A.dtype).reshape(-1, self.in_features)
         # The scaling goes to the (N, r) product, the smallest of the three.
         low = nn.matmul_transpose(x, self.lora_A) * self.scaling
         return nn.matmul_transpose(low, self._lora_B_matrix()).reshape(shape)

@@ -22,12 +22,13 @@ class LoraVariant:
     Attributes:
         parameters: names of a layer's parameters besides ``lora_A`` and ``lora_B``, which `init`
             makes. Each begins with ``lora_`` and is trained and saved under its name.
-        peft_field: the field that switches the variant on in PEFT's ``adapter_config.json``; None
-            where PEFT does not have the variant, which then refuses the file.
+        peft_fields: the fields that together switch the variant on in PEFT's
+            ``adapter_config.json``; none where PEFT does not have the variant, which then refuses
+            the file.
     """
 
     parameters: tuple[str, ...] = ()
-    peft_field: str | None = None
+    peft_fields: tuple[str, ...] = ()
 
     def scaling(self, r: int, alpha: float) -> float:
         """The factor of ``B A`` for rank ``r``; proportional to ``alpha``."""
@@ -58,6 +59,10 @@ class LoraVariant:
         """
         return weight + layer.delta_weight()
 
+    def merged_bias(self, layer: LoRALayer, bias: jt.Var | None) -> jt.Var | None:
+        """The plain bias with which a base layer computes what this layer does."""
+        return bias
+
     def unmerged_weight(self, layer: LoRALayer, weight: jt.Var) -> jt.Var:
         """`merged_weight` undone, for weights that were loaded into a merged layer.
 
@@ -85,6 +90,7 @@ class LoraVariant:
             not self.parameters
             and own.forward is LoraVariant.forward
             and own.merged_weight is LoraVariant.merged_weight
+            and own.merged_bias is LoraVariant.merged_bias
         )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 
+from jlora.layers.dora import Dora
+from jlora.layers.lora_bias import LoraBias
 from jlora.layers.variant import PLAIN, LoraVariant
 from jlora.system.errors import UserError
 
@@ -12,14 +14,27 @@ from jlora.system.errors import UserError
 class RsLora(LoraVariant):
     """rsLoRA (arXiv 2312.03732): the change is scaled by ``alpha / sqrt(r)``."""
 
-    peft_field = "use_rslora"
+    peft_fields = ("use_rslora",)
 
     def scaling(self, r, alpha):
         return alpha / math.sqrt(r)
 
 
+class RsDora(Dora):
+    """DoRA with rsLoRA's scaling."""
+
+    peft_fields = ("use_dora", "use_rslora")
+    scaling = RsLora.scaling
+
+
 #: Name in ``LoraConfig.variant`` -> variant.
-VARIANTS: dict[str, LoraVariant] = {"lora": PLAIN, "rslora": RsLora()}
+VARIANTS: dict[str, LoraVariant] = {
+    "lora": PLAIN,
+    "rslora": RsLora(),
+    "dora": Dora(),
+    "rsdora": RsDora(),
+    "lora_bias": LoraBias(),
+}
 
 
 def find_variant(name: str) -> LoraVariant:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jlora.metrics.bleu import bleu
 from jlora.metrics.cider import cider
+from jlora.metrics.exact import exact_match
 from jlora.metrics.nist import nist
 from jlora.metrics.rouge import rouge_l
 from jlora.metrics.sacre import chrf_pp, multi_bleu, sacre_bleu
@@ -78,6 +79,7 @@ TABLE = (
     Metric("METEOR-WebNLG", "METEOR", 1, 2, score=_meteor_webnlg, java=True, meteor=True),
     Metric("TER", "TER", 1, 2, True, score=lambda texts: mean_ter(*texts.nltk)),
     Metric("chrF++", "chrF++", 1, 3, score=lambda texts: chrf_pp(*texts.prepared)),
+    Metric("exact_match", "Exact match", 100, 1, score=lambda texts: exact_match(*texts.plain)),
     Metric("accuracy", "Accuracy", 100, 1),
     Metric("generated_accuracy", "Accuracy, generated", 100, 1),
     Metric("majority", "Majority answer", 100, 1),

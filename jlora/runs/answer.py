@@ -14,10 +14,11 @@ import numpy as np
 
 from jlora import engine
 from jlora.data.batches import TokenExample, encode_prompts
+from jlora.data.conversations import Conversation
 from jlora.data.end_tokens import find_ends
 from jlora.data.readers import shorten
 from jlora.decoding.beam import BeamConfig, search
-from jlora.decoding.decoder import check_prompts
+from jlora.decoding.decoder import check_prompts, room
 from jlora.decoding.hypothesis import Hypothesis
 from jlora.decoding.predictions import (
     Prediction,
@@ -29,7 +30,7 @@ from jlora.decoding.sampling import GenerateConfig, sample, stream
 from jlora.decoding.text_stream import stripped, up_to_stop
 from jlora.models.hub import outline, require_tokenizer
 from jlora.runs.adapter_file import AdapterFile, base_name, open_model
-from jlora.runs.chat import Chat
+from jlora.runs.chat import Chat, check_end_ids
 from jlora.runs.recipe import DataConfig
 from jlora.system.distributed import world
 from jlora.system.errors import UserError
@@ -189,6 +190,7 @@ def answer(
     precision: str = "auto",
     path: Path | None = None,
     keeps: Sequence[int] | None = None,
+    asked: Sequence[Conversation] | None = None,
 ) -> list[Prediction]:
     """Answer prompts with a model and, if given, its adapter.
 
@@ -201,11 +203,14 @@ def answer(
         path: predictions.jsonl to write; None: none.
         keeps: `jlora.data.batches.Example.keep` of each prompt; such prompts are cut as in
             training.
+        asked: the conversations that the prompts are the ends of, where they have more to them.
 
     Raises:
         UserError: no model, no such adapter, or prompts that do not fit.
     """
-    model, encoded, config = ready(prompts, model_name, adapter, config, form, precision, keeps)
+    model, encoded, config = ready(
+        prompts, model_name, adapter, config, form, precision, keeps, asked
+    )
     return decode(
         model, prompts, encoded, config, path, path and describe_source(model, precision, adapter)
     )
@@ -219,6 +224,7 @@ def ready(
     form: Form,
     precision: str,
     keeps: Sequence[int] | None = None,
+    asked: Sequence[Conversation] | None = None,
 ) -> tuple[Any, list[list[int]], Any]:
     """The model, the tokens of the prompts and all settings; see `answer`.
 
@@ -231,35 +237,32 @@ def ready(
     end_ids, stops = form.end_ids or config.eos_token_ids, ()
     if form.chat or form.plain:
         ends = find_ends(tokenizer, form.chat and form.chat.template)
-        end_ids, stops = end_ids or ends.ids, ends.texts
-    end_ids = end_ids or [end_token(seen, trained.end_id)]
+        own = [] if trained.end_id is None else [trained.end_id]
+        end_ids, stops = end_ids or [*ends.ids, *own], ends.texts
+    else:
+        end_ids = end_ids or [end_token(seen, trained.end_id)]
     if stops and isinstance(config, BeamConfig):
         raise UserError(
             f"{form.chat.template.name} ends an answer by the text {stops[0]!r}, at which beam "
             "search does not stop; take --method greedy or sample"
         )
-    context, vocabulary = seen.config.max_positions, seen.config.vocab_size
-    if not all(0 <= token < vocabulary for token in end_ids):
-        raise UserError(
-            f"end tokens {', '.join(map(str, end_ids))}: the model's vocabulary has {vocabulary} "
-            "words, numbered from 0; give --end-id one of them"
-        )
+    context = seen.config.max_positions
+    check_end_ids(end_ids, seen.config.vocab_size)
     longest = context - (0 if form.shorten else config.max_new_tokens - 1)
     if form.chat or form.plain:
-        encoded = [
-            form.chat.encode([{"role": "user", "content": prompt}], tokenizer)
-            if form.chat
-            else [*tokenizer.begin_ids, *tokenizer.encode(prompt)]
-            for prompt in prompts
-        ]
+        if form.chat:
+            asked = asked or [one_turn(prompt) for prompt in prompts]
+            encoded = [chat_tokens(form.chat, each, tokenizer) for each in asked]
+        else:
+            encoded = [[*tokenizer.begin_ids, *tokenizer.encode(prompt)] for prompt in prompts]
         check_lengths(prompts, encoded, longest)
     else:
         separator = trained.separator_id if form.separator_id is None else form.separator_id
         max_prompt = trained.max_prompt if keeps else None
         encoded = encode_prompts(prompts, tokenizer, longest, separator, max_prompt, keeps)
     if form.shorten:
-        room = context + 1 - max(map(len, encoded))
-        config = replace(config, max_new_tokens=min(config.max_new_tokens, room))
+        most = min(room(seen, prompt) for prompt in encoded)
+        config = replace(config, max_new_tokens=min(config.max_new_tokens, most))
     check_prompts(seen, encoded, config.max_new_tokens)
     del seen  # see Outline
     model = open_model(name, adapter)
@@ -268,6 +271,17 @@ def ready(
     if stops:
         config = replace(config, stops=(*config.stops, *stops))
     return model, encoded, config
+
+
+def one_turn(prompt: str) -> Conversation:
+    return Conversation("", [{"role": "user", "content": prompt}])
+
+
+def chat_tokens(chat: Chat, asked: Conversation, tokenizer: Any) -> list[int]:
+    try:
+        return chat.encode(asked.messages, tokenizer, asked.tools)
+    except UserError as error:
+        raise UserError(f"{asked.place}: {error}" if asked.place else str(error)) from error
 
 
 def check_lengths(prompts: Sequence[str], encoded: Sequence[Sequence[int]], longest: int) -> None:

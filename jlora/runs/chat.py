@@ -13,8 +13,9 @@ from jlora.data.end_tokens import find_ends
 from jlora.decoding.sampling import GenerateConfig
 from jlora.decoding.session import Session
 from jlora.decoding.text_stream import pieces
-from jlora.models.hub import find, require_tokenizer
+from jlora.models.hub import find, outline, require_tokenizer
 from jlora.runs.adapter_file import AdapterFile, base_name, open_model, switchable
+from jlora.runs.chat_data import NO_TEMPLATE
 from jlora.system.errors import UserError
 
 
@@ -30,14 +31,19 @@ class Chat:
     template: ChatTemplate
     system: str | None = None
 
-    def encode(self, messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[int]:
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokenizer: Any,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """The tokens after which the model's answer to the last message follows.
 
         Raises:
             UserError: the template refuses the messages.
         """
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        text = self.template.render([*system, *messages], add_generation_prompt=True)
+        text = self.template.render([*system, *messages], tools=tools, add_generation_prompt=True)
         return tokenizer.encode(text)
 
 
@@ -59,12 +65,24 @@ def find_chat_template(
     """
     if choice is not None:
         return find_template(find(name), choice, arguments)
+    recipe = adapter and adapter.recipe
+    if recipe and recipe.data.chat_template == NO_TEMPLATE:
+        return None
     if adapter is not None and not is_loralib(adapter.folder):
         for place in dict.fromkeys((adapter.folder, adapter.path)):
             own = find_template(place, None, arguments)
             if own is not None:
                 return own
     return None if adapter and adapter.of_task else find_template(find(name), None, arguments)
+
+
+def check_end_ids(ids: Sequence[int], vocabulary: int) -> None:
+    """Raises: UserError: an end token is not in a model's vocabulary."""
+    if not all(0 <= token < vocabulary for token in ids):
+        raise UserError(
+            f"end tokens {', '.join(map(str, ids))}: the model's vocabulary has {vocabulary} "
+            "words, numbered from 0; give --end-id one of them"
+        )
 
 
 class Talk:
@@ -101,11 +119,13 @@ class Talk:
         self._name, self._given, self._given_ends = base_name(name, adapter), config, end_ids
         self._choice, self._arguments = choice, arguments
         template = self._template(adapter)
-        self.model = open_model(self._name, adapter)
-        self._tokenizer = require_tokenizer(self.model)
+        seen = outline(self._name).model  # enough to see whether all fits, before weights are read
+        self._tokenizer, self._vocabulary = require_tokenizer(seen), seen.config.vocab_size
+        del seen  # see Outline
         self._names = {adapter and adapter.path: "default"}  # of adapters that are loaded
         self.adapter = adapter and adapter.path
         self._talk_by(Chat(template, system))
+        self.model = open_model(self._name, adapter)
         engine.prepare(self.model, precision, keep_weights=False)
         self.model.eval()
         self._session = Session(self.model)
@@ -127,11 +147,11 @@ class Talk:
 
     def _talk_by(self, chat: Chat) -> None:
         ends = find_ends(self._tokenizer, chat.template)
+        ids = tuple(self._given_ends or self._given.eos_token_ids or ends.ids)
+        check_end_ids(ids, self._vocabulary)
         self.chat = chat
         self._config = replace(
-            self._given,
-            eos_token_ids=tuple(self._given_ends or ends.ids),
-            stops=(*self._given.stops, *ends.texts),
+            self._given, eos_token_ids=ids, stops=(*self._given.stops, *ends.texts)
         )
 
     def reset(self) -> None:
@@ -176,12 +196,11 @@ class Talk:
         """
         before, asked = self.messages, [*self.messages, {"role": "user", "content": text}]
         prompt = self.chat.encode(asked, self._tokenizer)
-        context = self.model.config.max_positions
-        room = context - len(prompt) + 1  # the last new token is never read
+        room = self._session.room(prompt)
         if room < 1:
             raise UserError(
                 f"the conversation has {len(prompt)} tokens, and the model's context is "
-                f"{context}; begin a new one (/reset)"
+                f"{self.model.config.max_positions}; begin a new one (/reset)"
             )
         config = replace(self._config, max_new_tokens=min(self._config.max_new_tokens, room))
         answer, tokens = {"role": "assistant", "content": ""}, []

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jlora.data.batches import TokenExample, encode_prompts
-from jlora.data.chat_template import find_template
+from jlora.data.batches import NO_SEPARATOR, TokenExample, encode_prompts
+from jlora.data.chat_template import find_template, tokens_of
 from jlora.data.conversations import Conversation, read_conversations
 from jlora.data.loss_mask import encode_conversations
+from jlora.data.tasks import data_folders
 from jlora.data.tasks.chat import guess_task
+from jlora.data.tokenizer import Tokenizer
 from jlora.runs.run_data import RunData
 from jlora.system.console import say
 from jlora.system.errors import UserError
@@ -52,25 +55,30 @@ def complete(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class ChatData(RunData):
-    """`RunData` of conversations.
+    """`RunData` of conversations."""
 
-    Attributes:
-        dropped: examples of each split that are left out, since no answer of theirs fits.
-    """
+    _all_rows: Sequence[Conversation] = ()  # of a training file that is divided
 
-    def find_template(self, source: Path | None) -> None:
+    def find_template(self, source: Path | None, tokenizer: Tokenizer) -> None:
         """Find the template that the recipe chooses, or else the model's.
 
         Raises:
             UserError: there is no such template, or it is damaged.
         """
         data = self.recipe.data
+        rows = [row for rows in self._examples.values() for row in rows]
+        if all(row.text is not None for row in rows):
+            # So that nothing is put into a template when the adapter of this run answers.
+            data = replace(data, chat_template=NO_TEMPLATE, separator_id=NO_SEPARATOR)
+            self.recipe = replace(self.recipe, data=data)
         if data.chat_template == NO_TEMPLATE:
             return
         self.template = find_template(source, data.chat_template, data.chat_template_args)
         if self.template is not None:
+            if not self.template.tokens:  # no file of the model's names any
+                self.template = replace(self.template, tokens=tokens_of(tokenizer))
             self._check_settings()
-            say(f"chat template: {self.template.name}")
+            say(f"conversations are written by {self.template.name}")
 
     def _check_settings(self) -> None:
         for name in ("separator_id", "max_prompt"):
@@ -83,17 +91,37 @@ class ChatData(RunData):
     def _read_file(self, file: Path) -> list[Conversation]:
         return read_conversations(file, self.recipe.data.features)
 
+    def _file(self, split: str) -> Path | None:
+        data = self.recipe.data
+        name = data.folder or ""
+        if getattr(data, split) or Path(name).exists() or Path(name).name != name:
+            return super()._file(split)
+        # A recipe names its data by the folder alone, which lies with the other data.
+        places = [folder / name for folder in data_folders() if (folder / name).is_dir()]
+        return self.task.find_data(places[0] if name and places else data.folder, split)
+
     def _read(self, split: str) -> list[Conversation]:
         share = self.recipe.data.valid_split
+        if split == "test" and not self._has("test"):
+            say("no test data: the validation data are answered instead")
+            split = "valid"
         if share is None or split == "test":
             return super()._read(split)
-        rows = super()._read("train") if split == "train" else self._all_rows
-        self._all_rows: Sequence[Conversation] = rows
-        taken = _drawn(len(rows), share, self.recipe.train.seed)
-        return [row for row, is_taken in zip(rows, taken) if is_taken == (split == "valid")]
+        if not self._all_rows:
+            self._all_rows = super()._read("train")
+        taken = _drawn(len(self._all_rows), share, self.recipe.train.seed)
+        return [
+            row for row, is_taken in zip(self._all_rows, taken) if is_taken == (split == "valid")
+        ]
+
+    def _has(self, split: str) -> bool:
+        try:
+            return getattr(self.recipe.data, split) is not None or bool(self._file(split))
+        except UserError:
+            return False
 
     def _has_validation(self) -> bool:
-        return self.recipe.data.valid_split is not None or super()._has_validation()
+        return self.recipe.data.valid_split is not None or self._has("valid")
 
     def _encode_prompts(self, tokenizer, longest: int) -> list[list[int]]:
         if self.template is None:
@@ -101,6 +129,11 @@ class ChatData(RunData):
         texts = []
         for group in self.groups:
             asked = group.asked
+            if asked.text is not None:
+                raise UserError(
+                    f"{asked.place}: a whole text among conversations cannot be asked for its "
+                    "answer; leave data.answer_after out"
+                )
             try:
                 texts.append(
                     self.template.render(
@@ -109,24 +142,22 @@ class ChatData(RunData):
                 )
             except UserError as error:
                 raise UserError(f"{asked.place}: {error}") from error
-        return encode_prompts(texts, tokenizer, longest, -1)
+        return encode_prompts(texts, tokenizer, longest, NO_SEPARATOR)
 
     def _encode(self, examples: list, tokenizer, longest: int) -> tuple[list[TokenExample], str]:
         found = encode_conversations(
             examples, tokenizer, self.template, longest, self.recipe.data.masking
         )
-        cut = sum(example.cut > 0 for example in found.examples)
-        notes = [
-            (cut, f"cut at the beginning to {longest:,} tokens"),
+        examples = found.examples
+        trained = sum(example.target_count for example in examples)
+        note = f", {trained:,} of {sum(len(example.ids) for example in examples):,} tokens trained"
+        for count, what in (
+            (sum(example.cut > 0 for example in examples), f"cut at the beginning to {longest:,}"),
             (found.dropped, f"left out, whose answers do not fit into {longest:,} tokens"),
             (found.joined, "with a token that is half prompt, half answer"),
-        ]
-        trained = sum(example.target_count for example in found.examples)
-        total = sum(len(example.ids) for example in found.examples)
-        note = f", {trained:,} of {total:,} tokens trained"
-        return found.examples, note + "".join(
-            f", {count:,} {what}" for count, what in notes if count
-        )
+        ):
+            note += f", {count:,} {what}" if count else ""
+        return examples, note
 
 
 def _drawn(count: int, share: float, seed: int) -> np.ndarray:

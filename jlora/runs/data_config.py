@@ -39,6 +39,7 @@ class DataConfig:
     completion_feature: str = "completion"
     chat_feature: str = "messages"
     text_feature: str = "text"
+    answer_after: str | None = None  # words of a text behind which its answer stands, for scores
     chat_template: str | None = None  # a file, or one of jlora's; none; null: the model's own
     chat_template_args: dict[str, Any] = field(default_factory=dict)  # as enable_thinking: false
     mask_prompt: bool | None = None  # train answers alone; null: yes, but of whole texts all
@@ -94,8 +95,9 @@ class DataConfig:
     def features(self) -> Features:
         """The columns that task chat reads."""
         return Features(
-            self.prompt_feature, self.completion_feature, self.chat_feature, self.text_feature
-        )
+            self.prompt_feature, self.completion_feature, self.chat_feature, self.text_feature,
+            self.answer_after,
+        )  # fmt: skip
 
     @property
     def masking(self) -> MaskSettings:

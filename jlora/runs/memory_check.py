@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from jlora.data.tasks import get_task
+from jlora.kernels.gpu_library import on_gpu
 from jlora.metrics import find_metric
 from jlora.models.hub import outline
 from jlora.runs.memory_estimate import MIB, Estimate, Texts, estimate
@@ -136,6 +137,9 @@ def check_fits(recipe: Recipe, data: RunData) -> None:
     Raises:
         UserError: it does not, with the settings that would make it fit.
     """
+    if on_gpu():
+        _check_card(recipe, data)
+        return
     here = world()
     limit = machine.usable_memory(here.local_size)
     share = -(-recipe.train.batch_size // here.size)
@@ -151,6 +155,30 @@ def check_fits(recipe: Recipe, data: RunData) -> None:
         f"and this machine has {gigabytes(limit)} free{each}; {advice}. "
         "`jlora estimate` shows the parts; --no-memory-check runs it all the same"
     )
+
+
+#: What CUDA, cuBLAS and Jittor take of a card besides the run's own arrays, about.
+CARD = GIB
+
+
+def _check_card(recipe: Recipe, data: RunData) -> None:
+    """The same for a GPU, by the parts that the estimate has for a processor: training alone.
+
+    Raises:
+        UserError: the run does not fit the card.
+    """
+    limit = machine.free_gpu_memory()
+    if limit is None:
+        return
+    texts = texts_of(data)
+    found = estimate_recipe(recipe, texts)
+    needed = found.total("train") + CARD
+    if needed > limit:
+        raise UserError(
+            f"this run takes about {gigabytes(needed)} of the GPU's memory, of which "
+            f"{gigabytes(limit)} is free; lower train.batch_size and raise "
+            "train.grad_accumulation. --no-memory-check runs it all the same"
+        )
 
 
 def gigabytes(size: int) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jlora import engine
 from jlora.adapters import PartialModel, TunedModel, get_peft_model
+from jlora.data.end_tokens import find_ends
 from jlora.data.tasks import get_task
 from jlora.layers import set_trainable
 from jlora.metrics import check_metrics, evaluate_parts
@@ -31,7 +32,7 @@ from jlora.system.distributed import world
 from jlora.system.errors import UserError
 from jlora.system.files import check_writable, recover_directory, write_text
 from jlora.system.json_files import read_object
-from jlora.system.runtime import jt, set_seed
+from jlora.system.runtime import set_seed
 from jlora.training.checkpoint import has_checkpoint
 from jlora.training.loggers import ProgressLogger, check_loggers, make_logger, read_metrics
 from jlora.training.loop import train
@@ -135,6 +136,12 @@ def finetune(
     trainable, total = model.get_nb_trainable_parameters()
     say(f"{trainable:,} trainable parameters of {total:,} ({100 * trainable / total:.3f} %)")
 
+    if recipe.method == "lora" and not recipe.lora.lora_variant.is_plain:
+        say(
+            f"variant {recipe.lora.variant_name}: its layers run one by one, so a step takes 1.3 "
+            "to 1.5 times LoRA's processor time, and more memory (docs/adapters.md)"
+        )
+
     def loggers(steps: int, start: int) -> list:
         settings = {"recipe": dump_recipe(recipe)}
         services = [make_logger(name, run.name, settings, run, start) for name in recipe.log]
@@ -166,7 +173,10 @@ def answer_and_score(
         adapter: the folder that the model was tuned from; None: it is untouched.
     """
     config, prompts = recipe.decode, [group.prompt for group in data.groups]
-    ends = config.eos_token_ids or [end_token(model, recipe.data.end_id)]
+    ends = config.eos_token_ids
+    if not ends and data.template is not None:
+        ends = find_ends(model.tokenizer, data.template).ids
+    ends = ends or [end_token(model, recipe.data.end_id)]
     predictions = decode(
         model,
         prompts,
@@ -224,15 +234,14 @@ def open_data(recipe: Recipe, test: bool, check_memory: bool) -> RunData:
 
     Args:
         test: whether test inputs are answered after the training.
-        check_memory: whether to refuse a run that does not fit this machine; a GPU has memory of
-            its own.
+        check_memory: whether to refuse a run that does not fit this machine, or its GPU.
 
     Raises:
         UserError: data or model are missing or broken or do not fit each other, or the run does not
             fit.
     """
     data = load_data(recipe, test)
-    if check_memory and not jt.flags.use_cuda:
+    if check_memory:
         world().first(lambda: check_fits(recipe, data))
     return data
 
@@ -248,6 +257,7 @@ def train_recipe(
     here = world()
     recipe = here.first(lambda: open_run(run, recipe, resume))
     data = open_data(recipe, False, check_memory)
+    recipe = data.recipe
     model = build(recipe)
     if here.is_first and not resume:
         begin_run(run, recipe)
@@ -282,6 +292,7 @@ def run_recipe(
     if not task.choices:
         here.first(lambda: check_metrics(recipe.data.metrics or task.metrics))
     data = open_data(recipe, True, check_memory)
+    recipe = data.recipe
     scores = here.first(lambda: read_scores(run))
 
     def begin() -> None:

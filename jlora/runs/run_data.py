@@ -34,8 +34,7 @@ def load_data(recipe: Recipe, test: bool = True) -> RunData:
 
     data = ChatData(recipe, test) if recipe.data.task == "chat" else RunData(recipe, test)
     found = outline(recipe.model)
-    require_tokenizer(found.model)
-    data.find_template(found.source)
+    data.find_template(found.source, require_tokenizer(found.model))
     return data.encode(found.model)
 
 
@@ -50,12 +49,15 @@ class RunData:
         test: whether the test split is wanted; `jlora finetune` does without.
 
     Attributes:
+        recipe: as given, or with what the data decide filled in.
         task: the dataset's task.
         groups: distinct test inputs with their references, evenly thinned to ``data.test_limit``.
         hashes: sha256 of each file, by its path.
         train, valid: examples as tokens, after `encode`; valid may be empty.
         prompts: tokens of each test input, after `encode`.
         template: the chat template of the examples; None: they have none.
+        tokenizer: the model's, after `encode`.
+        notes: what is to be said of the examples of each split, after `encode`.
 
     Raises:
         UserError: a file is missing or broken (with its line).
@@ -64,6 +66,7 @@ class RunData:
     train: list[TokenExample]
     valid: list[TokenExample]
     prompts: list[list[int]]
+    notes: dict[str, str]
     template: ChatTemplate | None = None
 
     def __init__(self, recipe: Recipe, test: bool = True):
@@ -98,23 +101,23 @@ class RunData:
         Raises:
             UserError: an example does not fit the model.
         """
-        tokenizer = model.tokenizer
+        self.tokenizer = tokenizer = model.tokenizer
         context = model.config.max_positions
         # Every answer of a choice is tried behind the prompt, however few tokens may be generated.
         ends = tokenizer.encode_after([" " + choice for choice in self.task.choices])
         new = max([self.recipe.decode.max_new_tokens, *map(len, ends)])
         self.prompts = self._encode_prompts(tokenizer, context - new + 1)
         longest = min(self.recipe.train.max_length, context)
-        self.train, self.valid = [], []
+        self.train, self.valid, self.notes = [], [], {}
         for split, examples in self._examples.items():
-            encoded, note = self._encode(examples, tokenizer, longest)
+            encoded, self.notes[split] = self._encode(examples, tokenizer, longest)
             check_vocabulary(encoded, model.config.vocab_size)
-            say(f"{len(encoded):,} {split} examples{note}")
+            say(f"{len(encoded):,} {split} examples{self.notes[split]}")
             setattr(self, split, encoded)
         self._examples = {}
         return self
 
-    def find_template(self, source: Path | None) -> None:
+    def find_template(self, source: Path | None, tokenizer) -> None:
         """Find the chat template of the model whose weights are in ``source``."""
 
     def _encode_prompts(self, tokenizer, longest: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from jlora.system import cgroup
+from jlora.system import cgroup, cuda_toolkit
 
 # Each package manager's names of the packages that Jittor needs.
 PACKAGES = {
@@ -74,27 +74,6 @@ def python_config() -> Path | None:
     return path if path.is_file() else None
 
 
-def find_nvcc() -> Path | None:
-    """A CUDA compiler whose runtime library is where Jittor looks for it."""
-    candidates = [
-        os.environ.get("nvcc_path"),
-        shutil.which("nvcc"),
-        "/usr/local/cuda/bin/nvcc",
-        "/usr/bin/nvcc",
-        "/opt/cuda/bin/nvcc",
-    ]
-    for candidate in candidates:
-        if not candidate or not Path(candidate).is_file():
-            continue
-        # /usr/bin/nvcc is the distribution's package, whose libraries are elsewhere.
-        folder = Path(candidate).resolve().parent.parent / "lib64"
-        if candidate == "/usr/bin/nvcc":
-            folder = Path(f"/usr/lib/{platform.machine()}-linux-gnu")
-        if (folder / "libcudart.so").exists():
-            return Path(candidate)
-    return None
-
-
 def gpu_problem() -> str | None:
     """Why Jittor cannot use an NVIDIA GPU here; None if nothing seems to be missing."""
     if not glob.glob("/dev/nvidia[0-9]*") and not Path("/dev/dxg").exists():
@@ -103,9 +82,22 @@ def gpu_problem() -> str | None:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
         return "there is an NVIDIA GPU but no driver library (libcuda.so.1)"
-    if find_nvcc() is None:
-        return "there is an NVIDIA GPU but no CUDA toolkit with nvcc and libcudart.so"
+    toolkit = cuda_toolkit.find()
+    if toolkit is None:
+        return "there is an NVIDIA GPU but no CUDA compiler (nvcc)"
+    if toolkit.missing:
+        return f"there is an NVIDIA GPU but the CUDA toolkit lacks {', '.join(toolkit.missing)}"
     return None
+
+
+def free_gpu_memory() -> int | None:
+    """Bytes of the first GPU's memory that are free; None where nvidia-smi does not say."""
+    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+        return int(found.stdout.split()[0]) << 20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
 
 
 def processors() -> int:

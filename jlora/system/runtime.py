@@ -36,13 +36,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jlora.system import distributed, machine, operator_compiler
+from jlora.system import cuda_toolkit, distributed, machine, operator_compiler
 from jlora.system.errors import UserError
 from jlora.system.files import make_folder
 from jlora.system.import_errors import DOCTOR, cause, explain, install, last_line
 from jlora.system.lock import one_at_a_time
 from jlora.system.status import Status
 
+#: Values of JLORA_DEVICE, as `use_gpu` takes them.
+DEVICES = {"auto": None, "cpu": False, "gpu": True}
 _lock = threading.RLock()
 _verbose = os.environ.get("JLORA_VERBOSE", "0") not in ("", "0")
 
@@ -52,6 +54,7 @@ def __getattr__(name: str) -> Any:
         with _lock:
             if "jt" not in globals():
                 globals()["jt"] = _load()
+                choose_device()
             return globals()["jt"] if name == "jt" else importlib.import_module("jittor.nn")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -98,6 +101,22 @@ def release_memory() -> None:
     __getattr__("jt").gc()
     with contextlib.suppress(OSError, AttributeError):  # another C library has no such function
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def choose_device() -> None:
+    """Compute where ``JLORA_DEVICE`` says: "cpu", "gpu", or "auto", the default: a GPU that works.
+
+    Raises:
+        UserError: another value, no GPU where one is asked for, or several processes on a GPU.
+    """
+    device = os.environ.get("JLORA_DEVICE", "auto")
+    if device not in DEVICES:
+        raise UserError(f"JLORA_DEVICE={device}: it is one of {', '.join(DEVICES)}")
+    if use_gpu(DEVICES[device]) and distributed.world().size > 1:
+        raise UserError(
+            "several processes share out processors, and this run is on a GPU, which one process "
+            "fills; start it without --nproc and mpirun, or with JLORA_DEVICE=cpu"
+        )
 
 
 def use_gpu(wanted: bool | None = None) -> bool:
@@ -239,8 +258,12 @@ def environment_defaults() -> dict[str, str]:
     if config is not None:
         # Jittor prefers /usr/bin/python3.x-config, which may belong to another Python.
         defaults["python_config_path"] = str(config)
-    if machine.gpu_problem() is None:
-        defaults["nvcc_path"] = str(machine.find_nvcc())
+    toolkit = cuda_toolkit.find() if machine.gpu_problem() is None else None
+    if toolkit is not None:
+        # Downloads, all of them: faster transpositions, and sums over several cards.
+        defaults.update(use_cutt="0", use_nccl="0", conv_opt=str(int(not toolkit.has_cudnn)))
+        cache = Path.home() / ".cache" / "jittor" / "jlora-cuda"
+        defaults["nvcc_path"] = str(cuda_toolkit.set_up(toolkit, cache))
     elif not (Path.home() / ".cache" / "jittor" / "jtcuda").is_dir():
         # An empty path also keeps Jittor from downloading gigabytes of CUDA by itself.
         defaults["nvcc_path"] = ""

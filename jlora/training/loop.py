@@ -22,7 +22,7 @@ from jlora.system.distributed import World, world
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt, release_memory, set_seed
 from jlora.system.settings import check_least
-from jlora.training.adamw import AdamW, OptimConfig, learning_rate
+from jlora.training.adamw import AdamW, OptimConfig, groups, learning_rate
 from jlora.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from jlora.training.loggers import Loggers, MetricsLogger
 
@@ -181,7 +181,7 @@ def train(
     if not named:
         raise UserError("nothing is trainable: the adapter has no parameters (is r above 0?)")
     parameters = [parameter for _, parameter in named]
-    optimizer = AdamW(parameters, config.optim)
+    optimizer = AdamW(parameters, config.optim, groups(model, config.optim))
     if order is None:
         order = BatchOrder(
             [example.input_length for example in examples],
@@ -395,6 +395,11 @@ def fingerprint(config: TrainConfig, examples: Sequence[TokenExample], named) ->
     settings = asdict(config)
     for name in ("log_every", "save_every", "valid_every", "valid_batch_size"):
         del settings[name]  # these only look at the run
+    # Settings that came later count where they are used, so that older runs go on.
+    optim, defaults = settings["optim"], asdict(OptimConfig())
+    for name in ("min_lr_ratio", "loraplus_lr_ratio", "loraplus_lr_embedding"):
+        if optim[name] == defaults[name]:
+            del optim[name]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for example in examples:
         spans = [edge for span in example.spans for edge in span]

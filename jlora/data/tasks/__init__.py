@@ -155,9 +155,7 @@ def find_data(
             raise UserError(f"no file or folder {explicit}; check --data")
         folders = [explicit]
     else:
-        folders = [Path("data"), Path("..") / "shared" / "data", data_cache()]
-        if os.environ.get("JLORA_DATA"):
-            folders.insert(0, Path(os.environ["JLORA_DATA"]))
+        folders = data_folders()
     looked = []
     for folder in folders:
         # The task's own folder comes first: data/test.txt may belong to another task.
@@ -171,6 +169,14 @@ def find_data(
         f"{', '.join(looked)}; give the file or its folder with --data or $JLORA_DATA"
         + (f", or run `jlora pull {name}`" if explicit is None and name in DATASETS else "")
     )
+
+
+def data_folders() -> list[Path]:
+    """Where data are looked for that nobody gave a place."""
+    folders = [Path("data"), Path("..") / "shared" / "data", data_cache()]
+    if os.environ.get("JLORA_DATA"):
+        folders.insert(0, Path(os.environ["JLORA_DATA"]))
+    return folders
 
 
 def register_task(task: Task) -> Task:
@@ -220,6 +226,7 @@ __all__ = [
     "NAMES",
     "ReferenceGroup",
     "Task",
+    "data_folders",
     "find_data",
     "get_task",
     "group_by_prompt",

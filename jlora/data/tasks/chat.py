@@ -30,11 +30,16 @@ class ChatTask(Task):
     def groups(self, examples: Sequence[Conversation]) -> list[ReferenceGroup]:
         """Conversations that end with an answer, without it; equal ones are one group.
 
-        The prompt is what was said last, or everything if it is more than that. Whole texts ask
-        nothing.
+        The prompt is what was said last, or everything if it is more than that. Of whole texts it
+        is the question, without the space that the first word of an answer brings along.
         """
         found: dict[str, AskedGroup] = {}
         for row in examples:
+            if row.question is not None:
+                prompt, answer = row.text[: row.question].rstrip(" "), row.text[row.question :]
+                found.setdefault(prompt, AskedGroup(prompt, [], asked=row))
+                found[prompt].references.append(answer.strip())
+                continue
             if row.text is not None or row.answers[-1] != len(row.messages) - 1:
                 continue
             before = row.messages[:-1]

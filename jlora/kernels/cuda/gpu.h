@@ -1,0 +1,116 @@
+// What the CUDA files share: launches, errors, scratch memory, numbers in bf16.
+//
+// They also compile as C++ beside tests/cuda_emulator, whose headers have the names of CUDA's: there a
+// kernel runs on the processor, thread by thread, so that what it computes is tested without a card.
+#pragma once
+#include <cublas_v2.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <mma.h>
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include "../native.h"
+
+namespace jlora {
+using bf16 = __nv_bfloat16;
+
+// The first thing that went wrong on the card; Python asks for it after each call.
+inline std::string& failure() {
+    static std::string text;
+    return text;
+}
+inline void check(cudaError_t error, const char* what) {
+    if (error != cudaSuccess && failure().empty()) failure() = std::string(what) + ": " + cudaGetErrorString(error);
+}
+inline void check(cublasStatus_t status, const char* what) {
+    if (status != CUBLAS_STATUS_SUCCESS && failure().empty())
+        failure() = std::string(what) + ": cuBLAS error " + std::to_string((int)status);
+}
+
+// Everything runs on the default stream, where Jittor's own kernels run, in the order of the calls.
+#if defined(__CUDACC__)
+#define JLORA_SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
+template <typename... Takes, typename... Given>
+inline void launch(void (*kernel)(Takes...), dim3 blocks, int threads, size_t shared, Given... given) {
+    if (!blocks.x || !blocks.y || !blocks.z) return;
+    if (shared > 48 * 1024)
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared), "shared memory");
+    kernel<<<blocks, threads, shared>>>(static_cast<Takes>(given)...);
+    check(cudaGetLastError(), "a kernel");
+}
+#else
+#define JLORA_SHARED_MEMORY(name) unsigned char* name = emulator::shared_memory()
+template <typename... Takes, typename... Given>
+inline void launch(void (*kernel)(Takes...), dim3 blocks, int threads, size_t shared, Given... given) {
+    emulator::run(blocks, threads, shared, [&] { kernel(static_cast<Takes>(given)...); });
+}
+#endif
+inline int blocks_for(int64_t items, int64_t each) { return (int)((items + each - 1) / each); }
+
+// Memory of the card that is used again from call to call and only grows.
+template <typename T>
+class Scratch {
+public:
+    T* of(int64_t count) {
+        if (count > size_) {
+            if (data_) check(cudaFree(data_), "freeing memory");
+            data_ = nullptr, size_ = 0;
+            check(cudaMalloc((void**)&data_, count * sizeof(T)), "the card's memory");
+            if (data_) size_ = count;
+        }
+        return data_;
+    }
+
+private:
+    T* data_ = nullptr;
+    int64_t size_ = 0;
+};
+// A copy of arrays of the host, for kernels that are launched next.
+template <typename T>
+inline const T* to_card(Scratch<T>& memory, const T* host, int64_t count) {
+    T* there = memory.of(std::max<int64_t>(count, 1));
+    check(cudaMemcpy(there, host, count * sizeof(T), cudaMemcpyHostToDevice), "a copy to the card");
+    return there;
+}
+
+// Sums over the threads of a block, whose number is a multiple of 32; everyone gets the result.
+__device__ inline float warp_sum(float x) {
+    for (int far = 16; far; far >>= 1) x += __shfl_xor_sync(0xFFFFFFFFu, x, far);
+    return x;
+}
+__device__ inline float warp_max(float x) {
+    for (int far = 16; far; far >>= 1) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, far));
+    return x;
+}
+__device__ inline float block_sum(float x, float* room) {  // room: 33 floats of shared memory
+    x = warp_sum(x);
+    if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        float all = 0;
+        for (int i = 0; i < (int)blockDim.x / 32; i++) all += room[i];
+        room[32] = all;
+    }
+    __syncthreads();
+    const float all = room[32];
+    __syncthreads();
+    return all;
+}
+__device__ inline float block_max(float x, float* room) {
+    x = warp_max(x);
+    if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        float all = room[0];
+        for (int i = 1; i < (int)blockDim.x / 32; i++) all = fmaxf(all, room[i]);
+        room[32] = all;
+    }
+    __syncthreads();
+    const float all = room[32];
+    __syncthreads();
+    return all;
+}
+}  // namespace jlora
