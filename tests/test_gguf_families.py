@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from gguf import GGUFReader
@@ -40,8 +42,8 @@ CONFIGS = {
     "olmo2": {"model_type": "olmo2"},
     "gemma2": {"model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 16, **TIED,
                **WINDOW, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0},
-    "gemma2, all layers": {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8,
-                           **TIED, "layer_types": [FULL] * 4},
+    "gemma2, all short": {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8,
+                            **TIED, "layer_types": [SLIDING] * 4},
     "gemma3": {"model_type": "gemma3_text", "head_dim": 16, "query_pre_attn_scalar": 16, **TIED,
                **WINDOW, "rope_local_base_freq": 100.0, "num_hidden_layers": 7,
                "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
@@ -139,6 +141,7 @@ def test_internlm2_s_rows_by_hand(tmp_path):
 
 NOT_THERE = {
     "a scale": ("gemma2", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar is 24"),
+    "no windows": ("gemma2", {"layer_types": [FULL] * 4}, "no layer of this Gemma 2 has a window"),
     "no caps": ("gemma2", {"attn_logit_softcapping": None}, "without both soft caps"),
     "no period": ("gemma3", {"layer_types": [FULL, SLIDING, SLIDING, FULL, FULL, SLIDING, FULL]},
                   "layer_types have no period"),
@@ -161,9 +164,25 @@ def test_a_window_that_llama_cpp_leaves_out_is_said(tmp_path, name):
     assert "llama.cpp does not compute the window of 7 tokens" in str(written)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen2", "internlm3"])
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("qwen3, biases", {}, r"does not load .* qwen3 with model.layers.0.self_attn.o_proj.bias"),
+        ("internlm2, biases", {}, r"internlm2 with model.layers.0.attention.wo.bias; jlora does"),
+        ("smollm3", {"mlp_bias": True}, r"smollm3 with model.layers.0.mlp.(down|up)_proj.bias"),
+        ("olmo2", TIED, "olmo2 without a head of their own; jlora does"),
+    ],
+)
+def test_what_llama_cpp_does_not_load_is_said(tmp_path, name, changes, message):
+    """Each as llama.cpp said it, of October 2026."""
+    model = model_of(name, **changes)
+    written = export_gguf(model, tmp_path / "m.gguf", tokenizer=False)
+    assert re.search(message, "\n".join(written.notes))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen2", "internlm3", "glm", "internlm2"])
 def test_nothing_is_said_without_need(tmp_path, name):
-    assert "window" not in str(metadata_of(tmp_path, name)[2])
+    assert metadata_of(tmp_path, name)[2].notes == ()
 
 
 def test_windows_of_every_period():

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import spm
 import tiny
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize, quantize
@@ -263,7 +264,8 @@ WRITTEN = {
     ),
 }
 TOKENIZERS = {
-    **{kind: (lambda kind=kind: tokenizer_of(kind)) for kind in sorted(set(GGUF_PRE.values()))},
+    **{kind: (lambda kind=kind: tokenizer_of(kind)) for kind in ("gpt2", "llama3", "tekken")},
+    "sentencepiece": lambda: Tokenizer(spm.backend(True), 2, 1),
     "bytes alone": bytes_alone,
     "left out": lambda: tokenizer_of("gpt2"),
     "none": lambda: None,

@@ -10,9 +10,11 @@ from test_gguf_write import WIDE, tokenizer_of
 from tiny_models import tiny_llama
 
 import jlora
+from jlora.adapters import LoraConfig, get_peft_model
 from jlora.adapters.export_gguf import export_gguf
 from jlora.adapters.modelfile import modelfile
 from jlora.adapters.trained_tokens import TrainedTokens
+from jlora.cli import main
 from jlora.data.chat_template import ChatTemplate, built_in_names, find_template
 from jlora.data.turns import conversation, find_turns
 from jlora.formats.gguf_file import read_gguf
@@ -263,3 +265,17 @@ def test_a_second_file_in_a_folder_gets_a_modelfile_of_its_own_name(tmp_path):
 def test_without_a_tokenizer_there_is_no_modelfile(tmp_path):
     exported(tmp_path, tokenizer=False)
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_the_command_takes_the_template_of_the_adapter(tmp_path, tiny_model):
+    model = get_peft_model(jlora.load(tiny_model), LoraConfig(r=2, target_modules=["c_attn"]))
+    model.save_pretrained(tmp_path / "adapter")
+    source = "{% for m in messages %}({{ m.role }}) {{ m.content }}\n{% endfor %}"
+    ChatTemplate(source).save(tmp_path / "adapter")
+    out = tmp_path / "out"
+    out.mkdir()
+    argv = ["export", tiny_model, "--gguf", out / "m.gguf", "--adapter", tmp_path / "adapter"]
+    assert main([str(argument) for argument in argv]) == 0
+    assert read_gguf(out / "m.gguf").metadata["tokenizer.chat_template"].strip() == source.strip()
+    (own,) = parse((out / "Modelfile").read_text())["TEMPLATE"]
+    assert go(own, TALKS[0]) == "(user) Hello\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from jlora.adapters.trained_tokens import UNKNOWN, TrainedTokens, special_token
 from jlora.data.chat_template import ChatTemplate, find_template
 from jlora.data.end_tokens import find_ends
 from jlora.data.tokenizer import GGUF_ENDS
+from jlora.formats.gguf_architecture import Architecture
 from jlora.formats.gguf_kinds import check_written
 from jlora.formats.gguf_write import write_gguf
 from jlora.formats.rounding import precision_loss
@@ -75,8 +77,8 @@ def export_gguf(
         chosen = own_template(base) if template == OWN else template
         text, said = conversation_metadata(metadata, path.name, base.tokenizer, chosen, trained)
         notes += said
-    notes += window_notes(base.config, architecture)
     weights = merged_weights(model)
+    notes += llama_cpp_notes(base.config, architecture, weights.tensors)
     name = getattr(base, "name_or_path", None)
     errors = write_gguf(
         path,
@@ -94,15 +96,24 @@ def export_gguf(
     return WrittenModel(path, weights.report, loss, tuple(notes))
 
 
-def window_notes(config: Any, architecture: Any) -> list[str]:
-    """What llama.cpp leaves out: it computes the windows of few architectures."""
+def llama_cpp_notes(config: Any, architecture: Architecture, names: Iterable[str]) -> list[str]:
+    """What llama.cpp leaves out, or why it does not load a file that jlora reads."""
+    notes, own = [], f"models of architecture {architecture.name}"
     windows = [window for window in getattr(config, "windows", []) if window]
-    if architecture.windows[1] or not windows or min(windows) >= config.max_positions:
-        return []
-    return [
-        f"llama.cpp does not compute the window of {min(windows)} tokens in models of architecture "
-        f"{architecture.name}: longer texts differ there"
-    ]
+    if not architecture.windows[1] and windows and min(windows) < config.max_positions:
+        notes.append(
+            f"llama.cpp does not compute the window of {min(windows)} tokens in {own}: longer "
+            "texts differ there"
+        )
+    behind = [architecture.names.get(key) for key in ("attn_output", "ffn_up", "ffn_down")]
+    ends = tuple(f".{module}.bias" for module in behind if module)
+    biased = next((name for name in names if name.endswith(ends)), None)
+    if biased and not architecture.biases:
+        notes.append(f"llama.cpp does not load {own} with {biased}; jlora does")
+    head = architecture.names.get("output", "none") + ".weight"
+    if architecture.own_head and head not in names:
+        notes.append(f"llama.cpp does not load {own} without a head of their own; jlora does")
+    return notes
 
 
 def own_template(base: Any) -> ChatTemplate | None:

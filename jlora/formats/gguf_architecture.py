@@ -32,6 +32,8 @@ class Architecture:
         computed: settings in `gguf_file.NEUTRAL` that are computed.
         part_turned: whether rotary positions may turn a part of each head.
         windows: whether jlora reads sliding windows; whether llama.cpp computes them.
+        biases: whether llama.cpp has biases behind attention and in the MLP.
+        own_head: whether llama.cpp asks for a head beside the embedding.
         check: (config.json) -> why llama.cpp would compute something else, or None.
         pre: how the tokenizer of every model of it splits texts, `tokenizer.ggml.pre`; None: they
             differ.
@@ -51,6 +53,8 @@ class Architecture:
     computed: tuple[str, ...] = ()
     part_turned: bool = False
     windows: tuple[bool, bool] = (False, False)
+    biases: bool = False
+    own_head: bool = False
     check: Callable[[Mapping[str, Any]], str | None] | None = field(default=None, repr=False)
     pre: str | None = None
 

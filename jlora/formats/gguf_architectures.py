@@ -131,9 +131,11 @@ LLAMA = Architecture(
         "self_attn.k_proj": "num_key_value_heads",
     },
     windows=(True, False),
+    biases=True,
 )
 SMOLLM3 = replace(
     LLAMA,
+    biases=False,
     name="smollm3",
     transformers="SmolLM3ForCausalLM",
     read_config=gguf_llama.read_qwen_config,
@@ -141,6 +143,7 @@ SMOLLM3 = replace(
 )
 QWEN2 = replace(
     LLAMA,
+    biases=False,
     name="qwen2",
     transformers="Qwen2ForCausalLM",
     read_config=gguf_llama.read_qwen_config,
@@ -160,6 +163,7 @@ OLMO2 = Architecture(
     blocks="model.layers",
     read_config=read_llama_config,
     write_metadata=write_llama_metadata,
+    own_head=True,
 )
 GEMMA2 = Architecture(
     name="gemma2",
@@ -229,6 +233,7 @@ INTERNLM2 = Architecture(
     write_metadata=write_llama_metadata,
     permuted={"wqkv.q": "num_attention_heads", "wqkv.k": "num_key_value_heads"},
     fused="attention.wqkv",
+    own_head=True,
 )
 GPT2 = Architecture(
     name="gpt2",
@@ -238,6 +243,7 @@ GPT2 = Architecture(
     read_config=read_gpt2_config,
     write_metadata=write_gpt2_metadata,
     transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    biases=True,
     pre="gpt-2",
 )
 ARCHITECTURES = {

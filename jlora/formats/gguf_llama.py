@@ -219,6 +219,8 @@ def check_gemma(name: str, config: Mapping[str, Any]) -> str | None:
         return f"query_pre_attn_scalar is {scale}, and GGUF's is {gemma_scale(name, config)}"
     if period_of(config["layer_types"]) is None:
         return "its layer_types have no period"
+    if name == "gemma2" and SLIDING not in config["layer_types"]:
+        return "no layer of this Gemma 2 has a window"
     if name == "gemma2" and not all(config.get(cap) for cap in CAPS):
         return "GGUF has no form for Gemma 2 without both soft caps"
     return None
