@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_models import GPT2, LLAMA
 
 from jlora.models.gpt2 import GPT2Config
-from jlora.models.llama import LlamaConfig, rope_frequencies
+from jlora.models.llama import LlamaConfig
 
 SIZES = {k: v for k, v in LLAMA.items() if k != "rope_theta"} | {"head_dim": 8}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
@@ -51,7 +51,7 @@ CONTEXT = "original_max_position_embeddings"
 )  # fmt: skip
 def test_rope_frequencies_are_those_of_transformers(fields, expected):
     config = LlamaConfig.from_dict({**SIZES, **fields})
-    np.testing.assert_allclose(rope_frequencies(config), expected, rtol=1e-6)
+    np.testing.assert_allclose(config.ropes()[0].frequencies, expected, rtol=1e-6)
     assert LlamaConfig.from_dict(config.to_dict()) == config
 
 

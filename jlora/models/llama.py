@@ -20,12 +20,10 @@ from jlora.models.attention import (
     step_keys,
 )
 from jlora.models.head import CausalLM, LanguageHead
-from jlora.models.llama_config import LlamaConfig, rope_frequencies
+from jlora.models.llama_config import LlamaConfig
 from jlora.models.parts import Parts
 from jlora.models.rope import Rotary
 from jlora.system.runtime import jt, nn
-
-__all__ = ["LlamaConfig", "rope_frequencies"]  # and all below
 
 
 class RMSNorm(nn.Module):

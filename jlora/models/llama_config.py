@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from jlora.models.config_fields import check_not_computed, known_fields, number
 from jlora.models.rope import Rope, make_rope, rope_settings
 from jlora.models.windows import FULL, SLIDING, check_unused_windows, read_windows
@@ -230,8 +228,3 @@ class LlamaConfig:
     @property
     def norm_eps(self) -> float:
         return self.rms_norm_eps
-
-
-def rope_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Angle per position of each pair of dimensions, (R / 2,) float32."""
-    return config.ropes()[0].frequencies
