@@ -41,12 +41,10 @@ def softcap(tmp_path_factory) -> dict[str, object]:
     subprocess.run([*command, "-o", str(folder / "library.so")], check=True)
     own = ctypes.CDLL(str(folder / "library.so"))
     names: dict[str, object] = {}
+    exec(python, names)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "library", lambda: own)
-        for name in re.findall(r"JLORA_OPERATOR\((\w+)\)", operators):
-            native._address(name)  # is kept, so that the real library need not have them
-    exec(python, names)
-    return names
+        yield names
 
 
 def test_the_documented_operator_equals_its_twin(softcap):

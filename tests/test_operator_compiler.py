@@ -116,6 +116,8 @@ extern "C" void show() {  // as Jittor does, in parallel_compiler.cc
             << " used: " << std::setprecision(3) << std::setw(4) << 2.5 << "s eta: "
             << std::setprecision(3) << std::setw(4) << 0.5 << "s \\r";
         if (i == 1) std::cerr << "[e] a warning of a compiling thread\\n";
+        // As Jittor says it where a compiling thread dies.
+        if (i == 1) std::cerr << "Segfault, exit" << ", flush log..." << std::endl;
     }
     std::cerr << std::endl;
     std::cerr << 7 << " after\\n";
@@ -140,7 +142,7 @@ def test_progress_with_operators_is_one_line_on_a_terminal_and_nothing_elsewhere
     finally:
         os.close(ours)
         os.close(theirs)
-    warning = "[e] a warning of a compiling thread\n"
+    warning = "[e] a warning of a compiling thread\nSegfault, exit, flush log..."
     if terminal:
         shown = [f"\r\033[Kjlora: compiling operators (once) ... {i}/2" for i in (1, 2)]
         warning = f"{shown[0]}{warning}{shown[1]}\r\033[K"

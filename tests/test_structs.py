@@ -48,7 +48,7 @@ def test_the_library_is_refused_when_a_mirror_is_wrong(monkeypatch):
     wrong = type("Array", (ctypes.Structure,), {"_fields_": [("data", ctypes.c_void_p)]})
     monkeypatch.setattr(structs.check, "__defaults__", ((wrong,),))
     with pytest.raises(UserError, match="install jlora again"):
-        native.library.__wrapped__()
+        native._cpu_library.__wrapped__()
 
 
 @pytest.mark.parametrize("integer", [0, 7, 2**53 + 1, 2**62 + 2**31 + 1])

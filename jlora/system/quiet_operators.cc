@@ -29,8 +29,8 @@ class Filter : public std::streambuf {
         std::lock_guard<std::mutex> lock(mutex_);
         const std::string piece(text, size);
         if (progress_) {
-            // A whole line is somebody else's.
-            if (piece.size() > 1 && piece.back() == '\n') return target_->sputn(text, size);
+            // Anything else is somebody else's, such as what Jittor says of a segmentation fault.
+            if (!is_progress(piece)) return target_->sputn(text, size);
             take(piece);
             return size;
         }
@@ -48,6 +48,12 @@ class Filter : public std::streambuf {
     int sync() override { return target_->pubsync(); }
 
    private:
+    static bool is_progress(const std::string& piece) {
+        for (const char* part : {"\n", " used: ", "s eta: ", "s \r", "inf", "nan"})
+            if (piece == part) return true;
+        return piece == PROGRESS || piece.find_first_not_of("0123456789.+-e/) ") == std::string::npos;
+    }
+
     void release() {
         if (held_) target_->sputc('\n');
         held_ = false;
