@@ -113,6 +113,10 @@ def test_without_a_template_there_is_no_chat(jlora, tmp_path, tiny_model):
          "data.assistant_only_loss is data.mask_prompt; give one of the two"),
         ({"messages": CHAT}, ["--task", "jsonl", "--train-on", "last"],
          "data.train_on is for task chat, not jsonl; leave it out"),
+        ({"text": "a b"}, ["--chat-template", "chatml"], "data.chat_template is for conversations"),
+        ({"text": "a b"}, ["--train-on", "last"], "data.train_on is for conversations, and these"),
+        ({"messages": CHAT}, ["--set", "data.block_size=8"], "data.block_size is for whole texts"),
+        ({"messages": CHAT}, ["--set", "data.answer_after=A"], "data.answer_after is for whole"),
         ({"messages": CHAT}, ["--task", "jsonl"], "this is a chat in messages, which task chat"),
     ],
 )  # fmt: skip
