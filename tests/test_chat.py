@@ -204,6 +204,12 @@ def test_no_model_and_an_adapter_twice(capsys, monkeypatch, adapters):
     assert "is an adapter itself" in said
 
 
+def test_the_model_may_be_an_option(model, capsys, monkeypatch):
+    plain = chat(capsys, monkeypatch, "food\n", model)
+    assert chat(capsys, monkeypatch, "food\n", "--model", model) == plain and plain[0] == 0
+    assert "give one of the two" in chat(capsys, monkeypatch, "", model, "--model", model)[2]
+
+
 class Typed:
     """Somebody at the keyboard: what is typed, or raised, line by line."""
 

@@ -183,6 +183,15 @@ def test_the_validation_data_stand_in_for_test_data(tmp_path, tiny_model, capsys
     assert data.train[0].ids[: len(data.prompts[0])] == data.prompts[0]
 
 
+def test_the_file_beside_the_training_file_is_named(tmp_path, capsys):
+    path = write(tmp_path)
+    ChatData(recipe_of("m", train=str(path), folder=str(tmp_path)), test=False)
+    valid = write(tmp_path, "valid.jsonl", 2)
+    assert "valid data" not in capsys.readouterr().err
+    ChatData(recipe_of("m", train=str(path), folder=str(tmp_path)), test=False)
+    assert f"valid data: {valid}" in capsys.readouterr().err
+
+
 def test_data_lie_with_the_others(tmp_path, monkeypatch):
     folder = tmp_path / "all" / "mine"
     folder.mkdir(parents=True)

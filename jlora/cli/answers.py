@@ -131,7 +131,7 @@ def text_scores(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.what not in task_names():
         near = difflib.get_close_matches(arguments.what, BY_MODEL, n=1)
         if near:
-            raise UserError(f"nothing is called {arguments.what!r}; did you mean {near[0]}?")
+            raise UserError(f"no task {arguments.what!r}; did you mean {near[0]}?")
     task = get_task(arguments.what)
     refuse(arguments, MODEL_OPTIONS, f"is for {' and '.join(BY_MODEL)}")
     if arguments.refs is None or arguments.hyps is None:
