@@ -204,6 +204,12 @@ def test_no_model_and_an_adapter_twice(capsys, monkeypatch, adapters):
     assert "is an adapter itself" in said
 
 
+def test_the_model_may_be_an_option(model, capsys, monkeypatch):
+    plain = chat(capsys, monkeypatch, "food\n", model)
+    assert chat(capsys, monkeypatch, "food\n", "--model", model) == plain and plain[0] == 0
+    assert "give one of the two" in chat(capsys, monkeypatch, "", model, "--model", model)[2]
+
+
 class Typed:
     """Somebody at the keyboard: what is typed, or raised, line by line."""
 
@@ -372,6 +378,30 @@ def test_a_task_s_run_is_asked_as_before(model, tiny_run, capsys, tmp_path, monk
     assert answers(capsys, "--model", base, *ask, "--separator-id", 0, "--adapter", run) == plain
     assert main(["generate", "--adapter", str(run), *map(str, ask), "--system-prompt", "x"]) == 2
     assert "--system-prompt is for a chat template, which a task has not" in capsys.readouterr().err
+
+
+def test_data_of_conversations_are_asked_by_the_template(model, capsys, tmp_path):
+    """Not as a task's inputs are, with a separator and beams; all turns count."""
+    turns = [("user", "food"), ("assistant", "a b"), ("user", "name : A")]
+    messages = [{"role": role, "content": said} for role, said in turns]
+    file = tmp_path / "test.jsonl"
+    row = {"messages": [*messages, {"role": "assistant", "content": "A ."}]}
+    file.write_text(json.dumps(row) + "\n")
+    ask = ["--model", model, "--task", "chat", "--data", file, "--max-tokens", 4]
+    assert answers(capsys, *ask) == expected(model, turns, tokens=4).strip() + "\n"
+    refused = ["generate", *map(str, ask), "--system-prompt", "x"]
+    assert main(refused) == 2
+    assert "--system-prompt is for --prompt" in capsys.readouterr().err
+
+
+def test_a_conversation_needs_a_template(tiny_model, capsys, tmp_path):
+    messages = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
+    file = tmp_path / "test.jsonl"
+    file.write_text(json.dumps({"messages": messages}) + "\n")
+    for argv in (["generate", "--task", "chat"], ["evaluate", "exact-match"]):
+        assert main([*argv, "--model", str(tiny_model), "--data", str(file)]) == 2
+        said = capsys.readouterr().err
+        assert f"{file}:1: a conversation, and there is no chat template" in said
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,10 @@ def test_without_a_template_there_is_no_chat(jlora, tmp_path, tiny_model):
          "data.assistant_only_loss is data.mask_prompt; give one of the two"),
         ({"messages": CHAT}, ["--task", "jsonl", "--train-on", "last"],
          "data.train_on is for task chat, not jsonl; leave it out"),
+        ({"text": "a b"}, ["--chat-template", "chatml"], "data.chat_template is for conversations"),
+        ({"text": "a b"}, ["--train-on", "last"], "data.train_on is for conversations, and these"),
+        ({"messages": CHAT}, ["--set", "data.block_size=8"], "data.block_size is for whole texts"),
+        ({"messages": CHAT}, ["--set", "data.answer_after=A"], "data.answer_after is for whole"),
         ({"messages": CHAT}, ["--task", "jsonl"], "this is a chat in messages, which task chat"),
     ],
 )  # fmt: skip
@@ -177,6 +181,15 @@ def test_the_validation_data_stand_in_for_test_data(tmp_path, tiny_model, capsys
     prompt = data.template.render(CHAT[:1], add_generation_prompt=True)
     assert data.prompts == [data.tokenizer.encode(prompt)]
     assert data.train[0].ids[: len(data.prompts[0])] == data.prompts[0]
+
+
+def test_the_file_beside_the_training_file_is_named(tmp_path, capsys):
+    path = write(tmp_path)
+    ChatData(recipe_of("m", train=str(path), folder=str(tmp_path)), test=False)
+    valid = write(tmp_path, "valid.jsonl", 2)
+    assert "valid data" not in capsys.readouterr().err
+    ChatData(recipe_of("m", train=str(path), folder=str(tmp_path)), test=False)
+    assert f"valid data: {valid}" in capsys.readouterr().err
 
 
 def test_data_lie_with_the_others(tmp_path, monkeypatch):

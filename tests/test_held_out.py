@@ -108,7 +108,7 @@ def test_exact_match(model, tmp_path, capsys):
         ("perplexity --data . --split no", "task chat has no split 'no'"),
         ("e2e --data FILE", "--data is for perplexity and exact-match"),
         ("e2e --refs x", "e2e is scored by --refs and --hyps; give both"),
-        ("perplexty --data FILE", "no task 'perplexty'"),
+        ("perplexty --data FILE", "no task 'perplexty'; did you mean perplexity?"),
     ],
 )
 def test_mistakes(model, tmp_path, capsys, argv, said):

@@ -300,6 +300,14 @@ def test_what_does_not_fit_is_counted_or_refused():
     assert ([trained(example) for example in found.examples], found.dropped) == ([[" b</s>"]], 1)
 
 
+def test_long_pairs_without_a_template_are_dropped_where_that_is_asked_for():
+    long, short = say("a " * 60, "b", is_pair=True), say("a", "b", is_pair=True)
+    cut = encode(long, short, template=None, longest=20)
+    assert (sum(each.cut > 0 for each in cut.examples), cut.dropped) == (1, 0)
+    found = encode(long, short, template=None, longest=20, too_long="drop")
+    assert ([each.cut for each in found.examples], found.dropped) == ([0], 1)
+
+
 def test_where_everything_is_trained_the_end_stays():
     (whole,) = encode(FOUR, mask_prompt=False).examples
     (cut,) = encode(FOUR, mask_prompt=False, longest=20).examples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -115,15 +116,22 @@ def model_scores(arguments: argparse.Namespace) -> dict[str, Any]:
     recipe = adapter and adapter.recipe
     tokens = arguments.max_new_tokens or (recipe.decode.max_new_tokens if recipe else 256)
     ends = tuple((recipe and recipe.decode.eos_token_ids) or ())
-    config = GenerateConfig(ends, tokens, batch_size=arguments.batch_size or 32)
+    config = GenerateConfig(
+        ends, tokens, batch_size=arguments.batch_size or 32,
+        repetition_penalty=recipe.decode.repetition_penalty if recipe else 1.0,
+    )  # fmt: skip
     return held_out.exact_match(config, Path(arguments.out) if arguments.out else None)
 
 
 def text_scores(arguments: argparse.Namespace) -> dict[str, Any]:
     """The scores of hypotheses against references."""
-    from jlora.data.tasks import get_task
+    from jlora.data.tasks import get_task, task_names
     from jlora.metrics import evaluate, read_answers, read_hypotheses, read_references
 
+    if arguments.what not in task_names():
+        near = difflib.get_close_matches(arguments.what, BY_MODEL, n=1)
+        if near:
+            raise UserError(f"no task {arguments.what!r}; did you mean {near[0]}?")
     task = get_task(arguments.what)
     refuse(arguments, MODEL_OPTIONS, f"is for {' and '.join(BY_MODEL)}")
     if arguments.refs is None or arguments.hyps is None:

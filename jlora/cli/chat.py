@@ -36,6 +36,7 @@ def add_chat(verb: Verb) -> None:
         "model", nargs="?", metavar="MODEL",
         help="name or path of a model, or a run or adapter folder (default: the one of --adapter)",
     )  # fmt: skip
+    command.add_argument("--model", dest="named", help="the same, as other commands have it")
     command.add_argument("--adapter", help=ADAPTER_HELP)
     add_adapter_options(command)
     add_template_options(command)
@@ -49,6 +50,10 @@ def run_chat(arguments: argparse.Namespace) -> int:
     from jlora.runs.chat import Talk
     from jlora.runs.recipe import check_precision
 
+    if arguments.named is not None:
+        if arguments.model is not None:
+            raise UserError(f"{arguments.model} and --model {arguments.named}; give one of the two")
+        arguments.model = arguments.named
     if arguments.model is None and arguments.adapter is None:
         raise UserError("no model given, such as: jlora chat smollm2-135m")
     if arguments.model is not None and is_adapter(Path(arguments.model)):

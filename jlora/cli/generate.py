@@ -45,7 +45,7 @@ def add_generate(verb: Verb) -> None:
         "reads one from standard input",
     )  # fmt: skip
     source.add_argument("--data", help="a file of the task; its distinct inputs are the prompts")
-    command.add_argument("--task", help="how --data is read (default: e2e)")
+    command.add_argument("--task", help="how --data is read (default: e2e; chat for a chat run)")
     command.add_argument("--out", help="predictions.jsonl to write; default: print the texts")
     command.add_argument(
         "--method", choices=("beam", "greedy", "sample"),
@@ -184,15 +184,25 @@ def run_generate(arguments: argparse.Namespace) -> int:
     trained = recipe and recipe.decode
     decoding(arguments, trained, task=False)  # what is wrong in itself
     check_precision(arguments.precision)
-    prompts, keeps = arguments.prompt, None
+    prompts, keeps, asked = arguments.prompt, None, None
     if arguments.data:
-        task = get_task(arguments.task or "e2e")
+        talks = adapter is not None and recipe is not None and not adapter.of_task
+        task = get_task(arguments.task or ("chat" if talks else "e2e"))
         same = recipe is not None and recipe.data.task == task.name
-        groups = task.groups(task.read(arguments.data, recipe.data.template if same else None))
+        if task.name == "chat":
+            refuse(arguments, ["system_prompt"], "is for --prompt; conversations have their own")
+            rows = task.read_file(arguments.data, recipe.data.features if same else None)
+        else:
+            rows = task.read(arguments.data, recipe.data.template if same else None)
+        groups = task.groups(rows)
         prompts, keeps = [group.prompt for group in groups], [group.keep for group in groups]
+        if task.name == "chat":
+            if not groups:
+                raise UserError(f"{arguments.data}: no example ends with an answer to ask for")
+            asked = [group.asked for group in groups]
     else:
         prompts = [read_prompt() if prompt == "-" else prompt for prompt in prompts]
-    form, of_task = form_of(arguments, adapter)
+    form, of_task = form_of(arguments, adapter, arguments.data is not None and asked is None)
     config = decoding(arguments, trained, of_task)
     shown = [arguments.model, adapter, config, form, arguments.precision]
     show_anything()
@@ -202,7 +212,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
             print(piece, end="", flush=True)
         print()
         return 0
-    predictions = answer(prompts, *shown, Path(arguments.out) if arguments.out else None, keeps)
+    out = Path(arguments.out) if arguments.out else None
+    predictions = answer(prompts, *shown, out, keeps, asked)
     if not arguments.out:
         for prediction in predictions:
             print(prediction.prediction)
@@ -229,8 +240,12 @@ def read_prompt() -> str:
     return text.removeprefix("\ufeff").removesuffix("\n")
 
 
-def form_of(arguments: argparse.Namespace, adapter):
-    """How `jlora generate` asks, and whether as in a task (by beams, if nothing else is said)."""
+def form_of(arguments: argparse.Namespace, adapter, task_data: bool):
+    """How `jlora generate` asks, and whether as in a task (by beams, if nothing else is said).
+
+    Args:
+        task_data: whether the prompts are inputs of a task other than chat.
+    """
     from jlora.data.batches import NO_SEPARATOR
     from jlora.models.hub import outline
     from jlora.runs.adapter_file import base_name
@@ -239,7 +254,7 @@ def form_of(arguments: argparse.Namespace, adapter):
 
     ends, fits = arguments.end_id, arguments.max_new_tokens is None
     choice, values = arguments.chat_template, arguments.chat_template_args
-    of_task = arguments.data is not None or arguments.separator_id is not None
+    of_task = task_data or arguments.separator_id is not None
     of_task |= adapter is not None and adapter.of_task and choice is None
     name = arguments.model if of_task else base_name(arguments.model, adapter)
     if not of_task and not arguments.raw and adapter is None and choice is None:

@@ -145,9 +145,13 @@ def _encode_pairs(
     sizes = map(len, tokenizer.encode_after([" " + each.completion for each in examples]))
     fitting = [each for each, size in zip(examples, sizes) if size <= longest - 2]
     found.dropped += len(examples) - len(fitting)
+    most = None if settings.too_long == "drop" else longest
     encoded = encode_examples(
-        fitting, tokenizer, longest, settings.separator_id, settings.end_id, settings.max_prompt
+        fitting, tokenizer, most, settings.separator_id, settings.end_id, settings.max_prompt
     )
+    kept = [example for example in encoded if example.input_length <= longest]
+    found.dropped += len(encoded) - len(kept)
+    encoded = kept
     if settings.mask_prompt is False:
         encoded = [replace(example, prompt_length=1) for example in encoded]
     found.examples += encoded

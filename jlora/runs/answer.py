@@ -14,6 +14,7 @@ import numpy as np
 
 from jlora import engine
 from jlora.data.batches import TokenExample, encode_prompts
+from jlora.data.chat_template import built_in_names
 from jlora.data.conversations import Conversation
 from jlora.data.end_tokens import find_ends
 from jlora.data.readers import shorten
@@ -246,6 +247,8 @@ def ready(
             f"{form.chat.template.name} ends an answer by the text {stops[0]!r}, at which beam "
             "search does not stop; take --method greedy or sample"
         )
+    if asked and not form.chat:
+        check_turns(asked)
     context = seen.config.max_positions
     check_end_ids(end_ids, seen.config.vocab_size)
     longest = context - (0 if form.shorten else config.max_new_tokens - 1)
@@ -277,7 +280,21 @@ def one_turn(prompt: str) -> Conversation:
     return Conversation("", [{"role": "user", "content": prompt}])
 
 
+def check_turns(asked: Sequence[Conversation]) -> None:
+    """Raises: UserError: a conversation of several messages, which needs a chat template."""
+    for each in asked:
+        if len(each.messages) > 1:
+            raise UserError(
+                f"{each.place}: a conversation, and there is no chat template; choose one with "
+                f"--chat-template: {', '.join(built_in_names())}, or a file"
+            )
+
+
 def chat_tokens(chat: Chat, asked: Conversation, tokenizer: Any) -> list[int]:
+    if asked.text is not None:
+        raise UserError(
+            f"{asked.place}: a whole text, which no chat template asks; leave --chat-template out"
+        )
     try:
         return chat.encode(asked.messages, tokenizer, asked.tools)
     except UserError as error:

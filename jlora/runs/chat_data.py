@@ -16,6 +16,7 @@ from jlora.data.loss_mask import encode_conversations
 from jlora.data.tasks import data_folders
 from jlora.data.tasks.chat import guess_task
 from jlora.data.tokenizer import Tokenizer
+from jlora.runs.data_config import DataConfig
 from jlora.runs.run_data import RunData
 from jlora.system.console import say
 from jlora.system.errors import UserError
@@ -59,6 +60,10 @@ class ChatData(RunData):
 
     _all_rows: Sequence[Conversation] = ()  # of a training file that is divided
 
+    def encode(self, model: Any) -> RunData:
+        self._all_rows = ()
+        return super().encode(model)
+
     def find_template(self, source: Path | None, tokenizer: Tokenizer) -> None:
         """Find the template that the recipe chooses, or else the model's.
 
@@ -67,7 +72,10 @@ class ChatData(RunData):
         """
         data = self.recipe.data
         rows = [row for rows in self._examples.values() for row in rows]
-        if all(row.text is not None for row in rows):
+        texts = [row.text is not None for row in rows]
+        asked = any(group.asked.text is not None for group in self.groups)
+        self._check_forms(asked or any(texts), all(texts))
+        if all(texts):
             # So that nothing is put into a template when the adapter of this run answers.
             data = replace(data, chat_template=NO_TEMPLATE, separator_id=NO_SEPARATOR)
             self.recipe = replace(self.recipe, data=data)
@@ -79,6 +87,19 @@ class ChatData(RunData):
                 self.template = replace(self.template, tokens=tokens_of(tokenizer))
             self._check_settings()
             say(f"conversations are written by {self.template.name}")
+
+    def _check_forms(self, any_text: bool, all_texts: bool) -> None:
+        """Refuse settings that none of the examples would heed."""
+        data = self.recipe.data
+        idle = [] if any_text else ["block_size", "answer_after"]
+        what = "whole texts, and there are none"
+        if all_texts:
+            idle, what = ["chat_template_args", "train_on"], "conversations, and these are texts"
+            idle += [] if data.chat_template == NO_TEMPLATE else ["chat_template"]
+        default = DataConfig()
+        for name in idle:
+            if getattr(data, name) != getattr(default, name):
+                raise UserError(f"data.{name} is for {what}; leave it out")
 
     def _check_settings(self) -> None:
         for name in ("separator_id", "max_prompt"):

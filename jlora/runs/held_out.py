@@ -97,16 +97,15 @@ class HeldOut:
                 "give pairs or conversations, or take perplexity"
             )
         template = self._template(name, data)
+        asked = [group.asked for group in groups] if data.task == "chat" else None
         if template is not None:
             form = Form(Chat(template), shorten=True)
-            prompts: list[Any] = [group.asked for group in groups]
         else:
             texts = data.task == "chat" and data.separator_id == NO_SEPARATOR  # whole ones
             form = Form(plain=texts, separator_id=data.separator_id, shorten=texts)
-            prompts = None
         found = answer(
             [group.prompt for group in groups], name, self.adapter, config, form, self.precision,
-            out, [group.keep for group in groups], prompts,
+            out, [group.keep for group in groups], asked,
         )  # fmt: skip
         texts = [prediction.prediction for prediction in found]
         share = exact_match(texts, [group.references for group in groups])

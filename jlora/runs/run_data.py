@@ -141,6 +141,8 @@ class RunData:
         file = self._file(split)
         if file is None:
             return self.task.built_in(split)
+        if self.recipe.data.train and not getattr(self.recipe.data, split):
+            say(f"{split} data: {file}")  # which nobody named: it lies beside the training file
         examples = self._read_file(file)
         self.hashes[str(file)] = sha256_of(file)
         return examples
