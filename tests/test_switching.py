@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +200,25 @@ def test_hotswap(folders):
     np.testing.assert_array_equal(logits(model), right)
     model.set_adapter("b")
     np.testing.assert_array_equal(logits(model), right)
+
+
+@needs_bf16
+def test_an_adapter_that_is_gone_is_freed(folders):
+    """DoRA's folded weights are as large as the base's: no plan of a block may keep them."""
+    model = PeftModel.from_pretrained(base("gpt2"), folders["gpt2", "dora"])
+    engine.prepare(model, "bf16")
+    for leave in (
+        lambda: model.hotswap_adapter(folders["gpt2", "dora"]),
+        lambda: model.delete_adapter("default"),
+    ):
+        logits(model)
+        layer = next(iter(model.lora_layers().values()))
+        kept = weakref.ref(layer._folded[1].packed)
+        del layer
+        leave()
+        gc.collect()
+        engine.release()  # memory that operators may still have had to read
+        assert kept() is None
 
 
 def test_loading_beside_a_merged_adapter_keeps_it_merged(folders):

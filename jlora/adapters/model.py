@@ -125,6 +125,7 @@ class PeftModel(SwitchableModel):
         if is_on:
             self.set_adapter(None)
         self._adapters[adapter_name] = new
+        self._forget_plans()
         if is_on:
             self._switch(adapter_name)
 

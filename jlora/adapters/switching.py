@@ -152,6 +152,7 @@ class SwitchableModel(TunedModel):
             self.set_adapter(others[0] if others else None)
             log.warning("%s was on; now it is %s", adapter_name, self.active_adapter or "none")
         del self._adapters[adapter_name]
+        self._forget_plans()
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -225,6 +226,11 @@ class SwitchableModel(TunedModel):
     def _check_enabled(self, what: str) -> None:
         if self._disabled:
             raise UserError(f"{what} inside disable_adapter(); leave its block first")
+
+    def _forget_plans(self) -> None:
+        """Have fused blocks let go of what they keep of adapters, so that one gone is freed."""
+        for module in self.base_model.modules():
+            vars(module).pop("_plans", None)
 
     def _switch(self, adapter_name: str | None) -> None:
         """Take the unmerged adapter off and put another one on."""
