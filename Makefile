@@ -12,6 +12,8 @@ PARITY := .venv-parity
 PARITY_STAMP := $(PARITY)/.installed
 LLAMACPP := .venv-llamacpp
 LLAMACPP_STAMP := $(LLAMACPP)/.installed
+MLX := .venv-mlx
+MLX_STAMP := $(MLX)/.installed
 SEED ?= 1
 # Test files at a time; each runs by itself (`make test JOBS=0`: one after another, in one process).
 # In the order of their names: by the number of tests, the few long ones would be left for the end.
@@ -19,7 +21,7 @@ JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all test-threads parity llamacpp golden bench-train bench-decode bench-scale \
-	bench-long gpu-check gpu-inputs gpu-wheels gpu-compile lint install clean
+	bench-long bench-wikisql gpu-check gpu-inputs gpu-wheels gpu-compile lint install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -65,6 +67,10 @@ bench-scale: $(STAMP) $(PARITY_STAMP)
 # Many steps of one model: does time or memory grow, and how long do five epochs of E2E take?
 bench-long: $(STAMP)
 	$(BIN)/python -m benchmarks.long_run $(ARGS)
+
+# mlx-lm's LoRA example beside mlx-lm and PEFT (docs/results.md).
+bench-wikisql: $(STAMP) $(PARITY_STAMP) $(MLX_STAMP)
+	$(BIN)/python -m benchmarks.wikisql $(ARGS)
 
 # The check of an NVIDIA card (docs/gpu.md). For a card without a network: what its machine needs for
 # Python GPU_PYTHON, and batches and prompts, are gathered in runs/gpu beforehand.
@@ -117,6 +123,11 @@ $(LLAMACPP_STAMP): parity/llamacpp-requirements.txt
 	$(LLAMACPP)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
+$(MLX_STAMP): benchmarks/mlx-requirements.txt
+	@test -x $(MLX)/bin/python || $(PYTHON) -m venv $(MLX)
+	$(MLX)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-jittor-* $(PARITY) $(LLAMACPP) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-jittor-* $(PARITY) $(LLAMACPP) $(MLX) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find jlora tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from benchmarks import lora_code, scale, sides, size, training, work
+from benchmarks import lora_code, scale, sides, size, training, wikisql, work
+from jlora.runs.recipe import find_recipe, load_recipe
 
 
 def test_flops_of_a_step_counted_one_product_at_a_time():
@@ -144,3 +147,58 @@ def test_lines_by_folder_and_their_change_since_main(tmp_path):
     assert shown() == changed  # main against the commit before it
     shutil.rmtree(tmp_path / ".git")
     assert shown()[-1] == "the package 2 4"
+
+
+#: What mlx-lm 0.32.2 prints; its colours stand in angle brackets.
+MLX_LM = """\
+Trainable parameters: 0.968% (1.303M/134.515M)
+  <1>iter   train_loss     tok/s     tokens<0>
+  <38;5;244>   1<0>    <1;35>val<0> <1>3.235<0>    <38;5;244>236.83s<0>
+  <38;5;244>   1<0>    <1;32>3.390 ▼<0>    <1>   55<0>    <38;5;244>  0.4k<0>
+  <38;5;244>   2<0>    <1;33>3.587 ▲<0>    <1>1,059<0>    <38;5;244>  1.0k<0>
+  <1;32>save<0>  <38;5;244>0000002_adapters.safetensors<0>
+  <38;5;244>   3<0>    <1;35>val<0> <1>2.101<0>    <38;5;244>2.83s<0>
+"""
+
+
+def test_losses_are_read_from_what_mlx_lm_prints():
+    lines = MLX_LM.replace("<", "\x1b[").replace(">", "m").splitlines()
+    steps, valid = wikisql.mlx_losses([(float(i), line) for i, line in enumerate(lines)])
+    assert steps == [(3.0, 3.39), (4.0, 3.587)] and valid == [3.235, 2.101]
+    many = [(2.0 * i, 3.0) for i in range(wikisql.WARM_UP + 3)]
+    run = wikisql.timed(many, wikisql.Run())
+    assert run.seconds == [2.0] * 3 and len(run.losses) == wikisql.WARM_UP + 3
+
+
+def test_an_adapter_of_mlx_lm_becomes_one_of_peft(tmp_path):
+    rng = np.random.default_rng(0)
+    a, b = rng.random((576, 8)).astype("f"), rng.random((8, 192)).astype("f")
+    name = "model.layers.14.self_attn.k_proj"
+    save_file({f"{name}.lora_a": a, f"{name}.lora_b": b}, tmp_path / "mlx.safetensors")
+    recipe = load_recipe(find_recipe(wikisql.RECIPE))
+    wikisql.save_as_peft(tmp_path / "mlx.safetensors", recipe, tmp_path / "peft")
+    found = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / config["r"]
+    up, down = (found[f"base_model.model.{name}.lora_{x}.weight"] for x in "BA")
+    np.testing.assert_allclose(scale * up @ down, 20.0 * (a @ b).T, rtol=1e-6)
+
+
+def test_a_side_without_its_environment_is_left_out_and_said(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(wikisql, "MLX", tmp_path)
+    assert not wikisql.installed("mlx-lm") and wikisql.installed("jlora bf16")
+    assert "mlx-lm: left out" in capsys.readouterr().out
+
+
+def test_a_failed_training_shows_its_last_lines():
+    lines, peak = wikisql.follow([sys.executable, "-c", "print(1); print(2)"])
+    assert [line for _, line in lines] == ["1", "2"] and peak > 1
+    with pytest.raises(RuntimeError, match="no such data"):
+        wikisql.follow([sys.executable, "-c", "raise SystemExit('no such data')"])
+
+
+def test_the_table_has_means_and_their_spread():
+    runs = [wikisql.Run([9.0] * 10 + [x] * 50, [0.5], None, x, x + 1, 10.0) for x in (1.0, 2.0)]
+    row = wikisql.table({"a": runs, "b": runs[:1]}, 60).splitlines()[-2:]
+    assert row[0] == "| a |  | 1.500 ± 0.707 | 2.500 ± 0.707 | 1.500 ± 0.707 | 0.50 | 10 |"
+    assert row[1] == "| b |  | 1.000 | 2.000 | 1.000 | 0.50 | 10 |"
