@@ -25,7 +25,7 @@ def blocks() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def softcap(tmp_path_factory) -> dict[str, object]:
+def softcap(tmp_path_factory):
     """The names of the documented Python module; its operators are in a library of their own."""
     header, operators, python = blocks()
     folder = tmp_path_factory.mktemp("kernel")

@@ -142,7 +142,7 @@ def test_progress_with_operators_is_one_line_on_a_terminal_and_nothing_elsewhere
     finally:
         os.close(ours)
         os.close(theirs)
-    warning = "[e] a warning of a compiling thread\nSegfault, exit, flush log..."
+    warning = "[e] a warning of a compiling thread\nSegfault, exit, flush log...\n"
     if terminal:
         shown = [f"\r\033[Kjlora: compiling operators (once) ... {i}/2" for i in (1, 2)]
         warning = f"{shown[0]}{warning}{shown[1]}\r\033[K"

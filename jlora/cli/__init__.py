@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(
             UserError(
                 "the C++ compiler failed on an operator, most often because memory ran out; free "
-                "some, or set use_parallel_op_compiler=1 in the environment; -v shows its output"
+                "some; -v shows its output"
             )
         )
     except Exception:

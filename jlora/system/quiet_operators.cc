@@ -30,7 +30,10 @@ class Filter : public std::streambuf {
         const std::string piece(text, size);
         if (progress_) {
             // Anything else is somebody else's, such as what Jittor says of a segmentation fault.
-            if (!is_progress(piece)) return target_->sputn(text, size);
+            if (!is_progress(piece) || (open_ && piece == "\n")) {
+                open_ = piece.back() != '\n';
+                return target_->sputn(text, size);
+            }
             take(piece);
             return size;
         }
@@ -83,6 +86,7 @@ class Filter : public std::streambuf {
     std::streambuf* target_;
     std::mutex mutex_;
     bool held_ = false, progress_ = false;
+    bool open_ = false;  // somebody else's line has not ended
     std::string line_;
 };
 

@@ -266,9 +266,9 @@ def environment_defaults() -> dict[str, str]:
         # An empty path also keeps Jittor from downloading gigabytes of CUDA by itself.
         defaults["nvcc_path"] = ""
     on_cpu = not os.environ.get("nvcc_path", defaults.get("nvcc_path", ""))
-    # Compilers of operators at a time. Jittor's threads for them are known to break a process now and
-    # then (KI-COMPILER-001 of its 2.0 branch), and one after another costs some seconds, once: 25 s
-    # instead of 15 for a first training step on two cores. By nvcc it would be minutes.
+    # Compilers of operators at a time. Jittor's threads for them are known to break a process now
+    # and then (KI-COMPILER-001 of its 2.0 branch), and one after another costs some seconds, once:
+    # 25 s instead of 15 for a first training step on two cores. By nvcc it would be minutes.
     compilers = 1 if on_cpu else max(1, min(16, machine.processors()))
     defaults["use_parallel_op_compiler"] = str(compilers)
     if on_cpu and "cc_flags" not in os.environ and "kernel_flags" not in os.environ:
