@@ -4,7 +4,7 @@
 #include "vector_math.h"
 
 namespace jlora {
-enum Activation : int64_t { silu, gelu_tanh };  // ACTIVATIONS in block.py
+enum Activation : int64_t { silu, gelu_tanh };  // ACTIVATIONS in elementwise.py
 
 // gelu_tanh: u = sqrt(2 / pi) * (x + 0.044715 x^3), and 0.5 (1 + tanh u) = sigmoid(2u)
 inline F16 activation16(int64_t kind, F16 x) {

@@ -10,7 +10,7 @@ struct Norm {
     double offset;               // added to the weights
     __device__ float factor(int64_t j) const { return weight[j] + (float)offset; }
 };
-enum Activation : int64_t { silu, gelu_tanh };  // ACTIVATIONS in block.py
+enum Activation : int64_t { silu, gelu_tanh };  // ACTIVATIONS in elementwise.py
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 __device__ inline float activation(int64_t kind, float x) {
