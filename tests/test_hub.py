@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -520,3 +521,9 @@ def test_smollm2_knows_a_capital():
 def test_a_slip_in_a_known_name_is_not_looked_up_elsewhere():
     with pytest.raises(UserError, match="did you mean smollm2-135m"):
         pull("smollm2-135")
+
+
+def test_an_outline_knows_where_a_model_stands_that_it_had_to_fetch(tiny_model, monkeypatch):
+    """What reads the model's chat template looks there."""
+    monkeypatch.setattr(hub, "pull", lambda name: Path(tiny_model))
+    assert hub.outline("smollm2-nowhere").source == Path(tiny_model)

@@ -115,7 +115,8 @@ def outline(name_or_path: str | Path) -> Outline:
             Path(f"{name}-pytorch_model.bin"), gpt2_config(*size), "its name", {}, gpt2_tokenizer()
         )
     else:
-        checkpoint = read_checkpoint(source or find(name), True, check_before_weights)
+        source = source or find(name)
+        checkpoint = read_checkpoint(source, True, check_before_weights)
     model = build_model(checkpoint.config, checkpoint.config_source)
     model.tokenizer, model.name_or_path = checkpoint.tokenizer, name
     if checkpoint.tensors:
