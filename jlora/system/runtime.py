@@ -7,8 +7,8 @@ imports Jittor at that line (``import jlora.system.runtime`` alone does not), in
 1. The environment is checked, so that a missing compiler is a one-line error and not a traceback.
 2. Jittor's environment variables get working defaults; variables set by the user are not changed.
 3. If this machine has not compiled this Jittor yet, a child process does so while this one shows
-   the elapsed time. A child process, because a failed import of Jittor cannot be repeated in the same
-   process, and because Jittor may end the process if its cache is outdated.
+   the elapsed time. A child process, because a failed import of Jittor cannot be repeated in the
+   same process, and because Jittor may end the process if its cache is outdated.
 4. Jittor is imported, and what it changes for the whole process (signal handlers, certificate
    checks, the recursion limit) is restored.
 """
