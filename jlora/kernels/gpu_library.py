@@ -19,6 +19,8 @@ from jlora.system.status import run_compiler
 
 FOLDER = Path(__file__).resolve().parent / "cuda"
 SOURCE = FOLDER / "library.cu"
+#: Headers beside the folder that it includes.
+SHARED = ("layouts", "native", "operator")
 FLAGS = "-std=c++17 -O3 --shared -Xcompiler -fPIC --cudart=shared -w".split()
 #: Compute capability from which a card multiplies bf16.
 OLDEST = 80
@@ -79,9 +81,7 @@ def _compiled() -> Path:
     full = [*command(nvcc, jt.flags.cc_path, capabilities), f"-L{libraries}"]
     full += ["-Xlinker", f"-rpath={libraries}"]
     digest = hashlib.sha256(repr(full).encode())
-    for source in sorted(
-        [*FOLDER.glob("*"), FOLDER.parent / "layouts.h", FOLDER.parent / "native.h"]
-    ):
+    for source in sorted([*FOLDER.glob("*"), *(FOLDER.parent / f"{n}.h" for n in SHARED)]):
         digest.update(source.read_bytes())
     path = Path(jt.flags.cache_path) / "jlora" / f"operators-{digest.hexdigest()[:16]}.so"
     if path.is_file():

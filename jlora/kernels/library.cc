@@ -1,6 +1,5 @@
 // The library of jlora's operators: each takes its arrays and numbers as native.h says.
-#include <mutex>
-#include "native.h"
+#include "operator.h"
 #include "adamw.h"
 #include "attention.h"
 #include "elementwise.h"
@@ -15,17 +14,6 @@
 #include "layouts.h"
 
 using namespace jlora;
-
-// Operators keep scratch memory from call to call (`Buffer`), and each takes all processors, so they
-// run one at a time: another thread of Python, whose interpreter lock a call lets go, waits here.
-static std::mutex running;
-#define JLORA_OPERATOR(name) \
-    static Operator name##_alone; \
-    extern "C" void name(const Array* in, const Array* out, const int64_t* integer, const double* number) { \
-        const std::lock_guard<std::mutex> alone(running); \
-        name##_alone(in, out, integer, number); \
-    } \
-    static void name##_alone(const Array* in, const Array* out, const int64_t* integer, const double* number)
 
 extern "C" const char* struct_layouts() {
     static const std::string text = layouts();

@@ -1,24 +1,14 @@
 // The library of jlora's operators on an NVIDIA card. It has the names and arguments of ../library.cc, as far
 // as it goes; arrays of Jittor's graph are on the card, those of `native.run` on the host.
-#include <mutex>
 #include "block.h"
 #include "decoder.h"
 #include "head.h"
 #define JLORA_PRODUCTS
 #define JLORA_TILES 3
 #include "../layouts.h"
+#include "../operator.h"
 
 using namespace jlora;
-
-// One at a time: scratch memory is kept from call to call.
-static std::mutex running;
-#define JLORA_OPERATOR(name) \
-    static Operator name##_alone; \
-    extern "C" void name(const Array* in, const Array* out, const int64_t* integer, const double* number) { \
-        const std::lock_guard<std::mutex> alone(running); \
-        name##_alone(in, out, integer, number); \
-    } \
-    static void name##_alone(const Array* in, const Array* out, const int64_t* integer, const double* number)
 
 extern "C" const char* struct_layouts() {
     static const std::string text = layouts();
