@@ -14,10 +14,11 @@ import numpy as np
 from jlora.data.pull_models import GPT2_TOKENIZER, NAME, WHEELS, pull, pulled
 from jlora.data.tokenizer import Tokenizer, find_files
 from jlora.formats.gguf_file import GGUFFile, read_gguf
+from jlora.formats.lazy import LazyArray
 from jlora.formats.names import is_lora_name
 from jlora.formats.safetensors_file import (
+    lazy_safetensors,
     one_line,
-    read_safetensors,
     read_shapes,
     read_sharded,
 )
@@ -45,7 +46,7 @@ class Checkpoint:
     source: Path
     config: dict[str, Any]
     config_source: str
-    tensors: dict[str, np.ndarray]
+    tensors: dict[str, np.ndarray | LazyArray]
     tokenizer: Tokenizer | None
 
 
@@ -296,7 +297,7 @@ def gpt2_tokenizer() -> Tokenizer | None:
 
 def read_weights(path: Path, shapes_only: bool = False) -> dict[str, np.ndarray]:
     """Tensors of a weight file or of the files that an index names, or `placeholder` for them."""
-    from_safetensors = read_shapes if shapes_only else read_safetensors
+    from_safetensors = read_shapes if shapes_only else lazy_safetensors
     from_torch = functools.partial(read_torch, shapes_only=shapes_only)
     if path.name.endswith(".safetensors.index.json"):
         return read_sharded(path, from_safetensors)
