@@ -69,7 +69,7 @@ def outline_of(family: str) -> Outline:
     model = hub.build_model(CONFIGS[family])
     model.name_or_path = family
     arrays = 4 * sum(int(np.prod(p.shape)) for p in model.parameters())
-    return Outline(model, None, arrays, arrays)
+    return Outline(model, None, arrays, True)
 
 
 def recipe_of(**settings):

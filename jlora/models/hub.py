@@ -93,13 +93,13 @@ class Outline:
             anything were computed while it lives: ask it what there is to ask, and let it go.
         source: file or folder of the weights; None: a GPT-2 that is not on this machine.
         arrays: bytes of the checkpoint's arrays once they are read.
-        reading: bytes held at the height of reading them.
+        at_once: whether they are all read before any is packed, as PyTorch's files are.
     """
 
     model: Any
     source: Path | None
     arrays: int
-    reading: int
+    at_once: bool
 
 
 def outline(name_or_path: str | Path) -> Outline:
@@ -124,10 +124,8 @@ def outline(name_or_path: str | Path) -> Outline:
         sizes = [array.nbytes for array in checkpoint.tensors.values()]
     else:
         sizes = [4 * int(np.prod(p.shape)) for p in model.parameters()]
-    arrays = sum(sizes)
-    # Of PyTorch's files the storages are held until all arrays are copied out of them.
-    twice = checkpoint.source.suffix in (".bin", ".pt", ".pth")
-    return Outline(model, source, arrays, 2 * arrays if twice else arrays + max(sizes))
+    at_once = weights_suffix(checkpoint.source) in (".bin", ".pt", ".pth")
+    return Outline(model, source, sum(sizes), at_once)
 
 
 def require_tokenizer(model: Any) -> Tokenizer:
@@ -203,6 +201,11 @@ def weight_file(folder: Path) -> Path | None:
         if len(found) == 1:
             return found[0]
     return None
+
+
+def weights_suffix(file: Path) -> str:
+    """ ".bin" of ``pytorch_model.bin`` and of ``pytorch_model.bin.index.json``."""
+    return Path(file.name.removesuffix(".index.json")).suffix
 
 
 def check_before_weights(outline: Checkpoint) -> None:
