@@ -49,7 +49,7 @@ class Recipe:
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
-    # plain, fp32, bf16, int8, int8-both; auto: the fastest this machine does well
+    # plain, fp32, bf16, int8, int8-both, int4; auto: the fastest this machine does well
     precision: str = "auto"
     checkpoint_activations: bool = False  # less memory in training, a third more time
     score_before: bool = False  # also score the untouched model on the test inputs
