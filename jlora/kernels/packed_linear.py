@@ -23,8 +23,8 @@ from jlora.system.runtime import jt
 LINE = 64  # bytes; packed weights begin on a line of the cache
 
 
-# What packed weights are kept in, by the numbers of tile_weights.h. "int8" multiplies activations in
-# int8 and gradients in bf16, "int8-both" both in int8, "int4" both in bf16.
+# What packed weights are kept in, by the numbers of tile_weights.h. "int8" multiplies activations
+# in int8 and gradients in bf16, "int8-both" both in int8, "int4" both in bf16.
 KINDS = {"bf16": 0, "int8": 1, "int8-both": 2, "int4": 3}
 
 
