@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
@@ -57,6 +58,14 @@ class GenerateConfig:
         check_setting(all(self.stops), "stops", list(self.stops), "texts of a character or more")
         penalty = self.repetition_penalty
         check_setting(penalty > 0, "repetition_penalty", penalty, "above 0")
+
+
+class Drawing(Protocol):
+    """What of a `GenerateConfig` decides a draw."""
+
+    temperature: float
+    top_p: float
+    min_p: float
 
 
 def generate(
@@ -166,10 +175,10 @@ def next_tokens(
             (values, ids), place = few, 0
             if config.temperature > 0:
                 u = draws[index].random()
-                place = _draw(values[row], config, u, most - values.shape[1])
+                place = draw(values[row], config, u, most - values.shape[1])
                 if place is None:  # a few do not decide it, so sort them all
                     values, ids = everything = everything or best(most)
-                    place = _draw(values[row], config, u)
+                    place = draw(values[row], config, u)
             chosen.append(int(ids[row, place]))
             texts[index].append(chosen[-1])
             yield index, chosen[-1], float(values[row, place])
@@ -180,11 +189,12 @@ def next_tokens(
         batch = [batch[row] for row in live]
 
 
-def _draw(logprobs: np.ndarray, config: GenerateConfig, u: float, unseen: int = 0) -> int | None:
+def draw(logprobs: np.ndarray, config: Drawing, u: float, unseen: int = 0) -> int | None:
     """The place that ``u``, from 0 to 1, falls on among tokens, likeliest first.
 
     Args:
         logprobs: (k,), in falling order.
+        config: ``top_k`` is for the caller: of all tokens, so many come here at most.
         unseen: how many tokens there are behind these, none of them likelier.
 
     Returns:
@@ -209,9 +219,9 @@ def _draw(logprobs: np.ndarray, config: GenerateConfig, u: float, unseen: int = 
 
 
 def _place(
-    weights: np.ndarray, cumulative: np.ndarray, total: float, config: GenerateConfig, u: float
+    weights: np.ndarray, cumulative: np.ndarray, total: float, config: Drawing, u: float
 ) -> int | None:
-    """`_draw` where all tokens together weigh ``total``."""
+    """`draw` where all tokens together weigh ``total``."""
     # The token that carries the sum over top_p still counts, so one is always left.
     count = int(np.searchsorted(cumulative, config.top_p * total)) + 1
     likely = int((weights >= config.min_p).sum())  # the likeliest has weight 1
