@@ -148,9 +148,9 @@ class ToyDecoder:
         ]
         return np.array(rows, np.float32).reshape(-1, 2)
 
-    def run(self, prompts, counts, every=False):
-        self._fail()
-        self._note("run", list(counts), [prompt.adapter for prompt in prompts])
+    def _run(self, prompts, counts, every):
+        if prompts:
+            self._note("run", list(counts), [prompt.adapter for prompt in prompts])
         found = []
         for prompt, count in zip(prompts, counts):
             assert 0 < count <= len(prompt.tokens) - prompt.done
@@ -160,12 +160,16 @@ class ToyDecoder:
             prompt.hidden = found[-1][-1]
         return found if every else None
 
+    def run(self, prompts, counts, every=False):
+        self._fail()
+        return self._run(prompts, counts, every)
+
     def enter(self, prompts) -> None:
         assert all(prompt.done == len(prompt.tokens) for prompt in prompts)
         self._rows += [(prompt, (), (prompt.states[-1],)) for prompt in prompts]
         self.hidden = self._hidden([states[-1] for _, _, states in self._rows])
 
-    def advance(self, rows, tokens) -> None:
+    def advance(self, rows, tokens, prompts=(), counts=(), every=False):
         self._fail()
         assert len(rows) == len(tokens)
         new = []
@@ -177,6 +181,7 @@ class ToyDecoder:
         self._rows = new
         self._note("advance", [prompt.adapter for prompt, _, _ in new])
         self.hidden = self._hidden([states[-1] for _, _, states in self._rows])
+        return self._run(prompts, counts, every)
 
     def best(self, k, edits=None):
         self._note("best", k)

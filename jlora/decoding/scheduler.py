@@ -1,8 +1,8 @@
 """A running batch: requests of any adapters enter and leave it from step to step.
 
-A step takes in what fits, runs a piece of the waiting prompts, chooses a token for every row and
-runs the rows once more. What a request gets does not depend on the others: rows are computed apart,
-its draws are its own, and a fault of one is told to it alone.
+A step takes in what fits, chooses a token for every row, and runs the rows once more, in the same
+pass with a piece of the prompts that are to enter. What a request gets does not depend on the
+others: rows are computed apart, its draws are its own, and a fault of one is told to it alone.
 """
 
 from __future__ import annotations
@@ -141,9 +141,9 @@ class Scheduler:
     def step(self) -> None:
         """One step; exceptions are faults of the decoder, see `fail`."""
         self._take_in()
-        self._run_prompts()
         self._choose()
-        self._advance()
+        self._run()
+        self._enter()
 
     # --- taking requests in ---
 
@@ -184,8 +184,8 @@ class Scheduler:
             kept, length = self.cache.find(job.adapter, job.tokens)
             self.counts["lookups"] += 1
             self.counts["hits"] += length > 0
-        job.cached, job.waits_for = length, None
         job.prompt = self._decoder.begin(job.request.prompt, job.adapter, kept, length)
+        job.cached, job.waits_for = length, None
 
     def _keep_what_runs(self, job: Job) -> None:
         """Have the cache copy a running row that begins as ``job`` does, if it lacks it."""
@@ -212,30 +212,20 @@ class Scheduler:
 
     # --- prompts ---
 
-    def _run_prompts(self) -> None:
-        self._drop_left()
-        pieces = prompt_pieces(self.entering, self.chunk * (1 if self.running else ALONE))
-        for scored in (False, True):
-            jobs = [job for job in pieces if job.is_scored == scored]
-            if jobs:
-                counts = [pieces[job] for job in jobs]
-                prompts = [job.prompt for job in jobs]
-                states = self._decoder.run(prompts, counts, every=scored)
-                self.counts["prompt tokens"] += sum(counts)
-                for job, own in zip(jobs, states if scored else ()):
-                    self._apart(job, self._score, own)
+    def _enter(self) -> None:
+        """Rows for the prompts that are done."""
         done = [job for job in self.entering if not job.left and not job.rest]
         for job in done:
             self._apart(job, self._prompt_done)
+        self._drop_left()
         done = [job for job in done if not job.left]
         if done:
             self._decoder.enter([job.prompt for job in done])
-            for job in done:
-                job.prompt, job.rows = None, 1
-                job.chooser = chooser(job.request, self._config.vocab_size)
-            self.running += done
-        self.entering = [job for job in self.entering if job.chooser is None]
-        self._drop_left()
+        for job in done:
+            self.entering.remove(job)
+            self.running.append(job)
+            job.prompt, job.rows = None, 1
+            job.chooser = chooser(job.request, self._config.vocab_size)
 
     def _drop_left(self) -> None:
         """Give back the memory of prompts that will not be run."""
@@ -282,7 +272,7 @@ class Scheduler:
             if not undecided:
                 return
             if width == FEW:
-                # Every row, ended ones too, which are gone after `_advance`.
+                # Every row, ended ones too, which are gone after `_run`.
                 asked = starts
                 k = max(min(job.chooser.need, FEW) for job in undecided)
                 every = [edits.get(job) or [None] * job.rows for job in self.running]
@@ -314,9 +304,11 @@ class Scheduler:
             self._end(job, job.chooser.reason)
         return True
 
-    def _advance(self) -> None:
-        """Run the rows that go on, those of an adapter together, and let the others go."""
-        if not self.running:
+    def _run(self) -> None:
+        """Run the rows that go on, those of an adapter together, and pieces of prompts."""
+        self._drop_left()
+        pieces = prompt_pieces(self.entering, self.chunk * (1 if self.running else ALONE))
+        if not self.running and not pieces:
             return
         rows, tokens, going = [], [], []
         by_adapter = sorted(zip(self.running, _starts(self.running)), key=lambda x: x[0].adapter)
@@ -329,11 +321,17 @@ class Scheduler:
                 rows += [start + row for row in job.chooser.rows]
                 tokens += job.chooser.tokens
                 going.append(job)
-        self._decoder.advance(np.array(rows, np.int64), np.array(tokens, np.int32))
+        self.running = going
+        prompts, counts = [job.prompt for job in pieces], list(pieces.values())
+        scored = any(job.is_scored for job in pieces)
+        states = self._decoder.advance(rows, tokens, prompts, counts, scored)
         self.counts["steps"] += 1
+        self.counts["prompt tokens"] += sum(counts)
         for job in going:
             job.rows, job.read = len(job.chooser.rows), job.read + 1
-        self.running = going
+        for job, own in zip(pieces, states if scored else ()):
+            if job.is_scored:
+                self._apart(job, self._score, own)
 
     # --- what is told ---
 

@@ -52,7 +52,7 @@ class Stats:
         lookups, hits: prompts that it was asked about, and of which it had a beginning.
         prompt_tokens: run; cached_tokens: found in the cache instead, of requests that ended.
         generated_tokens: end tokens included.
-        steps: of the batch.
+        steps, step_seconds: of the batch, and what they took.
         stopped, cut, cancelled, failed: requests that ended so (cut: by their length).
     """
 
@@ -71,6 +71,7 @@ class Stats:
     cached_tokens: int
     generated_tokens: int
     steps: int
+    step_seconds: float
     stopped: int
     cut: int
     cancelled: int
@@ -131,6 +132,7 @@ class Engine:
         self._futures: set[Future] = set()
         self._adapters: dict[str, tuple[AdapterInfo, int]] = {}
         self._draining = self._closing = False
+        self._step_seconds = 0.0
         self._retired: list[int] = []  # slots to be freed when nothing holds them; engine's thread
 
         def open_all() -> None:
@@ -347,7 +349,9 @@ class Engine:
                 log.exception("an order to the engine failed")
         try:
             if not self._scheduler.idle:
+                begin = time.perf_counter()
                 self._scheduler.step()
+                self._step_seconds += time.perf_counter() - begin
         except Exception as error:
             log.exception("a step of the batch failed")
             self._scheduler.fail(error)
@@ -376,30 +380,26 @@ class Engine:
         with self._changed:
             waiting = max(len(self._tickets) - running - entering, 0)
         return Stats(
-            running,
-            entering,
-            waiting,
-            scheduler.rows,
-            scheduler.used,
-            scheduler.token_bytes,
-            scheduler.cache.bytes,
-            scheduler.cache.budget,
-            len(scheduler.cache),
-            *(
-                counts.get(name, 0)
-                for name in (
-                    "lookups",
-                    "hits",
-                    "prompt tokens",
-                    "cached tokens",
-                    "generated tokens",
-                    "steps",
-                    "stop",
-                    "length",
-                    "cancelled",
-                    "error",
-                )
-            ),  # fmt: skip
+            running=running,
+            entering=entering,
+            waiting=waiting,
+            rows=scheduler.rows,
+            used_bytes=scheduler.used,
+            token_bytes=scheduler.token_bytes,
+            cache_bytes=scheduler.cache.bytes,
+            cache_budget=scheduler.cache.budget,
+            cache_entries=len(scheduler.cache),
+            lookups=counts.get("lookups", 0),
+            hits=counts.get("hits", 0),
+            prompt_tokens=counts.get("prompt tokens", 0),
+            cached_tokens=counts.get("cached tokens", 0),
+            generated_tokens=counts.get("generated tokens", 0),
+            steps=counts.get("steps", 0),
+            step_seconds=self._step_seconds,
+            stopped=counts.get("stop", 0),
+            cut=counts.get("length", 0),
+            cancelled=counts.get("cancelled", 0),
+            failed=counts.get("error", 0),
         )
 
     # --- the end ---

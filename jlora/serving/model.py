@@ -34,8 +34,6 @@ class ServedModel:
         self._native, self._model = require_native(model), model
         self._peft = switchable(model)
         self._bank = AdapterBank(self._native)
-        self._names: dict[int, str] = {}  # of the adapters in `_peft`, by slot
-        self._loaded = 0
 
     def new_decoder(self) -> RowDecoder:
         """A decoder without rows."""
@@ -50,18 +48,13 @@ class ServedModel:
         """
         adapter = AdapterFile(path)
         base_name(self.name, adapter)  # checks it
-        self._loaded += 1
-        name = f"{self._loaded}"
+        name = str(path)
         adapter.add_to(self._peft, name)
         try:
-            slot = self._bank.add(self._peft.adapter(name))
-        except BaseException:
+            return self._bank.add(self._peft.adapter(name))  # has its own copy of the weights
+        finally:
             self._peft.delete_adapter(name)
-            raise
-        self._names[slot] = name
-        return slot
 
     def remove(self, slot: int) -> None:
         """Let go of an adapter that no row has."""
         self._bank.remove(slot)
-        self._peft.delete_adapter(self._names.pop(slot))
