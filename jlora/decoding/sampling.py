@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -202,19 +203,20 @@ def draw(logprobs: np.ndarray, config: Drawing, u: float, unseen: int = 0) -> in
     """
     relative = (logprobs - logprobs[0]).astype(np.float64)
     weights = np.exp(relative / config.temperature)
-    cumulative = np.cumsum(weights)
+    cumulative = weights.cumsum()
     seen = cumulative[-1]
     # Where the least and the most that all tokens together can weigh give one place, that is it.
     least, most = seen, seen + unseen * weights[-1]
     if unseen and config.temperature <= 1:
         # At temperature 1 all weigh 1 / p of the first. Below it the unseen lose at least as much
         # as the last one seen.
-        whole = np.exp(-float(logprobs[0]))
+        whole = math.exp(-float(logprobs[0]))
         rest, rounding = whole - np.exp(relative).sum(), 1e-5 * whole
         most = min(most, seen + (rest + rounding) * weights[-1] ** (1 - config.temperature))
         if config.temperature == 1:
             least = max(seen, min(most, seen + rest - rounding))
-    found = {_place(weights, cumulative, total, config, u) for total in (least, most)}
+    totals = {least, most}
+    found = {_place(weights, cumulative, total, config, u) for total in totals}
     return found.pop() if len(found) == 1 else None
 
 
@@ -223,12 +225,11 @@ def _place(
 ) -> int | None:
     """`draw` where all tokens together weigh ``total``."""
     # The token that carries the sum over top_p still counts, so one is always left.
-    count = int(np.searchsorted(cumulative, config.top_p * total)) + 1
-    likely = int((weights >= config.min_p).sum())  # the likeliest has weight 1
-    if likely < len(weights):
-        count = min(count, likely)
+    count = int(cumulative.searchsorted(config.top_p * total)) + 1
+    if weights[-1] < config.min_p:
+        count = min(count, int((weights >= config.min_p).sum()))  # the likeliest has weight 1
     kept = cumulative[count - 1] if count <= len(weights) else total
-    place = int(np.searchsorted(cumulative[:count], u * kept, side="right"))
+    place = int(cumulative[:count].searchsorted(u * kept, side="right"))
     if place >= len(weights) and total > cumulative[-1]:
         return None
     return min(place, count - 1, len(weights) - 1)
