@@ -9,6 +9,7 @@ from jlora.decoding.native_weights import require_native
 from jlora.decoding.rows import AdapterBank, RowDecoder
 from jlora.models.hub import require_tokenizer
 from jlora.runs.adapter_file import AdapterFile, base_name, open_model, switchable
+from jlora.system.errors import UserError
 
 
 class ServedModel:
@@ -52,6 +53,8 @@ class ServedModel:
         adapter.add_to(self._peft, name)
         try:
             return self._bank.add(self._peft.adapter(name))  # has its own copy of the weights
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         finally:
             self._peft.delete_adapter(name)
 
