@@ -14,6 +14,7 @@ from tiny_models import randomise_adapter
 from jlora import engine as speed
 from jlora.adapters import LoraConfig, get_peft_model
 from jlora.decoding.beam import BeamConfig, beam_search
+from jlora.decoding.native_weights import require_native
 from jlora.decoding.requests import Request
 from jlora.decoding.sampling import GenerateConfig, generate
 from jlora.kernels import packed_linear
@@ -124,5 +125,7 @@ def test_what_cannot_stand_beside_others_is_refused_by_name(folders, tmp_path):
 
 
 def test_a_model_for_its_own_layers_is_refused_with_the_reason(folders):
-    with pytest.raises(UserError, match="native decoder, which does not take"):
+    with pytest.raises(UserError, match="precision plain leaves out the native decoder"):
         Engine(str(folders["model"]), precision="plain")
+    with pytest.raises(UserError, match="model runs on its own layers.*does not take parts that"):
+        require_native(load(folders["model"]))

@@ -320,9 +320,9 @@ def require_native(model) -> NativeModel:
         return _native_model(model)
     except _Unsupported as reason:
         raise UserError(
-            f"{getattr(model, 'name_or_path', type(model).__name__)} runs only on its own layers "
-            f"and not in the native decoder, which does not take {reason}; `jlora generate` and "
-            "`jlora chat` run it"
+            f"{getattr(model, 'name_or_path', type(model).__name__)} runs on its own layers "
+            f"alone: the native decoder does not take {reason}; `jlora generate` and `jlora chat` "
+            "run it"
         ) from reason
 
 

@@ -28,6 +28,11 @@ class ServedModel:
     """
 
     def __init__(self, name: str, precision: str = "auto"):
+        if precision == "plain":
+            raise UserError(
+                "precision plain leaves out the native decoder, without which nothing is served; "
+                "take auto, bf16, int8 or fp32"
+            )
         model = open_model(name, None)
         self.name, self.config, self.tokenizer = name, model.config, require_tokenizer(model)
         self.precision = engine.prepare(model, precision, keep_weights=False)
@@ -57,6 +62,7 @@ class ServedModel:
             raise UserError(f"{path}: {error}") from error
         finally:
             self._peft.delete_adapter(name)
+            engine.release()
 
     def remove(self, slot: int) -> None:
         """Let go of an adapter that no row has."""
