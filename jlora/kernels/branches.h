@@ -130,6 +130,17 @@ public:
             }
         }
     }
+    // Fetches part i of n of what `add` will read for a layer's panels `panel` and the one after it, or alone.
+    void fetch(int64_t layer, int64_t panel, int64_t panels, int64_t i, int64_t n) const {
+        if (!any() || !tables_[layer]) return;
+        const int64_t slots = slots_.present.size();
+        for (int64_t s = i * slots / n; s < (i + 1) * slots / n; s++) {
+            const SlotBranch& b = tables_[layer][slots_.present[s]];
+            const int64_t bytes = b.reach * 16 * (b.narrow ? 2 : 4);
+            const char* at = (const char*)b.B + panel * bytes;
+            for (int64_t line = 0; b.A && line < panels * bytes; line += 64) __builtin_prefetch(at + line, 0, 2);
+        }
+    }
     // y, 16 outputs of a layer for row m, with the branch's part added.
     F16 add(int64_t m, int64_t layer, int64_t panel, F16 y) const {
         const int slot = slots_.of[m];

@@ -39,7 +39,7 @@ struct Model {
 #if defined(JLORA_TILES)
 constexpr int64_t row_block = 1;
 #else
-constexpr int64_t row_block = 16;  // rows are made up to whole blocks: fewer kinds of products
+constexpr int64_t row_block = 16;  // rows are made up to whole blocks: fewer kinds of products of oneDNN
 #endif
 
 inline void normalise(const Norm& norm, float eps, const float* x, int64_t C, const Input& to) {

@@ -150,8 +150,17 @@ void apply(const Linear* layers, int64_t count, const Input& x, const Slots& slo
         if (low.any()) left = low.add(m, i, at / 16, left), right = low.add(m, i, at / 16 + 1, right);
         store(m, first + n, left, right, own);
     };
-    if (packed) product(x.rounded, weights, sink);
-    else product_of_floats(x, layers[0], sink);
+    if (!packed) return product_of_floats(x, layers[0], sink);
+#if defined(JLORA_TILES)
+    // What the sink reads of branches is fetched with the weights before it.
+    const auto fetch = [&](int64_t n, int64_t part, int64_t parts) {
+        int64_t i = 0;
+        while (n >= ends[i]) i++;
+        low.fetch(i, (n - (ends[i] - layers[i].n)) / 16, 2, part, parts);
+    };
+    if (low.any()) return product(x.rounded, weights, sink, false, fetch);
+#endif
+    product(x.rounded, weights, sink);
 }
 
 // The gated activation of two layers straight from their product, where that can be: a panel takes 16
@@ -159,6 +168,8 @@ void apply(const Linear* layers, int64_t count, const Input& x, const Slots& slo
 #if defined(JLORA_TILES)
 struct Paired {
     const Weight &gate, &up;
+    const SlotLowRank& low;
+    int64_t up_layer, up_panel;  // of whose branches those of `up` are, and where they begin
     int64_t tile(int64_t p) const {  // neighbours, which share a line of `active`, far apart in time
         const int64_t half = gate.n / 32;
         return p < half ? 2 * p : 2 * (p - half) + 1;
@@ -169,6 +180,8 @@ struct Paired {
     void fetch(int64_t p, int64_t s, int64_t line) const {
         _mm_prefetch((const char*)gate.tile(tile(p), s) + line * 64, _MM_HINT_T1);
         _mm_prefetch((const char*)up.tile(tile(p), s) + line * 64, _MM_HINT_T1);
+        const int64_t part = s * 16 + line, parts = gate.steps() * 16;
+        low.fetch(0, tile(p), 1, part, parts), low.fetch(up_layer, up_panel + tile(p), 1, part, parts);
     }
 };
 // count: 2, or 1 where one layer is both, the gate's outputs first.
@@ -183,13 +196,12 @@ inline bool gate_in_registers(int64_t activation, const Linear* layers, int64_t 
     Weight up = count == 2 ? *(const Weight*)layers[1].weight : gate;
     if (gate.scales || up.scales) return false;  // int8
     if (count == 1) up.tiles = (char*)first.tile(inner / 16, 0);
-    const Paired paired{gate, up};
     const SlotLowRank low = branches_of(layers, count, x, slots);
-    const int64_t up_layer = count - 1, up_panel = count == 1 ? inner / 16 : 0;
+    const Paired paired{gate, up, low, count - 1, count == 1 ? inner / 16 : 0};
     tiles::product<false>((const char*)x.rounded.data, x.rounded.rows, inner / 16, x.rounded.steps(), paired,
         [&](int64_t m, int64_t n, F16 gate, F16 up) {
             const int64_t tile = paired.tile(n / 32), k = tile * 16;
-            if (low.any()) gate = low.add(m, 0, tile, gate), up = low.add(m, up_layer, up_panel + tile, up);
+            if (low.any()) gate = low.add(m, 0, tile, gate), up = low.add(m, paired.up_layer, paired.up_panel + tile, up);
             const F16 y = activation16(activation, gate) * up;
             uint16_t both[32];
             store32(both, y, y);
