@@ -257,8 +257,8 @@ class Answers:
         """Have the answers end with an error."""
         self._inbox.fail(error)
 
-    async def pieces(self) -> AsyncIterator[list[tuple[Choice, str]]]:
-        """New text of the answers, as it comes, until all are complete.
+    async def pieces(self) -> AsyncIterator[list[tuple[Choice, str, bool]]]:
+        """New text of the answers, as it comes, and whether that is the end of one.
 
         Raises:
             ApiError: one of them failed, or the time is over.
@@ -274,7 +274,7 @@ class Answers:
                     "the time for a request is over; ask for fewer tokens, or later",
                     504, code="timeout", headers=NO_RETRY,
                 ) from None  # fmt: skip
-            found = []
+            found: dict[Choice, str] = {}
             for choice, event in items:
                 if event.kind == "error":
                     raise api_error(event.error) from event.error
@@ -284,12 +284,12 @@ class Answers:
                     first = False
                     self._on_first()
                 ended = choice.reason is not None
-                found.append((choice, choice.take(event)))
+                found[choice] = found.get(choice, "") + choice.take(event)
                 if choice.usage is not None:
                     left -= 1
                 elif choice.reason is not None and not ended:
                     self.stop(choice)
-            yield found
+            yield [(choice, piece, choice.usage is not None) for choice, piece in found.items()]
 
     @contextlib.asynccontextmanager
     async def watching(self, receive: Callable[[], Any]) -> AsyncIterator[None]:

@@ -89,14 +89,16 @@ class ChatWriter:
         self._head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": model}
         self._readers: dict[Choice, CallReader] = {}
 
-    def _parts(self, answers: Answers, choice: Choice, piece: str) -> list[str | dict[str, Any]]:
+    def _parts(
+        self, answers: Answers, choice: Choice, piece: str, ended: bool
+    ) -> list[str | dict[str, Any]]:
         """The texts and calls in a piece of an answer, which ends where no more is wanted."""
         if self._fields.tool_choice == "none":
             return [piece] if piece else []
         reader = self._readers.setdefault(choice, CallReader(self._fields.parallel_tool_calls))
         if reader.complete:
             return []
-        parts = list(reader.add(piece, last=choice.usage is not None))
+        parts = list(reader.add(piece, last=ended))
         if reader.complete:
             answers.stop(choice)
         return parts
@@ -110,8 +112,8 @@ class ChatWriter:
         """The response, once all is there."""
         parts: dict[Choice, list] = {choice: [] for choice in answers.choices}
         async for found in answers.pieces():
-            for choice, piece in found:
-                parts[choice] += self._parts(answers, choice, piece)
+            for choice, piece, ended in found:
+                parts[choice] += self._parts(answers, choice, piece, ended)
         choices = []
         for choice in answers.choices:
             text = "".join(part for part in parts[choice] if isinstance(part, str))
@@ -146,17 +148,17 @@ class ChatWriter:
 
         async for found in answers.pieces():
             ready = []
-            for choice, piece in found:
+            for choice, piece, ended in found:
                 if choice not in begun:
                     begun.add(choice)
                     ready.append(chunk(choice, {"role": "assistant", "content": ""}, []))
                 scores = choice.scores[sent[choice] :]
                 sent[choice] = len(choice.scores)
-                parts = self._parts(answers, choice, piece) or ([""] if scores else [])
+                parts = self._parts(answers, choice, piece, ended) or ([""] if scores else [])
                 for part in parts:
                     ready.append(chunk(choice, self._delta(choice, part), scores))
                     scores = []
-                if choice.usage is not None:
+                if ended:
                     ready.append(chunk(choice, {}, [], self._reason(choice)))
             if ready:
                 yield ready

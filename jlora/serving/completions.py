@@ -73,14 +73,13 @@ class CompletionWriter:
         begun: set[Choice] = set()
         async for found in answers.pieces():
             ready = []
-            for choice, piece in found:
+            for choice, piece, ended in found:
                 scores = choice.scores[sent[choice] :]
                 sent[choice] = len(choice.scores)
                 if choice not in begun:
                     begun.add(choice)
                     piece = choice.echoed + piece
                     scores = [*choice.prompt_scores, *scores]
-                ended = choice.usage is not None
                 if piece or scores or ended:
                     one = self._choice(choice, piece, scores, choice.reason if ended else None)
                     ready.append({**self._head, "choices": [one], **extra})
