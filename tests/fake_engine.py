@@ -101,10 +101,14 @@ class FakeEngine:
         with self._changed:
             return len(self._tickets)
 
-    def wait_until_idle(self) -> None:
-        """Until every request has come to its end, which no sleep says."""
+    def wait_until(self, count: int) -> None:
+        """Until so many requests are here, which no sleep says."""
         with self._changed:
-            assert self._changed.wait_for(lambda: not self._tickets, timeout=20)
+            assert self._changed.wait_for(lambda: len(self._tickets) == count, timeout=20)
+
+    def wait_until_idle(self) -> None:
+        """Until every request has come to its end."""
+        self.wait_until(0)
 
     def _run(self) -> None:
         while True:
@@ -116,7 +120,12 @@ class FakeEngine:
             for ticket in tickets:
                 if self._closing:
                     ticket.cancel()
-                if self._step(ticket):
+                try:
+                    ended = self._step(ticket)
+                except Exception as error:  # of a constraint
+                    ticket.on_event(Event("error", error=error))
+                    ended = True
+                if ended:
                     with self._changed:
                         self._tickets.remove(ticket)
                         self.ended += 1
@@ -131,7 +140,8 @@ class FakeEngine:
             tell(Event("prompt", prompt_logprobs=self._of_prompt(request)))
         if request.max_new_tokens == 0:
             return self._end(ticket, "length")
-        token = ticket.tokens[len(ticket.done)]
+        place = len(ticket.done)
+        token = ticket.tokens[place] if place < len(ticket.tokens) else None
         if isinstance(token, Exception):
             tell(Event("error", error=token))
             return True
@@ -157,14 +167,14 @@ class FakeEngine:
         return True
 
     def _allowed(self, request: Request, token: int | None) -> int | None:
-        """What the script says if the constraint has it, else the first that it has."""
+        """What the script says if the constraint has it, else what it has, the end first."""
         bits = np.unpackbits(request.constraint.mask().view(np.uint8), bitorder="little")
-        if token is None and request.constraint.may_end():
+        if request.constraint.may_end() and (token is None or not bits.any()):
             return None
         if token is not None and bits[token]:
             return token
-        found = np.flatnonzero(bits)
-        return int(found[0]) if len(found) else None
+        closing = [token for token in self.tokenizer.encode('} " 1') if bits[token]]
+        return closing[0] if closing else int(np.flatnonzero(bits)[0])
 
     def _top(self, token: int, count: int) -> tuple:
         found = [token, *range(8, 8 + count)] if count else []
@@ -236,7 +246,7 @@ def write_served(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, **settings) -> Iterator[tuple[FakeEngine, Any]]:
+def serving(folder: Path, context: int = 128, **settings) -> Iterator[tuple[FakeEngine, Any]]:
     """A fake engine and the application that asks it."""
     from jlora.serving.adapters import load_first
     from jlora.serving.app import make_app
@@ -244,7 +254,7 @@ def serving(folder: Path, **settings) -> Iterator[tuple[FakeEngine, Any]]:
     from jlora.serving.settings import ServeConfig
 
     base = folder / "base"
-    with FakeEngine(base) as engine:
+    with FakeEngine(base, context) as engine:
         service = Service(engine, ServeConfig(str(base), **settings))
         load_first(service)
         yield engine, make_app(service)

@@ -105,8 +105,9 @@ class ChatWriter:
 
     def _reason(self, choice: Choice) -> str | None:
         reader = self._readers.get(choice)
-        called = reader is not None and reader.calls
-        return "tool_calls" if called and choice.reason == "stop" else choice.reason
+        if reader is None or not reader.calls:
+            return choice.reason
+        return "tool_calls" if reader.complete or choice.reason == "stop" else choice.reason
 
     async def whole(self, answers: Answers) -> dict[str, Any]:
         """The response, once all is there."""

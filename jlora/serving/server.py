@@ -10,7 +10,6 @@ import uvicorn
 
 from jlora.serving.adapters import load_first
 from jlora.serving.app import make_app
-from jlora.serving.engine import Engine
 from jlora.serving.service import Service
 from jlora.serving.settings import ServeConfig
 from jlora.system.console import say, warn
@@ -27,6 +26,8 @@ def serve(settings: ServeConfig) -> None:
     Raises:
         UserError: the address is taken, or the model or an adapter cannot be served.
     """
+    from jlora.serving.engine import Engine
+
     listener = bind(settings)  # before a minute of loading
     try:
         engine = Engine(

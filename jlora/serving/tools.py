@@ -44,6 +44,7 @@ class CallReader:
         self.calls: list[dict[str, Any]] = []
         self._several = several
         self._inside = False
+        self._gap = ""  # the space before a call
         self._waiting = ""  # white space, the beginning of a mark, or a call up to now
 
     @property
@@ -58,35 +59,42 @@ class CallReader:
             last: whether nothing follows.
         """
         self._waiting += piece
-        while self._waiting:
+        while self._waiting and not self.complete:
             mark = CALL_END if self._inside else CALL_BEGIN
-            place = self._waiting.find(mark)
-            if place < 0:
+            before, found, after = self._waiting.partition(mark)
+            if not found:
                 break
-            before, self._waiting = self._waiting[:place], self._waiting[place + len(mark) :]
-            if not self._inside:
+            self._waiting = after
+            if self._inside:
+                yield self._call(before)
+            else:
                 text = before.rstrip()
+                self._gap = before[len(text) :]
                 if text:
                     yield text
-            else:
-                yield self._call(before)
             self._inside = not self._inside
-        if last:
-            text = CALL_BEGIN + self._waiting if self._inside else self._waiting
-            if self.calls and not self._inside:
-                text = text.rstrip()
+        if self.complete:
             self._waiting = ""
-            if text:
-                yield text
+        text = ""
+        if last:
+            text, self._waiting = self._waiting, ""
+            if self._inside:
+                text = self._gap + CALL_BEGIN + text
+            elif self.calls:
+                text = text.rstrip()
         elif not self._inside:
-            shown = len(self._waiting.rstrip())
-            for length in range(min(len(self._waiting), len(CALL_BEGIN) - 1), 0, -1):
-                if CALL_BEGIN.startswith(self._waiting[-length:]):
-                    shown = min(shown, len(self._waiting[:-length].rstrip()))
-                    break
+            shown = self._settled()
             text, self._waiting = self._waiting[:shown], self._waiting[shown:]
-            if text:
-                yield text
+        if text:
+            yield text
+
+    def _settled(self) -> int:
+        """How many characters of the waiting text cannot belong to a call, or to the space before
+        one."""
+        text = self._waiting
+        longest = min(len(text), len(CALL_BEGIN) - 1)
+        begun = next((n for n in range(longest, 0, -1) if CALL_BEGIN.startswith(text[-n:])), 0)
+        return len(text[: len(text) - begun].rstrip())
 
     def _call(self, text: str) -> str | dict[str, Any]:
         """A call, or the text itself where it is none."""
@@ -94,9 +102,9 @@ class CallReader:
             found = json.loads(text)
             name, arguments = found["name"], found.get("arguments", found.get("parameters", {}))
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            return CALL_BEGIN + text + CALL_END
+            return self._gap + CALL_BEGIN + text + CALL_END
         if not isinstance(name, str) or not isinstance(arguments, (dict, str)):
-            return CALL_BEGIN + text + CALL_END
+            return self._gap + CALL_BEGIN + text + CALL_END
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
         call = {
