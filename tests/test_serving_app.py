@@ -547,6 +547,22 @@ def test_what_is_no_http_harms_nobody(running):
         assert json.loads(connection.getresponse().read())["choices"][0]["text"] == "fine"
 
 
+@pytest.mark.parametrize("name", [" ", "a" * 39 + " b", "\t", "x,y", "'", "\u2028"])
+def test_names_that_are_no_header(running, name: str):
+    _, server = running
+    with contextlib.closing(post(server, {"prompt": "a", name: 1})) as connection:
+        response = connection.getresponse()
+        assert response.status == 200 and response.getheader("x-jlora-warning").endswith("'")
+
+
+def test_a_client_that_sends_too_much_hears_of_it(running):
+    _, server = running
+    large = {"prompt": "a" * 12_000_000}
+    for _ in range(2):
+        with contextlib.closing(post(server, large)) as connection:
+            assert connection.getresponse().status == 413
+
+
 def test_an_address_that_is_taken(running, folder):
     from jlora.serving.server import bind
     from jlora.serving.settings import ServeConfig

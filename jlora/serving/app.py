@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from jlora.serving.stream import EventStream
 from jlora.serving.voices import Voice
 
 WARNING = "x-jlora-warning"
+DISCARDED, DISCARD_SECONDS = 64_000_000, 3.0  # of a body that is too large, at most
 
 
 def make_app(service: Service) -> Starlette:
@@ -160,21 +162,23 @@ class Routes:
         """The body of a request, which must come in time and not be too large."""
         settings = self._service.settings
         limit = int(settings.max_body_mb * 1e6)
-        too_large = ApiError(
-            f"the body is larger than {settings.max_body_mb:g} MB (--max-body-mb)", 413,
-            code="too_large", headers={"connection": "close"},
-        )  # fmt: skip
         length = request.headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > limit:
-            raise too_large
+        announced = not length.isdecimal() or int(length) > limit
 
         async def read() -> bytes:
             body = bytearray()
-            async for piece in request.stream():
-                body += piece
-                if len(body) > limit:
-                    raise too_large
-            return bytes(body)
+            if not announced:
+                async for piece in request.stream():
+                    body += piece
+                    if len(body) > limit:
+                        break
+                else:
+                    return bytes(body)
+            await discard(request)
+            raise ApiError(
+                f"the body is larger than {settings.max_body_mb:g} MB (--max-body-mb)", 413,
+                code="too_large", headers={"connection": "close"},
+            )  # fmt: skip
 
         try:
             return await asyncio.wait_for(read(), settings.timeout)
@@ -185,10 +189,28 @@ class Routes:
             ) from None  # fmt: skip
 
 
+async def discard(request: Request) -> None:
+    """Read the rest of a body that is not wanted, within limits.
+
+    Who is sent an answer before it has sent everything may see its connection break, and no answer.
+    """
+
+    async def read() -> None:
+        left = DISCARDED
+        while left > 0:
+            message = await request.receive()
+            left -= len(message.get("body", b""))
+            if not message.get("more_body", False):
+                break
+
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(read(), DISCARD_SECONDS)
+
+
 def warning(ignored: Sequence[str]) -> dict[str, str]:
     """A header that names fields of a request that had no effect."""
     if not ignored:
         return {}
-    names = [ascii(name)[1:-1][:40] for name in ignored[:20]]
+    names = [f"'{ascii(name)[1:-1][:40]}'" for name in ignored[:20]]
     more = "" if len(ignored) <= 20 else f" and {len(ignored) - 20} more"
     return {WARNING: f"ignored unknown fields: {', '.join(names)}{more}"}
