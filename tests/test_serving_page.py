@@ -299,7 +299,7 @@ def test_every_control_has_a_name_and_is_reached_by_the_keyboard(visit, stub):
     assert page.evaluate(nameless) == 0
     page.get_by_role("button", name="中文").focus()
     seen = ["language"]
-    name = """(({id, tagName, className}) => id || `${tagName}.${className}`)(document.activeElement)"""
+    name = "((e) => e.id || `${e.tagName}.${e.className}`)(document.activeElement)"
     while seen[-1] != "copy" and len(seen) < 40:
         page.keyboard.press("Tab")
         seen.append(page.evaluate(name))
