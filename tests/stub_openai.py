@@ -14,6 +14,7 @@ MODELS = [
     {"id": "smollm2-135m", "root": "smollm2-135m", "parent": None},
     {"id": "café", "root": "runs/café/adapter", "parent": "smollm2-135m"},
     {"id": "sql", "root": "runs/sql/adapter", "parent": "smollm2-135m"},
+    {"id": "e2e", "root": "runs/e2e/adapter", "parent": "smollm2-135m", "jlora": {"chat": False}},
 ]
 
 

@@ -51,7 +51,7 @@ def visit(browser, stub):
         page.on("request", lambda r: r.url.startswith((stub.address, "data:"))
                 or elsewhere.append(r.url))  # fmt: skip
         page.goto(stub.address)
-        expect(page.locator("#model0 option")).to_have_count(3)
+        expect(page.locator("#model0 option")).to_have_count(4)
         return page
 
     yield open_page
@@ -131,6 +131,15 @@ def test_one_model_alone_and_a_text_to_go_on_with(visit, stub):
     assert stub.asked[-1][0] == "/v1/completions" and stub.bodies()[0]["prompt"] == "name : Zizzi"
     assert "messages" not in stub.bodies()[0] and "seed" not in stub.bodies()[0]
     assert texts(page) == ["smollm2-135m: name : Zizzi"]
+
+
+def test_a_model_without_a_chat_template_goes_on_with_the_text(visit, stub):
+    page = visit()
+    page.get_by_label("Compared with").select_option("e2e")
+    write(page, "name : Zizzi")
+    settle(page, 2)
+    paths = {body["model"]: path for path, body, _ in stub.asked if body}
+    assert paths == {"smollm2-135m": "/v1/chat/completions", "e2e": "/v1/completions"}
 
 
 def test_stop_leaves_the_server_and_what_was_said_stays(visit, stub):
