@@ -337,10 +337,12 @@ async def break_off(soak: Soak, draw: random.Random) -> None:
     """Half a body, or half of the headers, and away."""
     path, body = soak.asked[draw.randrange(len(soak.asked))]
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+    )
     port = int(soak.address.rpartition(":")[2])
     _, writer = await asyncio.open_connection("127.0.0.1", port)
-    whole = head + data
+    whole = head.encode() + data
     writer.write(whole[: draw.randrange(1, len(whole))])
     await writer.drain()
     writer.close()
@@ -351,7 +353,7 @@ KILLED = """
 import json, socket, sys
 s = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
 s.sendall(sys.argv[2].encode())
-print(s.recv(10), flush=True)
+print(s.recv(12).decode(), flush=True)
 sys.stdin.read()
 """
 
@@ -360,16 +362,16 @@ async def kill_client(soak: Soak, draw: random.Random) -> None:
     """A client process that is killed when its answer has begun."""
     path, body = soak.asked[draw.randrange(len(soak.asked))]
     data = json.dumps({**body, "stream": True})
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", KILLED, soak.address.rpartition(":")[2], head + data,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
-    await process.stdout.readline()
+    status = (await process.stdout.readline()).decode().split()[-1:]
     process.kill()
     await process.wait()
     process.stdin.close()
-    soak.counts["clients killed"] += 1
+    soak.counts["clients killed" if status == ["200"] else "clients refused and killed"] += 1
 
 
 async def change_adapter(soak: Soak, draw: random.Random) -> None:

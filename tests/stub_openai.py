@@ -67,8 +67,13 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked.append((self.path, body, dict(self.headers)))
         if not self.allowed():
             return
-        if body["temperature"] > 1.5:
+        if body.get("temperature", 0) > 1.5:
             self.fail(400, "temperature <must> be at most 1.5 & was not")
+            return
+        if not body.get("stream"):
+            message = {"role": "assistant", "content": "".join(self.said(body))}
+            choice = {"index": 0, "finish_reason": "stop", "message": message}
+            self.reply(200, json.dumps({"choices": [choice]}).encode())
             return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
@@ -81,16 +86,18 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             self.server.left.set()
 
-    def stream(self, body: dict) -> Iterator[str]:
-        chat = "messages" in body
-        prompt = body["messages"][-1]["content"] if chat else body["prompt"]
+    def said(self, body: dict) -> list[str]:
+        prompt = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         said = [f"{body['model']}:", *(f" {word}" for word in prompt.split())]
-        pieces = self.server.answers.get(body["model"], said)[: body["max_tokens"]]
+        return self.server.answers.get(body["model"], said)[: body.get("max_tokens", 256)]
+
+    def stream(self, body: dict) -> Iterator[str]:
+        pieces = self.said(body)
         for i, piece in enumerate(pieces):
             while i == 1 and not self.server.gate.wait(0.05):
                 yield ": a comment, whose writing shows whether the client is there"
             yield event(index=0, finish_reason=None, delta={"content": piece}, text=piece)
-        reason = "length" if len(pieces) == body["max_tokens"] else "stop"
+        reason = "length" if len(pieces) == body.get("max_tokens") else "stop"
         yield event(index=0, finish_reason=reason, delta={}, text="")
         yield "data: " + json.dumps({"choices": [], "usage": {"completion_tokens": len(pieces)}})
         yield "data: [DONE]"
