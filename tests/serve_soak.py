@@ -41,6 +41,7 @@ GUEST, SWAP = "guest", "swap"  # comes and goes; has two versions
 SECRET = "zanzibar"  # a word of every prompt, which no log may hold
 CLIENTS = 24
 PATIENCE = 120  # seconds for an answer, however busy the machine is
+STARTING = 600  # seconds; operators may have to be compiled
 CONTEXT = 512
 WARM_UP, GROWTH = 0.3, 1.05  # share of the requests before the memory must be flat; what is flat
 PREFIXES = (
@@ -118,7 +119,7 @@ def start_server(folder: Path) -> tuple[subprocess.Popen, str, Path]:
     with log.open("wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
     try:
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + STARTING
         while not (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
             if server.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"the server does not start:\n{log.read_text()}")
