@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def kept(folder: Path | None, name: str, compute: Callable[[], Run]) -> Run:
-    """What ``folder`` (None: none) has under ``name``, else what ``compute`` gives, written there."""
+    """What ``folder`` has under ``name``, else what ``compute`` gives; that is written there."""
     file = folder and folder / name
     if file and file.is_file():
         return Run(**json.loads(file.read_text()))
