@@ -107,6 +107,19 @@ def test_adapters_change_on_the_way(model, adapters):
     assert "".join(one.say("x")) == expected(model, [*said, ("user", "x")], 4)
 
 
+def test_an_answer_that_ends_with_its_last_token_is_not_cut(model):
+    whole = "".join((one := talk(model, tokens=3)).say("food"))
+    assert whole and one.cut
+    config = GenerateConfig((), 3, stops=(whole,))  # a stop text
+    one = Talk(str(model), None, config, precision="plain")
+    assert "".join(one.say("food")) == "" and not one.cut
+    ids = jlora.load(model).tokenizer.encode(whole)
+    one = talk(model, tokens=1, end_ids=ids[:1])  # an end token
+    assert "".join(one.say("food")) == "" and not one.cut
+    one = talk(model, tokens=1)
+    assert "".join(one.say("food")) and one.cut
+
+
 def test_an_answer_that_is_left_counts_as_far_as_it_came(model):
     one = talk(model, tokens=20)
     whole = expected(model, [("user", USER)], tokens=20)

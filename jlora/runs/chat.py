@@ -12,7 +12,7 @@ from jlora.data.chat_template import ChatTemplate, built_in_names, find_template
 from jlora.data.end_tokens import find_ends
 from jlora.decoding.sampling import GenerateConfig
 from jlora.decoding.session import Session
-from jlora.decoding.text_stream import pieces
+from jlora.decoding.text_stream import TextStream
 from jlora.models.hub import find, outline, require_tokenizer
 from jlora.runs.adapter_file import AdapterFile, base_name, open_model, switchable
 from jlora.runs.chat_data import NO_TEMPLATE
@@ -213,8 +213,9 @@ class Talk:
                     return
 
         self.cut, self.messages = False, [*asked, answer]
+        stream = TextStream(self._tokenizer, config.stops)
         try:
-            for piece in pieces(noted(), self._tokenizer, config.eos_token_ids, config.stops):
+            for piece in stream.pieces(noted(), config.eos_token_ids):
                 answer["content"] += piece
                 yield piece
         except UserError:
@@ -222,5 +223,4 @@ class Talk:
             raise
         if not answer["content"] and leave():
             self.messages = before
-        used_up = len(tokens) == config.max_new_tokens
-        self.cut = used_up and tokens[-1] not in config.eos_token_ids
+        self.cut = len(tokens) == config.max_new_tokens and not stream.ended
