@@ -58,11 +58,13 @@ def find_chat_template(
     Args:
         name: of the base model.
         adapter: a template that it was trained with goes before the model's.
-        choice, arguments: as for `jlora.data.chat_template.find_template`.
+        choice, arguments: as for `jlora.data.chat_template.find_template`; ``none``: no template.
 
     Raises:
         UserError: no such choice or model, or a damaged file.
     """
+    if choice == NO_TEMPLATE:
+        return None
     if choice is not None:
         return find_template(find(name), choice, arguments)
     recipe = adapter and adapter.recipe
@@ -135,6 +137,11 @@ class Talk:
         template = find_chat_template(self._name, adapter, self._choice, self._arguments)
         if template is not None:
             return template
+        if self._choice == NO_TEMPLATE:
+            raise UserError(
+                "--chat-template none: a conversation needs a template; leave it out, or go on "
+                "with a text of your own: jlora generate --raw"
+            )
         if adapter is not None and adapter.of_task:
             raise UserError(
                 f"{adapter.path} was trained for a task and not to talk; ask it with `jlora "
