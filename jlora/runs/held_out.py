@@ -10,7 +10,7 @@ from typing import Any
 
 from jlora import engine
 from jlora.data.batches import TokenExample, check_vocabulary, encode_examples
-from jlora.data.loss_mask import encode_conversations
+from jlora.data.chat_examples import encode_conversations
 from jlora.data.tasks import get_task
 from jlora.data.tasks.chat import guess_task
 from jlora.decoding.sampling import GenerateConfig
