@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,7 @@ RECIPE = "wikisql-smollm2-135m"
 MLX = ROOT / ".venv-mlx"
 WARM_UP = 5  # steps of each run that do not count
 LAST = 50  # steps whose losses are averaged
+FEW = 8  # validation texts of ``--times``
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 #: Lines of `mlx_lm.lora`: step, loss, tokens a second, tokens so far; and step, "val", loss.
 MLX_STEP = re.compile(r"\s*(\d+)\s+([\d.]+|nan) [▼▲]\s")
@@ -76,6 +78,8 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=1)
     options.add_argument("--seed", type=int, default=1, help="of the first round")
     options.add_argument("--keep", type=Path, help="folder of results: of those to come, and there")
+    options.add_argument("--times", action="store_true", help="of interest are seconds and memory: "
+                         f"{FEW} validation texts, and no adapter is judged")  # fmt: skip
     options.add_argument("--sides", nargs="+", choices=list(SIDES),
                          default=["jlora bf16", "jlora fp32", "mlx-lm", "PEFT fp32"])  # fmt: skip
     chosen = options.parse_args()
@@ -84,8 +88,9 @@ def main() -> None:
     data = Path(os.environ.get("JLORA_DATA", ROOT.parent / "shared" / "data"))
     data = data / recipe.data.folder
     print(f"{cpu_model()}, {processors()} processors, {date.today()}")
-    before = kept(chosen.keep, "before.json", lambda: Run(judged=judge(model, data, None)))
-    print(f"before, by jlora in fp32: {before.judged:.4f}", flush=True)
+    if not chosen.times:
+        before = kept(chosen.keep, "before.json", lambda: Run(judged=judge(model, data, None)))
+        print(f"before, by jlora in fp32: {before.judged:.4f}", flush=True)
     runs: dict[str, list[Run]] = {side: [] for side in chosen.sides if installed(side)}
     for seed in range(chosen.seed, chosen.seed + chosen.rounds):
         for side, done in runs.items():
@@ -93,14 +98,26 @@ def main() -> None:
             def train(side=side, seed=seed) -> Run:
                 print(f"{side}, seed {seed}: load {os.getloadavg()[0]:.1f}", flush=True)
                 with tempfile.TemporaryDirectory() as folder:
-                    job = Job(recipe, model, data, chosen.steps, seed, Path(folder))
+                    own = few_to_validate(data, Path(folder) / "data") if chosen.times else data
+                    job = Job(recipe, model, own, chosen.steps, seed, Path(folder))
                     run = SIDES[side](job)
-                    run.judged = judge(model, data, job.folder / "adapter")
+                    if not chosen.times:
+                        run.judged = judge(model, data, job.folder / "adapter")
                 return run
 
-            name = f"{side.replace(' ', '-')}-{chosen.steps}-steps-seed-{seed}.json"
+            times = "-times" if chosen.times else ""
+            name = f"{side.replace(' ', '-')}-{chosen.steps}-steps-seed-{seed}{times}.json"
             done.append(kept(chosen.keep, name, train))
     print("\n" + table(runs, chosen.steps))
+
+
+def few_to_validate(data: Path, folder: Path) -> Path:
+    """``folder`` with the same training texts and `FEW` of those for validation."""
+    folder.mkdir()
+    shutil.copy(data / "train.jsonl", folder)
+    lines = (data / "valid.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "valid.jsonl").write_text("".join(lines[:FEW]), encoding="utf-8")
+    return folder
 
 
 def kept(folder: Path | None, name: str, compute: Callable[[], Run]) -> Run:

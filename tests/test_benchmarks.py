@@ -194,6 +194,14 @@ def test_a_side_without_its_environment_is_left_out_and_said(monkeypatch, tmp_pa
     assert "libmkl_rt.so is missing" in capsys.readouterr().out
 
 
+def test_times_alone_need_few_validation_texts(tmp_path):
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n" * 20)
+    folder = wikisql.few_to_validate(tmp_path, tmp_path / "few")
+    lines = {file.name: len(file.read_text().splitlines()) for file in folder.iterdir()}
+    assert lines == {"train.jsonl": 20, "valid.jsonl": wikisql.FEW}
+
+
 def test_a_comparison_that_was_cut_goes_on(tmp_path):
     made = []
 
