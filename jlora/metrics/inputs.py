@@ -14,8 +14,8 @@ from jlora.system.text import lines_of
 
 SOURCE_HEADERS = {"mr", "src", "source", "meaning", "meaning rep", "meaning representation"}
 REFERENCE_HEADERS = {"ref", "reference", "trg", "tgt", "target", "human", "human ref"}
-# Wrongly decoded pound signs and accents in the published CSV files. The official script takes every
-# Ł for a pound sign; Polish texts have it in words.
+# Wrongly decoded pound signs and accents in the published CSV files. The official script takes
+# every Ł for a pound sign; Polish texts have it in words.
 MOJIBAKE = ((r"Ł(?=\s?\d)", "£"), ("Â£", "£"), ("Ã©", "é"), ("ã©", "é"))
 
 
