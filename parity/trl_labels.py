@@ -32,8 +32,8 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
         for name, messages in MESSAGES.items()
     },
 }
-#: Their templates write an empty thinking block before an answer, which TRL trains in pairs; here it
-#: belongs to the prompt.
+#: Their templates write an empty thinking block before an answer, which TRL trains in pairs; here
+#: it belongs to the prompt.
 THINKS = ("qwen3",)
 NOT_TRAINED = -100
 TEMPLATE, TOKENIZER, LABELS = "chat_template.jinja", "tokenizer.json", "labels.json"
