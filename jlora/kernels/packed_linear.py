@@ -16,6 +16,7 @@ from jlora.kernels.native import (
     has,
     operator,
     retire,
+    value_number,
 )
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt
@@ -132,11 +133,11 @@ class TrainedWeight:
 
     def packed(self) -> jt.Var:
         """The copy of the weight as it is now, uint8."""
-        # Jittor gives a parameter another number whenever it gets another value.
-        if self._copied != self.weight.id:
+        number = value_number(self.weight)
+        if self._copied != number:
             numbers = (self.n, self.k, self.transposed)
             copy = operator((self.bytes,), "uint8", [self.weight], "pack_op", *numbers)
-            self._copy, self._copied = copy.stop_grad(), self.weight.id
+            self._copy, self._copied = copy.stop_grad(), number
         return self._copy
 
     def settled(self) -> SettledWeight:
