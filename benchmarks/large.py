@@ -79,8 +79,8 @@ def main() -> None:
             # The forward pass is computed twice; MFU does not count that as work.
             print(
                 f"{side.name:12} loaded and packed in {side.extra['load_seconds']:.0f} s, "
-                f"{side.extra["loaded_mb"]:,.0f} MB then, "
-                f"{side.extra["load_peak_mb"]:,.0f} at most; "
+                f"{side.extra['loaded_mb']:,.0f} MB then, "
+                f"{side.extra['load_peak_mb']:,.0f} at most; "
                 f"step {side.median:.1f} s, {chosen.tokens / side.median:.1f} tokens/s, "
                 f"MFU {flops / side.median / peak:.0%}, {side.peak_mb:,.0f} MB at most; "
                 f"generates {side.extra['tokens_a_second']:.2f} tokens/s",
