@@ -1,8 +1,8 @@
 """``make bench-large``: LoRA on a model of the shape of Llama 2 7B, in the memory of a laptop.
 
-The checkpoint (random weights, sharded bf16 safetensors, 13.5 GB) is made first and kept for the next
-time. Every precision has a process of its own, which loads it, trains rank 8 on all linear layers
-with checkpointed activations, and then generates.
+The checkpoint (random weights, sharded bf16 safetensors, 13.5 GB) is made first and kept for the
+next time. Every precision has a process of its own, which loads it, trains rank 8 on all linear
+layers with checkpointed activations, and generates after the first step.
 """
 
 from __future__ import annotations
