@@ -111,9 +111,16 @@ def gguf_reader(folder: Path) -> Reader:
 
     def read(path: Path):
         model = read_gguf(path / "x.gguf")
+        _read_all(model.tensors)
         return model, Tokenizer.from_gguf(model.metadata, path / "x.gguf").encode("ab")
 
     return Reader(files_of(folder), read)
+
+
+def _read_all(tensors) -> None:
+    """Values that are read when they are asked for."""
+    for array in tensors.values():
+        array.read()
 
 
 def gguf_family_reader(folder: Path) -> Reader:
@@ -151,6 +158,7 @@ def gguf_family_reader(folder: Path) -> Reader:
         found = []
         for file in sorted(path.glob("*.gguf")):
             model = read_gguf(file)
+            _read_all(model.tensors)
             found.append((model, Tokenizer.from_gguf(model.metadata, file).encode("ab")))
         return found
 
@@ -225,8 +233,12 @@ def model_reader(folder: Path) -> Reader:
     from jlora.models.hub import load
     from tests.tiny import write_model
 
+    def read(path: Path):
+        model = load(path)
+        return model, [parameter.numpy() for parameter in model.parameters()]
+
     write_model(folder)
-    return Reader(files_of(folder), load, pure=False)
+    return Reader(files_of(folder), read, pure=False)
 
 
 def checkpoint_reader(folder: Path) -> Reader:

@@ -82,7 +82,6 @@ def test_weights_and_settings_come_back(tmp_path, name):
     model = model_of(name)
     export_gguf(model, tmp_path / "m.gguf", tokenizer=False)
     found = read_gguf(tmp_path / "m.gguf")
-    assert read_gguf(tmp_path / "m.gguf", shapes_only=True).tensors.keys() == found.tensors.keys()
     again = build_model(found.config)
     load_weights(again, found.tensors)
     norms = 2e-7 if name.startswith("gemma") else 0  # the file has 1 + w

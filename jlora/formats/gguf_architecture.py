@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.formats.lazy import LazyArray, is_placeholder
-from jlora.formats.safetensors_file import placeholder
+from jlora.formats.lazy import LazyArray
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Architecture:
         transformers: the class in config.json.
         names: module in the file -> Hugging Face's, inside a block relative to it.
         blocks: Hugging Face's name of the list of blocks.
-        read_config: (this, path, metadata, tensors or their `placeholder`, rotary tensors by name)
+        read_config: (this, path, metadata, tensors, rotary tensors by name)
             -> config.json; KeyError: the file lacks that key.
         write_metadata: (gguf's writer, config.json) -> None: what llama.cpp needs to know.
         model_type: in config.json; "": as ``name``.
@@ -115,8 +114,8 @@ class Architecture:
         rest = array.shape[1:]
         return [(f"{module}.{key}.{last}", part.reshape(-1, *rest)) for key, part in parts.items()]
 
-    def join(self, tensors: dict[str, np.ndarray], config: Mapping[str, Any]) -> None:
-        """Put the parts of fused layers together again, in place; `placeholder`s stay such."""
+    def join(self, tensors: dict[str, LazyArray], config: Mapping[str, Any]) -> None:
+        """Put the parts of fused layers together again, in place."""
         if not self.fused:
             return
         groups = config["num_key_value_heads"]
@@ -127,11 +126,8 @@ class Architecture:
                 if len(part) % groups or part.shape[1:] != parts[0].shape[1:]:
                     raise ValueError(f"{module} has a part of shape {part.shape}")
             shape = (sum(map(len, parts)), *parts[0].shape[1:])
-            if is_placeholder(parts[0]):
-                whole = placeholder(shape)
-            else:
-                whole = LazyArray(shape, np.float32, functools.partial(_joined, parts, groups))
-            tensors[f"{module}.{last}"] = whole
+            read = functools.partial(_joined, parts, groups)
+            tensors[f"{module}.{last}"] = LazyArray(shape, np.float32, read)
 
 
 def _joined(parts: Sequence[LazyArray], groups: int) -> np.ndarray:

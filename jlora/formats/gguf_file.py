@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from jlora.formats.gguf_architectures import ARCHITECTURES
 from jlora.formats.gguf_kinds import READ, block_size, dequantize
 from jlora.formats.gguf_rope import ROPE_TENSORS
 from jlora.formats.lazy import LazyArray
-from jlora.formats.safetensors_file import check_unchanged, file_state, one_line, placeholder
+from jlora.formats.safetensors_file import check_unchanged, file_state, one_line
 from jlora.system.errors import UserError
 from jlora.system.files import os_error
 from jlora.system.text import check_no_pointer
@@ -61,28 +61,22 @@ COUNTS = (
 class GGUFFile:
     """The content of a GGUF file, with Hugging Face's names.
 
-    ``tensors``: name -> float32 array; ``config``: as in config.json; ``metadata``: the file's own
-    key-value pairs (tokenizer included).
+    ``tensors``: name -> float32 array, read when it is asked for; ``config``: as in config.json;
+    ``metadata``: the file's own key-value pairs (tokenizer included).
     """
 
     path: Path
     config: dict[str, Any]
-    tensors: dict[str, np.ndarray] = field(repr=False)
+    tensors: dict[str, LazyArray] = field(repr=False)
     metadata: dict[str, Any] = field(repr=False)
 
 
 def read_gguf(
-    path: str | Path,
-    shapes_only: bool = False,
-    check: Callable[[GGUFFile], None] | None = None,
-    architectures: Mapping[str, Architecture] = ARCHITECTURES,
+    path: str | Path, architectures: Mapping[str, Architecture] = ARCHITECTURES
 ) -> GGUFFile:
     """Read a GGUF file of a known architecture.
 
     Args:
-        shapes_only: read no weights; the arrays are `placeholder`.
-        check: called before the weights are read, with what ``shapes_only`` would give; an error
-            that it raises ends the reading.
         architectures: those that are known, by their names.
 
     Raises:
@@ -107,10 +101,9 @@ def read_gguf(
     raw = read_tensors(path, reader)
     factors = {rope: raw.pop(rope).read() for rope in ROPE_TENSORS if rope in raw}
     tensors = rename(path, raw, own)
-    shapes = {name: placeholder(array.shape) for name, array in tensors.items()}
     try:
         check_metadata(path, own, metadata)
-        config = own.read_config(own, path, metadata, shapes, factors)
+        config = own.read_config(own, path, metadata, tensors, factors)
     except KeyError as error:
         raise UserError(
             f"{path}: the GGUF file lacks {error.args[0]}; convert the model again with a current "
@@ -119,21 +112,8 @@ def read_gguf(
     for key, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         value = metadata.get(f"tokenizer.ggml.{name}_token_id")
         config[f"{key}_token_id"] = None if value is None else int(value)
-    kept = set(shapes)
-    shapes = {n: a.T if own.is_transposed(n) else a for n, a in shapes.items()}
-    with fitting(path):
-        own.join(shapes, config)
-    outline = GGUFFile(path, config, shapes, metadata)
-    if check is not None:
-        check(outline)
-    if shapes_only:
-        return outline
-    for name in list(tensors):
-        if name not in kept:  # a tied head that repeats the embedding
-            del tensors[name]
-            continue
-        array, turned = tensors[name], own.is_transposed(name)
-        shape = array.shape[::-1] if turned else array.shape
+    for name, array in tensors.items():
+        shape = array.shape[::-1] if own.is_transposed(name) else array.shape
         with fitting(path):
             own.check_shape(name, array.shape, config)
         read = functools.partial(_in_our_layout, own, name, array, config)
@@ -282,7 +262,7 @@ def damaged(path: Path, error: BaseException) -> UserError:
     )
 
 
-def rename(path: Path, raw: dict[str, np.ndarray], own: Architecture) -> dict[str, np.ndarray]:
+def rename(path: Path, raw: dict[str, LazyArray], own: Architecture) -> dict[str, LazyArray]:
     """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``."""
     tensors = {}
     for name, array in raw.items():

@@ -36,8 +36,3 @@ class LazyArray:
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         array = self.read()
         return array if dtype is None else array.astype(dtype, copy=False)
-
-
-def is_placeholder(array: np.ndarray | LazyArray) -> bool:
-    """Whether an array is a `jlora.formats.safetensors_file.placeholder`, without values."""
-    return not isinstance(array, LazyArray) and not any(array.strides)

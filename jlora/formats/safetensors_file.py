@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -68,30 +68,13 @@ def lazy_safetensors(path: str | Path) -> dict[str, LazyArray]:
             )
         read = functools.partial(_read_tensor, path, name, entry, start, state)
         try:
-            placeholder(entry["shape"])
+            np.broadcast_to(np.zeros(()), entry["shape"])  # takes no memory
         except ValueError as error:  # one dimension is 0, others exceed NumPy's
             raise UserError(
                 f"{path}: tensor {name} has the impossible shape {entry['shape']}: {error}"
             ) from error
         tensors[name] = LazyArray(entry["shape"], DTYPES.get(kind, np.float32), read)
     return tensors
-
-
-def read_shapes(path: str | Path) -> dict[str, np.ndarray]:
-    """The tensors of `read_safetensors` as `placeholder` arrays; only the header is read.
-
-    Raises:
-        UserError: as `read_safetensors`.
-    """
-    path = Path(path)
-    header, _ = read_header(path)
-    header.pop("__metadata__", None)
-    return {n: placeholder(e["shape"], DTYPES.get(e["dtype"], "f4")) for n, e in header.items()}
-
-
-def placeholder(shape: Sequence[int], dtype: str | type = np.float32) -> np.ndarray:
-    """An array of zeros that needs no memory, where only names and shapes are used."""
-    return np.broadcast_to(np.zeros((), dtype), tuple(map(int, shape)))
 
 
 def file_state(path: Path) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ older stream of pickles that starts with a magic number, which GPT-2's original 
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import pickle
@@ -15,17 +16,19 @@ import struct
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from jlora.formats.lazy import LazyArray
 from jlora.formats.safetensors_file import (
     bfloat16_to_float32,
+    check_unchanged,
+    file_state,
     one_line,
-    placeholder,
     read_sharded,
 )
 from jlora.system.errors import UserError
@@ -79,47 +82,49 @@ class StorageType(Sealed):
 
 @dataclass
 class Storage(Sealed):
-    """A flat array; in the older layout ``values`` follow the pickle that refers to it."""
+    """A flat array; ``read`` gives its values, which in the older layout follow the pickle."""
 
     kind: str
     count: int
-    values: np.ndarray | None = None
+    read: Callable[[], np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
 class LazyTensor(Sealed):
-    """A strided view of a storage; becomes an array, after checks, when the data has been read."""
+    """A strided view of a storage."""
 
     storage: Storage
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
-    def numpy(self) -> np.ndarray:
-        """A contiguous copy.
-
-        Raises:
-            ValueError: the view does not lie inside its storage.
-        """
-        values = self.storage.values
-        if values is None:
+    def check(self) -> None:
+        """Raises: ValueError: the view does not lie inside its storage."""
+        if self.storage.read is None:
             raise ValueError("its data is not in the file")
         numbers = (self.offset, *self.shape, *self.stride)
         if len(self.shape) != len(self.stride) or any(n < 0 for n in numbers):
             raise ValueError(f"shape {self.shape} with strides {self.stride}")
         if 0 in self.shape:
-            return np.zeros(self.shape, values.dtype)
+            return
         last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride))
         elements = 1
         for n in self.shape:
             elements *= n
         # Views may repeat elements (stride 0), but a saved parameter is never larger than its
         # storage.
-        if last >= len(values) or elements > len(values):
+        if last >= self.storage.count or elements > self.storage.count:
             raise ValueError(
                 f"shape {self.shape} at offset {self.offset} reaches past its storage of "
-                f"{len(values)} values"
+                f"{self.storage.count} values"
             )
+
+    def numpy(self) -> np.ndarray:
+        """A contiguous copy of a view that was checked, in the machine's own order of bytes."""
+        values = self.storage.read()
+        values = values.astype(values.dtype.newbyteorder("="), copy=False)
+        if 0 in self.shape:
+            return np.zeros(self.shape, values.dtype)
         size = values.dtype.itemsize
         steps = tuple(step * size for step in self.stride)
         return np.array(np.lib.stride_tricks.as_strided(values[self.offset :], self.shape, steps))
@@ -220,13 +225,15 @@ class BoundedFile:
         return TensorUnpickler(self, path, find_storage).load()
 
 
-def read_torch(path: str | Path, shapes_only: bool = False) -> dict[str, np.ndarray]:
-    """Read the state dict of a .bin or .pt file; bfloat16 becomes float32.
+def read_torch(path: str | Path) -> dict[str, np.ndarray]:
+    """`lazy_torch` with all arrays read."""
+    return {name: array.read() for name, array in lazy_torch(path).items()}
+
+
+def lazy_torch(path: str | Path) -> dict[str, LazyArray]:
+    """The state dict of a .bin or .pt file, its arrays to be read; bfloat16 becomes float32.
 
     The state dict may also be under ``model_state_dict`` or ``state_dict``.
-
-    Args:
-        shapes_only: read no data; the arrays are `placeholder`.
 
     Raises:
         UserError: the file is missing, truncated or damaged, has no tensors, or needs anything but
@@ -239,9 +246,9 @@ def read_torch(path: str | Path, shapes_only: bool = False) -> dict[str, np.ndar
             handle.seek(0)
             check_no_pointer(head, path)
             if head[:4] == b"PK\x03\x04":
-                tree = read_zip(handle, path, shapes_only)
+                tree = read_zip(handle, path)
             elif head[:1] == b"\x80":
-                tree = read_legacy(handle, path, shapes_only)
+                tree = read_legacy(handle, path)
             else:
                 tar = head[257:262] == b"ustar"
                 what = "torch 0.1's tar layout" if tar else "something else" if head else "empty"
@@ -249,20 +256,17 @@ def read_torch(path: str | Path, shapes_only: bool = False) -> dict[str, np.ndar
                     f"{path}: not a file of torch.save ({what}); give a .bin, .pt or safetensors "
                     "file"
                 )
-        return to_arrays(tree, path, path.stat().st_size, shapes_only)
+        return to_arrays(tree, path, path.stat().st_size)
     except OSError as error:
         raise os_error("read", path, error) from error
     except UserError:
         raise
     # A damaged pickle can fail in any way that Python code can.
     except Exception as error:
-        raise UserError(
-            f"{path}: a damaged or incomplete PyTorch file ({type(error).__name__}: "
-            f"{one_line(error)[:200]}); copy or download it again"
-        ) from error
+        raise damaged(path, error) from error
 
 
-def read_zip(handle: BinaryIO, path: Path, shapes_only: bool) -> Any:
+def read_zip(handle: BinaryIO, path: Path) -> Any:
     """The zip layout: NAME/data.pkl and one file NAME/data/KEY for each storage."""
     with zipfile.ZipFile(handle) as archive:
         pickles = [n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl"]
@@ -281,6 +285,7 @@ def read_zip(handle: BinaryIO, path: Path, shapes_only: bool) -> Any:
         if f"{root}byteorder" in archive.namelist():
             order = ">" if archive.read(f"{root}byteorder") == b"big" else "<"
         storages: dict[str, Storage] = {}
+        state = file_state(path)
 
         def find_storage(kind: str, key: str, count: int) -> Storage:
             if key not in storages:
@@ -290,9 +295,8 @@ def read_zip(handle: BinaryIO, path: Path, shapes_only: bool) -> Any:
                     raise ValueError(
                         f"storage {key} has {member.file_size} bytes for {count} values"
                     )
-                data = None if shapes_only else archive.read(member)
-                values = None if data is None else np.frombuffer(data, dtype)
-                storages[key] = Storage(kind, count, values)
+                read = functools.partial(_zip_values, path, state, member.filename, dtype)
+                storages[key] = Storage(kind, count, read)
             if storages[key].kind != kind:
                 raise ValueError(f"storage {key} is used with two dtypes")
             return storages[key]
@@ -300,7 +304,7 @@ def read_zip(handle: BinaryIO, path: Path, shapes_only: bool) -> Any:
         return BoundedFile(io.BytesIO(archive.read(pickles[0]))).load(path, find_storage)
 
 
-def read_legacy(handle: BinaryIO, path: Path, shapes_only: bool) -> Any:
+def read_legacy(handle: BinaryIO, path: Path) -> Any:
     """The older layout: magic number, protocol, system, tree, storage keys, then the data."""
     file = BoundedFile(handle)
     storages: dict[str, Storage] = {}
@@ -323,9 +327,7 @@ def read_legacy(handle: BinaryIO, path: Path, shapes_only: bool) -> Any:
     system = load()
     order = "<" if system.get("little_endian", sys.byteorder == "little") else ">"
     tree = load()
-    if shapes_only:
-        return tree
-    keys = load()
+    keys, state = load(), file_state(path)
     for key in keys:
         storage = storages.get(str(key)) if isinstance(key, (str, int)) else None
         if storage is None:
@@ -334,15 +336,46 @@ def read_legacy(handle: BinaryIO, path: Path, shapes_only: bool) -> Any:
         count = struct.unpack(order + "q", file.read(8))[0]
         if count != storage.count:
             raise ValueError(f"storage {key} has {count} values instead of {storage.count}")
-        data = file.read(count * dtype.itemsize)
-        if len(data) != count * dtype.itemsize:
+        begin = file.tell()
+        if begin + count * dtype.itemsize > file.size:
             raise ValueError("the file ends inside its data")
-        storage.values = np.frombuffer(data, dtype)
+        storage.read = functools.partial(_values, path, state, dtype, count, begin)
+        handle.seek(begin + count * dtype.itemsize)
     return tree
 
 
-def to_arrays(tree: Any, path: Path, size: int, shapes_only: bool = False) -> dict[str, np.ndarray]:
-    """The state dict inside a loaded tree, as native-endian arrays; ``size``: of the file."""
+def _zip_values(path: Path, state: tuple, member: str, dtype: np.dtype) -> np.ndarray:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            values = np.frombuffer(archive.read(member), dtype)
+    except OSError as error:
+        raise os_error("read", path, error) from error
+    except (zipfile.BadZipFile, KeyError) as error:  # a wrong checksum, too
+        raise damaged(path, error) from error
+    check_unchanged(path, state)
+    return values
+
+
+def _values(path: Path, state: tuple, dtype: np.dtype, count: int, begin: int) -> np.ndarray:
+    try:
+        with open(path, "rb") as handle:
+            values = np.fromfile(handle, dtype, count, "", begin)
+    except OSError as error:
+        raise os_error("read", path, error) from error
+    check_unchanged(path, state)
+    return values
+
+
+def damaged(path: Path, error: BaseException) -> UserError:
+    """The error for a file that cannot be understood."""
+    return UserError(
+        f"{path}: a damaged or incomplete PyTorch file ({type(error).__name__}: "
+        f"{one_line(error)[:200]}); copy or download it again"
+    )
+
+
+def to_arrays(tree: Any, path: Path, size: int) -> dict[str, LazyArray]:
+    """The state dict inside a loaded tree; ``size``: of the file."""
     found = type(tree).__name__
     tensors = {}
     if isinstance(tree, Mapping):
@@ -356,23 +389,26 @@ def to_arrays(tree: Any, path: Path, size: int, shapes_only: bool = False) -> di
             f"{path}: no weights inside (found: {found}); a state dict is expected, at the top or "
             f"under {' or '.join(NESTED_KEYS)}"
         )
-    if shapes_only:
-        wide = {**STORAGES, "BFloat16Storage": "f4"}
-        return {n: placeholder(t.shape, wide[t.storage.kind]) for n, t in tensors.items()}
     arrays, total = {}, 0
     for name, tensor in tensors.items():
         try:
-            array = tensor.numpy()
+            tensor.check()
         except ValueError as error:
             raise UserError(f"{path}: tensor {name} is damaged: {error}") from error
+        narrow = tensor.storage.kind == "BFloat16Storage"
+        dtype = np.float32 if narrow else STORAGES[tensor.storage.kind]
+        array = LazyArray(tensor.shape, dtype, functools.partial(_array, tensor))
         # Tied weights share a storage; thousands of views of one would fill the memory.
         total += array.nbytes
         if total > 4 * size:
             raise ValueError(f"its tensors share storages and take over {total:,} bytes")
-        if tensor.storage.kind == "BFloat16Storage":
-            array = bfloat16_to_float32(array)
-        arrays[name] = array.astype(array.dtype.newbyteorder("="), copy=False)
+        arrays[name] = array
     return arrays
+
+
+def _array(tensor: LazyTensor) -> np.ndarray:
+    array = tensor.numpy()
+    return bfloat16_to_float32(array) if tensor.storage.kind == "BFloat16Storage" else array
 
 
 def read_torch_sharded(index: str | Path) -> dict[str, np.ndarray]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ from jlora.formats.names import is_lora_name
 from jlora.formats.safetensors_file import (
     lazy_safetensors,
     one_line,
-    read_shapes,
     read_sharded,
 )
-from jlora.formats.torch_file import read_torch
+from jlora.formats.torch_file import lazy_torch
 from jlora.models.families import FAMILIES, find_family, gguf_architectures
 from jlora.models.random_gpt2 import CONTEXT, SIZES, VOCABULARY
 from jlora.models.weights import check_fit, hugging_face_names, load_weights
@@ -92,14 +90,10 @@ class Outline:
         model: the model; its parameters have shapes and names alone. Jittor would make them all if
             anything were computed while it lives: ask it what there is to ask, and let it go.
         source: file or folder of the weights; None: a GPT-2 that is not on this machine.
-        arrays: bytes of the checkpoint's arrays once they are read.
-        at_once: whether they are all read before any is packed, as PyTorch's files are.
     """
 
     model: Any
     source: Path | None
-    arrays: int
-    at_once: bool
 
 
 def outline(name_or_path: str | Path) -> Outline:
@@ -117,15 +111,10 @@ def outline(name_or_path: str | Path) -> Outline:
         )
     else:
         source = source or find(name)
-        checkpoint = read_checkpoint(source, True, check_before_weights)
+        checkpoint = read_checkpoint(source, check_before_weights)
     model = build_model(checkpoint.config, checkpoint.config_source)
     model.tokenizer, model.name_or_path = checkpoint.tokenizer, name
-    if checkpoint.tensors:
-        sizes = [array.nbytes for array in checkpoint.tensors.values()]
-    else:
-        sizes = [4 * int(np.prod(p.shape)) for p in model.parameters()]
-    at_once = weights_suffix(checkpoint.source) in (".bin", ".pt", ".pth")
-    return Outline(model, source, sum(sizes), at_once)
+    return Outline(model, source)
 
 
 def require_tokenizer(model: Any) -> Tokenizer:
@@ -203,13 +192,8 @@ def weight_file(folder: Path) -> Path | None:
     return None
 
 
-def weights_suffix(file: Path) -> str:
-    """ ".bin" of ``pytorch_model.bin`` and of ``pytorch_model.bin.index.json``."""
-    return Path(file.name.removesuffix(".index.json")).suffix
-
-
 def check_before_weights(outline: Checkpoint) -> None:
-    """Find what is wrong with a checkpoint whose tensors are `placeholder`, which takes no time.
+    """Find what is wrong with a checkpoint without reading its tensors.
 
     Raises:
         UserError: a configuration that cannot be used or does not fit the shapes of the weights, or
@@ -224,17 +208,15 @@ def check_before_weights(outline: Checkpoint) -> None:
             f"only {rows}; they belong to different models, put the right tokenizer there"
         )
     tensors = hugging_face_names(outline.tensors, model.family)
-    check_fit(model, tensors, f"{outline.source} ({outline.config_source})", outline.config)
+    source = f"{outline.source} ({outline.config_source})"
+    check_fit(model, tensors, source, outline.config, compare=False)
 
 
-def read_checkpoint(
-    path: Path, shapes_only: bool = False, check: Callable[[Checkpoint], None] | None = None
-) -> Checkpoint:
-    """Read configuration, weights (or only their shapes) and tokenizer from a folder or a file.
+def read_checkpoint(path: Path, check: Callable[[Checkpoint], None] | None = None) -> Checkpoint:
+    """Read configuration and tokenizer, and find the weights, of a folder or a file.
 
     Args:
-        check: called before the weights are read, with what ``shapes_only`` would give; an error
-            that it raises ends the reading.
+        check: called with what was found.
     """
     folder = path if path.is_dir() else path.parent
     weights = weight_file(folder) if path.is_dir() else path
@@ -247,11 +229,11 @@ def read_checkpoint(
         raise UserError(f"{folder}: no model weights found; {hint}")
     tokenizer = Tokenizer.from_folder(folder) if find_files(folder) else None
     if weights.suffix == ".gguf":
-        return read_gguf_checkpoint(weights, tokenizer, shapes_only, check)
+        return read_gguf_checkpoint(weights, tokenizer, check)
     config, config_source = None, "config.json"
     if (folder / config_source).is_file():
         config = read_config(folder / config_source)
-    tensors = read_weights(weights, shapes_only=True)
+    tensors = read_weights(weights)
     check_no_adapter(weights, tensors)
     if config is None:
         config = gpt2_config_from_shapes(weights, hugging_face_names(tensors, FAMILIES["gpt2"]))
@@ -261,13 +243,12 @@ def read_checkpoint(
     outline = Checkpoint(weights, config, config_source, tensors, tokenizer)
     if check is not None:
         check(outline)
-    return outline if shapes_only else replace(outline, tensors=read_weights(weights))
+    return outline
 
 
 def read_gguf_checkpoint(
     path: Path,
     tokenizer: Tokenizer | None,
-    shapes_only: bool,
     check: Callable[[Checkpoint], None] | None,
 ) -> Checkpoint:
     """`read_checkpoint` for a GGUF file.
@@ -285,8 +266,10 @@ def read_gguf_checkpoint(
             tokenizer.eos_token_id = file.config["eos_token_id"]
         return Checkpoint(path, file.config, "its metadata", file.tensors, tokenizer)
 
-    early = None if check is None else lambda file: check(checkpoint(file))
-    return checkpoint(read_gguf(path, shapes_only, early, gguf_architectures()))
+    found = checkpoint(read_gguf(path, gguf_architectures()))
+    if check is not None:
+        check(found)
+    return found
 
 
 def gpt2_tokenizer() -> Tokenizer | None:
@@ -298,18 +281,16 @@ def gpt2_tokenizer() -> Tokenizer | None:
         return None
 
 
-def read_weights(path: Path, shapes_only: bool = False) -> dict[str, np.ndarray]:
-    """Tensors of a weight file or of the files that an index names, or `placeholder` for them."""
-    from_safetensors = read_shapes if shapes_only else lazy_safetensors
-    from_torch = functools.partial(read_torch, shapes_only=shapes_only)
+def read_weights(path: Path) -> dict[str, LazyArray]:
+    """Tensors of a weight file, or of the files that an index names, to be read."""
     if path.name.endswith(".safetensors.index.json"):
-        return read_sharded(path, from_safetensors)
+        return read_sharded(path, lazy_safetensors)
     if path.name.endswith(".bin.index.json"):
-        return read_sharded(path, from_torch)
+        return read_sharded(path, lazy_torch)
     if path.suffix == ".safetensors":
-        return from_safetensors(path)
+        return lazy_safetensors(path)
     if path.suffix in (".bin", ".pt", ".pth"):
-        return from_torch(path)
+        return lazy_torch(path)
     raise UserError(
         f"{path}: not a kind of file that weights are read from; give {', '.join(SUFFIXES)} or a "
         "Hugging Face folder"

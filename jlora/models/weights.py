@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.formats.lazy import LazyArray, is_placeholder
+from jlora.formats.lazy import LazyArray
 from jlora.models.families import Family
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt
@@ -56,14 +56,19 @@ def load_weights(
 
 
 def check_fit(
-    model: Any, tensors: dict[str, np.ndarray], source: str, config: Mapping[str, Any] = {}
+    model: Any,
+    tensors: dict[str, np.ndarray | LazyArray],
+    source: str,
+    config: Mapping[str, Any] = {},
+    compare: bool = True,
 ) -> dict[str, Any]:
     """Check that there is one tensor of the right shape for every parameter.
 
-    A head that repeats the tied embedding is removed from ``tensors``, which may be `placeholder`.
+    A head that repeats the tied embedding is removed from ``tensors``.
 
     Args:
         config: config.json, which says whether the weights are quantised.
+        compare: look whether such a head has the embedding's values, which reads both.
 
     Returns:
         The model's parameters by name.
@@ -73,7 +78,7 @@ def check_fit(
     """
     parameters = dict(model.named_parameters())
     expected = {name: tuple(p.shape) for name, p in parameters.items()}
-    drop_tied_head(model, parameters, tensors, source)
+    drop_tied_head(model, parameters, tensors, source, compare)
     problems = difference(expected, {name: tuple(a.shape) for name, a in tensors.items()})
     problems += embedding_rows(model.family.embedding, expected, tensors)
     whole = [name for name, array in tensors.items() if array.dtype.kind != "f"]
@@ -103,7 +108,7 @@ def embedding_rows(
 
 
 def drop_tied_head(
-    model: Any, parameters: dict[str, Any], tensors: dict[str, np.ndarray], source: str
+    model: Any, parameters: dict[str, Any], tensors: dict[str, Any], source: str, compare: bool
 ) -> None:
     """Remove lm_head.weight where the model uses its embedding instead, if they are equal."""
     if "lm_head.weight" not in tensors or "lm_head.weight" in parameters:
@@ -117,9 +122,7 @@ def drop_tied_head(
             f"{embedding.shape[0]:,}, although the configuration ties them; take the configuration "
             "and the weights of one model"
         )
-    # The values of a `placeholder` are compared once they are read.
-    known = embedding is not None and not is_placeholder(head)
-    if known and not np.array_equal(head, embedding):
+    if compare and embedding is not None and not np.array_equal(head, embedding):
         raise UserError(
             f"{source}: lm_head.weight differs from {name} although the configuration ties "
             "them; set tie_word_embeddings to false in config.json (Llama family only)"

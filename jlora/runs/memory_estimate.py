@@ -33,8 +33,6 @@ FLOAT = 4  # bytes
 PROCESS = 110 * MIB
 #: A token of the training data: a Python integer, its place in a list, its share of the text.
 BYTES_A_TOKEN = 80
-#: While arrays become Vars one by one, the freed ones are not used again at once.
-LOADING = 1.45
 #: What Jittor's allocator holds for what is in use; larger arrays do not fit the gaps of smaller.
 ALLOCATOR = 1.25
 #: Arrays as large as all that is trained, besides the two means: the gradients (and, of adapters,
@@ -169,12 +167,8 @@ def loading_bytes(outline: Outline, weights: int) -> int:
     """A checkpoint at the height of its way from the file to ``weights`` bytes of packed ones."""
     named = outline.model.named_parameters()
     parameters = [FLOAT * size(p) for name, p in named if not is_lora_name(name)]
-    largest = max(parameters)
-    if not outline.at_once:  # one after the other: in float32, and on the way there
-        return weights + 2 * largest
-    # Of PyTorch's files the storages are held until all arrays are copied out of them. The largest
-    # is copied once more, to be recognised by an adapter.
-    return max(2 * outline.arrays, int(LOADING * max(outline.arrays, sum(parameters))) + largest)
+    # One after the other: in float32, and what the file has of it.
+    return weights + 2 * max(parameters)
 
 
 def weight_bytes(model, precision: str, trained: set[str]) -> int:
