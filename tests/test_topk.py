@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jlora.kernels import packed_linear, topk
-from jlora.kernels.decoder import head_topk
+from jlora.kernels.decoder import head_logits, head_topk
 from jlora.kernels.topk import LARGEST_K, log_softmax_topk, log_softmax_topk_numpy
 from jlora.system.runtime import jt
 
@@ -12,6 +12,8 @@ from jlora.system.runtime import jt
 def both(logits, k, **edits):
     logits = np.asarray(logits, dtype=np.float32)
     fast = log_softmax_topk(jt.array(logits), k, **edits)
+    for found, same in zip(fast, log_softmax_topk(logits, k, **edits)):  # without Jittor
+        np.testing.assert_array_equal(found, same)
     return fast, log_softmax_topk_numpy(logits, k, **edits)
 
 
@@ -142,6 +144,11 @@ def test_the_heads_product_and_its_best_words_together(vocabulary, width, rows, 
     packed = packed_linear.PackedWeight(jt.array(weight), False)
     logits = packed(jt.array(hidden))
     expected = log_softmax_topk(logits, k, banned, penalised, 1.3)
+    own = head_logits(hidden, packed.address)
+    np.testing.assert_allclose(own, logits.numpy(), rtol=1e-5, atol=1e-5)
+    for row in range(rows):  # whichever rows stand beside it
+        alone = head_logits(hidden[row : row + 1], packed.address)[0]
+        np.testing.assert_array_equal(own[row], alone)
     values, ids = head_topk(hidden, packed.address, k, banned, penalised, 1.3)
     np.testing.assert_array_equal(ids, expected[1])
     np.testing.assert_allclose(values, expected[0], rtol=1e-6, atol=2e-6)

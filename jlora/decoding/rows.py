@@ -16,6 +16,7 @@ from jlora.kernels.decoder import (
     Pieces,
     Step,
     TokenMemory,
+    head_logits,
     head_logprobs,
     head_topk,
     run_rows,
@@ -291,10 +292,12 @@ class RowDecoder:
         native = self._native
         hidden = np.ascontiguousarray(hidden, np.float32)
         arguments = {} if edits is None else edits.arguments()
-        if native.head is not None and k <= FUSED_K:
-            cap, words = native.head_cap, native.head_words
+        cap, words = native.head_cap, native.head_words
+        if native.head is None:
+            return log_softmax_topk(self._logits(hidden), k, **arguments)
+        if k <= FUSED_K:
             return head_topk(hidden, native.head, k, cap=cap, words=words, **arguments)
-        return log_softmax_topk(self._logits(hidden), k, **arguments)
+        return log_softmax_topk(head_logits(hidden, native.head, cap, words), k, **arguments)
 
     def logprobs_of(self, hidden: np.ndarray, targets: Sequence[int]) -> np.ndarray:
         """The log-probability of one token after each state, (n,) float32.

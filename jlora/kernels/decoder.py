@@ -186,6 +186,21 @@ def head_topk(
     return values, ids
 
 
+def head_logits(
+    hidden: np.ndarray, head: int, cap: float | None = None, words: int = 0
+) -> np.ndarray:
+    """The logits of each row, (rows, V) float32, whichever rows stand beside it.
+
+    Args:
+        hidden: (rows, C) float32.
+        head, cap, words: see `head_topk`.
+    """
+    size = words or structs.Weight.from_address(head).n
+    logits = np.empty((len(hidden), size), np.float32)
+    run("head_logits_op", [hidden], [logits], cap or 0, integers=[head, words])
+    return logits
+
+
 def head_logprobs(
     hidden: np.ndarray, targets: np.ndarray, head: int, cap: float | None = None, words: int = 0
 ) -> np.ndarray:

@@ -103,6 +103,13 @@ inline void head_product(const float* hidden, int64_t rows, const decode::Linear
     else decode::product_of_floats(x, head, capped, true);
 }
 
+// hidden (rows, C), head (V, C) -> logits (rows, V)
+inline void head_logits(const float* hidden, int64_t rows, const decode::Linear& head, float* logits, float cap) {
+    head_product(hidden, rows, head, cap, [&](int64_t m, int64_t n, F16 left, F16 right) {
+        store_some(logits + m * head.n + n, left, right, std::min<int64_t>(32, head.n - n));
+    });
+}
+
 // hidden (rows, C), head (V, C) -> values, ids (rows, k)
 inline void head_topk(const float* hidden, int64_t rows, const decode::Linear& head, const Edits& edits, int64_t k,
         float* values, int* ids, float cap) {

@@ -358,6 +358,10 @@ JLORA_OPERATOR(head_topk_op) {
     head_topk(in[0].in(), in[0].shape[0], head_of(integer, in[0].shape[1]), edits_of(in + 1, number[1] != 0), out[0].shape[1],
         out[0].out(), out[1].as<int>(), number[0]);
 }
+// hidden (rows, C) -> logits (rows, V). integer: a head; number: cap of the logits.
+JLORA_OPERATOR(head_logits_op) {
+    head_logits(in[0].in(), in[0].shape[0], head_of(integer, in[0].shape[1]), out[0].out(), number[0]);
+}
 // hidden (rows, C), targets (rows,) -> log-probabilities (rows,). integer: a head; number: cap of the logits.
 JLORA_OPERATOR(head_logprobs_op) {
     head_logprobs(in[0].in(), in[0].shape[0], head_of(integer, in[0].shape[1]), in[1].as<int>(), out[0].out(), number[0]);

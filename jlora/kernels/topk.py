@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jlora.kernels.native import has, operator, problem
+from jlora.kernels.native import has, operator, problem, run
 from jlora.system.runtime import jt
 
 LARGEST_K = 1024  # the operator inserts into a sorted list, which is slow for a larger k
@@ -21,7 +21,7 @@ _LOWEST = np.finfo(np.float32).min
 
 
 def log_softmax_topk(
-    logits: jt.Var,
+    logits: jt.Var | np.ndarray,
     k: int,
     banned: Sequence[Sequence[int]] | None = None,
     penalised: Sequence[Sequence[int]] | None = None,
@@ -36,7 +36,7 @@ def log_softmax_topk(
     are skipped.
 
     Args:
-        logits: (rows, V) float32.
+        logits: (rows, V) float32; of an array they are found without Jittor.
         k: how many; V where V is smaller.
         banned: token ids of each row whose probability becomes 0, lists or an int array; ids
             below 0 are skipped. The rest is renormalised: microsoft/LoRA, too, sets logits to -inf
@@ -59,8 +59,13 @@ def log_softmax_topk(
     k = min(k, size)
     if k > LARGEST_K or problem() is not None or not has("topk_op"):
         edits = (banned, penalised, penalty, biased, biases, allowed)
-        return log_softmax_topk_numpy(logits.numpy(), k, *edits)
+        array = logits if isinstance(logits, np.ndarray) else logits.numpy()
+        return log_softmax_topk_numpy(array, k, *edits)
     edits = edit_arrays(rows, banned, penalised, penalty, biased, biases, allowed)
+    if isinstance(logits, np.ndarray):
+        values, ids = np.empty((rows, k), np.float32), np.empty((rows, k), np.int32)
+        run("topk_op", [logits, *edits], [values, ids], allowed is not None)
+        return values, ids
     values, ids = operator(
         [(rows, k), (rows, k)],
         ["float32", "int32"],
