@@ -338,9 +338,7 @@ async def break_off(soak: Soak, draw: random.Random) -> None:
     """Half a body, or half of the headers, and away."""
     path, body = soak.asked[draw.randrange(len(soak.asked))]
     data = json.dumps(body).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode()
-    )
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
     port = int(soak.address.rpartition(":")[2])
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     whole = head.encode() + data
