@@ -87,6 +87,14 @@ class SwitchableModel(TunedModel):
         """Their names, in the order in which they came."""
         return list(self._adapters)
 
+    def adapter(self, adapter_name: str) -> Adapter:
+        """The settings and layers of an adapter, on the model or put aside.
+
+        Raises:
+            UserError: there is no such adapter.
+        """
+        return self._find(adapter_name)
+
     @property
     def peft_config(self) -> LoraConfig | None:
         """The settings of the adapter that is on, target_modules always given."""

@@ -15,17 +15,18 @@ class TextStream:
     Args:
         tokenizer: its ``decode`` is called with ids.
         stops: texts that end the answer and are not part of it.
+        after: tokens that stand before the first one and are not shown.
 
     Attributes:
         stopped: whether a stop text came; nothing more is shown then.
     """
 
-    def __init__(self, tokenizer, stops: Sequence[str] = ()):
+    def __init__(self, tokenizer, stops: Sequence[str] = (), after: Sequence[int] = ()):
         self._decode, self._stops = tokenizer.decode, tuple(stops)
-        self._ids: list[int] = []
+        self._ids: list[int] = list(after)
         # A word's text depends on what stands before it (SentencePiece drops the first space), so
         # the tokens of the piece before are decoded again.
-        self._before = self._done = 0
+        self._before, self._done = 0, len(self._ids)
         self._waiting = ""  # whole characters that may begin a stop text
         self.stopped = False
 

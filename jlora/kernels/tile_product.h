@@ -59,17 +59,25 @@ inline void turn_tiles(const uint16_t* upper, const uint16_t* lower, uint16_t* l
         }
 }
 
+// also(n, part, parts): fetches a part of what else is wanted for outputs n to n + 31.
+struct NothingElse {
+    void operator()(int64_t, int64_t, int64_t) const {}
+};
+template <typename Also>
 struct ForwardPanels {
     const Weights& all;
+    const Also& also;
     void panel(int64_t p, int64_t s, int64_t, char*, const char*& b0, const char*& b1) const {
         const Weight& w = find(all, p);
         b0 = (const char*)w.tile(2 * p, s), b1 = b0 + w.stride;
     }
     void fetch(int64_t p, int64_t s, int64_t line) const {
+        const int64_t n = p * 32;
         const Weight& w = find(all, p);
         const char* at = (const char*)w.tile(2 * p, s) + line * 64;
         _mm_prefetch(at, _MM_HINT_T1);
         _mm_prefetch(at + w.stride, _MM_HINT_T1);
+        also(n, s * 16 + line, w.steps() * 16);
     }
 };
 // The way back contracts over the outputs of all of them.
@@ -99,11 +107,12 @@ struct BackwardPanels {
 };
 
 // sink(m, n, left, right): outputs n to n + 31 of row m. steady: see tiles::product; bf16 alone.
-template <typename Sink>
-void product(const Rows& x, const Weights& all, Sink sink, bool steady = false) {
+template <typename Sink, typename Also = NothingElse>
+void product(const Rows& x, const Weights& all, Sink sink, bool steady = false, const Also& also = {}) {
     if (!x.rows) return;
-    if (all.list[0]->scales) return int8::product(x, all, panels(all), ForwardPanels{all}, sink);
-    tiles::product<false>((const char*)x.data, x.rows, panels(all), x.steps(), ForwardPanels{all}, sink, steady);
+    const ForwardPanels<Also> weights{all, also};
+    if (all.list[0]->scales) return int8::product(x, all, panels(all), weights, sink);
+    tiles::product<false>((const char*)x.data, x.rows, panels(all), x.steps(), weights, sink, steady);
 }
 template <typename Sink>
 void product_back(const Rows& dy, const Weights& all, Sink sink) {
