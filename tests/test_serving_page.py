@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
@@ -349,3 +350,36 @@ def test_damaged_storage_and_an_unloaded_adapter_are_survived(visit, stub):
         expect(page.locator(".empty")).to_be_visible()
         expect(page.get_by_label("Compared with")).to_have_value("café")
         expect(page.get_by_label("top_p")).to_have_value("0.5")
+
+
+@pytest.mark.slow
+def test_the_real_server_behind_the_page(browser, tmp_path):
+    """Two adapters and the base of a tiny model; texts as the API gives them."""
+    pytest.importorskip("jlora.serving.app", reason="no jlora[serve]")
+    from benchmarks.serve_client import stream
+    from tests import serve_soak
+
+    serve_soak.prepare(tmp_path)
+    server, address, _ = serve_soak.start_server(tmp_path)
+    try:
+        with contextlib.closing(browser.new_page(locale="en-GB")) as page:
+            page.goto(address)
+            page.get_by_label("Compared with").select_option("ada")
+            page.get_by_label("Max tokens").fill("12")
+            write(page, "the river")
+            expect(page.locator('.answer[aria-busy="false"]')).to_have_count(2, timeout=60_000)
+            for figures in page.locator(".figures").all_inner_texts():
+                assert re.search(r"^\d+ tokens? · .*(ended|max tokens reached)$", figures)
+            shown = page.locator(".text").all_text_contents()
+        messages = [{"role": "user", "content": "the river"}]
+        said = [
+            asyncio.run(
+                stream(address, {"model": model, "messages": messages, "max_tokens": 12,
+                                 "stream": True}, "/v1/chat/completions")
+            ).text
+            for model in ("model", "ada")
+        ]  # fmt: skip
+        assert shown == said and said[0] != said[1]
+    finally:
+        server.kill()
+        server.wait()
