@@ -97,7 +97,7 @@ def main() -> None:
     options.add_argument(
         "--minutes", type=float, help="for all models; what is left then is done for jlora alone"
     )
-    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS)[:2])
     options.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     options.add_argument("--streams", nargs="+", type=int, default=[1, 4, 16, 64])
     options.add_argument("--prompt", type=int, default=64, help="tokens")
@@ -128,7 +128,7 @@ def main() -> None:
 
 def make_sides(chosen: argparse.Namespace, model: str) -> list[Side]:
     """The sides that are installed, and what each is spared."""
-    big = model != MODELS[0]
+    big = model == list(MODELS)[1]
     limits = {
         "jlora bf16": Side("jlora bf16"),
         "llama.cpp bf16": Side("llama.cpp bf16", (64, 64)),
@@ -190,7 +190,7 @@ def measure(model: str, sides: list[Side], chosen: argparse.Namespace, until: fl
                         continue
                     one_round(side, scenario, turn, tokenizer, chosen)
         for side in sides:
-            if side.kind != "PEFT" and side.most[0] >= BESIDE <= streams:
+            if side.kind in ("jlora", "llama.cpp") and side.most[0] >= BESIDE <= streams:
                 adapters = min(side.most[1], BESIDE)
                 side.beside = time_beside(side, tokenizer, adapters, tries=5)
                 print(f"{side.name}, beside {BESIDE} streams: {side.beside}", flush=True)
