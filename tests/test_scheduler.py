@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -103,6 +104,15 @@ class Digits:
         return len(self.seen) >= 4
 
 
+def biases_of(request, told):
+    """What is added to which logits."""
+    biases = dict(request.logit_bias)
+    for token, count in Counter(told).items():
+        lost = request.presence_penalty + count * request.frequency_penalty
+        biases[token] = biases.get(token, 0.0) - lost
+    return biases
+
+
 def alone(request, weights=0, words=WORDS):
     """Tokens, log-probabilities and reason of one row, by plain loops over the whole vocabulary."""
     state = after(0, 1000 + weights)
@@ -118,11 +128,7 @@ def alone(request, weights=0, words=WORDS):
             logits[token] = (
                 logits[token] * penalty if logits[token] < 0 else logits[token] / penalty
             )
-        biases = dict(request.logit_bias)
-        for token, count in Counter(told).items():
-            lost = request.presence_penalty + count * request.frequency_penalty
-            biases[token] = biases.get(token, 0.0) - lost
-        for token, bias in biases.items():
+        for token, bias in biases_of(request, told).items():
             logits[token] += np.float32(bias)
         n = request.no_repeat_ngram_size
         for token in range(words if n else 0):
@@ -150,12 +156,16 @@ def alone(request, weights=0, words=WORDS):
 
 
 class OneAdapter:
-    """The decoder that `sampling.generate` and `beam_search` want, over the toy one."""
+    """The decoder that `sampling.generate` and `beam_search` want, over the toy one.
+
+    Args:
+        biases: gives what is added to which logits after generated tokens.
+    """
 
     enters = False
 
-    def __init__(self, slot=-1, bank=None):
-        self._toy, self._slot = ToyDecoder(bank), slot
+    def __init__(self, slot=-1, bank=None, biases=lambda told: {}):
+        self._toy, self._slot, self._biases = ToyDecoder(bank), slot, biases
         self.advance = self._toy.advance
 
     def enter(self, prompts):
@@ -166,7 +176,13 @@ class OneAdapter:
 
     def best(self, k, banned=None, penalised=None, penalty=1.0):
         logits = logits_of(self._toy.hidden, WORDS)
-        return log_softmax_topk_numpy(logits, k, banned, penalised, penalty)
+        for row, (line, (_, told, _)) in enumerate(zip(logits, self._toy._rows)):
+            for token in {t for t in (penalised[row] if penalised is not None else ()) if t >= 0}:
+                factor = np.float32(penalty)
+                line[token] = line[token] * factor if line[token] < 0 else line[token] / factor
+            for token, bias in self._biases(told).items():
+                line[token] += np.float32(bias)
+        return log_softmax_topk_numpy(logits, k, banned)
 
 
 MODEL = SimpleNamespace(config=SimpleNamespace(vocab_size=WORDS, max_positions=CONTEXT))
@@ -181,7 +197,8 @@ def toy(monkeypatch):
 
 def best_beam(request, slot, bank, monkeypatch):
     """Tokens and reason by `jlora.decoding.beam`, one prompt alone."""
-    monkeypatch.setattr(beam, "decoder_of", lambda model: OneAdapter(slot, bank))
+    decoder = OneAdapter(slot, bank, partial(biases_of, request))
+    monkeypatch.setattr(beam, "decoder_of", lambda model: decoder)
     config = BeamConfig(
         request.eos_token_ids,
         request.num_beams,
@@ -206,6 +223,9 @@ def some_request(random, beams=True, shared=()):
         "no_repeat_ngram_size": int(random.choice([0, 0, 1, 3])),
         "repetition_penalty": float(random.choice([1, 1, 1.3, 0.8])),
         "seed": int(random.integers(1000)),
+        "presence_penalty": float(random.choice([0, 0, 0.7])),
+        "frequency_penalty": float(random.choice([0, 0, 0.4, -0.3])),
+        "logit_bias": {int(random.integers(WORDS)): 3.0, 7: -9.0} if random.random() < 0.3 else {},
     }
     if beams and random.random() < 0.25:
         settings["num_beams"] = int(random.integers(2, 6))
@@ -216,9 +236,6 @@ def some_request(random, beams=True, shared=()):
         "top_k": int(random.choice([0, 0, 5])),
         "top_p": float(random.choice([1, 1, 0.8])),
         "min_p": float(random.choice([0, 0, 0.1])),
-        "presence_penalty": float(random.choice([0, 0, 0.7])),
-        "frequency_penalty": float(random.choice([0, 0, 0.4, -0.3])),
-        "logit_bias": {int(random.integers(WORDS)): 3.0, 7: -9.0} if random.random() < 0.3 else {},
         "top_logprobs": int(random.choice([0, 0, 3])),
         "constraint": Digits() if random.random() < 0.2 else None,
     }  # fmt: skip
@@ -699,6 +716,7 @@ def test_a_fault_of_the_decoder_is_told_to_all_that_run():
         ({"prompt_logprobs": -1}, "prompt_logprobs is -1"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1"),
         ({"logit_bias": {3: float("nan")}}, "logit_bias of 3 is nan"),
+        ({"logit_bias": {3: -1e39}}, "logit_bias of 3 is -1e"),
         ({"logit_bias": {-3: 1.0}}, "logit_bias is for token -3"),
         ({"num_beams": 2, "temperature": 0.5}, "temperature is 0.5, but must be 0 with num_beams"),
         ({"num_beams": 2, "top_logprobs": 1}, "top_logprobs is 1"),

@@ -17,9 +17,8 @@ from stub_openai import serving
 from jlora import cli
 
 pytest.importorskip("jlora.serving.app", reason="no jlora[serve]")
-from jlora.serving.settings import ServeConfig  # noqa: E402
-
 from jlora.serving import fields  # noqa: E402
+from jlora.serving.settings import ServeConfig  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")

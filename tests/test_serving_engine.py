@@ -1,4 +1,4 @@
-"""The engine's thread: requests, adapters, cancellations and faults, over the toy and tiny models."""
+"""The engine's thread over toys: requests, adapters, cancellations and faults."""
 
 from __future__ import annotations
 

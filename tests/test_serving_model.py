@@ -68,7 +68,7 @@ def test_a_mix_gets_bit_for_bit_what_each_gets_alone(precision, folders):
     random = np.random.default_rng(3)
     shared = [random.integers(0, 400, 30) for _ in range(2)]
     requests = []
-    for number in range(40):
+    for number in range(24):
         request = replace(some_request(random, shared=shared), constraint=None)
         scored = 2 if request.num_beams == 1 and number % 5 == 0 else None
         adapter = [None, *ADAPTERS][number % 4]
@@ -78,19 +78,23 @@ def test_a_mix_gets_bit_for_bit_what_each_gets_alone(precision, folders):
     with opened(folders, precision, chunk=16, max_rows=24) as engine:
         answers = [told(engine, request) for request in requests]
         assert [result(answer) for answer in answers] == expected
-        assert engine.stats().hits > 3
+        # And once more some of them, of whose prompts all but the last token is in the cache now.
+        for number in (1, 2, 3, 4):
+            answer = told(engine, requests[number])
+            assert result(answer) == expected[number]
+            assert answer.last.usage.cached == len(requests[number].prompt) - 1
 
 
 def test_equals_generation_with_the_adapter_alone(folders):
     """Greedy, drawn and by beams: `jlora.decoding` with the adapter on the model."""
-    prompts = [[5, 6, 7], list(range(40, 70)), [9]]
-    settings = ({}, {"temperature": 0.9, "top_p": 0.95}, {"num_beams": 4})
+    prompts = [[5, 6, 7], list(range(40, 70))]
+    settings = ({}, {"temperature": 0.9, "top_p": 0.95}, {"num_beams": 3})
     asked, answers = [], []
     with opened(folders, "fp32") as engine:
         for name in (None, *ADAPTERS):
             for setting in settings:
                 for prompt in prompts:
-                    request = Request(tuple(prompt), name, (0, 9), 12, **setting)
+                    request = Request(tuple(prompt), name, (0, 9), 8, **setting)
                     asked.append((name, prompt, setting))
                     answers.append(told(engine, request))
         found = {str(key): answer.wait().result for key, answer in zip(asked, answers)}
@@ -102,10 +106,10 @@ def test_equals_generation_with_the_adapter_alone(folders):
         for setting in settings:
             for prompt in prompts:
                 if "num_beams" in setting:
-                    config = BeamConfig((0, 9), 4, 1.0, 0, 12)
+                    config = BeamConfig((0, 9), 3, 1.0, 0, 8)
                     best = beam_search(model, [prompt], config)[0][0]
                 else:
-                    best = generate(model, [prompt], GenerateConfig((0, 9), 12, **setting))[0]
+                    best = generate(model, [prompt], GenerateConfig((0, 9), 8, **setting))[0]
                 expected = (best.text_ids, "stop" if best.finished else "length", best.length)
                 assert found[str((name, prompt, setting))] == expected
 

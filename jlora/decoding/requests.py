@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -108,7 +107,8 @@ class Request:
             self._check(name, abs(getattr(self, name)) <= 1e6, "a number up to a million")
         for token, bias in self.logit_bias.items():
             check_setting(token >= 0, "logit_bias", f"for token {token}", "for token ids, >= 0")
-            check_setting(math.isfinite(bias), f"logit_bias of {token}", bias, "a number")
+            held = abs(bias) <= 1e6
+            check_setting(held, f"logit_bias of {token}", bias, "a number up to a million")
         if self.num_beams > 1:
             new = self.max_new_tokens
             check_setting(new > 0, "max_new_tokens", new, "above 0 with num_beams above 1")

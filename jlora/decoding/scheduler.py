@@ -183,9 +183,9 @@ class Scheduler:
             self._keep_what_runs(job)
             kept, length = self.cache.find(job.adapter, job.tokens)
             self.counts["lookups"] += 1
-            self.counts["hits"] += length > 0
         job.prompt = self._decoder.begin(job.request.prompt, job.adapter, kept, length)
-        job.cached, job.waits_for = length, None
+        job.cached, job.waits_for = job.prompt.done, None
+        self.counts["hits"] += job.cached > 0
 
     def _keep_what_runs(self, job: Job) -> None:
         """Have the cache copy a running row that begins as ``job`` does, if it lacks it."""
