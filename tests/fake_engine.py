@@ -57,7 +57,7 @@ class FakeEngine:
         self.gate.set()
         self.ended = 0
         self.broken: Callable[[Path], None] = lambda path: None
-        self._most, self._adapters = most, {}
+        self._most, self.adapters = most, {}
         self._tickets: list[Ticket] = []
         self._changed = threading.Condition()
         self._closing = self.draining = False
@@ -86,7 +86,7 @@ class FakeEngine:
         with self._changed:
             if self.draining:
                 raise Stopping("draining")
-            if request.adapter is not None and request.adapter not in self._adapters:
+            if request.adapter is not None and request.adapter not in self.adapters:
                 raise UserError(f"no adapter {request.adapter}")
             if len(self._tickets) >= self._most:
                 raise QueueFull(f"{self._most} requests are here already; try again later")
@@ -193,7 +193,7 @@ class FakeEngine:
         future: Future = Future()
         try:
             self.broken(path)
-            self._adapters[name] = path
+            self.adapters[name] = path
             future.set_result(None)
         except Exception as error:
             future.set_exception(error)
@@ -201,7 +201,7 @@ class FakeEngine:
 
     def remove_adapter(self, name: str) -> Future:
         future: Future = Future()
-        self._adapters.pop(name)
+        self.adapters.pop(name)
         future.set_result(None)
         return future
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import shutil
 
@@ -14,6 +15,7 @@ try:
 except ImportError:
     import httpx
 
+from jlora.serving import chat
 from jlora.serving.errors import ApiError
 from jlora.serving.fields import chat_fields, completion_fields, parse_body
 from jlora.serving.messages import read_messages
@@ -120,6 +122,7 @@ WRONG = [
     ("response_format", "json"), ("response_format", {"type": "xml"}), ("response_format", {}),
     ("response_format", {"type": "json_schema"}), ("model", 3), ("num_beams", 0),
     ("num_beams", 65), ("length_penalty", 11), ("no_repeat_ngram_size", -1),
+    ("logit_bias", {str(token): 1 for token in range(1001)}),
     ("stream_options", {"include_usage": True}), ("tools", {}), ("tools", [1]),
     ("tools", [{"type": "function", "function": {}}]), ("tool_choice", "required"),
     ("tool_choice", "some"), ("tool_choice", {"type": "function", "function": {"name": "f"}}),
@@ -242,6 +245,12 @@ def test_unknown_fields_are_named_in_a_header(fresh):
     assert header.endswith("', '', ' '") and "user" not in header
 
 
+def test_unknown_options_of_a_stream_are_named_too():
+    options = {"include_obfuscation": False, "every": 3}
+    fields = completion_fields({"prompt": "a", "stream": True, "stream_options": options, "x": 1})
+    assert fields.ignored == ("stream_options.every", "x")
+
+
 def test_unknown_routes_and_methods(fresh):
     _, send = fresh
     assert send("GET", "/v1/nothing").status_code == 404
@@ -358,7 +367,7 @@ def test_a_run_of_a_task_is_asked_as_in_training(fresh):
     first, second = engine.requests
     assert first.prompt == (*second.prompt, 0)  # the separator of its recipe
     assert first.eos_token_ids == (0,) and second.eos_token_ids == (401, 0)
-    assert (first.adapter, second.adapter) == ("task", "talker")
+    assert (first.adapter.split()[0], second.adapter.split()[0]) == ("task", "talker")
     refused = send("POST", "/v1/chat/completions", json={"messages": HI, "model": "task"})
     assert refused.status_code == 400
     assert "trained for the task e2e; ask it by /v1/completions" in refused.text
@@ -490,9 +499,36 @@ def test_adapters_come_and_go(changing, folder):
         app, "load", lora_name="new", lora_path=whole, load_inplace=True
     ).status_code == 200  # fmt: skip
     assert ask(app, "GET", "/v1/models/new").json()["jlora"]["task"] == "e2e"
+    names = [name.split()[0] for name in engine.adapters]
+    assert names == ["talker", "task", "new"]  # the old one is gone
     assert change(app, "unload", lora_name="new").status_code == 200
     assert change(app, "unload", lora_name="new").status_code == 404
     assert change(app, "unload", lora_name="base").status_code == 400
+
+
+def nested(depth: int) -> dict:
+    found: dict = {}
+    for _ in range(depth):
+        found = {"a": found}
+    return found
+
+
+@pytest.mark.parametrize("depth", [100, 300, 900])
+def test_nesting_is_refused_or_taken_and_never_a_fault(fresh, depth: int):
+    _, send = fresh
+    deep = nested(depth)
+    tool = {"type": "function", "function": {"name": "f", "parameters": deep}}
+    call = {"function": {"name": "f", "arguments": deep}}
+    for body in (
+        {"tools": [tool], "tool_choice": "none"},
+        {"chat_template_kwargs": deep},
+        {"messages": [*HI, {"role": "assistant", "tool_calls": [call]}]},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": deep}}},
+        {"logit_bias": deep},
+        {"unknown": deep},
+    ):
+        response = send("POST", "/v1/chat/completions", json={"messages": HI, **body})
+        assert response.status_code in (200, 400)
 
 
 def test_an_adapter_that_cannot_be_served_leaves_the_old_one(changing):
@@ -507,6 +543,32 @@ def test_an_adapter_that_cannot_be_served_leaves_the_old_one(changing):
         assert response.status_code == 400 and "rank 3 does not fit" in response.text
     assert ask(app, "GET", "/v1/models/new").status_code == 404
     assert ask(app, "GET", "/v1/models/talker").json()["jlora"]["chat"]
+    assert [name.split()[0] for name in engine.adapters] == ["talker", "task"]
+
+
+def test_a_request_has_the_new_adapter_with_its_template_or_the_old_with_its_own(
+    changing, monkeypatch
+):
+    """An adapter is loaded anew between a request's tokens and its hand-in: it is made again."""
+    engine, app = changing
+    service = app.user_middleware[-1].args[0]
+    plan, planned = chat.plan, []
+
+    def slow_plan(service, fields, voice):
+        found = plan(service, fields, voice)
+        planned.append(voice)
+        if len(planned) == 1:  # as if the other request's end fell in between
+            engine.add_adapter("talker 99", voice.root).result()
+            service.voices["talker"] = dataclasses.replace(voice, adapter="talker 99")
+        return found
+
+    monkeypatch.setattr(chat, "plan", slow_plan)
+    body = {"messages": HI, "model": "talker"}
+    assert ask(app, "POST", "/v1/chat/completions", json=body).status_code == 200
+    assert [voice.adapter for voice in planned] == [planned[0].adapter, "talker 99"]
+    assert [request.adapter for request in engine.requests] == ["talker 99"]
+    del service.voices["talker"]
+    assert ask(app, "POST", "/v1/chat/completions", json=body).status_code == 404
 
 
 @pytest.mark.parametrize(

@@ -134,9 +134,15 @@ class Routes:
             fields = read(parse_body(raw))
             voice = service.voice(fields.model)
             request.state.model = voice.name
-            return fields, voice, plan(service, fields, voice)
+            try:
+                return fields, voice, plan(service, fields, voice)
+            except RecursionError:
+                raise ApiError("the body is nested too deeply", code="invalid_json") from None
 
-        fields, voice, choices = await run_in_threadpool(planned, await self._body(request))
+        raw = await self._body(request)
+        fields, voice, choices = await run_in_threadpool(planned, raw)
+        while service.voices.get(voice.name) is not voice:  # loaded anew, or taken away
+            fields, voice, choices = await run_in_threadpool(planned, raw)
         answers = service.begin(choices, request.state.began, voice.name)
         writer = writer_of(service, fields, voice.name)
         headers = warning(fields.ignored)

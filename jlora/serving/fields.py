@@ -21,6 +21,7 @@ from jlora.system.errors import kind_of
 MOST_ANSWERS = 128  # of one prompt, OpenAI's limit
 MOST_ALTERNATIVES = 20  # OpenAI's limit of top_logprobs
 MOST_STOPS = 16
+MOST_BIASES = 1000  # OpenAI has 300
 SEEDS = 2**63
 #: Fields that would change the answer and are not read: values that ask for nothing, the reason.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -246,9 +247,9 @@ def completion_fields(values: Mapping[str, Any]) -> CompletionFields:
         logprobs = max(top, 0) if logprobs else None
     elif logprobs is not None:
         logprobs = Body({"logprobs": logprobs}).whole("logprobs", None, 0, MOST_ALTERNATIVES)
-    return CompletionFields(
-        **_shared(body, logprobs, 0), ignored=body.rest(), prompts=prompts, echo=echo
-    )
+    shared = _shared(body, logprobs, 0)
+    shared["ignored"] += body.rest()
+    return CompletionFields(**shared, prompts=prompts, echo=echo)
 
 
 def chat_fields(values: Mapping[str, Any]) -> ChatFields:
@@ -274,8 +275,9 @@ def chat_fields(values: Mapping[str, Any]) -> ChatFields:
                 param="chat_template_kwargs",
             )
     shared = _shared(body, top if asked else None, 1)
+    shared["ignored"] += body.rest()
     return ChatFields(
-        **shared, ignored=body.rest(), messages=messages, tools=tools, tool_choice=choice,
+        **shared, messages=messages, tools=tools, tool_choice=choice,
         parallel_tool_calls=parallel, template_arguments=arguments,
     )  # fmt: skip
 
@@ -286,13 +288,18 @@ def _shared(body: Body, logprobs: int | None, least_tokens: int) -> dict[str, An
     options = body.object("stream_options")
     if options is not None and not stream:
         raise ApiError("stream_options is for stream: true", param="stream_options")
+    inner = Body(options or {})
+    usage = inner.flag("include_usage", False)
+    inner.take("include_obfuscation")  # of the sizes of pieces: of no effect on the answer
+    ignored = tuple(f"stream_options.{name}" for name in inner.rest())
     limits = [
         body.whole(name, None, least_tokens) for name in ("max_completion_tokens", "max_tokens")
     ]
     found = {
         "model": body.text("model"),
         "stream": stream,
-        "include_usage": Body(options or {}).flag("include_usage", False),
+        "include_usage": usage,
+        "ignored": ignored,
         "max_tokens": limits[1] if limits[0] is None else limits[0],
         "temperature": body.number("temperature", 0.0, 0, 100),
         "top_p": body.number("top_p", 1.0, 0, 1),
@@ -382,6 +389,10 @@ def _stops(value: Any) -> tuple[str, ...]:
 
 
 def _logit_bias(values: Mapping[str, Any]) -> dict[int, float]:
+    if len(values) > MOST_BIASES:
+        raise ApiError(
+            f"logit_bias has {len(values)} tokens; at most {MOST_BIASES} may be", param="logit_bias"
+        )
     found = {}
     for key, value in values.items():
         if not re.fullmatch("[0-9]{1,9}", key):

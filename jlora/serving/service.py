@@ -102,6 +102,20 @@ class Service:
             )
         return min(self.settings.max_tokens, room) if asked is None else asked
 
+    def check_count(self, count: int) -> None:
+        """Check that so many answers to one request can be there at once.
+
+        Raises:
+            ApiError: they never can.
+        """
+        most = self.settings.max_rows + self.settings.queue
+        if count > most:
+            raise ApiError(
+                f"{count} answers are asked for, and the server takes {most} at once; send "
+                "several requests",
+                413, code="too_large",
+            )  # fmt: skip
+
     def request(
         self, fields: Fields, voice: Voice, prompt: Prompt, number: int, place: str,
         end_ids: Sequence[int], constraint: Grammar | None = None, echo: bool = False,
@@ -156,13 +170,6 @@ class Service:
         """
         if self.draining:
             raise draining()
-        most = self.settings.max_rows + self.settings.queue
-        if len(choices) > most:
-            raise ApiError(
-                f"{len(choices)} answers are asked for, and the server takes {most} at once; send "
-                "several requests",
-                413, code="too_large",
-            )  # fmt: skip
         first = self.metrics.first_token.labels(model)
 
         def closed(answers: Answers) -> None:
