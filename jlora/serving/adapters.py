@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jlora.data.readers import shorten
+from jlora.serving.body import Body
 from jlora.serving.errors import ApiError
-from jlora.serving.fields import Body
 from jlora.serving.service import DEFAULT_NAMES, Service
 from jlora.system.console import say, warn
 from jlora.system.errors import UserError, one_line

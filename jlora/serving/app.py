@@ -20,8 +20,9 @@ from starlette.routing import Route
 from jlora.serving import chat, completions
 from jlora.serving.adapters import AdapterChanges
 from jlora.serving.answers import Choice, ClientGone
+from jlora.serving.body import parse_body
 from jlora.serving.errors import ApiError, draining
-from jlora.serving.fields import Fields, chat_fields, completion_fields, parse_body
+from jlora.serving.fields import Fields, chat_fields, completion_fields
 from jlora.serving.guard import GONE, Guard
 from jlora.serving.page import read_page
 from jlora.serving.service import Service

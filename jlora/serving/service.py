@@ -13,8 +13,9 @@ from typing import Any
 from jlora.data.readers import shorten
 from jlora.decoding.requests import Request
 from jlora.serving.answers import Answers, Choice
+from jlora.serving.body import LARGEST
 from jlora.serving.errors import ApiError, draining
-from jlora.serving.fields import SEEDS, Fields
+from jlora.serving.fields import Fields
 from jlora.serving.grammar import Grammar, Grammars
 from jlora.serving.logprobs import Scores
 from jlora.serving.metrics import Metrics
@@ -196,8 +197,8 @@ class Service:
 def seed_of(seed: int | None, number: int) -> int:
     """The seed of one of several answers to a prompt; the first one's is the request's own."""
     if seed is None:
-        return secrets.randbelow(SEEDS)
-    return (seed + number * 0x9E3779B97F4A7C15) % SEEDS  # so that seeds 1 and 2 share none
+        return secrets.randbelow(LARGEST)
+    return (seed + number * 0x9E3779B97F4A7C15) % LARGEST  # so that seeds 1 and 2 share none
 
 
 def new_id(kind: str) -> str:
