@@ -41,7 +41,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "ignore_eos": ((False,), "an answer ends where the model ends it"),
 }  # fmt: skip
 #: Of no effect on the answer; no warning is due.
-SILENT = frozenset(("user", "safety_identifier", "metadata", "store", "prompt_cache_key"))
+SILENT = frozenset(
+    ("user", "safety_identifier", "metadata", "store", "prompt_cache_key")
+    + ("include_obfuscation",)
+)
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,6 @@ def _shared(body: Body, logprobs: int | None, least_tokens: int) -> dict[str, An
         raise ApiError("stream_options is for stream: true", param="stream_options")
     inner = Body(options or {})
     usage = inner.flag("include_usage", False)
-    inner.take("include_obfuscation")  # of the sizes of pieces: of no effect on the answer
     ignored = tuple(f"stream_options.{name}" for name in _unknown(inner))
     limits = [
         body.whole(name, None, least_tokens) for name in ("max_completion_tokens", "max_tokens")
