@@ -95,7 +95,7 @@ class Inputs:
     def _export(self, path: Path, kind: str) -> None:
         command = [sys.executable, "-m", "jlora", "export", str(self.model), "--gguf", str(path)]
         subprocess.run([*command, "--type", kind], check=True, capture_output=True)
-        path.with_suffix(".Modelfile").unlink(missing_ok=True)
+        (path.parent / "Modelfile").unlink(missing_ok=True)  # for Ollama
 
     def _write_peft(self, folder: Path, number: int) -> None:
         from safetensors.numpy import save_file
