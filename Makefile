@@ -78,7 +78,8 @@ bench-long: $(STAMP)
 bench-wikisql: $(STAMP) $(PARITY_STAMP) $(MLX_STAMP)
 	$(BIN)/python -m benchmarks.wikisql $(ARGS)
 
-# `jlora serve` beside llama.cpp's server, mlx-lm's and PEFT (docs/serve.md); ARGS=--quick: 11 minutes.
+# `jlora serve` beside llama.cpp's server, mlx-lm's and PEFT (docs/serve.md); ARGS=--quick: 11
+# minutes, behind ARGS=--prepare, which makes models and adapters.
 bench-serve: $(STAMP) $(PARITY_STAMP) $(MLX_STAMP) $(LLAMACPP_STAMP)
 	$(BIN)/python -m benchmarks.serve $(ARGS)
 

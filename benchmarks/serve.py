@@ -97,7 +97,10 @@ def main() -> None:
     options.add_argument(
         "--minutes", type=float, help="for all models; what is left then is done for jlora alone"
     )
-    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    options.add_argument(
+        "--prepare", action="store_true", help="only make models and adapters, which are kept"
+    )
+    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS)[:2])
     options.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     options.add_argument("--streams", nargs="+", type=int, default=[1, 4, 16, 64])
     options.add_argument("--prompt", type=int, default=64, help="tokens")
@@ -107,6 +110,10 @@ def main() -> None:
     chosen = options.parse_args()
     print(f"{cpu_model()}, {processors()} processors, {date.today()}")
     print("python -m benchmarks.serve " + " ".join(sys.argv[1:]), flush=True)
+    if chosen.prepare:
+        for model in chosen.models:
+            prepare(inputs_of(model), max(chosen.streams))
+        return
     if chosen.quick and chosen.minutes is None:
         chosen.minutes = 11
     results, began = {}, time.monotonic()
@@ -126,9 +133,24 @@ def main() -> None:
     (chosen.out / "serve.json").write_text(json.dumps(results, indent=1))
 
 
+def inputs_of(model: str) -> Inputs:
+    return Inputs(model, ROOT / "runs" / "benchmarks" / "serve" / model.replace(" ", "-"))
+
+
+def prepare(inputs: Inputs, adapters: int) -> None:
+    """Make all files that a side may ask for."""
+    inputs.mlx_adapter()
+    for number in range(adapters):
+        inputs.adapter(number)
+        inputs.gguf_adapter(number)
+    for kind in ("bf16", "f16"):
+        inputs.gguf(kind)
+    print(f"{inputs.folder}: made", flush=True)
+
+
 def make_sides(chosen: argparse.Namespace, model: str) -> list[Side]:
     """The sides that are installed, and what each is spared."""
-    big = model != MODELS[0]
+    big = model == list(MODELS)[1]
     limits = {
         "jlora bf16": Side("jlora bf16"),
         "llama.cpp bf16": Side("llama.cpp bf16", (64, 64)),
@@ -168,7 +190,7 @@ def measure(model: str, sides: list[Side], chosen: argparse.Namespace, until: fl
     """
     from jlora.data.tokenizer import Tokenizer
 
-    inputs = Inputs(model, ROOT / "runs" / "benchmarks" / "serve" / model.replace(" ", "-"))
+    inputs = inputs_of(model)
     tokenizer = Tokenizer.from_folder(inputs.model)
     streams, context = max(chosen.streams), chosen.prompt + chosen.tokens + 1024
     with tempfile.TemporaryDirectory() as scratch, started() as running:
@@ -190,7 +212,7 @@ def measure(model: str, sides: list[Side], chosen: argparse.Namespace, until: fl
                         continue
                     one_round(side, scenario, turn, tokenizer, chosen)
         for side in sides:
-            if side.kind != "PEFT" and side.most[0] >= BESIDE <= streams:
+            if side.kind in ("jlora", "llama.cpp") and side.most[0] >= BESIDE <= streams:
                 adapters = min(side.most[1], BESIDE)
                 side.beside = time_beside(side, tokenizer, adapters, tries=5)
                 print(f"{side.name}, beside {BESIDE} streams: {side.beside}", flush=True)

@@ -20,7 +20,12 @@ QWEN = {
     "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "hidden_act": "silu",
     "tie_word_embeddings": True, "torch_dtype": "bfloat16", "bos_token_id": None,
 }  # fmt: skip
-MODELS = ("smollm2-135m", "qwen2.5-0.5b shape")
+#: For trying the benchmark itself.
+TINY = {
+    **QWEN, "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 96,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 2048,
+}  # fmt: skip
+MODELS = {"smollm2-135m": None, "qwen2.5-0.5b shape": QWEN, "tiny": TINY}
 #: Ends no answer here: a special token that no model writes, so that all answers are equally long.
 END = "<jupyter_script>"
 RANK, ALPHA = 8, 16
@@ -69,13 +74,13 @@ class Inputs:
         folder.mkdir()
         tokenizer = json.loads((source / "tokenizer.json").read_text())
         vocabulary = tokenizer["model"]["vocab"]
-        if self.name == MODELS[0]:
+        config = MODELS[self.name]
+        if config is None:
             config = json.loads((source / "config.json").read_text())
             shutil.copy(source / "model.safetensors", folder)
         else:
-            config = QWEN
             # Random weights choose any token; those that SmolLM2 lacks get words of their own.
-            vocabulary.update({f"Ġw{i}": i for i in range(len(vocabulary), QWEN["vocab_size"])})
+            vocabulary.update({f"Ġw{i}": i for i in range(len(vocabulary), config["vocab_size"])})
             write_random(folder / "model.safetensors", config)
         ends = {"eos_token_id": vocabulary[END], "pad_token_id": vocabulary[END]}
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -90,7 +95,7 @@ class Inputs:
     def _export(self, path: Path, kind: str) -> None:
         command = [sys.executable, "-m", "jlora", "export", str(self.model), "--gguf", str(path)]
         subprocess.run([*command, "--type", kind], check=True, capture_output=True)
-        path.with_suffix(".Modelfile").unlink(missing_ok=True)
+        (path.parent / "Modelfile").unlink(missing_ok=True)  # for Ollama
 
     def _write_peft(self, folder: Path, number: int) -> None:
         from safetensors.numpy import save_file

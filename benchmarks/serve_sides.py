@@ -80,6 +80,7 @@ class Side:
             command = [python, "-m", "mlx_lm", "server", "--model", str(inputs.model)]
             command += ["--adapter-path", str(inputs.mlx_adapter()), "--prompt-cache-size", "1"]
             command += ["--port", self.address.rpartition(":")[2], "--log-level", "WARNING"]
+            command += ["--decode-concurrency", "64", "--prompt-concurrency", "64"]
             for library in (PYTHONS[self.kind].parents[1] / "lib").glob("libmkl_rt.so*"):
                 variables["LD_PRELOAD"] = str(library)  # the BLAS of its wheel is netlib's
         else:

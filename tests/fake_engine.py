@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import threading
@@ -18,6 +19,14 @@ import tiny
 from jlora.data.tokenizer import Tokenizer
 from jlora.decoding.requests import Event, QueueFull, Request, Stopping, Usage
 from jlora.system.errors import UserError
+
+try:
+    import httpx2 as httpx  # what openai's client has come to use
+except ImportError:
+    import httpx
+
+URL = "http://127.0.0.1:8080"
+HI = [{"role": "user", "content": "hi"}]
 
 
 def logprob_of(token: int) -> float:
@@ -57,7 +66,7 @@ class FakeEngine:
         self.gate.set()
         self.ended = 0
         self.broken: Callable[[Path], None] = lambda path: None
-        self._most, self._adapters = most, {}
+        self._most, self.adapters = most, {}
         self._tickets: list[Ticket] = []
         self._changed = threading.Condition()
         self._closing = self.draining = False
@@ -86,7 +95,7 @@ class FakeEngine:
         with self._changed:
             if self.draining:
                 raise Stopping("draining")
-            if request.adapter is not None and request.adapter not in self._adapters:
+            if request.adapter is not None and request.adapter not in self.adapters:
                 raise UserError(f"no adapter {request.adapter}")
             if len(self._tickets) >= self._most:
                 raise QueueFull(f"{self._most} requests are here already; try again later")
@@ -193,7 +202,7 @@ class FakeEngine:
         future: Future = Future()
         try:
             self.broken(path)
-            self._adapters[name] = path
+            self.adapters[name] = path
             future.set_result(None)
         except Exception as error:
             future.set_exception(error)
@@ -201,7 +210,7 @@ class FakeEngine:
 
     def remove_adapter(self, name: str) -> Future:
         future: Future = Future()
-        self._adapters.pop(name)
+        self.adapters.pop(name)
         future.set_result(None)
         return future
 
@@ -258,3 +267,18 @@ def serving(folder: Path, context: int = 128, **settings) -> Iterator[tuple[Fake
         service = Service(engine, ServeConfig(str(base), **settings))
         load_first(service)
         yield engine, make_app(service)
+
+
+def ask(app, method: str, path: str, **options):
+    """One request, in this process; an error must have OpenAI's form."""
+
+    async def send():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=URL) as client:
+            return await client.request(method, path, **options)
+
+    response = asyncio.run(send())
+    if response.status_code >= 400:
+        error = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["message"] and "Traceback" not in response.text
+    return response

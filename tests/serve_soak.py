@@ -114,7 +114,7 @@ def start_server(folder: Path) -> tuple[subprocess.Popen, str, Path]:
     log = folder / "log"
     command = [*COMMAND, "serve", str(folder / "model"), "--port", "0"]
     command += ["--adapters-dir", str(folder / "adapters"), "--allow-adapter-changes"]
-    command += ["--precision", "fp32", "--max-rows", "16", "--queue", "48", "--max-tokens", "40"]
+    command += ["--precision", "fp32", "--max-rows", "8", "--queue", "26", "--max-tokens", "40"]
     command += ["--cache-gb", "0.002", "--memory-gb", "0.01", "--max-body-mb", "0.2"]
     with log.open("wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
@@ -539,8 +539,8 @@ async def terminate(soak: Soak, draw: random.Random) -> None:
                 elif line.startswith("{"):
                     reply.body = json.loads(line)
                 reply.done = reply.done or line == "data: [DONE]"
-        if reply.status == 503:  # it came too late
-            check_refusal(soak, reply, "after SIGTERM", (503,))
+        if reply.status != 200:  # it came too late, or too many did
+            check_refusal(soak, reply, "after SIGTERM", (503, 429))
         elif reply.done and any(same(outcome(reply), known) for known in soak.known[number]):
             soak.counts["finished after SIGTERM"] += 1
         else:

@@ -154,5 +154,5 @@ def test_prompts_differ_and_are_equally_long(tiny_model):
 def test_a_side_without_its_environment_is_left_out_and_said(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(serve.PYTHONS, "mlx-lm", tmp_path / "none")
     chosen = argparse.Namespace(sides=["jlora bf16", "mlx-lm"], quick=False)
-    assert [each.name for each in serve.make_sides(chosen, serve.MODELS[0])] == ["jlora bf16"]
+    assert [each.name for each in serve.make_sides(chosen, "tiny")] == ["jlora bf16"]
     assert "mlx-lm: left out" in capsys.readouterr().out

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jlora.data.readers import shorten
+from jlora.serving.body import Body
 from jlora.serving.errors import ApiError
-from jlora.serving.fields import Body
 from jlora.serving.service import DEFAULT_NAMES, Service
 from jlora.system.console import say, warn
 from jlora.system.errors import UserError, one_line
@@ -63,7 +63,7 @@ def _load_now(service: Service, name: str, path: Path, root: str) -> None:
     if name in service.voices:
         raise UserError(f"adapter {name}: a model of that name is served already")
     voice = service.voice_of(name, path, root)
-    service.engine.add_adapter(name, path).result()
+    service.engine.add_adapter(voice.adapter, path).result()
     service.voices[name] = voice
     say(f"adapter {name}: {path}")
 
@@ -131,11 +131,14 @@ class AdapterChanges:
                     )
                 path = inside(service.settings.adapters_dir, given)
                 voice = await asyncio.to_thread(service.voice_of, name, path, given)
-                await asyncio.wrap_future(service.engine.add_adapter(name, path))
+                await asyncio.wrap_future(service.engine.add_adapter(voice.adapter, path))
             except UserError as error:
                 raise ApiError(f"the adapter {name} can't be served: {error}") from None
-            service.voices[name] = voice
+            # From here on requests have the new one, its weights with its template.
+            old, service.voices[name] = service.voices.get(name), voice
             service.refused.pop(name, None)
+            if old is not None:
+                await asyncio.wrap_future(service.engine.remove_adapter(old.adapter))
         say(f"adapter {name}: {path}")
         return f"Success: LoRA adapter '{name}' added successfully."
 
@@ -157,8 +160,8 @@ class AdapterChanges:
                     f"the adapter {shorten(repr(name))} is not loaded", 404, "lora_name",
                     "model_not_found",
                 )  # fmt: skip
-            del service.voices[name]
-            await asyncio.wrap_future(service.engine.remove_adapter(name))
+            old = service.voices.pop(name)
+            await asyncio.wrap_future(service.engine.remove_adapter(old.adapter))
         say(f"adapter {name} unloaded")
         return f"Success: LoRA adapter '{name}' removed successfully."
 

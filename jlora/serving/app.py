@@ -20,8 +20,9 @@ from starlette.routing import Route
 from jlora.serving import chat, completions
 from jlora.serving.adapters import AdapterChanges
 from jlora.serving.answers import Choice, ClientGone
+from jlora.serving.body import parse_body
 from jlora.serving.errors import ApiError, draining
-from jlora.serving.fields import Fields, chat_fields, completion_fields, parse_body
+from jlora.serving.fields import Fields, chat_fields, completion_fields
 from jlora.serving.guard import GONE, Guard
 from jlora.serving.page import read_page
 from jlora.serving.service import Service
@@ -134,9 +135,15 @@ class Routes:
             fields = read(parse_body(raw))
             voice = service.voice(fields.model)
             request.state.model = voice.name
-            return fields, voice, plan(service, fields, voice)
+            try:
+                return fields, voice, plan(service, fields, voice)
+            except RecursionError:
+                raise ApiError("the body is nested too deeply", code="invalid_json") from None
 
-        fields, voice, choices = await run_in_threadpool(planned, await self._body(request))
+        raw = await self._body(request)
+        fields, voice, choices = await run_in_threadpool(planned, raw)
+        while service.voices.get(voice.name) is not voice:  # loaded anew, or taken away
+            fields, voice, choices = await run_in_threadpool(planned, raw)
         answers = service.begin(choices, request.state.began, voice.name)
         writer = writer_of(service, fields, voice.name)
         headers = warning(fields.ignored)

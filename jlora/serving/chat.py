@@ -23,6 +23,7 @@ def plan(service: Service, fields: ChatFields, voice: Voice) -> list[Choice]:
         ApiError: the conversation does not fit, or something that is asked for cannot be done.
         UserError: the chat template refuses the conversation.
     """
+    service.check_count(fields.n)
     messages = read_messages(fields.messages)
     prompt = voice.chat_prompt(messages, fields.tools, fields.template_arguments, service.tokenizer)
     grammar = _grammar(service, fields, voice)

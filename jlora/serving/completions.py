@@ -18,6 +18,7 @@ def plan(service: Service, fields: CompletionFields, voice: Voice) -> list[Choic
     Raises:
         ApiError: a prompt does not fit, or the answer's form cannot be enforced.
     """
+    service.check_count(len(fields.prompts) * fields.n)
     grammar = None
     if fields.schema is not None:
         grammar = service.grammars.of_schema(fields.schema, "response_format")

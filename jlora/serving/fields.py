@@ -7,21 +7,19 @@ refused.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jlora.data.readers import shorten
+from jlora.serving.body import LARGEST, Body, wrong
 from jlora.serving.errors import ApiError
-from jlora.system.errors import kind_of
 
 MOST_ANSWERS = 128  # of one prompt, OpenAI's limit
 MOST_ALTERNATIVES = 20  # OpenAI's limit of top_logprobs
 MOST_STOPS = 16
-SEEDS = 2**63
+MOST_BIASES = 1000  # OpenAI has 300
 #: Fields that would change the answer and are not read: values that ask for nothing, the reason.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "best_of": ((1,), "answers are not ranked; ask for several with n, or set num_beams"),
@@ -43,7 +41,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "ignore_eos": ((False,), "an answer ends where the model ends it"),
 }  # fmt: skip
 #: Of no effect on the answer; no warning is due.
-SILENT = frozenset(("user", "safety_identifier", "metadata", "store", "prompt_cache_key"))
+SILENT = frozenset(
+    ("user", "safety_identifier", "metadata", "store", "prompt_cache_key")
+    + ("include_obfuscation",)
+)
 
 
 @dataclass(frozen=True)
@@ -114,123 +115,6 @@ class ChatFields(Fields):
     template_arguments: Mapping[str, Any]
 
 
-def parse_body(raw: bytes) -> dict[str, Any]:
-    """The JSON object of a request.
-
-    Raises:
-        ApiError: it is no JSON, no object, or holds a number or a character that JSON has not.
-    """
-    try:
-        body = json.loads(raw, parse_constant=_no_constant)
-    except RecursionError:
-        raise ApiError("the body is nested too deeply", code="invalid_json") from None
-    except ValueError as error:  # of JSON, UTF-8, or a number of thousands of digits
-        reason = shorten(str(error).replace("\n", " "), 200)
-        raise ApiError(f"the body is not JSON: {reason}", code="invalid_json") from None
-    if not isinstance(body, dict):
-        raise ApiError(f"the body is {kind_of(body)}; send a JSON object", code="invalid_json")
-    if re.search(rb"\\u[dD][89a-fA-F]|\0", raw):  # \0: it is UTF-16 or 32, of which JSON may be
-        _check_characters(body)
-    return body
-
-
-def _no_constant(name: str):
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _check_characters(body: dict[str, Any]) -> None:
-    """Refuse half a surrogate pair, which is no character; `json.loads` lets it pass."""
-    stack: list[Any] = [body]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, dict):
-            stack += value
-            stack += value.values()
-        elif isinstance(value, list):
-            stack += value
-        elif isinstance(value, str):
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise ApiError(
-                    f"a text holds half of a surrogate pair (\\u{ord(value[error.start]):04x}), "
-                    "which is no character",
-                    code="invalid_json",
-                ) from None
-
-
-class Body:
-    """A JSON object whose fields are taken one by one; null counts as not given."""
-
-    def __init__(self, values: Mapping[str, Any]):
-        self._left = {name: value for name, value in values.items() if value is not None}
-
-    def take(self, name: str, default: Any = None) -> Any:
-        return self._left.pop(name, default)
-
-    def number(
-        self, name: str, default: Any, least: float = -math.inf, most: float = math.inf
-    ) -> Any:
-        value = self.take(name)
-        if value is None:
-            return default
-        if type(value) not in (int, float):
-            raise wrong(name, value, "a number")
-        if type(value) is int and abs(value) > 2**63:  # no float may hold it
-            raise wrong(name, value, "a number of that size")
-        if not least <= value <= most or not math.isfinite(value):
-            raise ApiError(f"{name} is {value}, but must be {_range(least, most)}", param=name)
-        return float(value)
-
-    def whole(self, name: str, default: Any, least: int, most: int = SEEDS) -> Any:
-        value = self.number(name, None, least, most)
-        if value is None:
-            return default
-        if not value.is_integer():
-            raise ApiError(f"{name} is {value}, but must be a whole number", param=name)
-        return int(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.take(name, default)
-        if not isinstance(value, bool):
-            raise wrong(name, value, "true or false")
-        return value
-
-    def text(self, name: str) -> str | None:
-        value = self.take(name)
-        if value is not None and not isinstance(value, str):
-            raise wrong(name, value, "a string")
-        return value
-
-    def object(self, name: str) -> dict[str, Any] | None:
-        value = self.take(name)
-        if value is not None and not isinstance(value, dict):
-            raise wrong(name, value, "an object")
-        return value
-
-    def rest(self) -> tuple[str, ...]:
-        """Names of fields that nobody took.
-
-        Raises:
-            ApiError: one of them is of `REFUSED`.
-        """
-        for name, (harmless, reason) in REFUSED.items():
-            if name in self._left and self._left[name] not in harmless:
-                raise ApiError(f"{name} can't be honoured: {reason}", param=name)
-        return tuple(name for name in self._left if name not in REFUSED and name not in SILENT)
-
-
-def wrong(name: str, value: Any, expected: str) -> ApiError:
-    shown = kind_of(value) if isinstance(value, (dict, list, str, bool)) else shorten(repr(value))
-    return ApiError(f"{name} is {shown}, but must be {expected}", param=name)
-
-
-def _range(least: float, most: float) -> str:
-    if most in (math.inf, SEEDS):
-        return f"at least {least}"
-    return f"from {least} to {most}"
-
-
 def completion_fields(values: Mapping[str, Any]) -> CompletionFields:
     """The fields of /v1/completions.
 
@@ -246,9 +130,9 @@ def completion_fields(values: Mapping[str, Any]) -> CompletionFields:
         logprobs = max(top, 0) if logprobs else None
     elif logprobs is not None:
         logprobs = Body({"logprobs": logprobs}).whole("logprobs", None, 0, MOST_ALTERNATIVES)
-    return CompletionFields(
-        **_shared(body, logprobs, 0), ignored=body.rest(), prompts=prompts, echo=echo
-    )
+    shared = _shared(body, logprobs, 0)
+    shared["ignored"] += _unknown(body)
+    return CompletionFields(**shared, prompts=prompts, echo=echo)
 
 
 def chat_fields(values: Mapping[str, Any]) -> ChatFields:
@@ -274,10 +158,24 @@ def chat_fields(values: Mapping[str, Any]) -> ChatFields:
                 param="chat_template_kwargs",
             )
     shared = _shared(body, top if asked else None, 1)
+    shared["ignored"] += _unknown(body)
     return ChatFields(
-        **shared, ignored=body.rest(), messages=messages, tools=tools, tool_choice=choice,
+        **shared, messages=messages, tools=tools, tool_choice=choice,
         parallel_tool_calls=parallel, template_arguments=arguments,
     )  # fmt: skip
+
+
+def _unknown(body: Body) -> tuple[str, ...]:
+    """Names of the fields that are left.
+
+    Raises:
+        ApiError: one of them is of `REFUSED`.
+    """
+    left = body.rest()
+    for name, (harmless, reason) in REFUSED.items():
+        if name in left and left[name] not in harmless:
+            raise ApiError(f"{name} can't be honoured: {reason}", param=name)
+    return tuple(name for name in left if name not in REFUSED and name not in SILENT)
 
 
 def _shared(body: Body, logprobs: int | None, least_tokens: int) -> dict[str, Any]:
@@ -286,13 +184,17 @@ def _shared(body: Body, logprobs: int | None, least_tokens: int) -> dict[str, An
     options = body.object("stream_options")
     if options is not None and not stream:
         raise ApiError("stream_options is for stream: true", param="stream_options")
+    inner = Body(options or {})
+    usage = inner.flag("include_usage", False)
+    ignored = tuple(f"stream_options.{name}" for name in _unknown(inner))
     limits = [
         body.whole(name, None, least_tokens) for name in ("max_completion_tokens", "max_tokens")
     ]
     found = {
         "model": body.text("model"),
         "stream": stream,
-        "include_usage": Body(options or {}).flag("include_usage", False),
+        "include_usage": usage,
+        "ignored": ignored,
         "max_tokens": limits[1] if limits[0] is None else limits[0],
         "temperature": body.number("temperature", 0.0, 0, 100),
         "top_p": body.number("top_p", 1.0, 0, 1),
@@ -342,9 +244,9 @@ def _seed(value: Any) -> int | None:
     """OpenAI's seeds are 64-bit numbers with a sign, ours have none."""
     if value is None:
         return None
-    if type(value) is not int or not -SEEDS <= value < SEEDS:
+    if type(value) is not int or not -LARGEST <= value < LARGEST:
         raise wrong("seed", value, "a whole number of 64 bits")
-    return value % SEEDS
+    return value % LARGEST
 
 
 def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
@@ -382,6 +284,10 @@ def _stops(value: Any) -> tuple[str, ...]:
 
 
 def _logit_bias(values: Mapping[str, Any]) -> dict[int, float]:
+    if len(values) > MOST_BIASES:
+        raise ApiError(
+            f"logit_bias has {len(values)} tokens; at most {MOST_BIASES} may be", param="logit_bias"
+        )
     found = {}
     for key, value in values.items():
         if not re.fullmatch("[0-9]{1,9}", key):

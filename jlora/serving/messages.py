@@ -8,8 +8,8 @@ from typing import Any
 
 from jlora.data.chat_template import THOUGHTS
 from jlora.data.readers import shorten
+from jlora.serving.body import wrong
 from jlora.serving.errors import ApiError
-from jlora.serving.fields import wrong
 
 #: Roles of the protocol, and what templates call them.
 ROLES = {

@@ -13,8 +13,9 @@ from typing import Any
 from jlora.data.readers import shorten
 from jlora.decoding.requests import Request
 from jlora.serving.answers import Answers, Choice
+from jlora.serving.body import LARGEST
 from jlora.serving.errors import ApiError, draining
-from jlora.serving.fields import SEEDS, Fields
+from jlora.serving.fields import Fields
 from jlora.serving.grammar import Grammar, Grammars
 from jlora.serving.logprobs import Scores
 from jlora.serving.metrics import Metrics
@@ -102,6 +103,20 @@ class Service:
             )
         return min(self.settings.max_tokens, room) if asked is None else asked
 
+    def check_count(self, count: int) -> None:
+        """Check that so many answers to one request can be there at once.
+
+        Raises:
+            ApiError: they never can.
+        """
+        most = self.settings.max_rows + self.settings.queue
+        if count > most:
+            raise ApiError(
+                f"{count} answers are asked for, and the server takes {most} at once; send "
+                "several requests",
+                413, code="too_large",
+            )  # fmt: skip
+
     def request(
         self, fields: Fields, voice: Voice, prompt: Prompt, number: int, place: str,
         end_ids: Sequence[int], constraint: Grammar | None = None, echo: bool = False,
@@ -156,13 +171,6 @@ class Service:
         """
         if self.draining:
             raise draining()
-        most = self.settings.max_rows + self.settings.queue
-        if len(choices) > most:
-            raise ApiError(
-                f"{len(choices)} answers are asked for, and the server takes {most} at once; send "
-                "several requests",
-                413, code="too_large",
-            )  # fmt: skip
         first = self.metrics.first_token.labels(model)
 
         def closed(answers: Answers) -> None:
@@ -189,8 +197,8 @@ class Service:
 def seed_of(seed: int | None, number: int) -> int:
     """The seed of one of several answers to a prompt; the first one's is the request's own."""
     if seed is None:
-        return secrets.randbelow(SEEDS)
-    return (seed + number * 0x9E3779B97F4A7C15) % SEEDS  # so that seeds 1 and 2 share none
+        return secrets.randbelow(LARGEST)
+    return (seed + number * 0x9E3779B97F4A7C15) % LARGEST  # so that seeds 1 and 2 share none
 
 
 def new_id(kind: str) -> str:

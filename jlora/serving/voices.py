@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from jlora.runs.adapter_file import AdapterFile
 from jlora.runs.chat import check_end_ids, find_chat_template
 from jlora.serving.errors import ApiError
 from jlora.system.errors import UserError
+
+_versions = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Voice:
 
     Attributes:
         name: in ``model``.
-        adapter: what the engine calls it; None: the base model.
+        adapter: what the engine calls it, another name for each version of it; None: the base
+            model.
         root: where it came from.
         task: of the run that trained it, such as "e2e"; None: it talks, or was made elsewhere.
         template: None: there is no conversation with it.
@@ -142,7 +146,8 @@ def find_voice(
         check_end_ids(ends.ids, vocabulary)
     if separator is not None and separator != NO_SEPARATOR and not 0 <= separator < vocabulary:
         raise UserError(f"{root or path}: its separator {separator} is not in the vocabulary")
+    engine_name = None if path is None else f"{name} {next(_versions)}"
     return Voice(
-        name, None if path is None else name, root or str(path or model), task, template,
-        chat_ends, text_ends, separator,
+        name, engine_name, root or str(path or model), task, template, chat_ends, text_ends,
+        separator,
     )  # fmt: skip
