@@ -160,6 +160,10 @@ def test_a_conversation_that_outgrows_the_short_angles(native):
         assert found == anew.ids
         prompt = [*prompt, *found]
         assert session.room(prompt) == 64 - len(prompt) + 1  # beyond, the context is the limit
+    # And a new one that begins alike is short again.
+    config = GenerateConfig((), 4)
+    (anew,) = generate(model, [prompt[:15]], config)
+    assert list(session.tokens(prompt[:15], config)) == anew.ids
     with pytest.raises(UserError, match="outgrow the 20 .* ask for 16 new tokens at most"):
         generate(model, [[1] * 5], GenerateConfig((), 17))
 

@@ -121,6 +121,7 @@ class Scheduler:
         # Of those that wait one, so that a fault in taking it in does not come again and again.
         for job in [*self.entering, *self.running] or self.waiting[:1]:
             self._error(job, error)
+            job.prompt = None
         self.entering, self.running, self.used = [], [], 0
         self._decoder = self._new_decoder()
 
@@ -365,6 +366,7 @@ class Scheduler:
             job.on_event(event)
         except Exception:
             log.exception("a request's on_event failed at its end")
+        job.on_event = _ignore  # whoever made it may hold the job
 
     def _apart(self, job: Job, call: Callable, *arguments) -> Any:
         """``call(job, ...)``; an exception in it is told to this request and to no other."""
@@ -380,6 +382,10 @@ class _Configured:
 
     def __init__(self, config: Any):
         self.config = config
+
+
+def _ignore(event: Event) -> None:
+    """What a job that has ended tells nobody."""
 
 
 def _starts(jobs: Sequence[Job]) -> list[int]:

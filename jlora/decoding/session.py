@@ -37,7 +37,7 @@ class Session:
         """
         check_prompts(self._model, [prompt], config.max_new_tokens)
         kept = self._common(prompt)
-        if self._limit is not None and kept <= self._limit < len(prompt):
+        if self._is_long(self._held) != self._is_long(prompt):
             kept = 0
         self._held = []  # unknown until the prompt has been run
         if kept:
@@ -52,6 +52,10 @@ class Session:
             self._held += unread
             unread = [token]
             yield token
+
+    def _is_long(self, text: Sequence[int]) -> bool:
+        """Whether its keys are turned by the angles of long texts."""
+        return self._limit is not None and len(text) > self._limit
 
     def room(self, prompt: Sequence[int]) -> int:
         """How many tokens can follow ``prompt``; below 1 it does not fit the model's context."""
