@@ -59,9 +59,10 @@ inline void turn_tiles(const uint16_t* upper, const uint16_t* lower, uint16_t* l
         }
 }
 
-// also(n, part, parts): fetches a part of what else is wanted for outputs n to n + 31.
+// also(n, part): fetches a part, one for each line of a tile of weights, of what else is wanted for outputs n to
+// n + 31.
 struct NothingElse {
-    void operator()(int64_t, int64_t, int64_t) const {}
+    void operator()(int64_t, int64_t) const {}
 };
 template <typename Also>
 struct ForwardPanels {
@@ -75,9 +76,9 @@ struct ForwardPanels {
         const int64_t n = p * 32;
         const Weight& w = find(all, p);
         const char* at = (const char*)w.tile(2 * p, s) + line * 64;
-        _mm_prefetch(at, _MM_HINT_T1);
-        _mm_prefetch(at + w.stride, _MM_HINT_T1);
-        also(n, s * 16 + line, w.steps() * 16);
+        tiles::fetch_line(at);
+        tiles::fetch_line(at + w.stride);
+        also(n, s * 16 + line);
     }
 };
 // The way back contracts over the outputs of all of them.
@@ -101,8 +102,8 @@ struct BackwardPanels {
         const Weight& w = find(all, step);
         const char* at = w.scales ? int8::half_tile(w, 2 * step, p) + line % 8 * 64
                                   : (const char*)w.tile(2 * step, p) + line % 16 * 64;
-        _mm_prefetch(at, _MM_HINT_T1);
-        _mm_prefetch(at + w.stride, _MM_HINT_T1);
+        tiles::fetch_line(at);
+        tiles::fetch_line(at + w.stride);
     }
 };
 
