@@ -1,4 +1,4 @@
-"""``python -m benchmarks.serve_step``: a step of many rows with one adapter or many, in alternation."""
+"""``python -m benchmarks.serve_step``: a step of rows with one adapter or many, alternating."""
 
 from __future__ import annotations
 

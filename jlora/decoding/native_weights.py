@@ -20,6 +20,7 @@ from jlora.layers.base import Conv1D
 from jlora.models.head import LanguageHead
 from jlora.models.parts import Parts
 from jlora.models.rope import Rope
+from jlora.system.errors import UserError
 from jlora.system.runtime import jt, nn
 
 NORMS = "before_attention", "after_attention", "before_mlp", "after_mlp", "queries", "keys"
@@ -302,9 +303,32 @@ def packed_branch(layer, narrow: bool = False) -> PackedBranch:
 
 def native_model(model) -> NativeModel | None:
     """The model for the native decoder; None where only the model's own layers can run it."""
-    if native.problem() is not None or not native.has("head_topk_op"):
-        return None
     try:
-        return NativeModel(model)
+        return _native_model(model)
     except _Unsupported:
         return None
+
+
+def require_native(model) -> NativeModel:
+    """The model for the native decoder.
+
+    Raises:
+        UserError: only the model's own layers can run it; the message says why.
+    """
+    try:
+        return _native_model(model)
+    except _Unsupported as reason:
+        raise UserError(
+            f"{getattr(model, 'name_or_path', type(model).__name__)} runs on its own layers "
+            f"alone: the native decoder does not take {reason}; `jlora generate` and `jlora chat` "
+            "run it"
+        ) from reason
+
+
+def _native_model(model) -> NativeModel:
+    problem = native.problem()
+    if problem is None and not native.has("head_topk_op"):
+        problem = "it was compiled without the decoder"
+    if problem is not None:
+        raise _Unsupported(f"any model here ({problem})")
+    return NativeModel(model)

@@ -22,7 +22,7 @@ inline std::string layouts() {
 #if defined(JLORA_TILES)
     using W = Weight;
     text += JLORA_STRUCT(W, Weight) + JLORA_FIELD(W, tiles) + JLORA_FIELD(W, n) + JLORA_FIELD(W, k)
-        + JLORA_FIELD(W, stride) + JLORA_FIELD(W, scales) + JLORA_FIELD(W, int8_back);
+        + JLORA_FIELD(W, stride) + JLORA_FIELD(W, scales) + JLORA_FIELD(W, kind);
 #endif
     text += JLORA_STRUCT(Norm, Norm) + JLORA_FIELD(Norm, weight) + JLORA_FIELD(Norm, bias)
         + JLORA_FIELD(Norm, centred) + JLORA_FIELD(Norm, offset);

@@ -195,9 +195,9 @@ inline bool gate_in_registers(int64_t activation, const Linear* layers, int64_t 
     for (int i = 0; i < count; i++)
         if (layers[i].bias) return false;
     const Weight& first = *(const Weight*)layers[0].weight;
-    const Weight gate{first.tiles, inner, first.k, first.stride, first.scales, first.int8_back};
+    const Weight gate{first.tiles, inner, first.k, first.stride, first.scales, first.kind};
     Weight up = count == 2 ? *(const Weight*)layers[1].weight : gate;
-    if (gate.scales || up.scales) return false;  // int8
+    if (gate.kind != bf16_kind || up.kind != bf16_kind) return false;
     if (count == 1) up.tiles = (char*)first.tile(inner / 16, 0);
     const SlotLowRank low = branches_of(layers, count, x, slots);
     const Paired paired{gate, up, low, count - 1, count == 1 ? inner / 16 : 0, low.fetch_factor(gate.steps() * 16)};

@@ -32,7 +32,7 @@ class Weight(Structure):
     """tile_weights.h: a packed weight (n, k). In onednn_product.h n and k stand there too."""
 
     _fields_ = [("tiles", c_void_p), ("n", c_int64), ("k", c_int64), ("stride", c_int64),
-                ("scales", c_void_p), ("int8_back", c_int64)]  # fmt: skip
+                ("scales", c_void_p), ("kind", c_int64)]  # fmt: skip
 
 
 class Norm(Structure):

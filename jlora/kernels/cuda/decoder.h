@@ -56,10 +56,6 @@ __global__ void angles_kernel(const float* frequencies, const int* positions, fl
         cos[blockIdx.x * half + j] = cosf(angle), sin[blockIdx.x * half + j] = sinf(angle);
     }
 }
-__global__ void add_bias_kernel(float* y, int64_t stride, int64_t n, const float* bias, int64_t count) {
-    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < count) y[i / n * stride + i % n] += bias[i % n];
-}
 // Keys and values of qkv (rows, (H + 2 G) D) to their places.
 __global__ void keep_kernel(const bf16* qkv, Tokens tokens, int64_t layer, int64_t queries, int64_t width, int64_t count) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
