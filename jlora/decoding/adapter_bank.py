@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from jlora.adapters.adapter import Adapter
 from jlora.decoding.native_weights import NativeModel, packed_branch
 from jlora.engine.products import LORA
-from jlora.kernels.branches import SLOT_BRANCH, PackedBranch
+from jlora.kernels.branches import SLOT_BRANCH, PackedBranch, place_branches
 from jlora.kernels.decoder import PACKED
 from jlora.kernels.gpu_library import on_gpu
 from jlora.system.errors import UserError
@@ -39,15 +37,15 @@ class AdapterBank:
         if native.is_adapted:
             raise UserError("an adapter is on the base model; take it off: set_adapter(None)")
         self._native = native
-        self._slots: list[Mapping[str, PackedBranch] | None] = []  # None: free
+        self._slots: list[np.ndarray | None] = []  # None: free
         self.blocks = native.blocks.copy()
         self._grow(8)
 
     def _grow(self, capacity: int) -> None:
         """Room for so many slots."""
         tables = np.zeros((len(self._native.linears), capacity), SLOT_BRANCH)
-        for number, branches in enumerate(self._slots):
-            _write(tables, self._native, number, branches or {})
+        if self._slots:
+            tables[:, : self._tables.shape[1]] = self._tables
         self._tables = tables
         for table, (field, index) in zip(tables, self._native.linears.values()):
             self.blocks[field]["branches"][index] = table.ctypes.data
@@ -62,11 +60,15 @@ class AdapterBank:
         free = (n for n, taken in enumerate(self._slots) if taken is None)
         slot = next(free, len(self._slots))
         if slot == len(self._slots):
-            self._slots.append(None)
             if slot == self._tables.shape[1]:
                 self._grow(2 * slot)
-        self._slots[slot] = branches
-        _write(self._tables, self._native, slot, branches)
+            self._slots.append(None)
+        records, memory = place_branches(list(branches.values()), offset=13 * (slot % 64))
+        self._slots[slot] = memory
+        self._tables[:, slot] = 0
+        numbers = {name: number for number, name in enumerate(self._native.linears)}
+        for name, record in zip(branches, records):
+            self._tables[numbers[name], slot] = record
         return slot
 
     def remove(self, slot: int) -> None:
@@ -78,7 +80,8 @@ class AdapterBank:
 
     def bytes_of(self, slot: int) -> int:
         """Memory that the branches of a slot take."""
-        return sum(branch.bytes for branch in (self._slots[slot] or {}).values())
+        self.check(slot)
+        return 0 if slot < 0 else self._slots[slot].nbytes
 
     def check(self, slot: int) -> None:
         """Raises: ValueError: there is no adapter in the slot; -1, the base, is always there."""
@@ -103,10 +106,3 @@ class AdapterBank:
                 field, index = self._native.linears[name]
                 found[name] = packed_branch(layer, self.blocks[field]["kind"][index] == PACKED)
         return found
-
-
-def _write(
-    tables: np.ndarray, native: NativeModel, slot: int, branches: Mapping[str, PackedBranch]
-) -> None:
-    for row, name in zip(tables, native.linears):
-        row[slot] = branches[name].record if name in branches else np.zeros((), SLOT_BRANCH)

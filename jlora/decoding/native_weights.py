@@ -13,7 +13,7 @@ from jlora.engine.parts import current, is_known
 from jlora.engine.products import LORA, PackedEmbedding, PackedHead, is_overridden
 from jlora.kernels import native
 from jlora.kernels.block import ACTIVATIONS
-from jlora.kernels.branches import SLOT_BRANCH, PackedBranch, pack_branch
+from jlora.kernels.branches import SLOT_BRANCH, PackedBranch, pack_branch, place_branches
 from jlora.kernels.decoder import BLOCK, COLUMNS_FIRST, LINEAR, MODEL, NORM, PACKED, ROWS_FIRST
 from jlora.kernels.gpu_library import DeviceMemory, on_gpu
 from jlora.layers.base import Conv1D
@@ -258,18 +258,17 @@ class NativeModel:
         if isinstance(drop, nn.Module) and drop.is_train:
             raise _Unsupported("dropout")
         if on_gpu():
-            record = np.zeros((), SLOT_BRANCH)
+            table = np.zeros(1, SLOT_BRANCH)
+            record = table[0]
             enabled = getattr(layer, "enable_lora", (True,))
             record["A"], record["B"] = self._address(layer.lora_A), self._address(layer.lora_B)
             record["r"], record["blocks"] = layer.lora_B.shape[1], len(enabled)
             record["flags"] = sum(1 << block for block, flag in enumerate(enabled) if flag)
             record["scale"] = layer.scaling
         else:
-            branch = packed_branch(layer)
-            self._held.append(branch.arrays)
-            record = branch.record
-        table = record[None].copy()  # of one slot
-        self._held.append(table)
+            table, memory = place_branches([packed_branch(layer)])
+            self._held.append(memory)
+        self._held.append(table)  # of one slot
         result["branches"] = table.ctypes.data
 
     def _packed_address(self, product) -> int:

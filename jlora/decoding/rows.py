@@ -284,7 +284,8 @@ class RowDecoder:
 
         Args:
             hidden: (n, C) float32.
-            k: up to `FUSED_K` no logits are written; above, they are.
+            k: up to `FUSED_K` no logits are written; above, they are the model's own, whose last
+                bits may depend on how many rows there are.
 
         Returns:
             Log-probabilities and ids, see `jlora.kernels.topk.log_softmax_topk`.

@@ -24,9 +24,10 @@ struct TileScope {  // every thread configures its own registers
     ~TileScope() { _tile_release(); }
 };
 
+inline int64_t passes(int64_t) { return 1; }
 // `count` contraction steps of a block of 32 x 32 results c; a0, a1: tiles of its upper and lower
-// rows, b0, b1: of its left and right columns, one tile a step. between(k) runs beside step k. Only the
-// first `rows` of the 32 are wanted.
+// rows, b0, b1: of its left and right columns, one tile a step. between() runs beside each step of each
+// pass. Only the first `rows` of the 32 are wanted.
 template <bool int8, typename Between>
 inline void steps(const char* a0, const char* a1, const char* b0, const char* b1, int64_t count, bool first,
         float* c, Between between, int64_t rows = 32) {
@@ -51,7 +52,7 @@ inline void steps(const char* a0, const char* a1, const char* b0, const char* b1
             if constexpr (int8) { _tile_dpbssd(2, 5, 6); _tile_dpbssd(3, 5, 7); }
             else { _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7); }
         }
-        between(k);
+        between();
     }
     _tile_stored(0, c, 64); _tile_stored(1, c + 256, 64);
     if (lower) _tile_stored(2, c + 512, 64), _tile_stored(3, c + 768, 64);

@@ -36,12 +36,14 @@ inline void some_rows(const char* a, const char* b0, const char* b1, int64_t cou
                 }
             }
         }
-        between(k);
+        between();
     }
     for (int i = 0; i < R; i++)
         for (int half = 0; half < 2; half++) _mm512_store_si512(own + i * 16 + half * 256, sums[i][half]);
 }
 
+// How often `steps` goes through the contraction.
+inline int64_t passes(int64_t rows) { return (rows + 7) / 8; }
 // As the steps of amx.h. 8 rows at a time, whose 16 sums stay in registers; the last ones, as when a few
 // rows decode, by fewer. A row's sums are the same whichever rows stand beside it.
 template <bool int8, typename Between>
@@ -58,9 +60,7 @@ inline void steps(const char* a0, const char* a1, const char* b0, const char* b1
         const char* a = (row < 16 ? a0 : a1) + row % 16 * 64;
         float* own = c + row / 16 * 512 + row % 16 * 16;
         const auto some = [&](auto size) {
-            constexpr int R = decltype(size)::value;
-            if (row) some_rows<int8, R>(a, b0, b1, count, first, own, offset, [](int64_t) {});
-            else some_rows<int8, R>(a, b0, b1, count, first, own, offset, between);
+            some_rows<int8, decltype(size)::value>(a, b0, b1, count, first, own, offset, between);
         };
         if (rows - row > 4) some(std::integral_constant<int, 8>());
         else if (rows - row > 2) some(std::integral_constant<int, 4>());

@@ -207,8 +207,8 @@ struct BackwardPanels {
     void fetch(int64_t p, int64_t s, int64_t line) const {
         int64_t step = s + line / 16;
         const Weight& w = find(step);
-        _mm_prefetch(half_tile(w, 4 * step + line % 4, p) + line / 4 % 4 * 128, _MM_HINT_T1);
-        _mm_prefetch(half_tile(w, 4 * step + line % 4, p) + line / 4 % 4 * 128 + 64, _MM_HINT_T1);
+        tiles::fetch_line(half_tile(w, 4 * step + line % 4, p) + line / 4 % 4 * 128);
+        tiles::fetch_line(half_tile(w, 4 * step + line % 4, p) + line / 4 % 4 * 128 + 64);
     }
 };
 template <typename Sink>

@@ -1,6 +1,7 @@
 // The linear layers of a model that decodes, by the addresses of their weights: packed bf16 where the
 // engine has packed them, and plain floats elsewhere. Results go to a function as in product.h.
 #pragma once
+#include "activation.h"
 #include "branches.h"
 #include "product.h"
 #include "small_product.h"
@@ -105,12 +106,12 @@ inline SlotLowRank branches_of(const Linear* layers, int64_t count, const Input&
     for (int64_t i = 0; i < count; i++) tables[i] = layers[i].branches;
     SlotLowRank low(tables, count, slots);
     const bool packed = layers[0].kind == Linear::packed;
-    low.forward(x.stride(), [&](int64_t m, float* row) {
+    const auto bf16 = [&](int64_t m) { return packed && Rows::filled_up ? x.rounded.at(m, 0) : nullptr; };
+    low.forward(x.stride(), bf16, [&](int64_t m, float* row) {
         for (int64_t k = 0; k < x.stride(); k += 32) {
             const int64_t n = std::min<int64_t>(32, x.rounded.width - k);
             F16 left, right;
             if (!packed) left = load16(x.full + m * x.stride() + k), right = load16(x.full + m * x.stride() + k + 16);
-            else if (Rows::filled_up || n == 32) left = load16(x.rounded.at(m, k)), right = load16(x.rounded.at(m, k) + 16);
             else {
                 uint16_t all[32] = {};
                 std::copy_n(x.rounded.at(m, k), n, all);
@@ -153,10 +154,11 @@ void apply(const Linear* layers, int64_t count, const Input& x, const Slots& slo
     if (!packed) return product_of_floats(x, layers[0], sink);
 #if defined(JLORA_TILES)
     // What the sink reads of branches is fetched with the weights before it.
-    const auto fetch = [&](int64_t n, int64_t part, int64_t parts) {
+    const int64_t factor = low.fetch_factor(weights.list[0]->steps() * 16);
+    const auto fetch = [&](int64_t n, int64_t part) {
         int64_t i = 0;
         while (n >= ends[i]) i++;
-        low.fetch(i, (n - (ends[i] - layers[i].n)) / 16, 2, part, parts);
+        low.fetch(i, (n - (ends[i] - layers[i].n)) / 16, 2, part, factor);
     };
     if (low.any()) return product(x.rounded, weights, sink, false, fetch);
 #endif
@@ -170,6 +172,7 @@ struct Paired {
     const Weight &gate, &up;
     const SlotLowRank& low;
     int64_t up_layer, up_panel;  // of whose branches those of `up` are, and where they begin
+    int64_t factor;
     int64_t tile(int64_t p) const {  // neighbours, which share a line of `active`, far apart in time
         const int64_t half = gate.n / 32;
         return p < half ? 2 * p : 2 * (p - half) + 1;
@@ -178,10 +181,10 @@ struct Paired {
         b0 = (const char*)gate.tile(tile(p), s), b1 = (const char*)up.tile(tile(p), s);
     }
     void fetch(int64_t p, int64_t s, int64_t line) const {
-        _mm_prefetch((const char*)gate.tile(tile(p), s) + line * 64, _MM_HINT_T1);
-        _mm_prefetch((const char*)up.tile(tile(p), s) + line * 64, _MM_HINT_T1);
-        const int64_t part = s * 16 + line, parts = gate.steps() * 16;
-        low.fetch(0, tile(p), 1, part, parts), low.fetch(up_layer, up_panel + tile(p), 1, part, parts);
+        tiles::fetch_line((const char*)gate.tile(tile(p), s) + line * 64);
+        tiles::fetch_line((const char*)up.tile(tile(p), s) + line * 64);
+        const int64_t part = s * 16 + line;
+        low.fetch(0, tile(p), 1, part, factor), low.fetch(up_layer, up_panel + tile(p), 1, part, factor);
     }
 };
 // count: 2, or 1 where one layer is both, the gate's outputs first.
@@ -197,7 +200,7 @@ inline bool gate_in_registers(int64_t activation, const Linear* layers, int64_t 
     if (gate.kind != bf16_kind || up.kind != bf16_kind) return false;
     if (count == 1) up.tiles = (char*)first.tile(inner / 16, 0);
     const SlotLowRank low = branches_of(layers, count, x, slots);
-    const Paired paired{gate, up, low, count - 1, count == 1 ? inner / 16 : 0};
+    const Paired paired{gate, up, low, count - 1, count == 1 ? inner / 16 : 0, low.fetch_factor(gate.steps() * 16)};
     tiles::product<false>((const char*)x.rounded.data, x.rounded.rows, inner / 16, x.rounded.steps(), paired,
         [&](int64_t m, int64_t n, F16 gate, F16 up) {
             const int64_t tile = paired.tile(n / 32), k = tile * 16;

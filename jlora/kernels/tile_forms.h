@@ -35,7 +35,7 @@ struct Tiles {
 inline void multiply(const Tiles& a, int64_t i, int64_t a_step, const Tiles& b, int64_t j, int64_t b_step,
         int64_t count, bool first, float* c) {
     tiles::steps<false>((const char*)a.at(2 * i, a_step), (const char*)a.at(2 * i + 1, a_step),
-        (const char*)b.at(2 * j, b_step), (const char*)b.at(2 * j + 1, b_step), count, first, c, [](int64_t) {});
+        (const char*)b.at(2 * j, b_step), (const char*)b.at(2 * j + 1, b_step), count, first, c, [] {});
 }
 // Where 16 results of row r, from column d on, stand in such blocks side by side.
 inline float* result(float* c, int64_t r, int64_t d) {

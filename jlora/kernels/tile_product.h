@@ -68,13 +68,14 @@ inline void turn_tiles(const uint16_t* upper, const uint16_t* lower, uint16_t* l
 inline void fetch_blocks(const Weight& w, int64_t n_tile, int64_t step, int64_t line) {
     if (line % 16 * 64 >= int4::block_bytes) return;
     const char* at = int4::block(w, n_tile, step) + line % 16 * 64;
-    _mm_prefetch(at, _MM_HINT_T1);
-    _mm_prefetch(at + w.stride, _MM_HINT_T1);
+    tiles::fetch_line(at);
+    tiles::fetch_line(at + w.stride);
 }
 
-// also(n, part, parts): fetches a part of what else is wanted for outputs n to n + 31.
+// also(n, part): fetches a part, one for each line of a tile of weights, of what else is wanted for outputs n to
+// n + 31.
 struct NothingElse {
-    void operator()(int64_t, int64_t, int64_t) const {}
+    void operator()(int64_t, int64_t) const {}
 };
 template <typename Also>
 struct ForwardPanels {
@@ -96,10 +97,10 @@ struct ForwardPanels {
             fetch_blocks(w, 2 * p, s + line / 16, line);
         } else {
             const char* at = (const char*)w.tile(2 * p, s) + line * 64;
-            _mm_prefetch(at, _MM_HINT_T1);
-            _mm_prefetch(at + w.stride, _MM_HINT_T1);
+            tiles::fetch_line(at);
+            tiles::fetch_line(at + w.stride);
         }
-        also(n, s * 16 + line, w.steps() * 16);
+        also(n, s * 16 + line);
     }
 };
 // The way back contracts over the outputs of all of them.
@@ -130,8 +131,8 @@ struct BackwardPanels {
         if (w.kind == int4_kind) return fetch_blocks(w, 2 * step, p, line);
         const char* at = w.scales ? int8::half_tile(w, 2 * step, p) + line % 8 * 64
                                   : (const char*)w.tile(2 * step, p) + line % 16 * 64;
-        _mm_prefetch(at, _MM_HINT_T1);
-        _mm_prefetch(at + w.stride, _MM_HINT_T1);
+        tiles::fetch_line(at);
+        tiles::fetch_line(at + w.stride);
     }
 };
 

@@ -18,6 +18,9 @@ namespace jlora::tiles {
 constexpr int64_t tile_bytes = 1024;     // 32 bf16 or 64 int8 numbers in each of 16 rows
 constexpr int64_t block_floats = 1024;   // a block of results: 2 x 2 tiles of 16 x 16
 
+// Into L2. GCC takes a function of __builtin_prefetch alone for one without effect, and drops the calls.
+inline void fetch_line(const void* p) { asm volatile("prefetcht1 %0" : : "m"(*(const char*)p)); }
+
 // Products of `rows` rows with `panels` panels of 32 columns, contracted over `count` tiles.
 //
 // x: (row tiles, an even number of them; count) tiles. weights.panel(p, s, n, room, b0, b1) sets b0 and
@@ -63,8 +66,10 @@ void product(const char* x, int64_t rows, int64_t panels, int64_t count, const W
                         const bool more = s + n < end, last = s + n == count;
                         const int64_t next_p = std::min(more ? p : p + threads, panels - 1), next_s = more ? s + n : g;
                         const int64_t lines = std::min(size, count - next_s) * (tile_bytes / 64);
-                        const int64_t per_step = (32 + n - 1) / n;  // rows handed over
-                        const int64_t lines_per_step = lines / (n * (to - from)) + 1;
+                        const auto own_rows = [&](int64_t b) { return std::min<int64_t>(32, rows - b * 32); };
+                        int64_t turns = 0;
+                        for (int64_t b = from; b < to; b++) turns += passes(own_rows(b));
+                        const int64_t lines_per_turn = lines / (n * turns) + 1;
                         const float* done = nullptr;  // a finished block
                         int64_t done_row = 0, line = 0;
                         auto hand_over = [&](int64_t i_from, int64_t i_to) {
@@ -76,11 +81,16 @@ void product(const char* x, int64_t rows, int64_t panels, int64_t count, const W
                         for (int64_t b = from; b < to; b++) {
                             const char* a = x + (b * 2 * count + s) * tile_bytes;
                             float* own = c + (b - from) * block_floats;
-                            steps<int8>(a, a + count * tile_bytes, b0, b1, n, s == 0, own, [&](int64_t k) {
-                                for (const int64_t until = std::min(lines, line + lines_per_step); line < until; line++)
+                            // rows handed over a turn
+                            const int64_t few = 32 / (n * passes(own_rows(b))) + 1;
+                            int64_t handed = 0;
+                            steps<int8>(a, a + count * tile_bytes, b0, b1, n, s == 0, own, [&] {
+                                for (const int64_t until = std::min(lines, line + lines_per_turn); line < until; line++)
                                     weights.fetch(next_p, next_s, line);
-                                if (done) hand_over(k * per_step, std::min<int64_t>(32, (k + 1) * per_step));
-                            }, std::min<int64_t>(32, rows - b * 32));
+                                if (!done) return;
+                                const int64_t until = std::min<int64_t>(32, handed + few);
+                                hand_over(handed, until), handed = until;
+                            }, own_rows(b));
                             if (last) done = own, done_row = b * 32;
                         }
                         if (done) hand_over(0, 32);

@@ -94,7 +94,8 @@ def edit_arrays(
         np.ascontiguousarray(bits).view(np.int32),
         rectangle(banned, rows),
     ]
-    if any(len(array) != rows for array in arrays) or arrays[2].shape != added.shape:
+    given = [len(edit) for edit in (banned, penalised, biased, biases, allowed) if edit is not None]
+    if any(n != rows for n in given) or arrays[2].shape != added.shape:
         raise ValueError(f"edits of logits that do not fit {rows} rows")
     if not np.isfinite(added).all():
         raise ValueError("a bias of logits that is not finite")

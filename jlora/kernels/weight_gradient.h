@@ -46,8 +46,8 @@ struct RowPanels {
     }
     void fetch(int64_t p, int64_t s, int64_t line) const {
         const uint16_t* at = tile(p, s + line / 16) + line % 16 * 32;
-        _mm_prefetch((const char*)at, _MM_HINT_T1);
-        _mm_prefetch((const char*)(at + to_lower()), _MM_HINT_T1);
+        tiles::fetch_line(at);
+        tiles::fetch_line(at + to_lower());
     }
 };
 // y (left.width, right.width) = left^T right, or y += it.
