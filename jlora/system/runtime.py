@@ -270,10 +270,8 @@ def environment_defaults() -> dict[str, str]:
     # 25 s instead of 15 for a first training step on two cores. By nvcc it would be minutes.
     compilers = 1 if on_cpu else max(1, min(16, machine.processors()))
     defaults["use_parallel_op_compiler"] = str(compilers)
-    if on_cpu and "cc_flags" not in os.environ and "kernel_flags" not in os.environ:
-        # Jittor's own code compiles a quarter faster with -O1 than with its -O2 and runs as fast;
-        # its operators keep -Ofast.
-        defaults.update(cc_flags=" -O1 ", kernel_flags=" -Ofast ")
+    if on_cpu and not any(name in os.environ for name in operator_compiler.FLAGS):
+        defaults.update(operator_compiler.FLAGS)
     return defaults
 
 
@@ -286,7 +284,9 @@ sys.path[:] = json.loads(sys.argv[1])
 socket.setdefaulttimeout(15)
 import jittor_utils
 jittor_utils.get_total_mem = lambda: int(sys.argv[2])
-import jittor
+from jlora.system.operator_compiler import compiled_headers
+with compiled_headers(jittor_utils):
+    import jittor
 print("\\njlora: imported", jittor.__version__)
 """
 
@@ -320,6 +320,10 @@ def _is_compiled(cache: Path, stamp: Path) -> bool:
 def _compile(stamp: Path, ours: set[str]) -> None:
     overrides: dict[str, str] = {}
     output = _first_import()
+    if output is not None and operator_compiler.remove_header(os.environ):
+        # It may be its sources that do not go with the header.
+        overrides.update({name: os.environ[name] for name in operator_compiler.FLAGS})
+        output = _first_import()
     if output is not None and os.environ.get("nvcc_path") and "nvcc_path" in ours:
         why = cause(output)
         print(
@@ -420,10 +424,14 @@ def _load() -> Any:
         with _process_settings_kept():
             import jittor_utils  # names the cache folder, compiles nothing
 
-            _compile_once(Path(jittor_utils.cache_path), ours)
+            cache = Path(jittor_utils.cache_path)
+            if not os.environ.get("nvcc_path"):
+                gcc = getattr(jittor_utils, "cc_type", "") == "g++"
+                operator_compiler.add_header(os.environ, cache, gcc)
+            _compile_once(cache, ours)
             import jittor
 
-            operator_compiler.set_up(jittor, Path(jittor_utils.cache_path))
+            operator_compiler.set_up(jittor, cache)
             _end_pool(jittor_utils)
     except UserError:
         raise
