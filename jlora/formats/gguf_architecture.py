@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from jlora.formats.lazy import LazyArray, is_placeholder
 from jlora.formats.safetensors_file import placeholder
 
 
@@ -89,6 +91,12 @@ class Architecture:
             return unpermute(array, heads)
         return array - np.float32(1) if self.adds_one(name) else array
 
+    def check_shape(self, name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> None:
+        """Raises: ValueError: `from_file` cannot put rows of that many heads in order."""
+        heads = self.heads(name, config)
+        if heads is not None and (not shape or shape[0] % (2 * heads)):
+            raise ValueError(f"{name} has {shape[:1]} rows for {heads} heads")
+
     def adds_one(self, name: str) -> bool:
         return bool(self.plus_one) and name.rpartition(".")[0].endswith(self.plus_one)
 
@@ -114,14 +122,23 @@ class Architecture:
         groups = config["num_key_value_heads"]
         for name in [n for n in tensors if f"{self.fused}.q." in n]:
             module, _, last = name.rpartition(".q.")
-            q, k, v = (tensors.pop(f"{module}.{key}.{last}") for key in "qkv")
-            rest = q.shape[1:]
-            if not any(q.strides):
-                whole = placeholder((len(q) + len(k) + len(v), *rest))
+            parts = [tensors.pop(f"{module}.{key}.{last}") for key in "qkv"]
+            for part in parts:
+                if len(part) % groups or part.shape[1:] != parts[0].shape[1:]:
+                    raise ValueError(f"{module} has a part of shape {part.shape}")
+            shape = (sum(map(len, parts)), *parts[0].shape[1:])
+            if is_placeholder(parts[0]):
+                whole = placeholder(shape)
             else:
-                parts = [part.reshape(groups, -1, *rest) for part in (q, k, v)]
-                whole = np.concatenate(parts, axis=1).reshape(-1, *rest)
+                whole = LazyArray(shape, np.float32, functools.partial(_joined, parts, groups))
             tensors[f"{module}.{last}"] = whole
+
+
+def _joined(parts: Sequence[LazyArray], groups: int) -> np.ndarray:
+    """Rows of queries, keys and values: of each group its queries, its keys, its values."""
+    rest = parts[0].shape[1:]
+    rows = [part.read().reshape(groups, -1, *rest) for part in parts]
+    return np.concatenate(rows, axis=1).reshape(-1, *rest)
 
 
 def permute(rows: np.ndarray, heads: int) -> np.ndarray:

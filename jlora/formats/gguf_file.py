@@ -5,6 +5,7 @@ What is particular to an architecture stands in `gguf_architectures`.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +17,10 @@ import numpy as np
 
 from jlora.formats.gguf_architecture import Architecture
 from jlora.formats.gguf_architectures import ARCHITECTURES
-from jlora.formats.gguf_kinds import READ, dequantize
+from jlora.formats.gguf_kinds import READ, block_size, dequantize
 from jlora.formats.gguf_rope import ROPE_TENSORS
-from jlora.formats.safetensors_file import one_line, placeholder
+from jlora.formats.lazy import LazyArray
+from jlora.formats.safetensors_file import check_unchanged, file_state, one_line, placeholder
 from jlora.system.errors import UserError
 from jlora.system.files import os_error
 from jlora.system.text import check_no_pointer
@@ -102,9 +104,10 @@ def read_gguf(
             "(llama-gguf-split --merge), or take the model from Hugging Face"
         )
     own = architectures[name]
-    raw = read_tensors(path, reader, shapes_only=True)
-    factors = {rope: raw.pop(rope) for rope in ROPE_TENSORS if rope in raw}
-    shapes = rename(path, raw, own)
+    raw = read_tensors(path, reader)
+    factors = {rope: raw.pop(rope).read() for rope in ROPE_TENSORS if rope in raw}
+    tensors = rename(path, raw, own)
+    shapes = {name: placeholder(array.shape) for name, array in tensors.items()}
     try:
         check_metadata(path, own, metadata)
         config = own.read_config(own, path, metadata, shapes, factors)
@@ -125,17 +128,25 @@ def read_gguf(
         check(outline)
     if shapes_only:
         return outline
-    raw = read_tensors(path, reader)
-    tensors = rename(path, {n: a for n, a in raw.items() if n not in ROPE_TENSORS}, own)
-    raw.clear()
+    for name in list(tensors):
+        if name not in kept:  # a tied head that repeats the embedding
+            del tensors[name]
+            continue
+        array, turned = tensors[name], own.is_transposed(name)
+        shape = array.shape[::-1] if turned else array.shape
+        with fitting(path):
+            own.check_shape(name, array.shape, config)
+        read = functools.partial(_in_our_layout, own, name, array, config)
+        tensors[name] = LazyArray(shape, np.float32, read)
     with fitting(path):
-        for name in list(tensors):
-            if name not in kept:  # a tied head that repeats the embedding
-                del tensors[name]
-            else:
-                tensors[name] = own.from_file(name, tensors[name], config)
         own.join(tensors, config)
     return GGUFFile(path, config, tensors, metadata)
+
+
+def _in_our_layout(
+    own: Architecture, name: str, array: LazyArray, config: Mapping[str, Any]
+) -> np.ndarray:
+    return own.from_file(name, array.read(), config)
 
 
 @contextmanager
@@ -158,33 +169,35 @@ def read_metadata(path: Path, reader: Any) -> dict[str, Any]:
         raise damaged(path, error) from error
 
 
-def read_tensors(path: Path, reader: Any, shapes_only: bool = False) -> dict[str, np.ndarray]:
-    """Dequantized float32 tensors of an open file, under its own names.
-
-    One after the other: beside the result there is never more than one tensor's worth of memory.
-
-    Args:
-        shapes_only: give `placeholder` arrays; only `ROPE_TENSORS`, which belong to the
-            configuration, are read.
-    """
-    tensors = {}
+def read_tensors(path: Path, reader: Any) -> dict[str, LazyArray]:
+    """The tensors of an open file under its own names; float32 when they are read."""
+    state, tensors = file_state(path), {}
     for tensor in reader.tensors:
         kind = tensor.tensor_type.name
         if kind not in READ:
             raise unread(path, tensor.name, kind)
         # GGUF lists the fastest dimension first.
         shape = tuple(int(n) for n in reversed(tensor.shape))
-        if shapes_only and tensor.name not in ROPE_TENSORS:
-            tensors[tensor.name] = placeholder(shape)
-            continue
-        try:
-            with np.errstate(all="ignore"):  # NaN and infinity come from the file
-                array = dequantize(tensor.data, kind).reshape(shape)
-            # A copy of what is the file's own memory, so that the mapped file can be closed.
-            tensors[tensor.name] = np.array(array) if kind == "F32" else np.asarray(array)
-        except Exception as error:
-            raise damaged(path, error) from error
+        if not shape or tensor.n_elements < 1 or shape[-1] % block_size(kind):
+            raise damaged(
+                path, ValueError(f"{tensor.name} has the shape {shape}, of {kind} numbers")
+            )
+        read = functools.partial(_dequantized, path, state, tensor.data, kind, shape)
+        tensors[tensor.name] = LazyArray(shape, np.float32, read)
     return tensors
+
+
+def _dequantized(
+    path: Path, state: tuple[int, ...], data: np.ndarray, kind: str, shape: tuple[int, ...]
+) -> np.ndarray:
+    """The numbers of a tensor whose ``data`` are the file's own, mapped memory."""
+    check_unchanged(path, state)
+    try:
+        with np.errstate(all="ignore"):  # NaN and infinity come from the file
+            array = dequantize(data, kind).reshape(shape)
+        return np.array(array) if kind == "F32" else np.asarray(array)
+    except Exception as error:
+        raise damaged(path, error) from error
 
 
 def open_gguf(path: Path) -> Any:

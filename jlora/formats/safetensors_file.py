@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import struct
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jlora.formats.lazy import LazyArray
 from jlora.formats.rounding import narrow
 from jlora.system.errors import UserError, one_line
 from jlora.system.files import atomic_path, os_error, read_text
@@ -43,24 +45,35 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: the file is missing, truncated or corrupt, or has a dtype numpy lacks.
     """
+    return {name: array.read() for name, array in lazy_safetensors(path).items()}
+
+
+def lazy_safetensors(path: str | Path) -> dict[str, LazyArray]:
+    """`read_safetensors` with arrays that are read when they are asked for.
+
+    Raises:
+        UserError: as `read_safetensors`; reading an array raises it too, if the file is gone.
+    """
     path = Path(path)
     header, start = read_header(path)
-    tensors = {}
-    try:
-        with open(path, "rb") as handle:
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                first, last = entry["data_offsets"]
-                handle.seek(start + first)
-                try:
-                    tensors[name] = to_array(path, name, entry, handle.read(last - first))
-                except ValueError as error:  # one dimension is 0, others exceed NumPy's
-                    raise UserError(
-                        f"{path}: tensor {name} has the impossible shape {entry['shape']}: {error}"
-                    ) from error
-    except OSError as error:
-        raise os_error("read", path, error) from error
+    state, tensors = file_state(path), {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        kind = entry["dtype"]
+        if kind not in DTYPES and kind != "BF16":
+            raise UserError(
+                f"{path}: tensor {name} has dtype {kind}; only {', '.join(DTYPES)} and BF16 are "
+                "read"
+            )
+        read = functools.partial(_read_tensor, path, name, entry, start, state)
+        try:
+            placeholder(entry["shape"])
+        except ValueError as error:  # one dimension is 0, others exceed NumPy's
+            raise UserError(
+                f"{path}: tensor {name} has the impossible shape {entry['shape']}: {error}"
+            ) from error
+        tensors[name] = LazyArray(entry["shape"], DTYPES.get(kind, np.float32), read)
     return tensors
 
 
@@ -79,6 +92,21 @@ def read_shapes(path: str | Path) -> dict[str, np.ndarray]:
 def placeholder(shape: Sequence[int], dtype: str | type = np.float32) -> np.ndarray:
     """An array of zeros that needs no memory, where only names and shapes are used."""
     return np.broadcast_to(np.zeros((), dtype), tuple(map(int, shape)))
+
+
+def file_state(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written anew."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise os_error("read", path, error) from error
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def check_unchanged(path: Path, state: tuple[int, ...]) -> None:
+    """Raises: UserError: the file is another than when `file_state` was asked."""
+    if file_state(path) != state:
+        raise UserError(f"{path}: it was changed while it was being read; load it again")
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -119,17 +147,23 @@ def read_header(path: Path) -> tuple[dict, int]:
         ) from error
 
 
-def to_array(path: Path, name: str, entry: dict, data: bytes) -> np.ndarray:
-    """One tensor from its header entry and its bytes."""
-    kind, shape = entry["dtype"], entry["shape"]
-    if kind == "BF16":
-        return bfloat16_to_float32(np.frombuffer(data, "<u2")).reshape(shape)
-    if kind not in DTYPES:
-        raise UserError(
-            f"{path}: tensor {name} has dtype {kind}; only {', '.join(DTYPES)} and BF16 are read"
-        )
-    # A copy, because arrays over bytes are read-only.
-    return np.frombuffer(data, DTYPES[kind]).reshape(shape).copy()
+def _read_tensor(path: Path, name: str, entry: dict, start: int, state: tuple) -> np.ndarray:
+    """One tensor from its header entry.
+
+    Args:
+        start: where the file's data begin.
+        state: the file's, see `check_unchanged`.
+    """
+    kind, (first, last) = entry["dtype"], entry["data_offsets"]
+    dtype = np.dtype(DTYPES.get(kind, "<u2"))
+    try:
+        with open(path, "rb") as handle:
+            values = np.fromfile(handle, dtype, (last - first) // dtype.itemsize, "", start + first)
+    except OSError as error:
+        raise os_error("read", path, error) from error
+    check_unchanged(path, state)
+    assert values.nbytes == last - first, f"{path}: tensor {name} lies beyond its end"
+    return (bfloat16_to_float32(values) if kind == "BF16" else values).reshape(entry["shape"])
 
 
 def read_sharded(

@@ -25,10 +25,12 @@ struct TileScope {  // every thread configures its own registers
 };
 
 // `count` contraction steps of a block of 32 x 32 results c; a0, a1: tiles of its upper and lower
-// rows, b0, b1: of its left and right columns, one tile a step. between(k) runs beside step k.
+// rows, b0, b1: of its left and right columns, one tile a step. between(k) runs beside step k. Only the
+// first `rows` of the 32 are wanted.
 template <bool int8, typename Between>
 inline void steps(const char* a0, const char* a1, const char* b0, const char* b1, int64_t count, bool first,
-        float* c, Between between) {
+        float* c, Between between, int64_t rows = 32) {
+    const bool lower = rows > 16;
     // GCC's tile loads do not say that they read memory.
     asm volatile("" ::: "memory");
     if (first) {
@@ -44,12 +46,14 @@ inline void steps(const char* a0, const char* a1, const char* b0, const char* b1
         if constexpr (int8) { _tile_dpbssd(0, 4, 6); } else { _tile_dpbf16ps(0, 4, 6); }
         _tile_loadd(7, b1 + at, 64);
         if constexpr (int8) { _tile_dpbssd(1, 4, 7); } else { _tile_dpbf16ps(1, 4, 7); }
-        _tile_stream_loadd(5, a1 + at, 64);
-        if constexpr (int8) { _tile_dpbssd(2, 5, 6); _tile_dpbssd(3, 5, 7); }
-        else { _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7); }
+        if (lower) {
+            _tile_stream_loadd(5, a1 + at, 64);
+            if constexpr (int8) { _tile_dpbssd(2, 5, 6); _tile_dpbssd(3, 5, 7); }
+            else { _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7); }
+        }
         between(k);
     }
     _tile_stored(0, c, 64); _tile_stored(1, c + 256, 64);
-    _tile_stored(2, c + 512, 64); _tile_stored(3, c + 768, 64);
+    if (lower) _tile_stored(2, c + 512, 64), _tile_stored(3, c + 768, 64);
 }
 }  // namespace jlora::tiles

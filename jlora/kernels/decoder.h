@@ -36,7 +36,11 @@ struct Model {
     int64_t key_column(int64_t g) const { return (grouped ? g * (H / G + 2) + H / G : H + g) * D; }
     int64_t value_column(int64_t g) const { return key_column(g) + (grouped ? 1 : G) * D; }
 };
-constexpr int64_t row_block = 16;  // rows are made up to whole blocks: fewer kinds of products
+#if defined(JLORA_TILES)
+constexpr int64_t row_block = 1;
+#else
+constexpr int64_t row_block = 16;  // rows are made up to whole blocks: fewer kinds of products of oneDNN
+#endif
 
 inline void normalise(const Norm& norm, float eps, const float* x, int64_t C, const Input& to) {
     #pragma omp parallel for schedule(static)

@@ -80,7 +80,7 @@ void product(const char* x, int64_t rows, int64_t panels, int64_t count, const W
                                 for (const int64_t until = std::min(lines, line + lines_per_step); line < until; line++)
                                     weights.fetch(next_p, next_s, line);
                                 if (done) hand_over(k * per_step, std::min<int64_t>(32, (k + 1) * per_step));
-                            });
+                            }, std::min<int64_t>(32, rows - b * 32));
                             if (last) done = own, done_row = b * 32;
                         }
                         if (done) hand_over(0, 32);

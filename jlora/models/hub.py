@@ -14,10 +14,11 @@ import numpy as np
 from jlora.data.pull_models import GPT2_TOKENIZER, NAME, WHEELS, pull, pulled
 from jlora.data.tokenizer import Tokenizer, find_files
 from jlora.formats.gguf_file import GGUFFile, read_gguf
+from jlora.formats.lazy import LazyArray
 from jlora.formats.names import is_lora_name
 from jlora.formats.safetensors_file import (
+    lazy_safetensors,
     one_line,
-    read_safetensors,
     read_shapes,
     read_sharded,
 )
@@ -45,7 +46,7 @@ class Checkpoint:
     source: Path
     config: dict[str, Any]
     config_source: str
-    tensors: dict[str, np.ndarray]
+    tensors: dict[str, np.ndarray | LazyArray]
     tokenizer: Tokenizer | None
 
 
@@ -92,13 +93,13 @@ class Outline:
             anything were computed while it lives: ask it what there is to ask, and let it go.
         source: file or folder of the weights; None: a GPT-2 that is not on this machine.
         arrays: bytes of the checkpoint's arrays once they are read.
-        reading: bytes held at the height of reading them.
+        at_once: whether they are all read before any is packed, as PyTorch's files are.
     """
 
     model: Any
     source: Path | None
     arrays: int
-    reading: int
+    at_once: bool
 
 
 def outline(name_or_path: str | Path) -> Outline:
@@ -123,10 +124,8 @@ def outline(name_or_path: str | Path) -> Outline:
         sizes = [array.nbytes for array in checkpoint.tensors.values()]
     else:
         sizes = [4 * int(np.prod(p.shape)) for p in model.parameters()]
-    arrays = sum(sizes)
-    # Of PyTorch's files the storages are held until all arrays are copied out of them.
-    twice = checkpoint.source.suffix in (".bin", ".pt", ".pth")
-    return Outline(model, source, arrays, 2 * arrays if twice else arrays + max(sizes))
+    at_once = weights_suffix(checkpoint.source) in (".bin", ".pt", ".pth")
+    return Outline(model, source, sum(sizes), at_once)
 
 
 def require_tokenizer(model: Any) -> Tokenizer:
@@ -202,6 +201,11 @@ def weight_file(folder: Path) -> Path | None:
         if len(found) == 1:
             return found[0]
     return None
+
+
+def weights_suffix(file: Path) -> str:
+    """ ".bin" of ``pytorch_model.bin`` and of ``pytorch_model.bin.index.json``."""
+    return Path(file.name.removesuffix(".index.json")).suffix
 
 
 def check_before_weights(outline: Checkpoint) -> None:
@@ -296,7 +300,7 @@ def gpt2_tokenizer() -> Tokenizer | None:
 
 def read_weights(path: Path, shapes_only: bool = False) -> dict[str, np.ndarray]:
     """Tensors of a weight file or of the files that an index names, or `placeholder` for them."""
-    from_safetensors = read_shapes if shapes_only else read_safetensors
+    from_safetensors = read_shapes if shapes_only else lazy_safetensors
     from_torch = functools.partial(read_torch, shapes_only=shapes_only)
     if path.name.endswith(".safetensors.index.json"):
         return read_sharded(path, from_safetensors)

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from jlora.formats.lazy import LazyArray, is_placeholder
 from jlora.models.families import Family
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt
+from jlora.system.unread import unread
 
 #: Buffers that older checkpoints saved beside the weights; the models compute them themselves.
 BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$|\.position_ids$")
@@ -32,10 +34,13 @@ def hugging_face_names(tensors: dict[str, np.ndarray], family: Family) -> dict[s
     return {n if n.startswith(head) else family.prefix + n: a for n, a in renamed.items()}
 
 
-def load_weights(model: Any, tensors: dict[str, np.ndarray], source: str = "checkpoint") -> None:
+def load_weights(
+    model: Any, tensors: dict[str, np.ndarray | LazyArray], source: str = "checkpoint"
+) -> None:
     """Give every parameter of a model its values, as float32.
 
-    ``tensors`` is emptied on the way, so that a large model is not in memory twice. A head that
+    ``tensors`` is emptied on the way, so that a large model is not in memory twice. A `LazyArray` is
+    read when somebody asks for its values; `engine.prepare` packs them one by one. A head that
     repeats the tied embedding is accepted.
 
     Raises:
@@ -43,7 +48,11 @@ def load_weights(model: Any, tensors: dict[str, np.ndarray], source: str = "chec
     """
     parameters = check_fit(model, tensors, source)
     for name, parameter in parameters.items():
-        parameter.assign(jt.array(tensors.pop(name).astype(np.float32, copy=False)))
+        array = tensors.pop(name)
+        if isinstance(array, LazyArray):
+            parameter.assign(unread(array.shape, array.read))
+        else:
+            parameter.assign(jt.array(array.astype(np.float32, copy=False)))
 
 
 def check_fit(
@@ -108,8 +117,9 @@ def drop_tied_head(
             f"{embedding.shape[0]:,}, although the configuration ties them; take the configuration "
             "and the weights of one model"
         )
-    is_placeholder = not any(head.strides)  # their values are compared once they are read
-    if embedding is not None and not is_placeholder and not np.array_equal(head, embedding):
+    # The values of a `placeholder` are compared once they are read.
+    known = embedding is not None and not is_placeholder(head)
+    if known and not np.array_equal(head, embedding):
         raise UserError(
             f"{source}: lm_head.weight differs from {name} although the configuration ties "
             "them; set tie_word_embeddings to false in config.json (Llama family only)"

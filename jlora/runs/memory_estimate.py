@@ -129,7 +129,7 @@ def estimate(recipe: Recipe, outline: Outline, texts: Texts, java: bool = False)
     adapter = own if recipe.method == "lora" else 0
     batch = largest_batch(recipe, texts, padded=precision == "plain")
     kept = {"process": PROCESS, "data": texts.stored * BYTES_A_TOKEN}
-    checkpoint = {"checkpoint": loading_bytes(outline)}
+    checkpoint = {"checkpoint": loading_bytes(outline, weights)}
     held = {**kept, "weights": weights, "adapter": adapter}
     packs = precision in packed_linear.KINDS and follows()
     stages = {
@@ -165,12 +165,16 @@ def trainable(recipe: Recipe, model) -> set[str]:
     return trained_names(model, recipe.method, recipe.top_layers)
 
 
-def loading_bytes(outline: Outline) -> int:
-    """A checkpoint at the height of its way from the file to Vars in float32."""
+def loading_bytes(outline: Outline, weights: int) -> int:
+    """A checkpoint at the height of its way from the file to ``weights`` bytes of packed ones."""
     named = outline.model.named_parameters()
     parameters = [FLOAT * size(p) for name, p in named if not is_lora_name(name)]
-    largest = max(parameters)  # is copied once more, to be recognised by an adapter
-    return max(outline.reading, int(LOADING * max(outline.arrays, sum(parameters))) + largest)
+    largest = max(parameters)
+    if not outline.at_once:  # one after the other: in float32, and on the way there
+        return weights + 2 * largest
+    # Of PyTorch's files the storages are held until all arrays are copied out of them. The largest
+    # is copied once more, to be recognised by an adapter.
+    return max(2 * outline.arrays, int(LOADING * max(outline.arrays, sum(parameters))) + largest)
 
 
 def weight_bytes(model, precision: str, trained: set[str]) -> int:

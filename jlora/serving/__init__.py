@@ -1,0 +1,1 @@
+"""``jlora serve``: one base model and many adapters behind the OpenAI protocol."""

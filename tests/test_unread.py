@@ -1,0 +1,89 @@
+"""Weights that are read one by one: what is asked for, and nothing else."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from needs import needs_bf16
+from test_hub import CONFIG, gpt2_tensors
+
+from jlora import LoraConfig, engine, get_peft_model
+from jlora.adapters.base_model import remember_base
+from jlora.engine.products import PackedOnly
+from jlora.formats import safetensors_file
+from jlora.formats.safetensors_file import write_safetensors
+from jlora.models.hub import load
+from jlora.system.errors import UserError
+from jlora.system.runtime import jt
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_safetensors(tmp_path / "model.safetensors", gpt2_tensors())
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Names of tensors, as they are read."""
+    names, real = [], safetensors_file._read_tensor
+
+    def noting(path, name, *rest):
+        names.append(name)
+        return real(path, name, *rest)
+
+    monkeypatch.setattr(safetensors_file, "_read_tensor", noting)
+    return names
+
+
+def test_loading_reads_nothing_and_one_number_reads_one_tensor(folder, read):
+    model = load(folder)
+    assert (jt.ones(3) + 1).numpy().tolist() == [2, 2, 2]
+    assert read == []
+    name, bias = "transformer.h.1.ln_1.bias", dict(model.named_parameters())
+    np.testing.assert_array_equal(bias[name].numpy(), gpt2_tensors()[name])
+    assert read == [name]
+
+
+def test_a_forward_pass_reads_everything_once_and_jittor_is_as_before(folder, read):
+    assert jt.flags.use_threading == 0
+    model = load(folder)
+    assert jt.flags.use_threading == 1
+    model(jt.array([[1, 2, 3]])).numpy()
+    assert sorted(read) == sorted(gpt2_tensors())
+    assert jt.flags.use_threading == 0
+
+
+def test_a_model_that_nobody_reads_leaves_jittor_as_before(folder, read):
+    model = load(folder)
+    del model
+    jt.gc()
+    assert read == [] and jt.flags.use_threading == 0
+
+
+@needs_bf16
+def test_a_weight_is_packed_before_the_next_is_read(folder, read, monkeypatch):
+    model = get_peft_model(load(folder), LoraConfig(r=2))
+    remember_base(model)  # reads four, whose hashes an adapter is known by
+    known, layers = set(read), dict(model.base_model.named_modules())
+
+    def check(path, name, *rest):
+        waiting = [n for n in set(read) - known if n.count(".") > 3 and ".ln_" not in n]
+        weights = [layers[n.rpartition(".")[0]].weight for n in waiting if n.endswith(".weight")]
+        assert all(isinstance(weight, PackedOnly) for weight in weights), name
+        return real(path, name, *rest)
+
+    real = safetensors_file._read_tensor
+    monkeypatch.setattr(safetensors_file, "_read_tensor", check)
+    engine.prepare(model, "bf16", keep_weights=False)
+    assert len(read) >= 9 and len(set(read)) == len(read)
+
+
+def test_a_file_that_changes_before_it_is_read_is_refused(folder):
+    model = load(folder)
+    write_safetensors(folder / "model.safetensors", gpt2_tensors())
+    with pytest.raises(UserError, match="it was changed while it was being read; load it again"):
+        model(jt.array([[1, 2, 3]])).numpy()
