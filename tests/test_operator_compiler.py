@@ -20,7 +20,7 @@ def test_the_compiler_is_called_at_once(tmp_path):
     compiler = tmp_path / "compiler"
     compiler.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     compiler.chmod(0o755)
-    command = ["sh", operator_compiler.SCRIPT, "python", "/j/asm_tuner.py"]
+    command = ["sh", operator_compiler.SCRIPT, "/j/asm_tuner.py"]
     command += [f"--cc_path={compiler}", "a_op.cc", "-I/a b", "-o", "a_op.so"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")
     assert lines == ["a_op.cc", "-I/a b", "-o", "a_op.so", ""]
@@ -29,7 +29,7 @@ def test_the_compiler_is_called_at_once(tmp_path):
 def test_the_failure_of_the_compiler_is_the_script_s(tmp_path):
     source = tmp_path / "a_op.cc"
     source.write_text("")
-    command = ["sh", operator_compiler.SCRIPT, "python", "tuner", "--cc_path=false", source]
+    command = ["sh", operator_compiler.SCRIPT, "tuner", "--cc_path=false", source]
     assert subprocess.run(command).returncode == 1
 
 

@@ -128,14 +128,16 @@ def set_up(jt: Any, cache: Path) -> None:
     flags = jt.flags
     _quiet(flags, cache)
     # Jittor pastes these into a command line as they are; and nvcc has its own ways.
-    paths = (flags.python_path, flags.jittor_path, str(cache))
+    paths = (flags.jittor_path, str(cache))
     if sys.platform != "linux" or flags.nvcc_path or any(shlex.quote(p) != p for p in paths):
         return
     # OSError, UserError: the cache is shared and read-only.
     with contextlib.suppress(OSError, UserError, subprocess.SubprocessError, ValueError):
         # In the cache folder: Jittor recompiles an operator if any path in its command changes.
         script = _kept(cache, "compile-operator.sh", SCRIPT.read_bytes())
-        flags.python_path = f"/bin/sh {script} {flags.python_path}"
+        # Without Python's path: before Jittor loads an operator it reads and hashes every file that
+        # the command names, Python's 7 MB included, which takes 30 ms.
+        flags.python_path = f"/bin/sh {script}"
         include = _include(cache) if flags.cc_type == "g++" else ""
         if include:
             own = "" if include in flags.cc_flags else include + _OPERATORS
