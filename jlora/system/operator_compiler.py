@@ -29,19 +29,20 @@ FILTER = Path(__file__).with_name("quiet_operators.cc")
 #: In the cache folder; the compiled headers are in a folder of this name with ".gch" after it, of
 #: which g++ takes the one that was made with its options.
 HEADER = "jlora-jittor.h"
-# Jittor's headers declare less to its operators, whose sources define JIT.
+# Jittor's headers declare other things to its operators, whose sources define JIT. Angle brackets:
+# before it loads an operator Jittor reads all files that are included in quotes, anew each time.
 _HEADER = """#include <assert.h>
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include "var.h"
-#include "executor.h"
-#include "fused_op.h"
-#include "ops/op_register.h"
+#include <var.h>
+#include <executor.h>
+#include <fused_op.h>
+#include <ops/op_register.h>
 #ifdef JIT
-#include "misc/cpu_math.h"
+#include <misc/cpu_math.h>
 #else
-#include "pyjt/py_converter.h"
+#include <pyjt/py_converter.h>
 #endif
 """
 #: Defaults of Jittor's environment variables: its own code compiles a quarter faster with -O1 than
