@@ -21,7 +21,7 @@ JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all test-threads parity llamacpp golden bench-train bench-decode bench-scale \
-	bench-long bench-wikisql gpu-check gpu-inputs gpu-wheels gpu-compile lint install clean
+	bench-long bench-wikisql bench-serve gpu-check gpu-inputs gpu-wheels gpu-compile lint install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -71,6 +71,10 @@ bench-long: $(STAMP)
 # mlx-lm's LoRA example beside mlx-lm and PEFT (docs/results.md).
 bench-wikisql: $(STAMP) $(PARITY_STAMP) $(MLX_STAMP)
 	$(BIN)/python -m benchmarks.wikisql $(ARGS)
+
+# `jlora serve` beside llama.cpp's server, mlx-lm's and PEFT (docs/serve.md); ARGS=--quick: 11 minutes.
+bench-serve: $(STAMP) $(PARITY_STAMP) $(MLX_STAMP) $(LLAMACPP_STAMP)
+	$(BIN)/python -m benchmarks.serve $(ARGS)
 
 # The check of an NVIDIA card (docs/gpu.md). For a card without a network: what its machine needs for
 # Python GPU_PYTHON, and batches and prompts, are gathered in runs/gpu beforehand.

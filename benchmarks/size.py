@@ -13,7 +13,7 @@ from pathlib import Path
 
 PACKAGE = "jlora"
 OTHERS = ("tests", "parity", "benchmarks")
-LANGUAGES = {".py": "Python", ".h": "C++", ".cc": "C++"}
+LANGUAGES = {".py": "Python", ".h": "C++", ".cc": "C++", ".cu": "C++"}
 
 
 def folder_of(path: str) -> str:

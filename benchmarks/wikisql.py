@@ -2,7 +2,8 @@
 
 Every training is a process of its own on the same files and settings, one after another; with
 ``--rounds`` they alternate, each round with another seed. Their adapters are judged by jlora in
-float32 too, because mlx-lm's loss also counts the padding token behind every text.
+float32 too, because mlx-lm's loss also counts the padding token behind every text. With ``--keep``
+each result is written down at once and not computed again, so that it can be cut and go on.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ import argparse
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 
 from benchmarks.sides import PYTHON, ROOT
 from jlora.data.pull_models import pull
 from jlora.runs.recipe import Recipe, find_recipe, load_recipe
+from jlora.system.files import write_text
 from jlora.system.machine import cpu_model, processors
 from jlora.training.loggers import read_metrics
 
@@ -31,6 +34,7 @@ RECIPE = "wikisql-smollm2-135m"
 MLX = ROOT / ".venv-mlx"
 WARM_UP = 5  # steps of each run that do not count
 LAST = 50  # steps whose losses are averaged
+FEW = 8  # validation texts of ``--times``
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 #: Lines of `mlx_lm.lora`: step, loss, tokens a second, tokens so far; and step, "val", loss.
 MLX_STEP = re.compile(r"\s*(\d+)\s+([\d.]+|nan) [▼▲]\s")
@@ -73,6 +77,9 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=200)
     options.add_argument("--rounds", type=int, default=1)
     options.add_argument("--seed", type=int, default=1, help="of the first round")
+    options.add_argument("--keep", type=Path, help="folder of results: of those to come, and there")
+    options.add_argument("--times", action="store_true", help="of interest are seconds and memory: "
+                         f"{FEW} validation texts, and no adapter is judged")  # fmt: skip
     options.add_argument("--sides", nargs="+", choices=list(SIDES),
                          default=["jlora bf16", "jlora fp32", "mlx-lm", "PEFT fp32"])  # fmt: skip
     chosen = options.parse_args()
@@ -81,27 +88,64 @@ def main() -> None:
     data = Path(os.environ.get("JLORA_DATA", ROOT.parent / "shared" / "data"))
     data = data / recipe.data.folder
     print(f"{cpu_model()}, {processors()} processors, {date.today()}")
-    print(f"before, by jlora in fp32: {judge(model, data, None):.4f}", flush=True)
+    if not chosen.times:
+        before = kept(chosen.keep, "before.json", lambda: Run(judged=judge(model, data, None)))
+        print(f"before, by jlora in fp32: {before.judged:.4f}", flush=True)
     runs: dict[str, list[Run]] = {side: [] for side in chosen.sides if installed(side)}
     for seed in range(chosen.seed, chosen.seed + chosen.rounds):
         for side, done in runs.items():
-            load = os.getloadavg()[0]
-            with tempfile.TemporaryDirectory() as folder:
-                job = Job(recipe, model, data, chosen.steps, seed, Path(folder))
-                run = SIDES[side](job)
-                run.judged = judge(model, data, job.folder / "adapter")
-            done.append(run)
-            print(f"{side}, seed {seed}: load {load:.1f} when it began", flush=True)
+
+            def train(side=side, seed=seed) -> Run:
+                print(f"{side}, seed {seed}: load {os.getloadavg()[0]:.1f}", flush=True)
+                with tempfile.TemporaryDirectory() as folder:
+                    own = few_to_validate(data, Path(folder) / "data") if chosen.times else data
+                    job = Job(recipe, model, own, chosen.steps, seed, Path(folder))
+                    run = SIDES[side](job)
+                    if not chosen.times:
+                        run.judged = judge(model, data, job.folder / "adapter")
+                return run
+
+            times = "-times" if chosen.times else ""
+            name = f"{side.replace(' ', '-')}-{chosen.steps}-steps-seed-{seed}{times}.json"
+            done.append(kept(chosen.keep, name, train))
     print("\n" + table(runs, chosen.steps))
+
+
+def few_to_validate(data: Path, folder: Path) -> Path:
+    """``folder`` with the same training texts and `FEW` of those for validation."""
+    folder.mkdir()
+    shutil.copy(data / "train.jsonl", folder)
+    lines = (data / "valid.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "valid.jsonl").write_text("".join(lines[:FEW]), encoding="utf-8")
+    return folder
+
+
+def kept(folder: Path | None, name: str, compute: Callable[[], Run]) -> Run:
+    """What ``folder`` has under ``name``, else what ``compute`` gives; that is written there."""
+    file = folder and folder / name
+    if file and file.is_file():
+        return Run(**json.loads(file.read_text()))
+    run = compute()
+    if file:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(asdict(run)) + "\n")
+    return run
 
 
 def installed(side: str) -> bool:
     """Whether the side's environment is there; says so if not."""
-    python = {"m": MLX / "bin" / "python", "P": PYTHON["torch"]}.get(side[0])
-    if python is None or python.exists():
-        return True
-    print(f"{side}: left out, {python} is missing; make bench-wikisql makes it")
-    return False
+    needed = {"m": [MLX / "bin" / "python"], "P": [PYTHON["torch"]]}.get(side[0], [])
+    if side == "mlx-lm":
+        needed.append(mkl() or MLX / "lib" / "libmkl_rt.so")
+    missing = [file for file in needed if not file.exists()]
+    if missing:
+        print(f"{side}: left out, {missing[0]} is missing; make bench-wikisql installs it")
+    return not missing
+
+
+def mkl() -> Path | None:
+    """The BLAS for mlx-lm: that of its own wheel, netlib's, is slow."""
+    return next((MLX / "lib").glob("libmkl_rt.so*"), None)
 
 
 def table(runs: dict[str, list[Run]], steps: int) -> str:
@@ -219,8 +263,8 @@ def mlx(job: Job, own_blas: bool = False) -> Run:
     config = job.folder / "mlx.json"
     config.write_text(json.dumps(settings))
     variables = {"TOKENIZERS_PARALLELISM": "true"}
-    for library in [] if own_blas else (MLX / "lib").glob("libmkl_rt.so*"):
-        variables["LD_PRELOAD"] = str(library)  # the BLAS of its wheel is netlib's
+    if not own_blas:
+        variables["LD_PRELOAD"] = str(mkl())
     lines, peak = follow([str(MLX / "bin" / "mlx_lm.lora"), "-c", str(config)], **variables)
     steps, valid = mlx_losses(lines)
     weights = job.folder / "mlx" / f"{job.steps:07d}_adapters.safetensors"

@@ -55,6 +55,7 @@ def run_topic(name: str, seed: int, folder: Path) -> list[tuple[Case, Outcome]]:
     shutil.rmtree(folder, ignore_errors=True)
     for case in cases:
         write_inputs(topic, case, seed, folder / case.name)
+    died = []
     for stage, (side, _) in enumerate(topic.STAGES):
         command = [PYTHON[side], "-m", "parity.side", name, str(stage), str(seed), folder]
         log = folder / f"{stage}-{side}.log"
@@ -64,8 +65,10 @@ def run_topic(name: str, seed: int, folder: Path) -> list[tuple[Case, Outcome]]:
             ).returncode
         if code:
             tail = log.read_text(errors="replace").strip().splitlines()[-1:]
-            print(f"  {name}, {side}: exit code {code}: {' '.join(tail)} ({log})", flush=True)
-    return [(case, judge(topic, case, folder / case.name)) for case in cases]
+            problem = f"exit code {code}: {' '.join(tail)} ({log})"
+            case = Case("processes", f"{name}-{stage}-{side}", relative_to="exact")
+            died.append((case, Outcome(float("inf"), float("inf"), "", problem)))
+    return [*((case, judge(topic, case, folder / case.name)) for case in cases), *died]
 
 
 def judge(topic, case: Case, folder: Path) -> Outcome:

@@ -154,7 +154,8 @@ def transformers_side(case: Case, arrays: Any, folder: Path) -> dict[str, np.nda
 def jlora_side(case: Case, arrays: Any, folder: Path) -> dict[str, np.ndarray]:
     from jlora.data.chat_template import ChatTemplate
     from jlora.data.conversations import Conversation
-    from jlora.data.loss_mask import answer_spans, encode_spans
+    from jlora.data.loss_mask import answer_spans
+    from jlora.data.spans import encode_spans
     from jlora.data.tokenizer import Tokenizer
     from jlora.system.errors import UserError
 

@@ -164,8 +164,9 @@ def reference(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict[s
             found.update(models.reference_logits(model, arrays))
             prompts = prompts_of(arrays)
             kept = [greedy(model, prompt) for prompt in prompts]
+            assert any(kept), "all decisions are too close to call"
             (folder / "kept.json").write_text(json.dumps([ids is not None for ids in kept]))
-            found["greedy"] = np.array([ids for ids in kept if ids is not None] or [[0] * GREEDY])
+            found["greedy"] = np.array([ids for ids in kept if ids is not None])
         else:
             found["logits"] = model(torch.from_numpy(arrays["ids"]).long()).logits.numpy()
     found.update(reference_gradients(model, settings["targets"], arrays, seed, folder))
@@ -243,8 +244,7 @@ def ours(case: Case, arrays: dict[str, np.ndarray], folder: Path) -> dict[str, n
     prompts = prompts_of(arrays)
     texts = generate(model, prompts, GenerateConfig(max_new_tokens=GREEDY, eos_token_ids=()))
     kept = json.loads((folder / "kept.json").read_text())
-    texts = [text.ids for text, keep in zip(texts, kept) if keep]
-    found["greedy"] = np.array(texts or [[0] * GREEDY])
+    found["greedy"] = np.array([text.ids for text, keep in zip(texts, kept) if keep])
     fused = our_gradients(load(folder / "model"), arrays, folder, "fp32")
     if case.golden:  # `tests/test_families.py` compares both
         return {**found, **fused}

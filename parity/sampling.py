@@ -37,32 +37,28 @@ def our_chances(model, prompts: list[list[int]], warp: dict) -> dict[str, np.nda
     config = module.GenerateConfig(
         (), max_new_tokens=1, batch_size=5, **{"temperature": 1.0, **warp}
     )
-    draw = module._draw
+    draw = module.draw
     shares = []  # of the prompts in the order in which `generate` takes them
 
-    def measure(logprobs, settings, _):
-        shares.append(_shares(lambda u: draw(logprobs, settings, _Fixed(u)), len(logprobs)))
+    def measure(logprobs, settings, u, unseen=0):
+        if unseen:
+            return None  # undecided: all tokens are sorted
+        shares.append(_shares(lambda u: draw(logprobs, settings, u), len(logprobs)))
         return 0
 
-    with patch.object(module, "_draw", measure):
+    with patch.object(module, "draw", measure):
         module.generate(model, prompts, config)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for place in range(warp.get("top_k") or model.config.vocab_size):
-        with patch.object(module, "_draw", lambda *_, place=place: place):
+
+        def take(logprobs, settings, u, unseen=0, place=place):
+            return None if unseen else place
+
+        with patch.object(module, "draw", take):
             tokens = [h.ids[0] for h in module.generate(model, prompts, config)]
         for share, index in zip(shares, order):
             chances[index, tokens[index]] = share[place]
     return {"chances": chances}
-
-
-class _Fixed:
-    """A random generator that always gives one number."""
-
-    def __init__(self, number: float):
-        self.number = number
-
-    def random(self) -> float:
-        return self.number
 
 
 def _shares(draw, count: int) -> np.ndarray:

@@ -100,7 +100,7 @@ def cases(seed: int) -> list[Case]:
         )
         part = {"run": run, "part": "lr"}
         rates.append(Case("learning rate of every step", f"{run}-lr", part, 1e-12, "each"))
-        part = {"run": run, "part": "lora"}
+        part = {"run": run, "part": "adapter"}
         adapters.append(Case("adapter after the last step", f"{run}-adapter", part, 1e-4))
     return [*losses, *rates, *adapters]
 
@@ -127,7 +127,11 @@ def inputs(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
 def part_of(case: Case, folder: Path, side: str) -> dict[str, np.ndarray]:
     """The results of a case, from the file that the case of the run's losses has stored."""
     found = load_file(folder.parent / case.settings["run"] / f"run-{side}.safetensors")
-    return {name: array for name, array in found.items() if case.settings["part"] in name}
+    numbers, part = ("loss", "lr"), case.settings["part"]
+    if part in numbers:
+        return {part: found[part]}
+    # The bias of a module of which a copy is trained is not used, and PEFT freezes it.
+    return {n: a for n, a in found.items() if n not in numbers and "original_module" not in n}
 
 
 # The reference -----------------------------------------------------------------------------------

@@ -188,6 +188,30 @@ def test_a_side_without_its_environment_is_left_out_and_said(monkeypatch, tmp_pa
     monkeypatch.setattr(wikisql, "MLX", tmp_path)
     assert not wikisql.installed("mlx-lm") and wikisql.installed("jlora bf16")
     assert "mlx-lm: left out" in capsys.readouterr().out
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    assert wikisql.installed("mlx-lm, its own BLAS") and not wikisql.installed("mlx-lm")
+    assert "libmkl_rt.so is missing" in capsys.readouterr().out
+
+
+def test_times_alone_need_few_validation_texts(tmp_path):
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n" * 20)
+    folder = wikisql.few_to_validate(tmp_path, tmp_path / "few")
+    lines = {file.name: len(file.read_text().splitlines()) for file in folder.iterdir()}
+    assert lines == {"train.jsonl": 20, "valid.jsonl": wikisql.FEW}
+
+
+def test_a_comparison_that_was_cut_goes_on(tmp_path):
+    made = []
+
+    def train() -> wikisql.Run:
+        made.append(1)
+        return wikisql.Run(losses=[3.0, 2.5], after=2.25, peak_mb=100.0)
+
+    first = wikisql.kept(tmp_path / "kept", "one.json", train)
+    assert wikisql.kept(tmp_path / "kept", "one.json", train) == first and len(made) == 1
+    assert wikisql.kept(None, "one.json", train) == first and len(made) == 2  # nothing is kept
 
 
 def test_a_failed_training_shows_its_last_lines():

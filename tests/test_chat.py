@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,12 @@ from tiny_models import randomise_adapter
 import jlora
 from jlora.cli import chat as command
 from jlora.cli import main
+from jlora.data.batches import NO_SEPARATOR
 from jlora.decoding.sampling import GenerateConfig, generate
 from jlora.runs.adapter_file import AdapterFile
 from jlora.runs.chat import Talk
+from jlora.runs.data_config import DataConfig
+from jlora.runs.form import find_form
 from jlora.system.errors import UserError
 
 USER = "name : Blue Spice | food : Italian"
@@ -107,6 +111,19 @@ def test_adapters_change_on_the_way(model, adapters):
     assert "".join(one.say("x")) == expected(model, [*said, ("user", "x")], 4)
 
 
+def test_an_answer_that_ends_with_its_last_token_is_not_cut(model):
+    whole = "".join((one := talk(model, tokens=3)).say("food"))
+    assert whole and one.cut
+    config = GenerateConfig((), 3, stops=(whole,))  # a stop text
+    one = Talk(str(model), None, config, precision="plain")
+    assert "".join(one.say("food")) == "" and not one.cut
+    ids = jlora.load(model).tokenizer.encode(whole)
+    one = talk(model, tokens=1, end_ids=ids[:1])  # an end token
+    assert "".join(one.say("food")) == "" and not one.cut
+    one = talk(model, tokens=1)
+    assert "".join(one.say("food")) and one.cut
+
+
 def test_an_answer_that_is_left_counts_as_far_as_it_came(model):
     one = talk(model, tokens=20)
     whole = expected(model, [("user", USER)], tokens=20)
@@ -171,7 +188,7 @@ def test_a_pipe(model, adapters, capsys, monkeypatch):
                  "system prompt: as the template has it", "was cut at its largest"):  # fmt: skip
         assert part in said
     run_or_adapter = chat(capsys, monkeypatch, USER, adapters[1], "--system-prompt", "brief")
-    assert run_or_adapter[0] == 2 and "no --model given" in run_or_adapter[2]
+    assert run_or_adapter[0] == 0 and f"names {model} as the base model" in run_or_adapter[2]
     code, out, _ = chat(capsys, monkeypatch, USER, model, "--adapter", adapters[1])
     assert out.strip() == expected(model, [("user", USER)], adapter=adapters[1]).strip()
 
@@ -341,6 +358,92 @@ def test_the_template_is_applied_where_there_is_one(model, adapters, capsys, tmp
         answers(capsys, *ask, "--temp", 1.5, "--min-p", 0.01, "--seed", seed) for seed in (1, 1, 2)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_an_adapter_folder_names_its_base(model, adapters, capsys, monkeypatch, tmp_path):
+    """It was made by nobody's run, and is found by what PEFT's settings say."""
+    config = json.loads((Path(adapters[0]) / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(model)
+    tuned = expected(model, [("user", USER)], adapter=adapters[0]).strip()
+    ask = ["generate", "--prompt", USER, "--max-tokens", "8", "--precision", "plain"]
+    assert main([*ask, "--adapter", adapters[0]]) == 0
+    out, err = capsys.readouterr()
+    assert out == tuned + "\n"
+    assert err.count(f"names {model} as the base model, which is taken; --model takes") == 1
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{USER}\n"))
+    assert main(["chat", adapters[0], "--max-tokens", "8", "--precision", "plain"]) == 0
+    assert capsys.readouterr().out == tuned + "\n"
+    file = tmp_path / "t.jsonl"
+    file.write_text(json.dumps({"prompt": USER, "completion": tuned}) + "\n")
+    argv = ["evaluate", "exact-match", "--adapter", adapters[0], "--data", str(file), "--json"]
+    assert main([*argv, "--max-tokens", "8", "--precision", "plain"]) == 0
+    assert json.loads(capsys.readouterr().out)["matches"] == 1
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ("../gone/model", "names '../gone/model' as the base model, which is not here; give"),
+        (None, "no --model given"),
+        (7, "no --model given"),
+    ],
+)
+def test_an_adapter_folder_whose_base_is_not_here(adapters, capsys, tmp_path, base, said):
+    folder = shutil.copytree(adapters[0], tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = base
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    for verb in (["chat", str(folder)], ["generate", "--adapter", str(folder), "--prompt", "x"]):
+        assert main(verb) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_chat_template_none(model, tiny_model, capsys, tmp_path):
+    """As if the model had none: a text goes on, pairs have the separator, nobody can talk."""
+    ask = ["--model", model, "--prompt", USER, "--max-tokens", 8]
+    raw = answers(capsys, *ask, "--raw")
+    assert answers(capsys, *ask, "--chat-template", "none") == raw != answers(capsys, *ask)
+    assert (
+        main(["generate", *map(str, ask), "--chat-template", "none", "--system-prompt", "x"]) == 2
+    )
+    assert "--system-prompt is for a chat template, and" in capsys.readouterr().err
+    assert main(["chat", str(model), "--chat-template", "none"]) == 2
+    assert "a conversation needs a template" in capsys.readouterr().err
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({"prompt": USER, "completion": "a"}) + "\n")
+    found = []
+    for name, more in ((model, ["--chat-template", "none"]), (tiny_model, [])):
+        argv = ["evaluate", "perplexity", "--model", str(name), "--data", str(file), *more]
+        assert main([*argv, "--precision", "plain", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["tokens"])
+    assert found[0] == found[1]
+
+
+def test_the_form_is_decided_once(model, tiny_model, tiny_run, adapters, tmp_path):
+    """`generate` and `evaluate` ask alike."""
+    run, made = AdapterFile(tiny_run), AdapterFile(Path(adapters[0]))
+    chat, task = DataConfig(task="chat"), DataConfig(task="jsonl", separator_id=7)
+    texts = replace(chat, separator_id=NO_SEPARATOR)
+
+    def form(*arguments, **settings):
+        found = find_form(*arguments, **settings)
+        assert not (found.chat and found.plain)
+        kind = "chat" if found.chat else "plain" if found.plain else found.separator_id
+        return kind, found.of_task
+
+    name, plain = str(model), str(tiny_model)
+    assert form(name, None) == form(name, None, data=chat) == form(name, made) == ("chat", False)
+    assert form(name, None, raw=True) == form(name, made, raw=True) == ("plain", False)
+    assert form(name, None, data=chat, texts=True) == ("plain", False)
+    assert form(name, run) == form(None, run) == (None, True)  # as the run says
+    assert form(name, run, choice="chatml") == ("chat", False)
+    assert form(name, None, separator_id=3) == (3, True)
+    assert form(name, None, data=task) == (7, True)
+    assert form(name, None, data=task, raw=True) == (NO_SEPARATOR, True)
+    assert form(plain, None) == ("plain", False)
+    assert form(plain, made) == (None, True)
+    assert form(plain, None, data=chat) == (None, False)  # pairs, as they are trained
+    assert form(plain, None, data=texts) == ("plain", False)
 
 
 def test_without_a_template_a_text_goes_on(model, tiny_model, capsys, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 
 from jlora.cli import doctor
 from jlora.cli.doctor import Check
-from jlora.system import machine, runtime
+from jlora.system import environment, machine
 from jlora.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,7 +74,7 @@ def test_missing_things_name_what_fixes_them(tmp_path: Path, monkeypatch):
     assert doctor._compiler().fix == "install compiler"
     monkeypatch.setattr(machine, "python_header", lambda: tmp_path / "Python.h")
     assert doctor._headers().fix == "install headers"
-    monkeypatch.setattr(runtime, "home_problem", lambda: "cannot write /x: full; set HOME")
+    monkeypatch.setattr(environment, "home_problem", lambda: "cannot write /x: full; set HOME")
     assert (doctor._cache().detail, doctor._cache().fix) == ("cannot write /x: full", "set HOME")
     monkeypatch.setenv("cc_path", "/nowhere/g++")
     assert doctor._compiler().fix == "unset cc_path"

@@ -345,8 +345,10 @@ def test_advice_by_stage(monkeypatch):
         ("train", "checkpoint_activations=true"),
         ("decode", "decode.batch_size=4"),
         ("score", "decode.batch_size=4"),
+        ("load", "precision=int8"),
     ):
         monkeypatch.setattr(type(seen), "peak_stage", stage)
         assert next(memory_check.changes(recipe, seen))[0] == (first,)
     monkeypatch.setattr(type(seen), "peak_stage", "load")
-    assert list(memory_check.changes(recipe, seen)) == []
+    smallest = replace(seen, precision="int4")
+    assert list(memory_check.changes(recipe, smallest)) == []

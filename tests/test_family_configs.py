@@ -121,6 +121,9 @@ REFUSED = [
     ("phi3", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ("glm", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ("glm4", {"partial_rotary_factor": "half"}, "partial_rotary_factor"),
+    ("glm4", {"head_dim": 10}, "partial_rotary_factor 0.5 turns 5 of a head's 10 numbers"),
+    ("glm", {"partial_rotary_factor": 0.001}, "partial_rotary_factor 0.001 turns 0 of"),
+    ("phi3", {"partial_rotary_factor": 0.05}, "partial_rotary_factor 0.05 turns"),
     ("internlm3", {"qkv_bias": True}, "qkv_bias that is not bias"),
     ("internlm2", {"rope_scaling": {"type": "dynamic"}}, "'dynamic' lacks factor"),
 ]

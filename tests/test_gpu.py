@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import subprocess
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -339,6 +341,25 @@ def test_packages_of_nvidia_are_a_toolkit(tmp_path: Path, monkeypatch):
     monkeypatch.delenv("nvcc_path", raising=False)
     found = cuda_toolkit.find()
     assert found.nvcc.stat().st_mode & stat.S_IXUSR and found.missing == []
+
+
+def test_every_thread_is_told_of_its_failures(gpu):
+    told = []
+
+    def allocate():
+        for _ in range(200):
+            with contextlib.suppress(UserError):
+                gpu_library.DeviceMemory(1 << 41)
+                return
+            told.append(1)
+
+    threads = [threading.Thread(target=allocate) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(told) == 800 and gpu_library.library().gpu_failure() is None
+    assert gpu_library.DeviceMemory(64).address
 
 
 @pytest.mark.parametrize(("major", "known"), [(7, True), (8, True), (9, False)])

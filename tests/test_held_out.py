@@ -92,6 +92,43 @@ def test_exact_match(model, tmp_path, capsys):
     assert len(out.read_text().splitlines()) == 3
 
 
+def test_answers_of_texts_by_a_model_alone(model, tmp_path, capsys):
+    """It goes on with the text as it is, though the model has a chat template."""
+    own = jlora.load(model)
+    own.eval()
+    rows = []
+    for asked, _ in PAIRS:
+        (found,) = generate(own, [own.tokenizer.encode(f"{asked} A:")], GenerateConfig((401, 0), 6))
+        answer = own.tokenizer.decode(found.text_ids).strip()
+        rows.append({"text": f"{asked} A: {answer}"})
+    file = write(tmp_path / "test.jsonl", rows)
+    argv = ["exact-match", "--model", model, "--data", file, "--max-tokens", 6]
+    found = scores(capsys, *argv, "--set", "data.answer_after=' A:'")
+    assert found == {"exact_match": 1.0, "matches": 3, "examples": 3}
+
+
+def test_columns_of_another_name(model, tmp_path, capsys):
+    file = write(tmp_path / "x.jsonl", [{"q": asked, "a": said} for asked, said in PAIRS])
+    usual = [{"prompt": asked, "completion": said} for asked, said in PAIRS]
+    expected = scores(
+        capsys, "perplexity", "--model", model, "--data", write(tmp_path / "y.jsonl", usual)
+    )
+    names = ["--set", "data.prompt_feature=q", "--set", "data.completion_feature=a"]
+    assert scores(capsys, "perplexity", "--model", model, "--data", file, *names) == expected
+
+
+def test_perplexity_counts_what_was_cut(model, tmp_path, capsys):
+    turns = [{"role": role, "content": "a b"} for role in ("user", "assistant") * 3]
+    long = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b " * 60}]
+    rows = [{"messages": turns}, {"messages": turns[:2]}, {"messages": long}]
+    file = write(tmp_path / "x.jsonl", rows)
+    argv = ["perplexity", "--model", model, "--data", file]
+    found = scores(capsys, *argv, "--max-length", 40)
+    assert (found["examples"], found["cut"], found["left_out"]) == (2, 1, 1)
+    found = scores(capsys, *argv)
+    assert (found["examples"], found["cut"], found["left_out"]) == (3, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -106,6 +143,12 @@ def test_exact_match(model, tmp_path, capsys):
         ("perplexity --data FILE --task jsonl --chat-template alpaca", "x.jsonl:1: no key"),
         ("perplexity --data FILE --split test", "--split is for a folder"),
         ("perplexity --data . --split no", "task chat has no split 'no'"),
+        ("perplexity --data FILE --chat-template chatml", "for conversations, and these are whole"),
+        ("perplexity --data FILE --set lora.r=2", "what can be set here is data.NAME=VALUE, with"),
+        ("perplexity --data FILE --set data.train_limit=2", "with NAME one of template, separ"),
+        ("perplexity --data FILE --set data.train_on=no", "data.train_on"),
+        ("perplexity --data FILE --set data", "write KEY=VALUE"),
+        ("e2e --refs x --hyps y --set data.train_on=all", "--set is for perplexity and exact"),
         ("e2e --data FILE", "--data is for perplexity and exact-match"),
         ("e2e --refs x", "e2e is scored by --refs and --hyps; give both"),
         ("perplexty --data FILE", "no task 'perplexty'; did you mean perplexity?"),

@@ -302,3 +302,19 @@ def test_a_failing_compiler_is_one_line_and_leaves_nothing(monkeypatch, tmp_path
     with pytest.raises(UserError, match="could not compile jlora's operators .*no_such_file") as e:
         native._compile(command, path)
     assert "\n" not in str(e.value) and list(tmp_path.iterdir()) == []
+
+
+def test_no_value_has_the_number_of_one_before():
+    """What is kept under a value's number would be taken for another value's."""
+    seen = []
+    kept = jt.array([1.0])
+    for number in range(200):
+        gone = jt.array(np.full(3, number, np.float32))
+        gone.sync()
+        seen.append(native.value_number(gone))
+        del gone
+        kept.update(jt.array([float(number)]))
+        seen.append(native.value_number(kept))
+        kept.numpy()
+        assert native.value_number(kept) == seen[-1]
+    assert len(set(seen)) == len(seen)

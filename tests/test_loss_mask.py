@@ -9,9 +9,11 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from jlora.data.batches import TokenExample, collate, stream
+from jlora.data.chat_examples import MaskSettings, encode_conversations
 from jlora.data.chat_template import ChatTemplate, find_template
 from jlora.data.conversations import Conversation
-from jlora.data.loss_mask import MaskSettings, answer_spans, encode_conversations, encode_spans, fit
+from jlora.data.loss_mask import answer_spans
+from jlora.data.spans import encode_spans, fit
 from jlora.data.tokenizer import Tokenizer
 from jlora.system.errors import UserError
 
@@ -31,6 +33,15 @@ def tokenizer_of(**changes) -> Tokenizer:
     )
     backend.train_from_iterator(WORDS, trainer)
     return Tokenizer(backend, **{"eos_token_id": 1, "bos_token_id": 0, **changes})
+
+
+def begins() -> Tokenizer:
+    """One whose files put the begin token before every text."""
+    tokenizer = tokenizer_of()
+    tokenizer.backend.post_processor = processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", 0)]
+    )
+    return tokenizer
 
 
 TOKENIZER = tokenizer_of()
@@ -316,6 +327,15 @@ def test_where_everything_is_trained_the_end_stays():
         encode(FOUR, mask_prompt=False, longest=20, too_long="drop")
 
 
+def test_the_begin_token_stays_where_everything_is_trained():
+    template = replace(CHATML, source="<s>" + CHATML.source)
+    settings = {"template": template, "tokenizer": begins(), "mask_prompt": False}
+    (whole,) = encode(FOUR, **settings).examples
+    (cut,) = encode(FOUR, longest=20, **settings).examples
+    assert whole.ids[0] == 0 and whole.cut == 0
+    assert cut == TokenExample([0, *whole.ids[-20:]], 1, len(whole.ids) - 21)
+
+
 # Whole texts -------------------------------------------------------------------------------------
 
 
@@ -340,12 +360,8 @@ def test_ends_and_beginnings_of_texts():
     assert block.ids == TOKENIZER.encode("a</s>")
     (block,) = encode(text_of("a"), end_id=3).examples
     assert block.ids[-1] == 3
-    begins = tokenizer_of()
-    begins.backend.post_processor = processors.TemplateProcessing(
-        "<s> $A", special_tokens=[("<s>", 0)]
-    )
-    (block,) = encode(text_of("a"), tokenizer=begins).examples
-    assert block.ids == [0, *begins.encode("a"), 1]
+    (block,) = encode(text_of("a"), tokenizer=begins()).examples
+    assert block.ids == [0, *begins().encode("a"), 1]
 
 
 def test_texts_have_no_prompt():

@@ -43,6 +43,12 @@ def test_quoted_fields_keep_their_line_ends_and_rows_without_text_are_skipped(wr
     assert read_references(write("r.csv", table)) == [["one\ntwo", "b"], [""]]
 
 
+def test_only_broken_pound_signs_are_mended(write):
+    table = "mr,ref\nx,Ł20-25 or Ł 30\nx,Łódź has a café\nx,Â£5 in a cafÃ©\n"
+    found = read_references(write("r.csv", table))
+    assert found == [["£20-25 or £ 30", "Łódź has a café", "£5 in a café"]]
+
+
 def test_tsv_with_other_columns(write):
     table = "id\tMeaning_Representations\tReferences\n1\tx\ta\n2\ty\tb\n"
     assert read_references(write("r.tsv", table)) == [["a"], ["b"]]

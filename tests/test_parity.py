@@ -8,10 +8,14 @@ import zipfile
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tiny_models import tiny_gpt2
 
+from jlora.system.runtime import jt
+from parity import __main__ as driver
 from parity.case import Case, Outcome, compare
 from parity.files import INPUTS, TOPICS, topic_module
 from parity.golden import FIXTURES, golden_cases, reference_file
+from parity.sampling import our_chances
 from parity.table import make_lines, markdown
 
 KEPT = [topic for topic in TOPICS if (FIXTURES / f"{topic}.zip").is_file()]
@@ -88,3 +92,29 @@ def test_a_row_is_as_good_as_its_worst_case():
     (line,) = make_lines("topic", [(first, good), (second, bad)])
     assert (line.cases, line.failed, line.absolute, line.relative) == (2, 1, 0.5, 2.0)
     assert "FAIL (1 of 2)" in markdown([line]) and "a2: y differs" in line.worst
+
+
+@pytest.mark.parametrize("warp", [{}, {"top_k": 3, "temperature": 2.0}])
+def test_the_chances_of_sampling_are_measured(warp):
+    """Without the reference: of every token, or of the likeliest three, by the model's logits."""
+    model, prompts = tiny_gpt2(vocab_size=24), [[3, 1, 4], [5, 9, 2]]
+    (chances,) = our_chances(model, prompts, warp).values()
+    with jt.no_grad():
+        logits = model(jt.array(np.array(prompts, np.int32))).numpy()[:, -1].astype(np.float64)
+    weights = np.exp(logits / warp.get("temperature", 1.0))
+    if warp:
+        weights[weights < np.sort(weights)[:, -3:-2]] = 0
+    expected = weights / weights.sum(1, keepdims=True)
+    np.testing.assert_allclose(chances, expected, atol=1e-5)
+
+
+def test_a_process_that_dies_fails_its_topic(monkeypatch, tmp_path, capsys):
+    """Though all its results are there."""
+    monkeypatch.setattr(
+        driver.subprocess, "run", lambda *_, **__: driver.subprocess.CompletedProcess([], -11)
+    )
+    monkeypatch.setattr(driver, "judge", lambda *_: Outcome(0.0, 0.0, "", ""))
+    outcomes = driver.run_topic("chat", 1, tmp_path / "chat")
+    failed = [case.name for case, outcome in outcomes if not outcome.passed]
+    assert failed == ["chat-0-reference", "chat-1-jlora"]
+    assert "exit code -11" in outcomes[-1][1].problem

@@ -230,6 +230,54 @@ def test_loading_beside_a_merged_adapter_keeps_it_merged(folders):
     np.testing.assert_array_equal(logits(model), merged)
 
 
+@pytest.mark.parametrize("verb", ["unmerge_adapter", "set_adapter", "unload"])
+def test_unmerging_is_all_or_nothing(verb, folders):
+    model = PeftModel.from_pretrained(base("gpt2"), folders["gpt2", "dora"])
+    model.load_adapter(folders["gpt2", "b"], "b")
+    model.merge_adapter()
+    last = list(model.lora_layers().values())[-1]
+    last.weight.update(last.weight * 2)  # other weights, which DoRA's change cannot be taken from
+    before = logits(model)
+    with pytest.raises(UserError, match="unmerge before loading"):
+        getattr(model, verb)(*(["b"] if verb == "set_adapter" else []))
+    assert all(layer.merged for layer in model.lora_layers().values())
+    assert model.active_adapter == "default"
+    np.testing.assert_array_equal(logits(model), before)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_an_adapter_that_cannot_be_put_on_leaves_the_other(kind, folders, monkeypatch):
+    model = PeftModel.from_pretrained(base(kind), folders[kind, "a"])
+    model.load_adapter(folders[kind, "copies"], "copies")
+    model.merge_adapter()
+    before = logits(model)
+    copies = list(model._adapters["copies"].modules.values())
+
+    def fails(base):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(copies[-1], "put_on", fails)
+        with pytest.raises(MemoryError):
+            model.set_adapter("copies")
+    assert model.active_adapter == "default" and model.get_model_status().merged_adapters
+    np.testing.assert_array_equal(logits(model), before)
+    model.set_adapter("copies")
+    expected = PeftModel.from_pretrained(base(kind), folders[kind, "copies"])
+    np.testing.assert_array_equal(logits(model), logits(expected))
+
+
+def test_a_merge_that_fails_half_way_leaves_no_layer_merged(folders, monkeypatch):
+    model = PeftModel.from_pretrained(base("gpt2"), folders["gpt2", "a"])
+    before = logits(model)
+    last = list(model.lora_layers().values())[-1]
+    monkeypatch.setattr(last, "merge", lambda: next(iter(())))
+    with pytest.raises(StopIteration):
+        model.merge_adapter()
+    assert not any(layer.merged for layer in model.lora_layers().values())
+    np.testing.assert_array_equal(logits(model), before)
+
+
 @needs_bf16
 def test_merging_weights_that_are_packed_alone(folders):
     model = base("llama")

@@ -17,7 +17,7 @@ from jlora.data.end_tokens import find_ends
 from jlora.data.tokenizer import Tokenizer
 from jlora.decoding.sampling import GenerateConfig, generate
 from jlora.decoding.session import Session
-from jlora.decoding.text_stream import TextStream, pieces
+from jlora.decoding.text_stream import TextStream, pieces, up_to_stop
 from jlora.kernels import packed_linear
 
 # Text as it comes --------------------------------------------------------------------------------
@@ -79,6 +79,44 @@ def test_stop_texts(stops, shown):
     assert "".join([*map(stream.add, b"one two three"), stream.finish()]) == shown
     assert stream.stopped == (shown != "one two three")
     assert stream.add(97) == stream.finish() == "" if stream.stopped else True
+
+
+@pytest.mark.parametrize(
+    ("stops", "text", "shown"),
+    [
+        (("ab", "bc"), "abc", ""),
+        (("abcd", "bc"), "abcd", "a"),  # the one that is complete first counts
+        (("abcd", "bc"), "abce", "a"),
+        (("bc", "abc"), "abc", ""),  # of two that end together the longer one
+        (("aab",), "aaab", "a"),
+        (("ab", "xyz"), "xyab", "xy"),
+    ],
+)
+def test_stop_texts_that_overlap(stops, text, shown):
+    assert up_to_stop(text, stops) == shown
+    assert "".join(pieces(text.encode(), Bytes(), stops=stops)) == shown
+
+
+class Chunks:
+    """A tokenizer whose tokens are pieces of a text."""
+
+    def __init__(self, text, places):
+        self.parts = [text[a:b] for a, b in zip([0, *places], [*places, len(text)])]
+
+    def decode(self, ids):
+        return "".join(self.parts[index] for index in ids)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_same_stop_text_counts_however_the_text_comes(seed):
+    random = np.random.default_rng(seed)
+    text = "".join(random.choice(list("abc"), 40))
+    stops = ["".join(random.choice(list("abc"), random.integers(2, 6))) for _ in range(3)]
+    cuts = Chunks(text, sorted(random.choice(40, 9, replace=False)))
+    stream = TextStream(cuts, stops)
+    shown = "".join(stream.pieces(range(len(cuts.parts))))
+    assert shown == up_to_stop(text, stops)
+    assert stream.ended == (shown != text)
 
 
 # Keys and values ---------------------------------------------------------------------------------

@@ -71,13 +71,29 @@ class Adapter:
         set_modules(model, {name: module.take_off() for name, module in self.modules.items()})
 
     def put_on(self, model: nn.Module) -> None:
-        """Stand in ``model``, a plain one, again."""
+        """Stand in ``model``, a plain one, again.
+
+        Raises:
+            UserError: a module is gone from the model; nothing is changed then.
+        """
         places = dict(model.named_modules())
-        for name, module in self.modules.items():
-            base = places[name]
-            module.put_on(base)
-            for part in module.modules():
-                part.is_train = base.is_training()
+        gone = [name for name in self.modules if name not in places]
+        if gone:
+            raise UserError(
+                f"the model no longer has {gone[0]}, which the adapter is on; load both again"
+            )
+        taken = []
+        try:
+            for name, module in self.modules.items():
+                base = places[name]
+                module.put_on(base)
+                taken.append(module)
+                for part in module.modules():
+                    part.is_train = base.is_training()
+        except BaseException:
+            for module in taken:
+                module.take_off()
+            raise
         set_modules(model, self.modules)
         self._swap_biases(model)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from jlora.adapters.attach import ModulesToSave
@@ -41,33 +41,44 @@ def merge_layers(layers: Mapping[str, LoRALayer]) -> MergeReport:
     """Merge the layers that are not merged yet.
 
     Raises:
-        UserError: one cannot be merged; all are as they were then.
+        UserError: one cannot be merged; all are as they were then, whatever the error was.
     """
     report, merged = MergeReport(0, 0.0, "none", 0.0), []
-    for name, layer in layers.items():
-        if layer.merged or not layer.has_adapter:
-            continue
-        before = layer.float_weight()
-        change = layer.variant.merged_weight(layer, before) - before
-        largest = float(change.abs().max().item())
-        try:
+    try:
+        for name, layer in layers.items():
+            if layer.merged or not layer.has_adapter:
+                continue
+            before = layer.float_weight()
+            change = layer.variant.merged_weight(layer, before) - before
+            largest = float(change.abs().max().item())
             layer.merge()
-        except UserError:
-            for other in merged:
-                other.unmerge()
-            raise
-        merged.append(layer)
-        lost = 0.0
-        if layer.weight.dtype != "float32":
-            lost = (layer.weight.float32() - before - change).abs().max().item()
-        best = largest > report.largest_change
-        report = MergeReport(
-            report.layers + 1,
-            largest if best else report.largest_change,
-            name if best else report.layer,
-            max(report.rounding_error, lost),
-        )
+            merged.append(layer)
+            lost = 0.0
+            if layer.weight.dtype != "float32":
+                lost = (layer.weight.float32() - before - change).abs().max().item()
+            best = largest > report.largest_change
+            report = MergeReport(
+                report.layers + 1,
+                largest if best else report.largest_change,
+                name if best else report.layer,
+                max(report.rounding_error, lost),
+            )
+    except BaseException:
+        for layer in merged:
+            layer.unmerge()
+        raise
     return report
+
+
+def unmerge_layers(layers: Iterable[LoRALayer]) -> None:
+    """Unmerge all of the layers that are merged.
+
+    Raises:
+        UserError: one cannot be unmerged; all stay merged then.
+    """
+    plain = [(layer, layer.plain_weight()) for layer in layers if layer.merged]
+    for layer, weight in plain:
+        layer.give_back(weight)
 
 
 def check_untied(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

@@ -125,9 +125,14 @@ class PeftModel(SwitchableModel):
         if is_on:
             self.set_adapter(None)
         self._adapters[adapter_name] = new
-        self._forget_plans()
-        if is_on:
+        try:
+            if is_on:
+                self._switch(adapter_name)
+        except BaseException:
+            self._adapters[adapter_name] = old
             self._switch(adapter_name)
+            raise
+        self._forget_plans()
 
     def add_weighted_adapter(
         self,

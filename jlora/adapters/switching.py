@@ -13,6 +13,7 @@ import numpy as np
 from jlora.adapters import base_model
 from jlora.adapters.adapter import Adapter, is_adapted
 from jlora.adapters.config import LoraConfig
+from jlora.adapters.merging import unmerge_layers
 from jlora.adapters.tuned import TunedModel
 from jlora.layers import LoRALayer, set_trainable
 from jlora.system.errors import UserError
@@ -87,6 +88,14 @@ class SwitchableModel(TunedModel):
         """Their names, in the order in which they came."""
         return list(self._adapters)
 
+    def adapter(self, adapter_name: str) -> Adapter:
+        """The settings and layers of an adapter, on the model or put aside.
+
+        Raises:
+            UserError: there is no such adapter.
+        """
+        return self._find(adapter_name)
+
     @property
     def peft_config(self) -> LoraConfig | None:
         """The settings of the adapter that is on, target_modules always given."""
@@ -100,7 +109,6 @@ class SwitchableModel(TunedModel):
         """Which adapters there are, which is on, and what is trained."""
         trainable, total = self.get_nb_trainable_parameters()
         aside = [a for name, a in self._adapters.items() if name != self.active_adapter]
-        merged = any(layer.merged for layer in self.lora_layers().values())
         active = [] if self.active_adapter is None else [self.active_adapter]
         device = "cuda" if jt.flags.use_cuda else "cpu"
         return ModelStatus(
@@ -112,7 +120,7 @@ class SwitchableModel(TunedModel):
             num_adapter_layers=len({n for a in self._adapters.values() for n in a.modules}),
             enabled=not self._disabled,
             active_adapters=active,
-            merged_adapters=active if merged else [],
+            merged_adapters=active if self._merged_layers() else [],
             requires_grad={name: a.is_trainable for name, a in self._adapters.items()},
             available_adapters=sorted(self._adapters),
             devices={name: [device] for name in self._adapters},
@@ -129,15 +137,22 @@ class SwitchableModel(TunedModel):
             adapter_name: None: no adapter, the plain base model.
 
         Raises:
-            UserError: there is no such adapter, or this is inside `disable_adapter`.
+            UserError: there is no such adapter, this is inside `disable_adapter`, or the one that
+                is on cannot be unmerged. Nothing is changed then, whatever the error was.
         """
         if adapter_name is not None:
             self._find(adapter_name)
         self._check_enabled("set_adapter")
-        if any(layer.merged for layer in self.lora_layers().values()):
-            log.warning("%s was merged and is unmerged to set another adapter", self.active_adapter)
-            self.unmerge_adapter()
-        self._switch(adapter_name)
+        before, merged = self.active_adapter, self._merged_layers()
+        unmerge_layers(merged)
+        try:
+            self._switch(adapter_name)
+        except BaseException:
+            for layer in merged:
+                layer.merge()
+            raise
+        if merged:
+            log.warning("%s was merged and is unmerged to set another adapter", before)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter; if it is on, the first of the others is put on, or none.
@@ -171,9 +186,8 @@ class SwitchableModel(TunedModel):
 
     @contextlib.contextmanager
     def _unmerged(self) -> Iterator[None]:
-        merged = [layer for layer in self.lora_layers().values() if layer.merged]
-        for layer in merged:
-            layer.unmerge()
+        merged = self._merged_layers()
+        unmerge_layers(merged)
         try:
             yield
         finally:
@@ -181,9 +195,16 @@ class SwitchableModel(TunedModel):
                 layer.merge()
 
     def unmerge_adapter(self) -> None:
-        """Give all weights back as they were before `merge_adapter`."""
-        for layer in self.lora_layers().values():
-            layer.unmerge()
+        """Give all weights back as they were before `merge_adapter`.
+
+        Raises:
+            UserError: other weights were loaded into a merged layer, and its variant cannot take
+                the change from those; all layers stay merged then.
+        """
+        unmerge_layers(self.lora_layers().values())
+
+    def _merged_layers(self) -> list[LoRALayer]:
+        return [layer for layer in self.lora_layers().values() if layer.merged]
 
     def lora_layers(self) -> dict[str, LoRALayer]:
         """The LoRA layers of the adapter that is on, by module name."""
@@ -233,12 +254,18 @@ class SwitchableModel(TunedModel):
             vars(module).pop("_plans", None)
 
     def _switch(self, adapter_name: str | None) -> None:
-        """Take the unmerged adapter off and put another one on."""
-        if self._current:
-            self._current.take_off(self.base_model)
+        """Take the unmerged adapter off and put another one on, or leave all as it is."""
+        before = self._current
+        if before:
+            before.take_off(self.base_model)
+        try:
+            if adapter_name is not None:
+                self._adapters[adapter_name].put_on(self.base_model)
+        except BaseException:
+            if before:
+                before.put_on(self.base_model)
+            raise
         self.active_adapter = adapter_name
-        if self._current:
-            self._current.put_on(self.base_model)
         self._set_names()
 
     def _set_names(self) -> None:

@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from jlora.cli import answers, chat, folders, generate, models, setup, training
+from jlora.cli import answers, chat, folders, generate, models, serve, setup, training
 from jlora.system import distributed
 from jlora.system.errors import UserError
 
@@ -17,7 +17,7 @@ from jlora.system.errors import UserError
 VERBS = (
     *(setup.add_demo, setup.add_doctor, setup.add_pull, setup.add_data),
     *(training.add_run, training.add_estimate, training.add_sweep, training.add_finetune),
-    *(generate.add_generate, chat.add_chat, models.add_merge, models.add_export),
+    *(generate.add_generate, chat.add_chat, serve.add_serve, models.add_merge, models.add_export),
     *(models.add_convert, models.add_combine, models.add_analyze),
     *(answers.add_evaluate, answers.add_rerank),
     *(folders.add_report, folders.add_runs),

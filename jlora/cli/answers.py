@@ -25,7 +25,7 @@ BY_MODEL = ("perplexity", "exact-match")
 OF_FILES, OF_MODEL = ("refs", "hyps", "metrics"), ("model", "adapter", "data")
 MODEL_OPTIONS = (
     *OF_MODEL, "lora_alpha", "enable_lora", "force", "split", "task", "chat_template",
-    "chat_template_args", "max_length", "precision", "batch_size", "max_new_tokens", "out",
+    "chat_template_args", "set", "max_length", "precision", "batch_size", "max_new_tokens", "out",
 )  # fmt: skip
 
 
@@ -59,6 +59,10 @@ def add_evaluate(verb: Verb) -> None:
         "--chat-template", metavar="FILE|NAME", help="instead of the model's or the adapter's own"
     )
     model.add_argument("--chat-template-args", type=json_object, metavar="JSON")
+    model.add_argument(
+        "--set", action="append", metavar="data.KEY=VALUE", help="how the examples are read, as in "
+        "a recipe, such as data.answer_after='\"\\nA: \"' (default: as in the adapter's run)",
+    )  # fmt: skip
     model.add_argument(
         "--max-length", type=positive, metavar="N",
         help="tokens of an example for perplexity (default: as in the training, else 2048)",
@@ -108,8 +112,8 @@ def model_scores(arguments: argparse.Namespace) -> dict[str, Any]:
     adapter = adapter_file(arguments)
     held_out = HeldOut(
         arguments.model, adapter, Path(arguments.data), arguments.split, arguments.task,
-        arguments.chat_template, arguments.chat_template_args, arguments.max_length, precision,
-        arguments.batch_size or 8,
+        arguments.chat_template, arguments.chat_template_args, arguments.set or (),
+        arguments.max_length, precision, arguments.batch_size or 8,
     )  # fmt: skip
     if what == "perplexity":
         return held_out.perplexity()

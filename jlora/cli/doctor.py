@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jlora.metrics.java import find_java
-from jlora.system import cuda_toolkit, distributed, machine, runtime
+from jlora.system import cuda_toolkit, distributed, environment, machine, runtime
 from jlora.system.errors import UserError
 
 # Jittor's first import compiles it; the child process that tries it may take as long as that.
@@ -102,7 +102,7 @@ def _packages() -> Check:
 
 
 def _cache() -> Check:
-    problem = runtime.home_problem()
+    problem = environment.home_problem()
     if problem:
         cause, _, fix = problem.partition("; ")
         return Check("Cache folder", False, cause, fix)

@@ -168,6 +168,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
     from jlora.decoding.predictions import check_out
     from jlora.decoding.sampling import GenerateConfig
     from jlora.runs.answer import answer, stream_answer
+    from jlora.runs.data_config import DataConfig
+    from jlora.runs.form import find_form
     from jlora.runs.recipe import check_precision
     from jlora.system.distributed import world
 
@@ -185,6 +187,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     decoding(arguments, trained, task=False)  # what is wrong in itself
     check_precision(arguments.precision)
     prompts, keeps, asked = arguments.prompt, None, None
+    data, texts = None, False
     if arguments.data:
         talks = adapter is not None and recipe is not None and not adapter.of_task
         task = get_task(arguments.task or ("chat" if talks else "e2e"))
@@ -194,16 +197,22 @@ def run_generate(arguments: argparse.Namespace) -> int:
             rows = task.read_file(arguments.data, recipe.data.features if same else None)
         else:
             rows = task.read(arguments.data, recipe.data.template if same else None)
-        groups = task.groups(rows)
+        groups, data = task.groups(rows), recipe.data if same else DataConfig(task=task.name)
         prompts, keeps = [group.prompt for group in groups], [group.keep for group in groups]
         if task.name == "chat":
             if not groups:
                 raise UserError(f"{arguments.data}: no example ends with an answer to ask for")
             asked = [group.asked for group in groups]
+            texts = all(each.text is not None for each in asked)
     else:
         prompts = [read_prompt() if prompt == "-" else prompt for prompt in prompts]
-    form, of_task = form_of(arguments, adapter, arguments.data is not None and asked is None)
-    config = decoding(arguments, trained, of_task)
+    form = find_form(
+        arguments.model, adapter, data=data, texts=texts, raw=arguments.raw,
+        system=arguments.system_prompt, choice=arguments.chat_template,
+        arguments=arguments.chat_template_args, separator_id=arguments.separator_id,
+        end_ids=arguments.end_id, shorten=arguments.max_new_tokens is None,
+    )  # fmt: skip
+    config = decoding(arguments, trained, form.of_task)
     shown = [arguments.model, adapter, config, form, arguments.precision]
     show_anything()
     streams = isinstance(config, GenerateConfig) and world().size == 1 and not arguments.data
@@ -238,40 +247,3 @@ def read_prompt() -> str:
     except UnicodeError as error:
         raise UserError("standard input is not UTF-8; convert it, with iconv say") from error
     return text.removeprefix("\ufeff").removesuffix("\n")
-
-
-def form_of(arguments: argparse.Namespace, adapter, task_data: bool):
-    """How `jlora generate` asks, and whether as in a task (by beams, if nothing else is said).
-
-    Args:
-        task_data: whether the prompts are inputs of a task other than chat.
-    """
-    from jlora.data.batches import NO_SEPARATOR
-    from jlora.models.hub import outline
-    from jlora.runs.adapter_file import base_name
-    from jlora.runs.answer import Form
-    from jlora.runs.chat import Chat, find_chat_template
-
-    ends, fits = arguments.end_id, arguments.max_new_tokens is None
-    choice, values = arguments.chat_template, arguments.chat_template_args
-    of_task = task_data or arguments.separator_id is not None
-    of_task |= adapter is not None and adapter.of_task and choice is None
-    name = arguments.model if of_task else base_name(arguments.model, adapter)
-    if not of_task and not arguments.raw and adapter is None and choice is None:
-        tokenizer = outline(name).model.tokenizer
-        of_task = tokenizer is not None and tokenizer.separator_id is not None  # a merged one
-    if of_task:
-        refuse(arguments, TEMPLATE_OPTIONS, "is for a chat template, which a task has not")
-        separator = NO_SEPARATOR if arguments.raw else arguments.separator_id
-        return Form(separator_id=separator, end_ids=ends), True
-    if arguments.raw:
-        return Form(plain=True, end_ids=ends, shorten=fits), False
-    template = find_chat_template(name, adapter, choice, values)
-    if template is not None:
-        return Form(Chat(template, arguments.system_prompt), end_ids=ends, shorten=fits), False
-    refuse(arguments, TEMPLATE_OPTIONS, f"is for a chat template, and {name} has none")
-    recipe = adapter and adapter.recipe
-    if adapter is None or (recipe and recipe.data.separator_id == NO_SEPARATOR):
-        return Form(plain=True, end_ids=ends, shorten=fits), False
-    # Pairs without a template; of adapters that were made elsewhere it has always been assumed.
-    return Form(end_ids=ends), recipe is None

@@ -13,7 +13,7 @@ from jlora.training.loggers import LOGGERS
 
 #: Adds a subcommand: name, function, help; gives its parser.
 Verb = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
-PRECISIONS = "auto, bf16, int8, int8-both (gradients too), fp32 or plain"
+PRECISIONS = "auto, bf16, int8, int8-both (gradients too), int4, fp32 or plain"
 ADAPTER_HELP = "run folder, adapter folder such as RUN/best, or loralib's .pt file"
 
 

@@ -128,7 +128,7 @@ def search(
         UserError: as `beam_search`.
     """
     check_prompts(model, prompts, config.max_new_tokens)
-    decoder, pool = decoder_of(model), _Pool(config)
+    decoder, pool = decoder_of(model), Pool(config)
     waiting = 0  # the first prompt that has not entered
     # Prompts enter a few at a time: their products are large then, and places stand empty briefly.
     few = max(1, config.batch_size // ENTRIES)
@@ -151,7 +151,7 @@ def search(
         decoder.advance(rows, tokens)
 
 
-class _Pool:
+class Pool:
     """The live beams of the prompts that are in the batch.
 
     Rows of one prompt stand together, likeliest first, prompts in the order of their numbers; the
@@ -184,9 +184,9 @@ class _Pool:
         self.found.update({prompt: [] for prompt in new.tolist()})
 
     def banned(self) -> np.ndarray:
-        """Forbidden next tokens of each row; see `_repeating`."""
+        """Forbidden next tokens of each row; see `repeating`."""
         config = self.config
-        banned = [_repeating(self.history, config.no_repeat_ngram_size)]
+        banned = [repeating(self.history, config.no_repeat_ngram_size)]
         if config.min_length and config.eos_token_ids:
             ends = np.array(config.eos_token_ids, dtype=np.int32)
             banned.append(np.where(self.lengths[:, None] < config.min_length, ends, -1))
@@ -247,7 +247,7 @@ def _best(owner: np.ndarray, totals: np.ndarray, count: int) -> tuple[np.ndarray
     return np.divmod(order, totals.shape[1])
 
 
-def _repeating(history: np.ndarray, n: int) -> np.ndarray:
+def repeating(history: np.ndarray, n: int) -> np.ndarray:
     """Tokens that would make an n-gram of a row come again, (R, any) int32 filled up with -1.
 
     A token is one when the last n - 1 tokens of a row stood before it earlier in the row.

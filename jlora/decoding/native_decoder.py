@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from jlora.decoding.native_weights import NativeModel
-from jlora.kernels.decoder import TokenMemory, head_topk, run_prompts, run_step
+from jlora.decoding.slabs import SLAB, Slabs
+from jlora.kernels.decoder import Pieces, Step, TokenMemory, head_topk, run_rows
 from jlora.kernels.topk import log_softmax_topk
 from jlora.system.runtime import jt
 
-SLAB = 1024  # tokens of a slab
 PROMPT_TOKENS = 1024  # tokens of prompts run together, about
 FUSED_K = 64  # for a larger k the lists of the fused head cost more than the logits
 
@@ -28,7 +28,7 @@ class NativeDecoder:
 
     def __init__(self, model: NativeModel, source):
         self.model, self._source = model, source
-        self._slabs = _Slabs((model.layers, 2, SLAB, model.width))
+        self._slabs = Slabs((model.layers, 2, SLAB, model.width))
         self._rows_gone()
 
     def _rows_gone(self) -> None:
@@ -56,7 +56,7 @@ class NativeDecoder:
         prompt = self._prompts[int(self._owner[0])]
         size = min(length, prompt.shape[2])
         generated = self._slabs.read(self._table[0, : length - size])
-        block.fill([prompt.numbers()[:, :, :size], *generated])
+        block.fill([prompt.numbers()[:, :, :size], generated])
         self._rows_gone()
         self._enter([tokens], [block])
 
@@ -70,8 +70,6 @@ class NativeDecoder:
             shape = (self.model.layers, 2, self.model.width)
             blocks = [TokenMemory((*shape[:2], int(n), shape[2])) for n in lengths]
         whole = np.array([block.shape[2] for block in blocks], np.int32)
-        if self.model.rope is not None:
-            self.model.rope.is_long(whole, lengths)
         before = whole - lengths
         if self.model.rope is not None:
             self.model.rope.is_long(whole, lengths)
@@ -79,8 +77,14 @@ class NativeDecoder:
             [np.arange(*ends, dtype=np.int32) for ends in zip(before, whole)]
         )
         addresses = np.array([block.address for block in blocks], np.int64)
-        hidden = run_prompts(
-            self.model.model, self.model.blocks, ids, positions, lengths, before, addresses
+        hidden = run_rows(
+            self.model.model,
+            self.model.blocks,
+            ids,
+            positions,
+            np.zeros_like(ids),
+            np.cumsum(lengths, dtype=np.int32) - 1,
+            pieces=Pieces(lengths, before, whole, addresses),
         )
         self._prompts.update(zip(addresses.tolist(), blocks))
         self.hidden = np.concatenate([self.hidden, hidden])
@@ -107,54 +111,27 @@ class NativeDecoder:
         self._table, self._lengths = table, lengths + 1
         live = set(self._owner.tolist())
         self._prompts = {key: array for key, array in self._prompts.items() if key in live}
-        self.hidden = run_step(
+        step = Step(
+            self._owner, self._prompt_lengths, table, self._lengths, self._slabs.addresses, SLAB
+        )
+        self.hidden = run_rows(
             self.model.model,
             self.model.blocks,
             np.ascontiguousarray(tokens, np.int32),
             self._prompt_lengths + lengths,
-            self._owner,
-            self._prompt_lengths,
-            table,
-            self._lengths,
-            self._slabs.addresses,
-            SLAB,
+            np.zeros_like(lengths),
+            np.arange(len(rows), dtype=np.int32),
+            step=step,
         )
 
     def best(self, k: int, banned=None, penalised=None, penalty: float = 1.0):
         """The k likeliest next tokens; see `jlora.kernels.topk.log_softmax_topk`."""
         if self.model.head is not None and k <= FUSED_K:
             model = self.model
-            return head_topk(self.hidden, model.head, k, banned, penalised, penalty, model.head_cap)
+            return head_topk(
+                self.hidden, model.head, k, banned, penalised, penalty, model.head_cap,
+                words=model.head_words,
+            )  # fmt: skip
         with jt.no_grad():
             logits = self._source.lm_head_logits(jt.array(self.hidden))
         return log_softmax_topk(logits, k, banned, penalised, penalty)
-
-
-class _Slabs:
-    """Places for tokens in slabs of equal size, which are added as they are needed."""
-
-    def __init__(self, shape: tuple[int, ...]):
-        self._shape = shape
-        self._slabs: list[TokenMemory] = []
-        self._free = np.zeros(0, np.int32)
-        self.addresses = np.zeros(0, np.int64)
-
-    def read(self, places: np.ndarray) -> list[np.ndarray]:
-        """The keys and values at ``places``, (layers, 2, 1, width) each."""
-        slabs = {number: self._slabs[number].numbers() for number in set(places // SLAB)}
-        return [slabs[place // SLAB][:, :, place % SLAB][:, :, None] for place in places]
-
-    def take(self, count: int, table: np.ndarray) -> np.ndarray:
-        """``count`` places, (count,) int32, that ``table`` does not name."""
-        if len(self._free) < count:
-            used = np.zeros(len(self._slabs) * SLAB, bool)
-            used[table[table >= 0]] = True
-            self._free = np.flatnonzero(~used).astype(np.int32)
-        while len(self._free) < count:
-            first = len(self._slabs) * SLAB
-            self._slabs.append(TokenMemory(self._shape))
-            self.addresses = np.array([slab.address for slab in self._slabs], np.int64)
-            new = np.arange(first, first + SLAB, dtype=np.int32)
-            self._free = np.concatenate([self._free, new])
-        taken, self._free = self._free[:count], self._free[count:]
-        return taken

@@ -10,14 +10,17 @@ from jlora.adapters import TunedModel
 from jlora.engine import blocks
 from jlora.engine.blocks import BLOCKS, is_interleaved, is_whole
 from jlora.engine.parts import current, is_known
-from jlora.engine.products import LORA, PackedEmbedding, PackedHead
+from jlora.engine.products import LORA, PackedEmbedding, PackedHead, is_overridden
 from jlora.kernels import native
 from jlora.kernels.block import ACTIVATIONS
+from jlora.kernels.branches import SLOT_BRANCH, PackedBranch, pack_branch
 from jlora.kernels.decoder import BLOCK, COLUMNS_FIRST, LINEAR, MODEL, NORM, PACKED, ROWS_FIRST
 from jlora.kernels.gpu_library import DeviceMemory, on_gpu
 from jlora.layers.base import Conv1D
+from jlora.models.head import LanguageHead
 from jlora.models.parts import Parts
 from jlora.models.rope import Rope
+from jlora.system.errors import UserError
 from jlora.system.runtime import jt, nn
 
 NORMS = "before_attention", "after_attention", "before_mlp", "after_mlp", "queries", "keys"
@@ -38,7 +41,10 @@ class NativeModel:
     Attributes:
         model, blocks: MODEL (1,) and BLOCK (layers,), see `jlora.kernels.decoder`.
         width: floats that one token's keys take in one layer.
-        head: address of the head's packed weight; None where it is not packed.
+        head: address of the head's packed weight, or of its floats; None: the logits are the
+            model's own business.
+        head_words: size of the vocabulary of a head of floats; 0: it is packed.
+        linears: module name -> field and index of its LINEAR in ``blocks``.
         head_cap: see `jlora.models.head.LanguageHead`.
         rope: rotary positions that are right up to some length of the text; None: of any.
 
@@ -62,16 +68,30 @@ class NativeModel:
             raise _Unsupported("parts that the operators do not read")
         self._read(model.config, body, family.parts)
         self.model["layers"] = len(self.blocks)
-        own_head = type(model.head) is PackedHead and is_known(model.head)
-        packed = model.head._packed if own_head else None
-        fits = packed is not None and packed.fits(model.output_embedding)
-        self.head = self._packed_address(packed) if fits else None
+        self.head, self.head_words = self._head(model)
         self.head_cap = model.head.cap
         self.width = int(self.model["G"][0] * self.model["D"][0])
 
     @property
     def layers(self) -> int:
         return len(self.blocks)
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether an adapter was on the model."""
+        return any(self.blocks[field]["branches"].any() for field, _ in self.linears.values())
+
+    def _head(self, model) -> tuple[int | None, int]:
+        packed = getattr(model.head, "_packed", None) if type(model.head) is PackedHead else None
+        if packed is not None and is_known(model.head) and packed.fits(model.output_embedding):
+            return self._packed_address(packed), 0
+        weight = model.output_embedding
+        plain = type(model.head) in (PackedHead, LanguageHead) and not is_overridden(model.head)
+        if on_gpu() or not plain or model.head_layer is not None:
+            return None, 0
+        if not isinstance(weight, jt.Var) or weight.dtype != "float32":
+            return None, 0
+        return self._address(weight), weight.shape[0]
 
     def _read(self, config, body: nn.Module, parts: Parts) -> None:
         self._eps = config.norm_eps
@@ -95,6 +115,14 @@ class NativeModel:
         self.model["last"] = self._norm(part(body, parts.last_norm))
         sources = getattr(body, parts.blocks)
         self.blocks = np.zeros(len(sources), BLOCK)
+        self.linears: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for number in range(len(sources)):
+            name = f"{parts.body}.{parts.blocks}.{number}"
+            for field, paths in (("qkv", parts.qkv), ("in", parts.up)):
+                for i, path in enumerate(paths):
+                    self.linears[f"{name}.{path}"] = field, (number, i)
+            self.linears[f"{name}.{parts.output}"] = "out", (number,)
+            self.linears[f"{name}.{parts.down}"] = "down", (number,)
         ropes = getattr(body, "layer_ropes", [None] * len(sources))
         for block, source, rope in zip(self.blocks, sources, ropes):
             block["rope"] = 0 if rope is None else rope + 1
@@ -229,11 +257,20 @@ class NativeModel:
         drop = layer.lora_dropout
         if isinstance(drop, nn.Module) and drop.is_train:
             raise _Unsupported("dropout")
-        enabled = getattr(layer, "enable_lora", (True,))
-        result["A"], result["B"] = self._address(layer.lora_A), self._address(layer.lora_B)
-        result["r"], result["blocks"] = layer.lora_B.shape[1], len(enabled)
-        result["flags"] = sum(1 << block for block, flag in enumerate(enabled) if flag)
-        result["scale"] = layer.scaling
+        if on_gpu():
+            record = np.zeros((), SLOT_BRANCH)
+            enabled = getattr(layer, "enable_lora", (True,))
+            record["A"], record["B"] = self._address(layer.lora_A), self._address(layer.lora_B)
+            record["r"], record["blocks"] = layer.lora_B.shape[1], len(enabled)
+            record["flags"] = sum(1 << block for block, flag in enumerate(enabled) if flag)
+            record["scale"] = layer.scaling
+        else:
+            branch = packed_branch(layer)
+            self._held.append(branch.arrays)
+            record = branch.record
+        table = record[None].copy()  # of one slot
+        self._held.append(table)
+        result["branches"] = table.ctypes.data
 
     def _packed_address(self, product) -> int:
         weight = product.packed.settled()
@@ -253,11 +290,46 @@ class NativeModel:
         return self._array(var.numpy() if on_gpu() else var.data)
 
 
+def packed_branch(layer, narrow: bool = False) -> PackedBranch:
+    """The branch of a layer of plain LoRA; ``narrow``: in bf16.
+
+    Raises:
+        _Unsupported: its numbers are not float32.
+    """
+    if layer.lora_A.dtype != "float32" or layer.lora_B.dtype != "float32":
+        raise _Unsupported("weights that are not float32")
+    A, B = layer.lora_A.numpy(), layer.lora_B.numpy()
+    return pack_branch(A, B, layer.scaling, getattr(layer, "enable_lora", (True,)), narrow)
+
+
 def native_model(model) -> NativeModel | None:
     """The model for the native decoder; None where only the model's own layers can run it."""
-    if native.problem() is not None or not native.has("run_prompts_op"):
-        return None
     try:
-        return NativeModel(model)
+        return _native_model(model)
     except _Unsupported:
         return None
+
+
+def require_native(model) -> NativeModel:
+    """The model for the native decoder.
+
+    Raises:
+        UserError: only the model's own layers can run it; the message says why.
+    """
+    try:
+        return _native_model(model)
+    except _Unsupported as reason:
+        raise UserError(
+            f"{getattr(model, 'name_or_path', type(model).__name__)} runs on its own layers "
+            f"alone: the native decoder does not take {reason}; `jlora generate` and `jlora chat` "
+            "run it"
+        ) from reason
+
+
+def _native_model(model) -> NativeModel:
+    problem = native.problem()
+    if problem is None and not native.has("head_topk_op"):
+        problem = "it was compiled without the decoder"
+    if problem is not None:
+        raise _Unsupported(f"any model here ({problem})")
+    return NativeModel(model)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
@@ -57,6 +59,14 @@ class GenerateConfig:
         check_setting(all(self.stops), "stops", list(self.stops), "texts of a character or more")
         penalty = self.repetition_penalty
         check_setting(penalty > 0, "repetition_penalty", penalty, "above 0")
+
+
+class Drawing(Protocol):
+    """What of a `GenerateConfig` decides a draw."""
+
+    temperature: float
+    top_p: float
+    min_p: float
 
 
 def generate(
@@ -166,10 +176,10 @@ def next_tokens(
             (values, ids), place = few, 0
             if config.temperature > 0:
                 u = draws[index].random()
-                place = _draw(values[row], config, u, most - values.shape[1])
+                place = draw(values[row], config, u, most - values.shape[1])
                 if place is None:  # a few do not decide it, so sort them all
                     values, ids = everything = everything or best(most)
-                    place = _draw(values[row], config, u)
+                    place = draw(values[row], config, u)
             chosen.append(int(ids[row, place]))
             texts[index].append(chosen[-1])
             yield index, chosen[-1], float(values[row, place])
@@ -180,11 +190,12 @@ def next_tokens(
         batch = [batch[row] for row in live]
 
 
-def _draw(logprobs: np.ndarray, config: GenerateConfig, u: float, unseen: int = 0) -> int | None:
+def draw(logprobs: np.ndarray, config: Drawing, u: float, unseen: int = 0) -> int | None:
     """The place that ``u``, from 0 to 1, falls on among tokens, likeliest first.
 
     Args:
         logprobs: (k,), in falling order.
+        config: ``top_k`` is for the caller: of all tokens, so many come here at most.
         unseen: how many tokens there are behind these, none of them likelier.
 
     Returns:
@@ -192,33 +203,33 @@ def _draw(logprobs: np.ndarray, config: GenerateConfig, u: float, unseen: int = 
     """
     relative = (logprobs - logprobs[0]).astype(np.float64)
     weights = np.exp(relative / config.temperature)
-    cumulative = np.cumsum(weights)
+    cumulative = weights.cumsum()
     seen = cumulative[-1]
     # Where the least and the most that all tokens together can weigh give one place, that is it.
     least, most = seen, seen + unseen * weights[-1]
     if unseen and config.temperature <= 1:
         # At temperature 1 all weigh 1 / p of the first. Below it the unseen lose at least as much
         # as the last one seen.
-        whole = np.exp(-float(logprobs[0]))
+        whole = math.exp(-float(logprobs[0]))
         rest, rounding = whole - np.exp(relative).sum(), 1e-5 * whole
         most = min(most, seen + (rest + rounding) * weights[-1] ** (1 - config.temperature))
         if config.temperature == 1:
             least = max(seen, min(most, seen + rest - rounding))
-    found = {_place(weights, cumulative, total, config, u) for total in (least, most)}
+    totals = {least, most}
+    found = {_place(weights, cumulative, total, config, u) for total in totals}
     return found.pop() if len(found) == 1 else None
 
 
 def _place(
-    weights: np.ndarray, cumulative: np.ndarray, total: float, config: GenerateConfig, u: float
+    weights: np.ndarray, cumulative: np.ndarray, total: float, config: Drawing, u: float
 ) -> int | None:
-    """`_draw` where all tokens together weigh ``total``."""
+    """`draw` where all tokens together weigh ``total``."""
     # The token that carries the sum over top_p still counts, so one is always left.
-    count = int(np.searchsorted(cumulative, config.top_p * total)) + 1
-    likely = int((weights >= config.min_p).sum())  # the likeliest has weight 1
-    if likely < len(weights):
-        count = min(count, likely)
+    count = int(cumulative.searchsorted(config.top_p * total)) + 1
+    if weights[-1] < config.min_p:
+        count = min(count, int((weights >= config.min_p).sum()))  # the likeliest has weight 1
     kept = cumulative[count - 1] if count <= len(weights) else total
-    place = int(np.searchsorted(cumulative[:count], u * kept, side="right"))
+    place = int(cumulative[:count].searchsorted(u * kept, side="right"))
     if place >= len(weights) and total > cumulative[-1]:
         return None
     return min(place, count - 1, len(weights) - 1)

@@ -10,24 +10,42 @@ class TextStream:
 
     What is shown never changes: a character of several tokens waits for its last one, and the
     beginning of a stop text for what follows. All pieces together are the text of all the tokens
-    up to the first stop text.
+    up to the first stop text, see `up_to_stop`.
 
     Args:
         tokenizer: its ``decode`` is called with ids.
         stops: texts that end the answer and are not part of it.
+        after: tokens that stand before the first one and are not shown.
 
     Attributes:
         stopped: whether a stop text came; nothing more is shown then.
+        ended: whether `pieces` met an end token or a stop text.
     """
 
-    def __init__(self, tokenizer, stops: Sequence[str] = ()):
+    def __init__(self, tokenizer, stops: Sequence[str] = (), after: Sequence[int] = ()):
         self._decode, self._stops = tokenizer.decode, tuple(stops)
-        self._ids: list[int] = []
+        self._ids: list[int] = list(after)
         # A word's text depends on what stands before it (SentencePiece drops the first space), so
         # the tokens of the piece before are decoded again.
-        self._before = self._done = 0
+        self._before, self._done = 0, len(self._ids)
         self._waiting = ""  # whole characters that may begin a stop text
-        self.stopped = False
+        self.stopped = self.ended = False
+
+    def pieces(self, tokens: Iterable[int], ends: Sequence[int] = ()) -> Iterator[str]:
+        """The text of ``tokens`` as it becomes known, up to an end token or a stop text."""
+        for token in tokens:
+            if token in ends:
+                self.ended = True
+                break
+            piece = self.add(token)
+            if piece:
+                yield piece
+            if self.stopped:
+                break
+        piece = self.finish()
+        if piece:
+            yield piece
+        self.ended |= self.stopped
 
     def add(self, token: int) -> str:
         """What can be shown now that ``token`` is there, often nothing."""
@@ -73,19 +91,8 @@ def _begun(text: str, stop: str) -> int:
 def pieces(
     tokens: Iterable[int], tokenizer, ends: Sequence[int] = (), stops: Sequence[str] = ()
 ) -> Iterator[str]:
-    """The text of ``tokens`` as it becomes known, up to an end token or a stop text."""
-    text = TextStream(tokenizer, stops)
-    for token in tokens:
-        if token in ends:
-            break
-        piece = text.add(token)
-        if piece:
-            yield piece
-        if text.stopped:
-            return
-    piece = text.finish()
-    if piece:
-        yield piece
+    """`TextStream.pieces` of a stream of its own."""
+    return TextStream(tokenizer, stops).pieces(tokens, ends)
 
 
 def stripped(found: Iterable[str]) -> Iterator[str]:
@@ -101,6 +108,9 @@ def stripped(found: Iterable[str]) -> Iterator[str]:
 
 
 def up_to_stop(text: str, stops: Sequence[str]) -> str:
-    """``text`` up to the first stop text in it."""
-    places = [text.find(stop) for stop in stops]
-    return text[: min((place for place in places if place >= 0), default=len(text))]
+    """``text`` up to the stop text in it that is complete first, and so up to the same one however
+    the text came. Of those that end at one place the longest counts.
+    """
+    found = [(text.find(stop), stop) for stop in stops]
+    ends = [(place + len(stop), place) for place, stop in found if place >= 0]
+    return text[: min(ends)[1]] if ends else text

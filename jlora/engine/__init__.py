@@ -30,7 +30,7 @@ from jlora.system import machine
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt, nn, release_memory
 
-PRECISIONS = ("plain", "fp32", "bf16", "int8", "int8-both")
+PRECISIONS = ("plain", "fp32", "bf16", "int8", "int8-both", "int4")
 
 
 _SWAPS = (FUSED, FUSED_ON_GPU, PACKED, BLOCKS)
@@ -73,9 +73,10 @@ def prepare(
         model: a model or PeftModel, in float32; what is not trained has its gradient stopped.
         precision: "bf16" packs frozen linear weights in bf16 (sums, residual stream, adapter and
             optimiser stay float32); "int8" keeps them in int8, half the memory, and multiplies
-            activations in int8 and gradients in bf16, "int8-both" both in int8; "fp32" fuses what
-            stands between the products and keeps every number float32; "plain" changes nothing;
-            "auto" is `choose_precision`.
+            activations in int8 and gradients in bf16, "int8-both" both in int8; "int4" keeps five
+            bits a number, scales included, and multiplies in bf16; "fp32" fuses what stands between
+            the products and keeps every number float32; "plain" changes nothing; "auto" is
+            `choose_precision`.
         keep_weights: False lets go of the float32 weights that were packed, which saves two thirds
             of the memory; `restore` and merging give them back to the precision kept.
         checkpoint_activations: compute each block's forward pass again in the backward pass instead

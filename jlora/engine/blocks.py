@@ -12,6 +12,7 @@ from jlora.engine.products import FrozenProduct, PackedConv1D, PackedLinear, Tra
 from jlora.kernels import elementwise
 from jlora.kernels.block import ACTIVATIONS, NORMS, BlockPlan, Layer, Shape, run_block
 from jlora.kernels.gpu_library import on_gpu
+from jlora.kernels.native import value_number
 from jlora.kernels.packed_linear import Branch
 from jlora.layers import Linear, MergedLinear
 from jlora.models.attention import Stream
@@ -135,7 +136,7 @@ class _FusedBlock:
         if not self._given:
             # The plan holds copies, and an adapter may have other biases than its base.
             fixed = (*norms, *(layer.product.bias for layer in flat))
-            key += tuple(p.id for p in fixed if p is not None)
+            key += tuple(value_number(p) for p in fixed if p is not None)
         if key not in plans:
             if len(plans) >= MOST_PLANS:
                 plans.clear()

@@ -9,6 +9,7 @@ import numpy as np
 
 from jlora import layers
 from jlora.kernels import elementwise, target_loss
+from jlora.kernels.native import value_number
 from jlora.kernels.packed_linear import Branch, PackedWeight, TrainedWeight
 from jlora.layers.base import identity
 from jlora.models.head import LanguageHead
@@ -108,8 +109,7 @@ class FrozenProduct:
         if layer.variant.is_plain or not layer.is_frozen or type(layer) not in LORA:
             return None
         names = ("lora_A", "lora_B", *layer.variant.parameters)
-        # Jittor gives a Var another number whenever it gets another value.
-        key = (self.number, *(getattr(layer, name).id for name in names))
+        key = (self.number, *(value_number(getattr(layer, name)) for name in names))
         kept = vars(layer).get("_folded")
         if kept is None or kept[0] != key:
             with jt.no_grad():

@@ -53,6 +53,7 @@ struct Tokens {
     const int *ids, *positions;
     std::vector<Place> places;
     std::vector<bool> is_long;  // see `long_from`
+    std::vector<int> slots;     // whose adapter each takes; -1: none
 };
 
 // x (whole blocks of rows, C); rows that only fill a block are zero.
@@ -123,16 +124,15 @@ inline void place_heads(const Model& m, const Block& b, const Tokens& tokens, in
     }
 }
 
-// attend(layer, scores, q, out) is the attention of one layer over rows of (H, D). x (rows, C) is what the
-// last norm reads; it stays valid until the next call.
-template <typename Attend>
-inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens& tokens, const Attend& attend) {
+// x (rows, C) is what the last norm reads; it stays valid until the next call.
+inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens& tokens, const std::vector<Group>& groups) {
     const int64_t R = up_to(tokens.count, row_block), C = m.C, wide = m.H * m.D, heads = wide + 2 * m.G * m.D;
     static Buffer<float> for_x, for_qkv, for_q, for_attended, for_inner, for_turns, for_branch;
     static InputMemory for_normed, for_out, for_active;
     float *x = for_x.of(R * C), *qkv = for_qkv.of(R * heads), *q = for_q.of(R * wide), *attended = for_attended.of(R * wide);
     float *inner = for_inner.of(R * 2 * m.inner), *turns = for_turns.of(m.ropes * R * m.rotary);
     float* branch = for_branch.of(R * C);
+    const Slots slots(tokens.slots.data(), tokens.count, R);
     const auto add_to_x = [&](int64_t m, int64_t n, F16 left, F16 right, int64_t count) {
         F16 l, r;
         load_some(x + m * C + n, l, r, count);
@@ -140,8 +140,8 @@ inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens
     };
     // x += the layer's results, or the norm of them
     const auto add_layer = [&](const Linear& layer, const Input& from, const Norm& norm) {
-        if (!norm.weight) return apply(&layer, 1, from, add_to_x);
-        apply(&layer, 1, from, [&](int64_t m, int64_t n, F16 left, F16 right, int64_t count) {
+        if (!norm.weight) return apply(&layer, 1, from, slots, add_to_x);
+        apply(&layer, 1, from, slots, [&](int64_t m, int64_t n, F16 left, F16 right, int64_t count) {
             store_some(branch + m * C + n, left, right, count);
         });
         #pragma omp parallel for schedule(static)
@@ -161,11 +161,11 @@ inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens
         const Block& b = blocks[layer];
         const Input normed = for_normed.of(R, C, b.qkv, b.qkv_count());
         normalise(b.before_attention, m.eps, x, C, normed);
-        apply(b.qkv, b.qkv_count(), normed, [&](int64_t m, int64_t n, F16 left, F16 right, int64_t count) {
+        apply(b.qkv, b.qkv_count(), normed, slots, [&](int64_t m, int64_t n, F16 left, F16 right, int64_t count) {
             store_some(qkv + m * heads + n, left, right, count);
         });
         place_heads(m, b, tokens, layer, qkv, turns + std::max<int64_t>(0, b.rope - 1) * R * m.rotary, q);
-        attend(layer, m.scores(b), q, attended);
+        shared_attention(groups, layer, m.H, m.G, m.D, m.scores(b), q, attended);
         const Input out = for_out.of(R, wide, &b.out, 1);
         #pragma omp parallel for schedule(static)
         for (int64_t i = 0; i < R; i++)
@@ -177,8 +177,8 @@ inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens
         const int64_t parts = m.gated ? 2 : 1;
         const Input again = for_normed.of(R, C, b.in, b.in_count()), active = for_active.of(R, m.inner, &b.down, 1);
         normalise(b.before_mlp, m.eps, x, C, again);
-        if (!m.gated || !gate_in_registers(m.activation, b.in, b.in_count(), again, active)) {
-            apply(b.in, b.in_count(), again, [&](int64_t row, int64_t n, F16 left, F16 right, int64_t count) {
+        if (!m.gated || !gate_in_registers(m.activation, b.in, b.in_count(), again, slots, active)) {
+            apply(b.in, b.in_count(), again, slots, [&](int64_t row, int64_t n, F16 left, F16 right, int64_t count) {
                 store_some(inner + row * parts * m.inner + n, left, right, count);
             });
             #pragma omp parallel for schedule(static)
@@ -209,55 +209,46 @@ inline void finish(const Model& m, const float* x, float* hidden) {
     }
 }
 
-// Prompts of `lengths` tokens one after the other, each behind the `before` tokens whose keys and values
-// stand in its block already: theirs go behind those, and hidden (P, C) is the state of each one's last token.
-inline void run_prompts(const Model& m, const Block* blocks, int64_t P, const int* ids, const int* positions,
-        const int* lengths, const int* before, float* const* prompts, float* hidden) {
-    Tokens tokens{0, ids, positions, {}, {}};
-    std::vector<int64_t> starts;
-    for (int64_t p = 0; p < P; p++) {
-        starts.push_back(tokens.count);
-        for (int64_t t = 0; t < lengths[p]; t++)
-            tokens.places.push_back({prompts[p], before[p] + lengths[p], before[p] + t});
-        tokens.is_long.insert(tokens.is_long.end(), lengths[p], m.long_from && before[p] + lengths[p] > m.long_from);
-        tokens.count += lengths[p];
+// Pieces of prompts, one after the other, and then one more token of each of some rows.
+struct Pieces {
+    int64_t count;
+    float* const* blocks;                   // where each prompt has its keys and values
+    const int *lengths, *before, *sizes;    // tokens that are run, that were run earlier, and of the whole block
+};
+struct Step {
+    int64_t rows;
+    float* const* prompts;                  // blocks of the rows' prompts, which hold nothing else
+    const int* prompt_tokens;
+    const int* table;                       // see group_rows; the last of a row's places is the new token's own
+    int64_t most;
+    const int* lengths;
+    float* const* slabs;
+    int64_t slab_size, slab_count;
+};
+// ids, positions, slots: of all tokens. wanted (W,): tokens by their numbers; hidden (W, C): their states.
+inline void run_rows(const Model& m, const Block* blocks, int64_t count, const int* ids, const int* positions, const int* slots,
+        const Pieces& pieces, const Step& step, const int* wanted, int64_t W, float* hidden) {
+    if (!count) return;
+    Tokens tokens{0, ids, positions, {}, {}, {slots, slots + count}};
+    std::vector<Group> groups;
+    const int64_t per = m.H / m.G;
+    for (int64_t p = 0; p < pieces.count; p++) {
+        const int64_t before = pieces.before[p], length = pieces.lengths[p], size = pieces.sizes[p];
+        group_prompt(groups, tokens.count, {pieces.blocks[p], size, 0}, before, length, per);
+        for (int64_t t = 0; t < length; t++) tokens.places.push_back({pieces.blocks[p], size, before + t});
+        tokens.is_long.insert(tokens.is_long.end(), length, m.long_from && size > m.long_from);
+        tokens.count += length;
     }
-    static Buffer<float> for_lse;
-    float* lse = for_lse.of(tokens.count * m.H);
-    const int64_t per = m.H / m.G, width = m.G * m.D, wide = m.H * m.D;
-    const float* x = run_tokens(m, blocks, tokens, [&](int64_t layer, const Scores& scores, const float* q, float* out) {
-        #pragma omp parallel
-        {
-            AttentionRoom room;
-            #pragma omp for collapse(2) schedule(dynamic)
-            for (int64_t p = 0; p < P; p++)
-                for (int64_t g = 0; g < m.G; g++) {
-                    const int64_t T = lengths[p], S = before[p] + T, at = starts[p] * wide + g * per * m.D;
-                    const Place first{prompts[p], S, 0};
-                    attend({T, S, before[p], per, m.D, scores, q + at, first.at(layer, 0, width) + g * m.D,
-                        first.at(layer, 1, width) + g * m.D, wide, width, lse + starts[p] * m.H + g * per * T, T},
-                        room, out + at, wide);
-                }
-        }
-    });
-    for (int64_t p = 0; p < P; p++) finish(m, x + (starts[p] + lengths[p] - 1) * m.C, hidden + p * m.C);
-}
-
-// One more token a row; the last of a row's places in the table is the new token's own.
-inline void run_step(const Model& m, const Block* blocks, int64_t R, const int* ids, const int* positions,
-        float* const* prompts, const int* prompt_tokens, const int* table, int64_t most, const int* lengths,
-        float* const* slabs, int64_t slab_size, int64_t slab_count, float* hidden) {
-    if (!R) return;
-    const auto groups = group_rows(R, m.H / m.G, prompts, prompt_tokens, table, most, lengths, slabs, slab_size, slab_count);
-    Tokens tokens{R, ids, positions, {}, {}};
-    for (int64_t r = 0; r < R; r++) {
-        const int place = table[r * most + lengths[r] - 1];
-        tokens.places.push_back({slabs[place / slab_size], slab_size, place % slab_size});
-        tokens.is_long.push_back(m.long_from && prompt_tokens[r] > m.long_from);
+    group_rows(groups, tokens.count, step.rows, per, step.prompts, step.prompt_tokens, step.table, step.most, step.lengths,
+        step.slabs, step.slab_size, step.slab_count);
+    for (int64_t r = 0; r < step.rows; r++) {
+        const int place = step.table[r * step.most + step.lengths[r] - 1];
+        tokens.places.push_back({step.slabs[place / step.slab_size], step.slab_size, place % step.slab_size});
+        tokens.is_long.push_back(m.long_from && step.prompt_tokens[r] > m.long_from);
     }
-    const float* x = run_tokens(m, blocks, tokens, [&](int64_t layer, const Scores& scores, const float* q, float* out) {
-        shared_attention(groups, layer, m.H, m.G, m.D, scores, q, out);
-    });
-    for (int64_t r = 0; r < R; r++) finish(m, x + r * m.C, hidden + r * m.C);
+    tokens.count += step.rows;
+    const float* x = run_tokens(m, blocks, tokens, groups);
+    #pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < W; i++) finish(m, x + wanted[i] * m.C, hidden + i * m.C);
 }
 }  // namespace jlora::decode

@@ -1,15 +1,16 @@
-"""The structs that the native decoder reads, and its two calls; see decoder.h."""
+"""The structs that the native decoder reads, and its calls; see decoder.h."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from jlora.kernels import structs
 from jlora.kernels.gpu_library import DeviceMemory, on_gpu
 from jlora.kernels.native import run
-from jlora.kernels.topk import rectangle
+from jlora.kernels.topk import edit_arrays, rectangle
 
 # Kinds of weights: a `PackedWeight`, plain floats (n, k), plain floats (k, n).
 PACKED, ROWS_FIRST, COLUMNS_FIRST = 1, 2, 3
@@ -54,44 +55,98 @@ class TokenMemory:
             self.address = self._memory.address
 
 
-def run_prompts(model, blocks, ids, positions, lengths, before, prompts) -> np.ndarray:
-    """Run prompts, P of them one after the other in ``ids``.
+@dataclass(frozen=True)
+class Pieces:
+    """Tokens of P prompts to be run.
+
+    Attributes:
+        lengths: (P,) int32, how many of each come now.
+        before: (P,) int32, how many were run earlier.
+        sizes: (P,) int32, tokens that there is room for in each block.
+        blocks: (P,) int64, addresses of (layers, 2, size, G, D) float32, where those earlier ones
+            have their keys and values and the new ones' are written behind them.
+    """
+
+    lengths: np.ndarray
+    before: np.ndarray
+    sizes: np.ndarray
+    blocks: np.ndarray
+
+
+@dataclass(frozen=True)
+class Step:
+    """One more token for each of R rows.
+
+    Attributes:
+        prompts, prompt_lengths: (R,) int64 and int32, addresses and sizes of the blocks of the
+            rows' prompts, all of whose tokens were run. It is fastest with the rows of a prompt
+            together.
+        table: (R, any) int32, the place of each generated token, the new one included: the number
+            of a token in slabs.
+        lengths: (R,) int32, places of each row.
+        slabs: (any,) int64, addresses of (layers, 2, slab_size, G, D) float32.
+    """
+
+    prompts: np.ndarray
+    prompt_lengths: np.ndarray
+    table: np.ndarray
+    lengths: np.ndarray
+    slabs: np.ndarray
+    slab_size: int
+
+
+_NO_INTS, _NO_ADDRESSES = np.zeros(0, np.int32), np.zeros(0, np.int64)
+NO_PIECES = Pieces(_NO_INTS, _NO_INTS, _NO_INTS, _NO_ADDRESSES)
+NO_STEP = Step(_NO_ADDRESSES, _NO_INTS, np.zeros((0, 1), np.int32), _NO_INTS, _NO_ADDRESSES, 1)
+
+
+def run_rows(
+    model, blocks, ids, positions, slots, wanted, pieces: Pieces = NO_PIECES, step: Step = NO_STEP
+) -> np.ndarray:
+    """Run tokens of prompts and of rows through the whole model in one pass over its weights.
+
+    What a token gets does not depend on which others are run with it: bit for bit, but for packed
+    products by oneDNN, which may sum in another order for another number of rows.
 
     Args:
         model, blocks: MODEL (1,) and BLOCK (layers,).
-        ids, positions: (sum of lengths,) int32.
-        lengths: (P,) int32, tokens of each prompt.
-        before: (P,) int32, tokens that stand before them and were run earlier.
-        prompts: (P,) int64, addresses of (layers, 2, before + tokens, G, D) float32, where those
-            earlier ones have their keys and values and the prompt's are written behind them.
+        ids, positions: (N,) int32, of the pieces' tokens one piece after the other, then of the
+            step's.
+        slots: (N,) int32, the place of each token's adapter in the layers' branches; -1: none.
+        wanted: (W,) int32, numbers of the tokens whose states are wanted.
 
     Returns:
-        (P, C) float32, the state of each prompt's last token.
+        (W, C) float32, the states.
     """
-    hidden = np.empty((len(lengths), int(model["C"][0])), np.float32)
-    run("run_prompts_op", [model, blocks, ids, positions, lengths, before, prompts], [hidden])
+    if on_gpu():
+        return _run_on_gpu(model, blocks, ids, positions, wanted, pieces, step)
+    hidden = np.empty((len(wanted), int(model["C"][0])), np.float32)
+    arrays = [
+        model, blocks, ids, positions, slots,
+        pieces.blocks, pieces.lengths, pieces.before, pieces.sizes,
+        step.prompts, step.prompt_lengths, step.table, step.lengths, step.slabs, wanted,
+    ]  # fmt: skip
+    run("run_rows_op", arrays, [hidden], step.slab_size)
     return hidden
 
 
-def run_step(
-    model, blocks, ids, positions, prompts, prompt_lengths, table, lengths, slabs, slab_size: int
-) -> np.ndarray:
-    """Run one more token of each of R rows; rows of one prompt stand together.
-
-    Args:
-        ids, positions: (R,) int32.
-        prompts, prompt_lengths: (R,) int64 and int32, as `run_prompts` has written them.
-        table: (R, any) int32, the place of each generated token, the new one included: the number
-            of a token in slabs of ``slab_size``.
-        lengths: (R,) int32, places of each row.
-        slabs: (any,) int64, addresses of (layers, 2, slab_size, G, D) float32.
-
-    Returns:
-        (R, C) float32, the state of each row's newest token.
-    """
-    hidden = np.empty((len(ids), int(model["C"][0])), np.float32)
-    arrays = [model, blocks, ids, positions, prompts, prompt_lengths, table, lengths, slabs]
-    run("run_step_op", arrays, [hidden], slab_size)
+def _run_on_gpu(model, blocks, ids, positions, wanted, pieces: Pieces, step: Step) -> np.ndarray:
+    """`run_rows` of whole prompts or of a step, with the branches of one adapter for all rows."""
+    prompts, rows = len(pieces.lengths), len(step.lengths)
+    last = np.cumsum(pieces.lengths) - 1 if prompts else np.arange(rows)
+    if (
+        (prompts and rows)
+        or not np.array_equal(wanted, last)
+        or not np.array_equal(pieces.before + pieces.lengths, pieces.sizes)
+    ):
+        raise ValueError("the GPU runs whole prompts or a step, and gives the last states")
+    hidden = np.empty((len(wanted), int(model["C"][0])), np.float32)
+    if prompts:
+        arrays = [pieces.lengths, pieces.before, pieces.blocks]
+        run("run_prompts_op", [model, blocks, ids, positions, *arrays], [hidden])
+    else:
+        arrays = [step.prompts, step.prompt_lengths, step.table, step.lengths, step.slabs]
+        run("run_step_op", [model, blocks, ids, positions, *arrays], [hidden], step.slab_size)
     return hidden
 
 
@@ -101,19 +156,46 @@ def head_topk(
     k: int,
     banned=None,
     penalised=None,
-    penalty: float = 1.0,
+    penalty: float | np.ndarray = 1.0,
     cap: float | None = None,
+    biased=None,
+    biases=None,
+    allowed: np.ndarray | None = None,
+    words: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`jlora.kernels.topk.log_softmax_topk` of the head's logits, which are never written.
 
     Args:
         hidden: (rows, C) float32.
-        head: address of the head's packed weight.
+        head: address of the head's packed weight, or of its floats (words, C).
         k: how many; V where the vocabulary V is smaller.
         cap: of the logits, see `jlora.models.head.LanguageHead`.
+        words: of a head of floats; 0: it is packed. Not on a GPU, which has the first edits alone.
     """
-    rows, k = len(hidden), min(k, structs.Weight.from_address(head).n)
+    rows, k = len(hidden), min(k, words or structs.Weight.from_address(head).n)
     values, ids = np.empty((rows, k), np.float32), np.empty((rows, k), np.int32)
-    edits = [np.ascontiguousarray(rectangle(lists, rows)) for lists in (penalised, banned)]
-    run("head_topk_op", [hidden, *edits], [values, ids], penalty, cap or 0, integers=[head])
+    if on_gpu():
+        if words or biased is not None or allowed is not None or np.ndim(penalty):
+            raise ValueError("the GPU's head has neither floats nor these edits of logits")
+        lists = [np.ascontiguousarray(rectangle(lists, rows)) for lists in (penalised, banned)]
+        run("head_topk_op", [hidden, *lists], [values, ids], penalty, cap or 0, integers=[head])
+        return values, ids
+    edits = edit_arrays(rows, banned, penalised, penalty, biased, biases, allowed)
+    numbers = (cap or 0, allowed is not None)
+    run("head_topk_op", [hidden, *edits], [values, ids], *numbers, integers=[head, words])
     return values, ids
+
+
+def head_logprobs(
+    hidden: np.ndarray, targets: np.ndarray, head: int, cap: float | None = None, words: int = 0
+) -> np.ndarray:
+    """The log-probability of a target of each row, (rows,) float32; NaN of one that is no word.
+
+    Args:
+        hidden: (rows, C) float32.
+        targets: (rows,) int32.
+        head, cap, words: see `head_topk`.
+    """
+    values = np.empty(len(hidden), np.float32)
+    run("head_logprobs_op", [hidden, targets], [values], cap or 0, integers=[head, words])
+    return values

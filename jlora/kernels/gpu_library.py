@@ -128,6 +128,8 @@ class DeviceMemory:
         self.size, self._free = size, free
         self.address = library().gpu_allocate(c_int64(size))
         check()
+        if not self.address:  # another thread has been told
+            raise UserError(f"the GPU has not {size:,} bytes left; use smaller batches")
 
     def __del__(self):
         if getattr(self, "address", None):

@@ -2,7 +2,8 @@
 // as the vocabulary has words, only what may still be among the best is kept. Says what topk.h says.
 #pragma once
 #include "activation.h"
-#include "product.h"
+#include "linear.h"
+#include "target_loss.h"
 #include "topk.h"
 
 namespace jlora {
@@ -58,25 +59,20 @@ public:
     EditedPanels(const Edits& edits, int64_t rows, int64_t V) : edits_(edits), V_(V), words_((V + 2047) / 2048) {
         bits_.assign(rows * words_, 0);
         for (int64_t m = 0; m < rows; m++) {
-            mark(m, edits.penalised + m * edits.penalised_size, edits.penalised_size);
-            mark(m, edits.banned + m * edits.banned_size, edits.banned_size);
+            const Edits own = edits.row(m);
+            mark(m, own.penalised, own.penalised_size);
+            mark(m, own.biased, own.biased_size);
+            mark(m, own.banned, own.banned_size);
         }
     }
     // Changes the logits of words n to n + 31 of row m.
     void apply(int64_t m, int64_t n, F16& left, F16& right) const {
-        if (!(bits_[m * words_ + n / 2048] >> (n / 32 % 64) & 1)) return;
+        const Edits own = edits_.row(m);
+        if (!(bits_[m * words_ + n / 2048] >> (n / 32 % 64) & 1) && own.allows(n) == ~0u) return;
         alignas(64) float v[32], edited[32];
         store16(v, left), store16(v + 16, right);
         std::copy_n(v, 32, edited);
-        const int* ids = edits_.penalised + m * edits_.penalised_size;
-        for (int64_t i = 0; i < edits_.penalised_size; i++) {  // an id given twice is penalised once
-            const int64_t at = ids[i] - n;
-            if (at < 0 || at >= 32) continue;
-            edited[at] = v[at] < 0 ? v[at] * edits_.penalty : v[at] / edits_.penalty;
-        }
-        ids = edits_.banned + m * edits_.banned_size;
-        for (int64_t i = 0; i < edits_.banned_size; i++)
-            if (ids[i] >= n && ids[i] < n + 32) edited[ids[i] - n] = -FLT_MAX;
+        own.apply(n, 32, v, edited);
         left = load16(edited), right = load16(edited + 16);
     }
 
@@ -90,23 +86,36 @@ private:
     std::vector<uint64_t> bits_;
 };
 
-// hidden (rows, C), head (V, C) -> values, ids (rows, k); cap: of the logits, 0: none
-inline void head_topk(const float* hidden, int64_t rows, const Weight& head, const Edits& edits, int64_t k,
+// The logits of hidden (rows, C) by a head (V, C), 32 of a row at a time; a thread gets the same of them in every
+// call. cap: of the logits, 0: none.
+template <typename Sink>
+inline void head_product(const float* hidden, int64_t rows, const decode::Linear& head, float cap, Sink sink) {
+    static decode::InputMemory memory;
+    const decode::Input x = memory.of(rows, head.k, &head, 1);
+    #pragma omp parallel for schedule(static)
+    for (int64_t m = 0; m < rows; m++)
+        x.put_row(m, [&](int64_t k, int64_t n, F16& left, F16& right) { load_some(hidden + m * head.k + k, left, right, n); });
+    const auto capped = [&](int64_t m, int64_t n, F16 left, F16 right) {
+        if (cap) left = soft_cap16(left, cap), right = soft_cap16(right, cap);
+        sink(m, n, left, right);
+    };
+    if (head.kind == decode::Linear::packed) product(x.rounded, {{(const Weight*)head.weight}, 1}, capped, true);
+    else decode::product_of_floats(x, head, capped, true);
+}
+
+// hidden (rows, C), head (V, C) -> values, ids (rows, k)
+inline void head_topk(const float* hidden, int64_t rows, const decode::Linear& head, const Edits& edits, int64_t k,
         float* values, int* ids, float cap) {
-    static Buffer<uint16_t> for_hidden;
-    const Rows x = rows_in(for_hidden, rows, head.k);
-    round_rows(hidden, x);
     const EditedPanels edited(edits, rows, head.n);
     const int64_t threads = omp_get_max_threads();
     std::vector<Best> parts(threads * rows);
     std::vector<float> part_values(threads * rows * k);
     std::vector<int> part_ids(threads * rows * k);
-    product(x, {{&head}, 1}, [&](int64_t m, int64_t n, F16 left, F16 right) {
+    head_product(hidden, rows, head, cap, [&](int64_t m, int64_t n, F16 left, F16 right) {
         const int64_t count = std::min<int64_t>(32, head.n - n), own = omp_get_thread_num() * rows + m;
-        if (cap) left = soft_cap16(left, cap), right = soft_cap16(right, cap);
         edited.apply(m, n, left, right);
         parts[own].take(left, right, n, count, k, part_values.data() + own * k, part_ids.data() + own * k);
-    }, true);
+    });
     #pragma omp parallel for schedule(static)
     for (int64_t m = 0; m < rows; m++) {
         float peak = -FLT_MAX;
@@ -131,6 +140,23 @@ inline void head_topk(const float* hidden, int64_t rows, const Weight& head, con
             if (bad) v[i] = float_of_bits(kNan), id[i] = (int)i;
             else if (v[i] == -FLT_MAX) v[i] = float_of_bits(kMinusInfinity);
             else v[i] = (float)((double)(v[i] - peak) - log_sum);
+        }
+    }
+}
+
+// targets (rows,) -> the log-probability of each, (rows,)
+inline void head_logprobs(const float* hidden, int64_t rows, const decode::Linear& head, const int* targets, float* values,
+        float cap) {
+    constexpr int64_t most = 512;  // rows at a time
+    for (int64_t first = 0; first < rows; first += most) {
+        const int64_t count = std::min(most, rows - first), threads = omp_get_max_threads();
+        std::vector<RowSums> parts(threads * count);
+        head_product(hidden + first * head.k, count, head, cap, [&](int64_t m, int64_t n, F16 left, F16 right) {
+            parts[omp_get_thread_num() * count + m].take(left, right, n, std::min<int64_t>(32, head.n - n), targets[first + m]);
+        });
+        for (int64_t m = 0; m < count; m++) {
+            for (int64_t t = 1; t < threads; t++) parts[m].join(parts[t * count + m]);
+            values[first + m] = -parts[m].loss(head.n, 0);
         }
     }
 }

@@ -22,7 +22,7 @@ inline std::string layouts() {
 #if defined(JLORA_TILES)
     using W = Weight;
     text += JLORA_STRUCT(W, Weight) + JLORA_FIELD(W, tiles) + JLORA_FIELD(W, n) + JLORA_FIELD(W, k)
-        + JLORA_FIELD(W, stride) + JLORA_FIELD(W, scales) + JLORA_FIELD(W, int8_back);
+        + JLORA_FIELD(W, stride) + JLORA_FIELD(W, scales) + JLORA_FIELD(W, kind);
 #endif
     text += JLORA_STRUCT(Norm, Norm) + JLORA_FIELD(Norm, weight) + JLORA_FIELD(Norm, bias)
         + JLORA_FIELD(Norm, centred) + JLORA_FIELD(Norm, offset);
@@ -40,8 +40,11 @@ inline std::string layouts() {
         + JLORA_FIELD(B, up) + JLORA_FIELD(B, down) + JLORA_FIELD(B, given);
     using D = decode::Linear;
     text += JLORA_STRUCT(D, Linear) + JLORA_FIELD(D, kind) + JLORA_FIELD(D, weight) + JLORA_FIELD(D, n)
-        + JLORA_FIELD(D, k) + JLORA_FIELD(D, bias) + JLORA_FIELD(D, A) + JLORA_FIELD(D, B) + JLORA_FIELD(D, r)
-        + JLORA_FIELD(D, blocks) + JLORA_FIELD(D, flags) + JLORA_FIELD(D, scale);
+        + JLORA_FIELD(D, k) + JLORA_FIELD(D, bias) + JLORA_FIELD(D, branches);
+    using S = decode::SlotBranch;
+    text += JLORA_STRUCT(S, SlotBranch) + JLORA_FIELD(S, A) + JLORA_FIELD(S, B) + JLORA_FIELD(S, from)
+        + JLORA_FIELD(S, rank) + JLORA_FIELD(S, reach) + JLORA_FIELD(S, narrow) + JLORA_FIELD(S, r)
+        + JLORA_FIELD(S, blocks) + JLORA_FIELD(S, flags) + JLORA_FIELD(S, scale);
     using E = decode::Block;
     text += JLORA_STRUCT(E, Block) + JLORA_FIELD(E, before_attention) + JLORA_FIELD(E, after_attention)
         + JLORA_FIELD(E, before_mlp) + JLORA_FIELD(E, after_mlp) + JLORA_FIELD(E, queries) + JLORA_FIELD(E, keys)

@@ -113,9 +113,14 @@ JLORA_OPERATOR(dropout_op) {
     dropout(in[0].in(), out[0].out(), in[0].size, number[1], Seed(integer), number[0]);
 }
 
-// logits (rows, V), penalised and banned ids (rows, any) -> values, ids (rows, k); number: penalty.
+// Edits of logits from six inputs: penalised ids and penalties, biased ids and biases, allowed bits, banned ids.
+static Edits edits_of(const Array* in, bool restricted) {
+    return {in[0].as<int>(), in[0].shape[1], in[1].in(), in[2].as<int>(), in[2].shape[1], in[3].in(),
+        restricted ? in[4].as<uint32_t>() : nullptr, in[4].shape[1], in[5].as<int>(), in[5].shape[1]};
+}
+// logits (rows, V), edits -> values, ids (rows, k); number: whether there are allowed bits.
 JLORA_OPERATOR(topk_op) {
-    Edits edits{in[1].as<int>(), in[2].as<int>(), in[1].shape[1], in[2].shape[1], (float)number[0]};
+    const Edits edits = edits_of(in + 1, number[0] != 0);
     topk(in[0].in(), in[0].shape[0], in[0].shape[1], edits, out[0].shape[1],
         out[0].out(), out[1].as<int>());
 }
@@ -331,24 +336,30 @@ JLORA_OPERATOR(block_backward_op) {
     block.backward(saved, in[all.next + 1].in(), wanted(out[0]));
 }
 
-// Decoding; see decoder.h. model, blocks, ids, positions, lengths (P,), tokens before (P,), addresses of
-// blocks of keys and values (P,) -> hidden (P, C)
-JLORA_OPERATOR(run_prompts_op) {
-    decode::run_prompts(*in[0].as<decode::Model>(), in[1].as<decode::Block>(), in[4].size, in[2].as<int>(),
-        in[3].as<int>(), in[4].as<int>(), in[5].as<int>(), in[6].as<float*>(), out[0].out());
+// Decoding; see decoder.h. model, blocks, then of all tokens ids, positions and slots; of pieces of prompts
+// addresses of blocks of keys and values, lengths, tokens before and sizes of the blocks; of rows addresses and
+// lengths of prompts, table, lengths; addresses of slabs; wanted tokens (W,) -> hidden (W, C); number: tokens of a slab.
+JLORA_OPERATOR(run_rows_op) {
+    const decode::Pieces pieces{in[6].size, in[5].as<float*>(), in[6].as<int>(), in[7].as<int>(), in[8].as<int>()};
+    const decode::Step step{in[10].size, in[9].as<float*>(), in[10].as<int>(), in[11].as<int>(), in[11].shape[1],
+        in[12].as<int>(), in[13].as<float*>(), (int64_t)number[0], in[13].size};
+    decode::run_rows(*in[0].as<decode::Model>(), in[1].as<decode::Block>(), in[2].size, in[2].as<int>(), in[3].as<int>(),
+        in[4].as<int>(), pieces, step, in[14].as<int>(), in[14].size, out[0].out());
 }
-// model, blocks, ids, positions, addresses and lengths of prompts, table, lengths, addresses of slabs
-// -> hidden (R, C); number: tokens of a slab.
-JLORA_OPERATOR(run_step_op) {
-    decode::run_step(*in[0].as<decode::Model>(), in[1].as<decode::Block>(), in[2].size, in[2].as<int>(),
-        in[3].as<int>(), in[4].as<float*>(), in[5].as<int>(), in[6].as<int>(), in[6].shape[1], in[7].as<int>(),
-        in[8].as<float*>(), (int64_t)number[0], in[8].size, out[0].out());
+// A head (V, C). integer: its address, and V if it is of floats, 0 if it is packed.
+static decode::Linear head_of(const int64_t* integer, int64_t C) {
+    const void* address = (const void*)(uintptr_t)integer[0];
+    if (integer[1]) return {decode::Linear::rows_first, address, integer[1], C, nullptr, nullptr};
+    return {decode::Linear::packed, address, weight_at(integer).n, C, nullptr, nullptr};
 }
-// hidden (rows, C), penalised and banned ids (rows, any) -> values, ids (rows, k). integer: address of
-// the head's weight; number: penalty, cap of the logits.
+// hidden (rows, C), edits -> values, ids (rows, k). integer: a head; number: cap of the logits, whether there
+// are allowed bits.
 JLORA_OPERATOR(head_topk_op) {
-    const Edits edits{in[1].as<int>(), in[2].as<int>(), in[1].shape[1], in[2].shape[1], (float)number[0]};
-    head_topk(in[0].in(), in[0].shape[0], weight_at(integer), edits, out[0].shape[1],
-        out[0].out(), out[1].as<int>(), number[1]);
+    head_topk(in[0].in(), in[0].shape[0], head_of(integer, in[0].shape[1]), edits_of(in + 1, number[1] != 0), out[0].shape[1],
+        out[0].out(), out[1].as<int>(), number[0]);
+}
+// hidden (rows, C), targets (rows,) -> log-probabilities (rows,). integer: a head; number: cap of the logits.
+JLORA_OPERATOR(head_logprobs_op) {
+    head_logprobs(in[0].in(), in[0].shape[0], head_of(integer, in[0].shape[1]), in[1].as<int>(), out[0].out(), number[0]);
 }
 #endif

@@ -1,7 +1,7 @@
 // The linear layers of a model that decodes, by the addresses of their weights: packed bf16 where the
 // engine has packed them, and plain floats elsewhere. Results go to a function as in product.h.
 #pragma once
-#include "lora.h"
+#include "branches.h"
 #include "product.h"
 #include "small_product.h"
 
@@ -13,9 +13,7 @@ struct Linear {
     const void* weight;      // a `Weight`, or floats stored as (n, k) or as (k, n)
     int64_t n, k;
     const float* bias;       // (n,) or null
-    const float *A, *B;      // of a low-rank branch, or null; see lora.h
-    int64_t r, blocks, flags;
-    double scale;
+    const SlotBranch* branches;  // its low-rank branches by slot, or null
 };
 
 // What linear layers read, in the types that they want.
@@ -61,14 +59,16 @@ struct InputMemory {
     }
 };
 
-// y = x W^T of plain floats: the rows of x become columns, which are vectors, 32 of them together.
+// y = x W^T of plain floats: the rows of x become columns, which are vectors, 32 of them together. steady: see
+// tiles::product.
 template <typename Sink>
-inline void product_of_floats(const Input& x, const Linear& l, Sink sink) {
+inline void product_of_floats(const Input& x, const Linear& l, Sink sink, bool steady = false) {
     const int64_t rows = x.rounded.rows, columns = up_to(rows, 32), panels = up_to(l.n, 32) / 32;
     static Buffer<float> for_turned;
     float* turned = for_turned.of(l.k * columns);
     const bool by_row = l.kind == Linear::rows_first;
     const float* w = (const float*)l.weight;
+    omp_set_schedule(steady ? omp_sched_static : omp_sched_dynamic, 1);
     #pragma omp parallel
     {
         #pragma omp for schedule(static)
@@ -77,7 +77,7 @@ inline void product_of_floats(const Input& x, const Linear& l, Sink sink) {
                 for (int64_t m = c; m < c + 32; m++)
                     turned[c * l.k + k * 32 + m - c] = m < rows ? x.full[m * x.stride() + k] : 0.0f;
         std::vector<float> y(32 * columns);
-        #pragma omp for schedule(dynamic)
+        #pragma omp for schedule(runtime)
         for (int64_t p = 0; p < panels; p++) {
             const int64_t count = std::min<int64_t>(32, l.n - p * 32);
             for (int64_t c = 0; c < columns; c += 32)
@@ -99,43 +99,68 @@ inline bool joined(const Linear* layers, int64_t count) {
     return true;
 }
 
+// A x of the layers' branches, of what their products read.
+inline SlotLowRank branches_of(const Linear* layers, int64_t count, const Input& x, const Slots& slots) {
+    const SlotBranch* tables[3];
+    for (int64_t i = 0; i < count; i++) tables[i] = layers[i].branches;
+    SlotLowRank low(tables, count, slots);
+    const bool packed = layers[0].kind == Linear::packed;
+    low.forward(x.stride(), [&](int64_t m, float* row) {
+        for (int64_t k = 0; k < x.stride(); k += 32) {
+            const int64_t n = std::min<int64_t>(32, x.rounded.width - k);
+            F16 left, right;
+            if (!packed) left = load16(x.full + m * x.stride() + k), right = load16(x.full + m * x.stride() + k + 16);
+            else if (Rows::filled_up || n == 32) left = load16(x.rounded.at(m, k)), right = load16(x.rounded.at(m, k) + 16);
+            else {
+                uint16_t all[32] = {};
+                std::copy_n(x.rounded.at(m, k), n, all);
+                left = load16(all), right = load16(all + 16);
+            }
+            store16(row + k, left), store16(row + k + 16, right);
+        }
+    });
+    return low;
+}
+
 // The outputs of layers with the same input stand side by side. store(m, n, left, right, count): count of
 // them, 32 at most, from output n of row m on.
 template <typename Store>
-void apply(const Linear* layers, int64_t count, const Input& x, Store store, int64_t first = 0) {
+void apply(const Linear* layers, int64_t count, const Input& x, const Slots& slots, Store store, int64_t first = 0) {
     if (count > 1 && !joined(layers, count)) {
-        for (int64_t i = 0; i < count; first += layers[i++].n) apply(layers + i, 1, x, store, first);
+        for (int64_t i = 0; i < count; first += layers[i++].n) apply(layers + i, 1, x, slots, store, first);
         return;
     }
     Weights weights{{}, count};
-    std::vector<jlora::Branch> branches;
     int64_t ends[3], outputs = 0;
     for (int64_t i = 0; i < count; ends[i++] = outputs) {
-        const Linear& l = layers[i];
-        weights.list[i] = (const Weight*)l.weight;
-        if (l.A) branches.push_back({l.A, l.B, nullptr, nullptr, outputs, l.n, l.r, l.blocks, l.flags, (float)l.scale, 0, {}});
-        outputs += l.n;
+        weights.list[i] = (const Weight*)layers[i].weight;
+        outputs += layers[i].n;
     }
-    LowRank low(layers[0].k, outputs, branches);
-    static Buffer<float> for_low;
-    float* kept = for_low.of(x.rounded.rows * low.rank());
+    const SlotLowRank low = branches_of(layers, count, x, slots);
     const bool packed = layers[0].kind == Linear::packed;
-    if (packed) low.forward(x.rounded, kept);
-    else low.forward(FloatRows{x.full, x.rounded.rows, x.stride()}, kept);
     const auto sink = [&](int64_t m, int64_t n, F16 left, F16 right) {
         int64_t i = 0;
         while (n >= ends[i]) i++;
-        const int64_t own = std::min<int64_t>(32, ends[i] - n);
+        const int64_t own = std::min<int64_t>(32, ends[i] - n), at = n - (ends[i] - layers[i].n);
         if (const float* bias = layers[i].bias) {
             F16 l, r;
-            load_some(bias + n - (ends[i] - layers[i].n), l, r, own);
+            load_some(bias + at, l, r, own);
             left += l, right += r;
         }
-        low.add(m, n, left, right);
+        if (low.any()) left = low.add(m, i, at / 16, left), right = low.add(m, i, at / 16 + 1, right);
         store(m, first + n, left, right, own);
     };
-    if (packed) product(x.rounded, weights, sink);
-    else product_of_floats(x, layers[0], sink);
+    if (!packed) return product_of_floats(x, layers[0], sink);
+#if defined(JLORA_TILES)
+    // What the sink reads of branches is fetched with the weights before it.
+    const auto fetch = [&](int64_t n, int64_t part, int64_t parts) {
+        int64_t i = 0;
+        while (n >= ends[i]) i++;
+        low.fetch(i, (n - (ends[i] - layers[i].n)) / 16, 2, part, parts);
+    };
+    if (low.any()) return product(x.rounded, weights, sink, false, fetch);
+#endif
+    product(x.rounded, weights, sink);
 }
 
 // The gated activation of two layers straight from their product, where that can be: a panel takes 16
@@ -143,6 +168,8 @@ void apply(const Linear* layers, int64_t count, const Input& x, Store store, int
 #if defined(JLORA_TILES)
 struct Paired {
     const Weight &gate, &up;
+    const SlotLowRank& low;
+    int64_t up_layer, up_panel;  // of whose branches those of `up` are, and where they begin
     int64_t tile(int64_t p) const {  // neighbours, which share a line of `active`, far apart in time
         const int64_t half = gate.n / 32;
         return p < half ? 2 * p : 2 * (p - half) + 1;
@@ -153,23 +180,28 @@ struct Paired {
     void fetch(int64_t p, int64_t s, int64_t line) const {
         _mm_prefetch((const char*)gate.tile(tile(p), s) + line * 64, _MM_HINT_T1);
         _mm_prefetch((const char*)up.tile(tile(p), s) + line * 64, _MM_HINT_T1);
+        const int64_t part = s * 16 + line, parts = gate.steps() * 16;
+        low.fetch(0, tile(p), 1, part, parts), low.fetch(up_layer, up_panel + tile(p), 1, part, parts);
     }
 };
 // count: 2, or 1 where one layer is both, the gate's outputs first.
-inline bool gate_in_registers(int64_t activation, const Linear* layers, int64_t count, const Input& x, const Input& active) {
+inline bool gate_in_registers(int64_t activation, const Linear* layers, int64_t count, const Input& x, const Slots& slots,
+        const Input& active) {
     const int64_t inner = active.rounded.width;
     if (!joined(layers, count) || active.wants_full || inner % 32) return false;
     for (int i = 0; i < count; i++)
-        if (layers[i].A || layers[i].bias) return false;
+        if (layers[i].bias) return false;
     const Weight& first = *(const Weight*)layers[0].weight;
-    const Weight gate{first.tiles, inner, first.k, first.stride, first.scales, first.int8_back};
+    const Weight gate{first.tiles, inner, first.k, first.stride, first.scales, first.kind};
     Weight up = count == 2 ? *(const Weight*)layers[1].weight : gate;
-    if (gate.scales || up.scales) return false;  // int8
+    if (gate.kind != bf16_kind || up.kind != bf16_kind) return false;
     if (count == 1) up.tiles = (char*)first.tile(inner / 16, 0);
-    const Paired paired{gate, up};
+    const SlotLowRank low = branches_of(layers, count, x, slots);
+    const Paired paired{gate, up, low, count - 1, count == 1 ? inner / 16 : 0};
     tiles::product<false>((const char*)x.rounded.data, x.rounded.rows, inner / 16, x.rounded.steps(), paired,
         [&](int64_t m, int64_t n, F16 gate, F16 up) {
-            const int64_t k = paired.tile(n / 32) * 16;
+            const int64_t tile = paired.tile(n / 32), k = tile * 16;
+            if (low.any()) gate = low.add(m, 0, tile, gate), up = low.add(m, paired.up_layer, paired.up_panel + tile, up);
             const F16 y = activation16(activation, gate) * up;
             uint16_t both[32];
             store32(both, y, y);
@@ -178,6 +210,6 @@ inline bool gate_in_registers(int64_t activation, const Linear* layers, int64_t 
     return true;
 }
 #else
-inline bool gate_in_registers(int64_t, const Linear*, int64_t, const Input&, const Input&) { return false; }
+inline bool gate_in_registers(int64_t, const Linear*, int64_t, const Input&, const Slots&, const Input&) { return false; }
 #endif
 }  // namespace jlora::decode

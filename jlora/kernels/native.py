@@ -267,6 +267,16 @@ def has(function: str) -> bool:
 _retired: list[object] = []
 
 
+def value_number(var: jt.Var) -> int:
+    """A number for a Var with its present value: another one as soon as it gets another value.
+
+    Jittor counts the nodes of its graphs up and gives no number twice in a process, so what was
+    made of a value can be kept under its number, also after the Var is gone. Writing into a Var's
+    memory (``var.data``) changes no number.
+    """
+    return var.id
+
+
 def retire(*memory: object, kept: list[object] = _retired) -> None:
     """Keep memory whose address operators have that may not have run: Jittor is lazy.
 

@@ -16,6 +16,7 @@ from jlora.kernels.native import (
     has,
     operator,
     retire,
+    value_number,
 )
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt
@@ -23,9 +24,9 @@ from jlora.system.runtime import jt
 LINE = 64  # bytes; packed weights begin on a line of the cache
 
 
-# What packed weights are kept in, by the numbers of product.h. "int8" multiplies activations in
-# int8 and gradients in bf16, "int8-both" both in int8.
-KINDS = {"bf16": 0, "int8": 1, "int8-both": 2}
+# What packed weights are kept in, by the numbers of tile_weights.h. "int8" multiplies activations
+# in int8 and gradients in bf16, "int8-both" both in int8, "int4" both in bf16.
+KINDS = {"bf16": 0, "int8": 1, "int8-both": 2, "int4": 3}
 
 
 def available(kind: str) -> bool:
@@ -46,10 +47,11 @@ def tiles() -> str | None:
 
 
 class PackedWeight:
-    """A weight (N, K) in bf16 or int8, in the layout that the processor multiplies best.
+    """A weight (N, K) in bf16, int8 or int4, in the layout that the processor multiplies best.
 
-    With AMX or AVX-512 one packing serves the product and its transpose, 2 bytes a number or 1;
-    without them there is one of bf16 for each. int8 has a scale for each of the N outputs.
+    With AMX or AVX-512 one packing serves the product and its transpose, 2 bytes a number, 1 or
+    5/8; without them there is one of bf16 for each. int8 has a scale for each of the N outputs,
+    int4 a scale and a minimum for each 32 inputs of an output.
     """
 
     def __init__(self, weight: jt.Var, transposed: bool, kind: str = "bf16"):
@@ -131,11 +133,11 @@ class TrainedWeight:
 
     def packed(self) -> jt.Var:
         """The copy of the weight as it is now, uint8."""
-        # Jittor gives a parameter another number whenever it gets another value.
-        if self._copied != self.weight.id:
+        number = value_number(self.weight)
+        if self._copied != number:
             numbers = (self.n, self.k, self.transposed)
             copy = operator((self.bytes,), "uint8", [self.weight], "pack_op", *numbers)
-            self._copy, self._copied = copy.stop_grad(), self.weight.id
+            self._copy, self._copied = copy.stop_grad(), number
         return self._copy
 
     def settled(self) -> SettledWeight:

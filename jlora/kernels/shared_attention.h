@@ -1,5 +1,7 @@
-// Attention of one new token a row, where rows share earlier tokens: the beams of a prompt read its
-// keys together, and each generated token is read once for all the beams that descend from it.
+// Attention of rows that share earlier tokens: the beams of a prompt read its keys together, and each generated
+// token is read once for all the beams that descend from it; likewise the tokens of a prompt that is run. What
+// a row gets does not depend on the other rows, bit for bit: its sums run over its own tokens in their order,
+// and what others see adds zeros.
 #pragma once
 #include <vector>
 #include "attention.h"
@@ -17,30 +19,47 @@ struct Place {
     }
 };
 
-// The rows of one prompt. Scores stand as (tokens, columns), a column for each row and query head of
-// a key head, so that everything done with them is done by vectors of columns.
+// Rows of one prompt: of its newest tokens, or some of its own. Scores stand as (tokens, columns), a column for
+// each row and query head of a key head, so that everything done with them is done by vectors of columns.
 struct Group {
     int64_t first, rows;
-    Place prompt;               // its first token; the block holds the prompt and nothing else
+    Place prompt;               // its first token
+    int64_t seen, shown;        // tokens of the prompt that some row sees, and that all see
     std::vector<Place> tokens;  // generated ones, each once
-    std::vector<float> hidden;  // (tokens, columns): 0, or far below any score where a row lacks it
+    std::vector<float> hidden;  // (tokens not shown to all, columns): 0, or far below any score where a row lacks it
     std::vector<int> places;    // of each generated token in its text
     std::vector<int> newest;    // of each row's newest token
 };
 constexpr float unseen = -1e30f;
 inline int64_t columns_of(int64_t rows, int64_t per) { return (rows * per + 15) / 16 * 16; }
 
+// A prompt's `length` tokens behind the `before` that were run earlier; the first of them is row `first`.
+inline void group_prompt(std::vector<Group>& groups, int64_t first, Place prompt, int64_t before, int64_t length, int64_t per) {
+    const int64_t some = std::max<int64_t>(1, 64 / per);  // rows a group
+    for (int64_t t = 0; t < length; t += some) {
+        const int64_t rows = std::min(some, length - t), columns = columns_of(rows, per), shown = before + t + 1;
+        Group g{first + t, rows, prompt, shown + rows - 1, shown, {}, {}, {}, {}};
+        g.hidden.assign((rows - 1) * columns, 0.0f);
+        for (int64_t i = 0; i < rows; i++) {
+            g.newest.push_back((int)(before + t + i));
+            for (int64_t later = i; later < rows - 1; later++) std::fill_n(g.hidden.data() + later * columns + i * per, per, unseen);
+        }
+        groups.push_back(std::move(g));
+    }
+}
+
 // table (R, most): the place of each generated token of each row, numbered through slabs of
 // slab_size, of which row r has lengths[r]. Prompt r stands at prompts[r], prompt_tokens[r] long;
 // rows of one prompt stand together.
-inline std::vector<Group> group_rows(int64_t R, int64_t per, float* const* prompts, const int* prompt_tokens,
+// The first of them is row `at` of all.
+inline void group_rows(std::vector<Group>& groups, int64_t at, int64_t R, int64_t per, float* const* prompts, const int* prompt_tokens,
         const int* table, int64_t most, const int* lengths, float* const* slabs, int64_t slab_size, int64_t slab_count) {
-    std::vector<Group> groups;
     std::vector<int> seen(slab_count * slab_size, -1);  // the last group to read a token
     std::vector<int> numbers(slab_count * slab_size);   // and its number there
     for (int64_t first = 0, end; first < R; first = end) {
         for (end = first + 1; end < R && prompts[end] == prompts[first]; end++) {}
-        Group g{first, end - first, {prompts[first], prompt_tokens[first], 0}, {}, {}, {}, {}};
+        const int64_t size = prompt_tokens[first];
+        Group g{at + first, end - first, {prompts[first], size, 0}, size, size, {}, {}, {}, {}};
         const int64_t columns = columns_of(g.rows, per);
         for (int64_t r = first; r < end; r++) {
             g.newest.push_back(prompt_tokens[first] + lengths[r] - 1);
@@ -58,7 +77,6 @@ inline std::vector<Group> group_rows(int64_t R, int64_t per, float* const* promp
         }
         groups.push_back(std::move(g));
     }
-    return groups;
 }
 
 // scores (tokens, columns) -> exp(scale * (score - the column's largest)), by 16 columns; those of the
@@ -108,12 +126,12 @@ inline void shared_attention(const std::vector<Group>& groups, int64_t layer, in
                 const int64_t columns = columns_of(group.rows, per), U = group.tokens.size();
                 // The prompt's tokens from `begin` on, which some row sees.
                 first.assign(columns, 0.0f);
-                int64_t begin = group.prompt.size;
+                int64_t begin = group.seen;
                 for (int64_t m = 0; m < group.rows * per; m++) {
                     const int64_t seen = how.first(group.newest[m / per]);
                     first[m] = (float)seen, begin = std::min(begin, seen);
                 }
-                const int64_t T = group.prompt.size - begin;
+                const int64_t T = group.seen - begin;
                 queries.assign(D * columns, 0.0f);
                 scores.resize((T + U) * columns);
                 keys.resize(U * D);
@@ -133,7 +151,7 @@ inline void shared_attention(const std::vector<Group>& groups, int64_t layer, in
                 float* generated = scores.data() + T * columns;
                 small_product(T, columns, D, prompt_keys, width, 1, queries.data(), columns, scores.data(), columns, false);
                 small_product(U, columns, D, keys.data(), D, 1, queries.data(), columns, generated, columns, false);
-                exponentials(scores.data(), T, T + U, group.hidden.data(), columns, how,
+                exponentials(scores.data(), group.shown - begin, T + U, group.hidden.data(), columns, how,
                     [&](int64_t t) { return t < T ? begin + t : group.places[t - T]; }, first.data(), totals.data());
                 const int64_t M = group.rows * per;
                 small_product(M, D, T, scores.data(), 1, columns, prompt_values, width, sums.data(), D, false);

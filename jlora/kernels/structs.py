@@ -32,7 +32,7 @@ class Weight(Structure):
     """tile_weights.h: a packed weight (n, k). In onednn_product.h n and k stand there too."""
 
     _fields_ = [("tiles", c_void_p), ("n", c_int64), ("k", c_int64), ("stride", c_int64),
-                ("scales", c_void_p), ("int8_back", c_int64)]  # fmt: skip
+                ("scales", c_void_p), ("kind", c_int64)]  # fmt: skip
 
 
 class Norm(Structure):
@@ -72,8 +72,15 @@ class Linear(Structure):
     """linear.h: a linear layer of a model that decodes."""
 
     _fields_ = [("kind", c_int64), ("weight", c_void_p), ("n", c_int64), ("k", c_int64),
-                ("bias", c_void_p), ("A", c_void_p), ("B", c_void_p), ("r", c_int64),
-                ("blocks", c_int64), ("flags", c_int64), ("scale", c_double)]  # fmt: skip
+                ("bias", c_void_p), ("branches", c_void_p)]  # fmt: skip
+
+
+class SlotBranch(Structure):
+    """branches.h: the low-rank branch that an adapter has on a layer of a model that decodes."""
+
+    _fields_ = [("A", c_void_p), ("B", c_void_p), ("from", c_void_p), ("rank", c_int64),
+                ("reach", c_int64), ("narrow", c_int64), ("r", c_int64), ("blocks", c_int64),
+                ("flags", c_int64), ("scale", c_double)]  # fmt: skip
 
 
 class Block(Structure):
@@ -111,6 +118,7 @@ MIRRORS = (
     JointSpec,
     BlockSpec,
     Linear,
+    SlotBranch,
     Block,
     Model,
 )

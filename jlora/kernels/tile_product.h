@@ -1,6 +1,7 @@
 // What product.h says, by the tiles of tiles.h; one packing of a weight serves both directions.
 #pragma once
 #include "bf16.h"
+#include "int4.h"
 #include "int8.h"
 #include "tile_turns.h"
 #include "tile_weights.h"
@@ -10,6 +11,7 @@ namespace jlora {
 inline void pack(const float* w, const Weight& out, bool transposed) {
     const int64_t along_n = transposed ? 1 : out.k, along_k = transposed ? out.n : 1;
     if (out.scales) return int8::pack(w, out, along_n, along_k);
+    if (out.kind == int4_kind) return int4::pack(w, out, along_n, along_k);
     const int64_t rows = transposed ? out.k : out.n, columns = transposed ? out.n : out.k;
     #pragma omp parallel for collapse(2) schedule(static)
     for (int64_t r = 0; r < up_to(rows, 32); r += 32)
@@ -30,10 +32,13 @@ inline void pack(const float* w, const Weight& out, bool transposed) {
 }
 inline void unpack(const Weight& w, float* out, bool transposed) {
     const int64_t along_n = transposed ? 1 : w.k, along_k = transposed ? w.n : 1;
+    const auto number = [&](int64_t n, int64_t k) {
+        if (w.kind == int4_kind) return int4::at(w, n, k);
+        return w.scales ? int8::at(w, n, k) * w.scales[n] : float_of(w.at(n, k));
+    };
     #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < w.n; n++)
-        for (int64_t k = 0; k < w.k; k++)
-            out[n * along_n + k * along_k] = w.scales ? int8::at(w, n, k) * w.scales[n] : float_of(w.at(n, k));
+        for (int64_t k = 0; k < w.k; k++) out[n * along_n + k * along_k] = number(n, k);
 }
 
 // Row n of a bf16 weight.
@@ -59,17 +64,42 @@ inline void turn_tiles(const uint16_t* upper, const uint16_t* lower, uint16_t* l
         }
 }
 
+// Fetches line `line` of 16 a tile, of the int4 blocks of two tiles from step s on that are made into tiles.
+inline void fetch_blocks(const Weight& w, int64_t n_tile, int64_t step, int64_t line) {
+    if (line % 16 * 64 >= int4::block_bytes) return;
+    const char* at = int4::block(w, n_tile, step) + line % 16 * 64;
+    _mm_prefetch(at, _MM_HINT_T1);
+    _mm_prefetch(at + w.stride, _MM_HINT_T1);
+}
+
+// also(n, part, parts): fetches a part of what else is wanted for outputs n to n + 31.
+struct NothingElse {
+    void operator()(int64_t, int64_t, int64_t) const {}
+};
+template <typename Also>
 struct ForwardPanels {
     const Weights& all;
-    void panel(int64_t p, int64_t s, int64_t, char*, const char*& b0, const char*& b1) const {
+    const Also& also;
+    void panel(int64_t p, int64_t s, int64_t n, char* room, const char*& b0, const char*& b1) const {
         const Weight& w = find(all, p);
-        b0 = (const char*)w.tile(2 * p, s), b1 = b0 + w.stride;
+        if (w.kind != int4_kind) {
+            b0 = (const char*)w.tile(2 * p, s), b1 = b0 + w.stride;
+            return;
+        }
+        for (int64_t i = 0; i < 2 * n; i++) int4::widen(int4::block(w, 2 * p + i / n, s + i % n), (uint16_t*)room + i * 512);
+        b0 = room, b1 = room + n * tiles::tile_bytes;
     }
     void fetch(int64_t p, int64_t s, int64_t line) const {
+        const int64_t n = p * 32;
         const Weight& w = find(all, p);
-        const char* at = (const char*)w.tile(2 * p, s) + line * 64;
-        _mm_prefetch(at, _MM_HINT_T1);
-        _mm_prefetch(at + w.stride, _MM_HINT_T1);
+        if (w.kind == int4_kind) {
+            fetch_blocks(w, 2 * p, s + line / 16, line);
+        } else {
+            const char* at = (const char*)w.tile(2 * p, s) + line * 64;
+            _mm_prefetch(at, _MM_HINT_T1);
+            _mm_prefetch(at + w.stride, _MM_HINT_T1);
+        }
+        also(n, s * 16 + line, w.steps() * 16);
     }
 };
 // The way back contracts over the outputs of all of them.
@@ -84,6 +114,12 @@ struct BackwardPanels {
                 int8::widen_tiles(w, step, p, left + i * 512, right + i * 512);
                 continue;
             }
+            if (w.kind == int4_kind) {
+                alignas(64) uint16_t wide[2][512];
+                for (int64_t t = 0; t < 2; t++) int4::widen(int4::block(w, 2 * step + t, p), wide[t]);
+                turn_tiles(wide[0], wide[1], left + i * 512, right + i * 512);
+                continue;
+            }
             turn_tiles(w.tile(2 * step, p), w.tile(2 * step + 1, p), left + i * 512, right + i * 512);
         }
         b0 = (const char*)left, b1 = (const char*)right;
@@ -91,6 +127,7 @@ struct BackwardPanels {
     void fetch(int64_t p, int64_t s, int64_t line) const {
         int64_t step = s + line / 16;
         const Weight& w = find(all, step);
+        if (w.kind == int4_kind) return fetch_blocks(w, 2 * step, p, line);
         const char* at = w.scales ? int8::half_tile(w, 2 * step, p) + line % 8 * 64
                                   : (const char*)w.tile(2 * step, p) + line % 16 * 64;
         _mm_prefetch(at, _MM_HINT_T1);
@@ -99,29 +136,30 @@ struct BackwardPanels {
 };
 
 // sink(m, n, left, right): outputs n to n + 31 of row m. steady: see tiles::product; bf16 alone.
-template <typename Sink>
-void product(const Rows& x, const Weights& all, Sink sink, bool steady = false) {
+template <typename Sink, typename Also = NothingElse>
+void product(const Rows& x, const Weights& all, Sink sink, bool steady = false, const Also& also = {}) {
     if (!x.rows) return;
-    if (all.list[0]->scales) return int8::product(x, all, panels(all), ForwardPanels{all}, sink);
-    tiles::product<false>((const char*)x.data, x.rows, panels(all), x.steps(), ForwardPanels{all}, sink, steady);
+    const ForwardPanels<Also> weights{all, also};
+    if (all.list[0]->scales) return int8::product(x, all, panels(all), weights, sink);
+    tiles::product<false>((const char*)x.data, x.rows, panels(all), x.steps(), weights, sink, steady);
 }
 template <typename Sink>
 void product_back(const Rows& dy, const Weights& all, Sink sink) {
     if (!dy.rows) return;
     const Weight& first = *all.list[0];
-    if (first.int8_back) return int8::product_back(dy, all, sink);
+    if (first.kind == int8_both_kind) return int8::product_back(dy, all, sink);
     tiles::product<false>((const char*)dy.data, dy.rows, up_to(first.k, 32) / 32, panels(all), BackwardPanels{all}, sink);
 }
-// What a weight is kept in.
-enum Kind { bf16_kind, int8_kind, int8_both_kind };
 inline int64_t weight_bytes(int64_t n, int64_t k, int64_t kind) {
     if (!tiles::permitted()) return 0;
+    if (kind == int4_kind) return up_to(n, 32) / 16 * up_to(k, 32) / 32 * int4::block_bytes;
     if (kind == bf16_kind) return up_to(n, 32) * up_to(k, 32) * 2;
     return up_to(n, 64) * (up_to(k, 64) + (int64_t)sizeof(float));
 }
 inline Weight weight_in(char* memory, int64_t n, int64_t k, int64_t kind) {
-    if (kind == bf16_kind) return {memory, n, k, up_to(k, 32) * 32, nullptr, 0};
+    if (kind == int4_kind) return {memory, n, k, up_to(k, 32) / 32 * int4::block_bytes, nullptr, kind};
+    if (kind == bf16_kind) return {memory, n, k, up_to(k, 32) * 32, nullptr, kind};
     const float* scales = (const float*)(memory + up_to(n, 64) * up_to(k, 64));
-    return {memory, n, k, up_to(k, 64) * 16, scales, kind == int8_both_kind};
+    return {memory, n, k, up_to(k, 64) * 16, scales, kind};
 }
 }  // namespace jlora

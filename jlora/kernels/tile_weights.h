@@ -15,14 +15,16 @@ struct Rows {
     uint16_t* at(int64_t m, int64_t k) const { return data + (m / 16 * steps() + k / 32) * 512 + m % 16 * 32; }
 };
 
+// What a weight is kept in. int8_both: gradients, too, are multiplied in int8.
+enum Kind : int64_t { bf16_kind, int8_kind, int8_both_kind, int4_kind };
 // A tile of a weight: 16 outputs n by 32 inputs k, stored [k / 2][n][k % 2], or in int8 by 64 inputs,
-// stored [k / 4][n][k % 4]; filled up with zeros.
+// stored [k / 4][n][k % 4]; filled up with zeros. In int4: see int4.h.
 struct Weight {
     char* tiles;
     int64_t n, k;         // outputs and inputs
     int64_t stride;       // bytes from the tiles of 16 outputs to the next 16
-    const float* scales;  // of int8 numbers, one for each output; null: bf16
-    int64_t int8_back;    // whether gradients, too, are multiplied in int8
+    const float* scales;  // of int8 numbers, one for each output; null: of other kinds
+    int64_t kind;
     int64_t inputs_a_tile() const { return scales ? 64 : 32; }
     int64_t steps() const { return up_to(k, inputs_a_tile()) / inputs_a_tile(); }
     uint16_t* tile(int64_t n_tile, int64_t k_tile) const {

@@ -41,7 +41,39 @@ inline float sum_exp(const float* x, int64_t size, float shift) {
     return sum;
 }
 
-struct Edits { const int *penalised, *banned; int64_t penalised_size, banned_size; float penalty; };
+// What becomes of the logits of each row, in this order; ids outside the vocabulary are skipped.
+struct Edits {
+    const int* penalised; int64_t penalised_size; const float* penalties;  // (rows, size), (rows,)
+    const int* biased; int64_t biased_size; const float* biases;           // (rows, size) each
+    const uint32_t* allowed; int64_t allowed_size;  // (rows, size) a bit for each word; null: all words are allowed
+    const int* banned; int64_t banned_size;
+    Edits row(int64_t m) const {
+        return {penalised + m * penalised_size, penalised_size, penalties + m, biased + m * biased_size, biased_size,
+            biases + m * biased_size, allowed ? allowed + m * allowed_size : nullptr, allowed_size, banned + m * banned_size, banned_size};
+    }
+    // The bits of 32 words, n of which is the first.
+    uint32_t allows(int64_t n) const { return !allowed ? ~0u : n / 32 < allowed_size ? allowed[n / 32] : 0u; }
+    // row: `count` logits of words n on, -FLT_MAX for minus infinity.
+    void apply(int64_t n, int64_t count, const float* logits, float* row) const {
+        // Each new value is computed from the logits, so an id given twice is penalised once.
+        for (int64_t i = 0; i < penalised_size; i++) {
+            const int64_t at = penalised[i] - n;
+            if (at < 0 || at >= count || row[at] == -FLT_MAX) continue;
+            row[at] = logits[at] < 0 ? logits[at] * *penalties : logits[at] / *penalties;
+        }
+        for (int64_t i = 0; i < biased_size; i++) {
+            const int64_t at = biased[i] - n;
+            if (at >= 0 && at < count && row[at] != -FLT_MAX) row[at] += biases[i];
+        }
+        for (int64_t i = 0; allowed && i < count; i += 32) {
+            const uint32_t bits = allows(n + i);
+            for (int64_t j = i; bits != ~0u && j < std::min(i + 32, count); j++)
+                if (!(bits >> (j - i) & 1)) row[j] = -FLT_MAX;
+        }
+        for (int64_t i = 0; i < banned_size; i++)
+            if (banned[i] >= n && banned[i] < n + count) row[banned[i] - n] = -FLT_MAX;
+    }
+};
 
 inline void row_topk(const float* logits, int64_t size, const Edits& edits, int64_t k,
                      float* values, int* ids, float* row, float* chunk_best) {
@@ -49,16 +81,7 @@ inline void row_topk(const float* logits, int64_t size, const Edits& edits, int6
         for (int64_t i = 0; i < k; i++) values[i] = float_of_bits(kNan), ids[i] = (int)i;
         return;
     }
-    // Each new value is computed from the logits, so an id given twice is penalised once.
-    for (int64_t i = 0; i < edits.penalised_size; i++) {
-        int id = edits.penalised[i];
-        if (id < 0 || id >= size || row[id] == -FLT_MAX) continue;
-        row[id] = logits[id] < 0 ? logits[id] * edits.penalty : logits[id] / edits.penalty;
-    }
-    for (int64_t i = 0; i < edits.banned_size; i++) {
-        int id = edits.banned[i];
-        if (id >= 0 && id < size) row[id] = -FLT_MAX;
-    }
+    edits.apply(0, size, logits, row);
     float best = -FLT_MAX;
     for (int64_t at = 0, c = 0; at < size; at += kChunk, c++) {
         chunk_best[c] = largest(row + at, std::min(kChunk, size - at));
@@ -96,10 +119,7 @@ inline void topk(const float* logits, int64_t rows, int64_t size, const Edits& e
         std::vector<float> row(size), chunk_best((size + kChunk - 1) / kChunk);
         #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
-            Edits own = edits;
-            own.penalised += r * edits.penalised_size;
-            own.banned += r * edits.banned_size;
-            row_topk(logits + r * size, size, own, k, values + r * k, ids + r * k,
+            row_topk(logits + r * size, size, edits.row(r), k, values + r * k, ids + r * k,
                      row.data(), chunk_best.data());
         }
     }

@@ -25,9 +25,15 @@ def log_softmax_topk(
     k: int,
     banned: Sequence[Sequence[int]] | None = None,
     penalised: Sequence[Sequence[int]] | None = None,
-    penalty: float = 1.0,
+    penalty: float | np.ndarray = 1.0,
+    biased: Sequence[Sequence[int]] | None = None,
+    biases: Sequence[Sequence[float]] | None = None,
+    allowed: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best tokens of each row, best first, with their log-probabilities.
+
+    Logits are edited in this order: penalised, biased, allowed, banned; ids outside the vocabulary
+    are skipped.
 
     Args:
         logits: (rows, V) float32.
@@ -36,9 +42,14 @@ def log_softmax_topk(
             below 0 are skipped. The rest is renormalised: microsoft/LoRA, too, sets logits to -inf
             before its softmax.
         penalised: token ids of each row whose logit is multiplied by ``penalty`` where it is
-            negative and divided by it where not (CTRL, arXiv 1909.05858), before the bans; an id
-            given twice is penalised once.
-        penalty: see ``penalised``.
+            negative and divided by it where not (CTRL, arXiv 1909.05858); an id given twice is
+            penalised once.
+        penalty: see ``penalised``; of all rows, or (rows,).
+        biased: token ids of each row to whose logits ``biases`` are added; of an id given twice
+            both are.
+        biases: as many finite numbers for each row.
+        allowed: (rows, ceil(V / 32)) int32, bit i % 32 of number i // 32 says whether token i may
+            come; fewer numbers forbid what they lack. All others have probability 0.
 
     Returns:
         values (rows, min(k, V)) float32 and ids (rows, min(k, V)) int32. Equal logits stand in the
@@ -47,27 +58,55 @@ def log_softmax_topk(
     rows, size = logits.shape
     k = min(k, size)
     if k > LARGEST_K or problem() is not None or not has("topk_op"):
-        return log_softmax_topk_numpy(logits.numpy(), k, banned, penalised, penalty)
-    edits = [jt.array(rectangle(lists, rows)) for lists in (penalised, banned)]
+        edits = (banned, penalised, penalty, biased, biases, allowed)
+        return log_softmax_topk_numpy(logits.numpy(), k, *edits)
+    edits = edit_arrays(rows, banned, penalised, penalty, biased, biases, allowed)
     values, ids = operator(
         [(rows, k), (rows, k)],
         ["float32", "int32"],
-        [logits.float32(), *edits],
+        [logits.float32(), *map(jt.array, edits)],
         "topk_op",
-        penalty,
+        allowed is not None,
     )
     return values.numpy(), ids.numpy()
+
+
+def edit_arrays(
+    rows: int, banned=None, penalised=None, penalty=1.0, biased=None, biases=None, allowed=None
+) -> list[np.ndarray]:
+    """Edits of `log_softmax_topk` as the operators take them.
+
+    Raises:
+        ValueError: lists or arrays for another number of rows, or a bias that is not finite.
+    """
+    bits = np.full((rows, 1), -1, np.int32) if allowed is None else np.asarray(allowed)
+    added = _rectangle([] if biases is None else biases, rows, 0, np.float32)
+    arrays = [
+        rectangle(penalised, rows),
+        np.ascontiguousarray(np.broadcast_to(np.asarray(penalty, np.float32), (rows,))),
+        rectangle(biased, rows),
+        added,
+        np.ascontiguousarray(bits).view(np.int32),
+        rectangle(banned, rows),
+    ]
+    if any(len(array) != rows for array in arrays) or arrays[2].shape != added.shape:
+        raise ValueError(f"edits of logits that do not fit {rows} rows")
+    if not np.isfinite(added).all():
+        raise ValueError("a bias of logits that is not finite")
+    return arrays
 
 
 def rectangle(lists: Sequence[Sequence[int]] | None, rows: int) -> np.ndarray:
     """Lists of ids -> (rows, longest) int32, filled up with -1; Jittor wants no empty Vars."""
     if isinstance(lists, np.ndarray) and lists.size:
-        return lists.astype(np.int32)
-    width = max([1, *map(len, lists)]) if lists is not None else 1
-    result = np.full((rows, width), -1, dtype=np.int32)
-    if lists is not None:
-        for row, ids in enumerate(lists):
-            result[row, : len(ids)] = ids
+        return np.ascontiguousarray(lists, np.int32)
+    return _rectangle([] if lists is None else lists, rows, -1, np.int32)
+
+
+def _rectangle(lists: Sequence[Sequence], rows: int, fill: float, dtype: type) -> np.ndarray:
+    result = np.full((max(rows, len(lists)), max([1, *map(len, lists)])), fill, dtype)
+    for row, numbers in enumerate(lists):
+        result[row, : len(numbers)] = numbers
     return result
 
 
@@ -76,21 +115,32 @@ def log_softmax_topk_numpy(
     k: int,
     banned: Sequence[Sequence[int]] | None = None,
     penalised: Sequence[Sequence[int]] | None = None,
-    penalty: float = 1.0,
+    penalty: float | np.ndarray = 1.0,
+    biased: Sequence[Sequence[int]] | None = None,
+    biases: Sequence[Sequence[float]] | None = None,
+    allowed: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`log_softmax_topk` in plain numpy: its definition, and the way for a large k."""
     logits = np.array(logits, dtype=np.float32)
     bad = (np.isnan(logits) | np.isposinf(logits)).any(1)
     logits[bad] = 0
     logits[logits <= _LOWEST] = -np.inf
-    for row in range(len(logits)):
+    rows, size = logits.shape
+    factors = np.broadcast_to(np.asarray(penalty, np.float32), (rows,))
+    for row in range(rows):
         if penalised is not None:
-            ids = np.unique(_real(penalised[row]))
+            ids = np.unique(_real(penalised[row], size))
             x = logits[row, ids]
-            factor = np.float32(penalty)
-            logits[row, ids] = np.where(x < 0, x * factor, x / factor)
+            logits[row, ids] = np.where(x < 0, x * factors[row], x / factors[row])
+        for token, bias in zip(biased[row], biases[row]) if biased is not None else ():
+            if 0 <= token < size:
+                logits[row, token] += np.float32(bias)
+        if allowed is not None:
+            bits = np.ascontiguousarray(allowed[row]).view(np.uint8)
+            free = np.unpackbits(bits, count=size, bitorder="little")
+            logits[row, free == 0] = -np.inf
         if banned is not None:
-            logits[row, _real(banned[row])] = -np.inf
+            logits[row, _real(banned[row], size)] = -np.inf
     ids = np.argsort(-logits, axis=1, kind="stable")[:, :k]  # stable: equal ones in order of id
     with np.errstate(divide="ignore", invalid="ignore"):
         shift = logits.max(1, keepdims=True).astype(np.float64)
@@ -102,6 +152,6 @@ def log_softmax_topk_numpy(
     return values.astype(np.float32), ids.astype(np.int32)
 
 
-def _real(ids: Sequence[int]) -> np.ndarray:
+def _real(ids: Sequence[int], size: int) -> np.ndarray:
     ids = np.asarray(ids, dtype=np.int64)
-    return ids[ids >= 0]
+    return ids[(ids >= 0) & (ids < size)]

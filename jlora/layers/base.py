@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any
 
 from jlora.formats.names import is_lora_name
 from jlora.layers.variant import PLAIN, LoraVariant
@@ -179,10 +180,15 @@ class LoRALayer:
             return
         if self.has_adapter:
             with jt.no_grad():
-                self._merge_bias()
+                bias = getattr(self, "bias", None)
+                merged_bias = self._merged_bias(bias)
                 # A copy is kept: subtracting would leave a rounding error at each round, and would
                 # take away the wrong change after lora_A or lora_B were replaced meanwhile.
                 merged = self.variant.merged_weight(self, self.float_weight())
+                merged.sync()  # what can fail has been done before anything is changed
+                if merged_bias is not bias:
+                    self._unmerged_bias = bias.clone().stop_grad()
+                    assign(bias, merged_bias)
                 if isinstance(self.weight, jt.Var):
                     self._unmerged = self.weight.clone().stop_grad()
                     self.weight.update(merged.cast(self.weight.dtype))
@@ -191,18 +197,14 @@ class LoRALayer:
                 self._merged_digest = _digest(self.weight)
         self.merged = True
 
-    def _merge_bias(self) -> None:
-        bias = getattr(self, "bias", None)
+    def _merged_bias(self, bias: jt.Var | None) -> jt.Var | None:
         merged = self.variant.merged_bias(self, bias)
-        if merged is bias:
-            return
-        if bias is None:
+        if merged is not bias and bias is None:
             raise UserError(
                 f"{type(self.variant).__name__}: the base layer has no bias to merge into, as in "
                 "PEFT; keep the adapter unmerged"
             )
-        self._unmerged_bias = bias.clone().stop_grad()
-        assign(bias, merged)
+        return merged
 
     def unmerge(self) -> None:
         """Give the weight back as it was before `merge`; nothing happens if it is not merged.
@@ -213,18 +215,33 @@ class LoRALayer:
         Raises:
             UserError: the variant cannot do that.
         """
-        if not self.merged:
-            return
-        if self.has_adapter:
+        if self.merged:
+            self.give_back(self.plain_weight())
+
+    def plain_weight(self) -> Any:
+        """The weight that `unmerge` gives back; nothing is changed.
+
+        Raises:
+            UserError: as `unmerge`.
+        """
+        if not (self.merged and self.has_adapter):
+            return self.weight
+        merged = isinstance(self.weight, jt.Var)
+        if merged and _digest(self.weight) != self._merged_digest:
             with jt.no_grad():
-                merged = isinstance(self.weight, jt.Var)
-                if merged and _digest(self.weight) != self._merged_digest:
-                    plain = self.variant.unmerged_weight(self, self.weight.float32())
-                    self.weight.update(plain.cast(self.weight.dtype))
-                elif merged and isinstance(self._unmerged, jt.Var):
-                    self.weight.update(self._unmerged)
+                plain = self.variant.unmerged_weight(self, self.weight.float32())
+                plain.sync()
+                return plain.cast(self.weight.dtype)
+        return self._unmerged
+
+    def give_back(self, weight: Any) -> None:
+        """`unmerge` with the weight that `plain_weight` gave."""
+        if self.merged and self.has_adapter:
+            with jt.no_grad():
+                if isinstance(self.weight, jt.Var) and isinstance(weight, jt.Var):
+                    self.weight.update(weight)
                 else:  # an engine had packed the weight, or has packed what was merged
-                    self.weight = self._unmerged
+                    self.weight = weight
                 if self._unmerged_bias is not None:
                     assign(self.bias, self._unmerged_bias)
             self._unmerged = self._merged_digest = self._unmerged_bias = None

@@ -14,8 +14,9 @@ from jlora.system.text import lines_of
 
 SOURCE_HEADERS = {"mr", "src", "source", "meaning", "meaning rep", "meaning representation"}
 REFERENCE_HEADERS = {"ref", "reference", "trg", "tgt", "target", "human", "human ref"}
-# Wrongly decoded pound signs and accents in the published CSV files.
-MOJIBAKE = (("Ł", "£"), ("Â£", "£"), ("Ã©", "é"), ("ã©", "é"))
+# Wrongly decoded pound signs and accents in the published CSV files. The official script takes
+# every Ł for a pound sign; Polish texts have it in words.
+MOJIBAKE = ((r"Ł(?=\s?\d)", "£"), ("Â£", "£"), ("Ã©", "é"), ("ã©", "é"))
 
 
 def read_hypotheses(path: str | Path) -> list[str]:
@@ -100,7 +101,7 @@ def _lines(path: str | Path) -> list[str]:
 def _table_references(path: str | Path) -> list[list[str]]:
     text = read_text(path).replace("\ufeff", "")
     for wrong, right in MOJIBAKE:
-        text = text.replace(wrong, right)
+        text = re.sub(wrong, right, text)
     first = next((line for line in lines_of(text) if line.strip()), None)
     if first is None:
         raise UserError(f"{path}: the file is empty")

@@ -9,7 +9,7 @@ def mean_ter(hypotheses: list[list[str]], references: list[list[list[str]]]) -> 
     """Mean over the sentences of the TER to the nearest reference; 0 is best, above 1 possible.
 
     As GenerationEval: the smallest `ter` of each sentence over its references, and their plain
-        mean.
+    mean.
     (Snover's tercom and sacrebleu divide all edits by the mean reference lengths, and limit the
     phrases that move and how far, so their numbers differ.)
     """

@@ -134,6 +134,12 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd, and rotary embedding takes pairs")
+        if self.rotary_size < 2 or self.rotary_size % 2:
+            share = getattr(self, "partial_rotary_factor", 1.0)
+            raise ValueError(
+                f"partial_rotary_factor {share} turns {self.rotary_size} of a head's "
+                f"{self.head_dim} numbers, and rotary embedding takes pairs"
+            )
 
     def to_dict(self) -> dict:
         """What ``config.json`` holds, transformers' architecture name included."""

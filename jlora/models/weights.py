@@ -39,8 +39,8 @@ def load_weights(
 ) -> None:
     """Give every parameter of a model its values, as float32.
 
-    ``tensors`` is emptied on the way, so that a large model is not in memory twice. A `LazyArray` is
-    read when somebody asks for its values; `engine.prepare` packs them one by one. A head that
+    ``tensors`` is emptied on the way, so that a large model is not in memory twice. A `LazyArray`
+    is read when somebody asks for its values; `engine.prepare` packs them one by one. A head that
     repeats the tied embedding is accepted.
 
     Raises:

@@ -10,13 +10,17 @@ from typing import Any
 
 from jlora.adapters import PartialModel, PeftModel, TunedModel, is_partial
 from jlora.adapters.loralib import is_loralib
-from jlora.formats.peft_file import check_peft
+from jlora.data.pull_models import NAME
+from jlora.formats.peft_file import CONFIG, check_peft
 from jlora.layers import set_trainable
-from jlora.models.hub import load
+from jlora.models.hub import find_local, load
 from jlora.runs.recipe import Recipe, load_run_recipe
 from jlora.system.console import say
 from jlora.system.errors import UserError
 from jlora.system.files import recover_directory
+from jlora.system.json_files import read_object
+
+NAMED_BASE = "base_model_name_or_path"  # of PEFT's settings
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,27 @@ class AdapterFile:
     def recipe(self) -> Recipe | None:
         """The recipe of the adapter's run; None where the adapter was made elsewhere."""
         return self._found[1]
+
+    @cached_property
+    def base(self) -> str | None:
+        """The base model by the run's recipe, or else by PEFT's settings (said once); None: none.
+
+        Raises:
+            UserError: the settings name a path that is not there.
+        """
+        if self.recipe is not None:
+            return self.recipe.model
+        path = self.folder / CONFIG
+        named = read_object(path, "get the file anew").get(NAMED_BASE) if path.is_file() else None
+        if not named or not isinstance(named, str):
+            return None
+        if find_local(named) is None and not NAME.fullmatch(named):
+            raise UserError(
+                f"no --model given, and {path} names {named!r} as the base model, which is not "
+                "here; give --model"
+            )
+        say(f"{path} names {named} as the base model, which is taken; --model takes another")
+        return named
 
     @property
     def of_task(self) -> bool:
@@ -148,16 +173,16 @@ def run_of(adapter: Path) -> tuple[Path, Recipe | None]:
 
 
 def base_name(name: str | None, adapter: AdapterFile | None) -> str:
-    """The name of the base model, None being that of the adapter's run; the adapter is checked.
+    """The name of the base model, None being what the adapter names; the adapter is checked.
 
     Raises:
         UserError: no model is named, or the adapter cannot be loaded (see `AdapterFile.check`).
     """
-    name = name or (adapter and adapter.recipe and adapter.recipe.model)
-    if not name:
-        raise UserError("no --model given, such as --model smollm2-135m")
     if adapter:
         adapter.check()
+    name = name or (adapter and adapter.base)
+    if not name:
+        raise UserError("no --model given, such as --model smollm2-135m")
     return name
 
 
@@ -186,7 +211,7 @@ def open_model(name: str | None, adapter: AdapterFile | None) -> Any:
     """The model, with its adapter on it if there is one; nothing in it is trained.
 
     Args:
-        name: None: the model that the adapter's run was made with.
+        name: None: the model that the adapter was made with, see `AdapterFile.base`.
 
     Raises:
         UserError: no model is named, or model or adapter cannot be loaded.

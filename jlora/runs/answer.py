@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from jlora.decoding.text_stream import stripped, up_to_stop
 from jlora.models.hub import outline, require_tokenizer
 from jlora.runs.adapter_file import AdapterFile, base_name, open_model
 from jlora.runs.chat import Chat, check_end_ids
+from jlora.runs.form import Form
 from jlora.runs.recipe import DataConfig
 from jlora.system.distributed import world
 from jlora.system.errors import UserError
@@ -158,28 +159,6 @@ def fingerprint(source: Any, encoded: Sequence[Sequence[int]], config: Any) -> s
     del settings["batch_size"]  # of no effect on the answers
     values = [source, type(config).__name__, settings, [list(map(int, ids)) for ids in encoded]]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Form:
-    """How prompts become tokens, and what ends the answers.
-
-    Attributes:
-        chat: as messages to answer, by a chat template.
-        plain: as a text to go on with, as the tokenizer begins one. Without `chat` or ``plain``
-            as in a task: the prompt, then a separator.
-        separator_id: token after each prompt of a task; None: as in the adapter's run, else the
-            tokenizer's end token; `jlora.data.batches.NO_SEPARATOR`: none.
-        end_ids: tokens that end a text; None: as the run says, else the tokenizer's end token, and
-            with ``chat`` or ``plain`` all that the model's files and template name.
-        shorten: ask for fewer new tokens where the model's context has not room for all.
-    """
-
-    chat: Chat | None = None
-    plain: bool = False
-    separator_id: int | None = None
-    end_ids: Sequence[int] | None = None
-    shorten: bool = False
 
 
 def answer(

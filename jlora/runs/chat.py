@@ -12,7 +12,7 @@ from jlora.data.chat_template import ChatTemplate, built_in_names, find_template
 from jlora.data.end_tokens import find_ends
 from jlora.decoding.sampling import GenerateConfig
 from jlora.decoding.session import Session
-from jlora.decoding.text_stream import pieces
+from jlora.decoding.text_stream import TextStream
 from jlora.models.hub import find, outline, require_tokenizer
 from jlora.runs.adapter_file import AdapterFile, base_name, open_model, switchable
 from jlora.runs.chat_data import NO_TEMPLATE
@@ -58,11 +58,13 @@ def find_chat_template(
     Args:
         name: of the base model.
         adapter: a template that it was trained with goes before the model's.
-        choice, arguments: as for `jlora.data.chat_template.find_template`.
+        choice, arguments: as for `jlora.data.chat_template.find_template`; ``none``: no template.
 
     Raises:
         UserError: no such choice or model, or a damaged file.
     """
+    if choice == NO_TEMPLATE:
+        return None
     if choice is not None:
         return find_template(find(name), choice, arguments)
     recipe = adapter and adapter.recipe
@@ -135,6 +137,11 @@ class Talk:
         template = find_chat_template(self._name, adapter, self._choice, self._arguments)
         if template is not None:
             return template
+        if self._choice == NO_TEMPLATE:
+            raise UserError(
+                "--chat-template none: a conversation needs a template; leave it out, or go on "
+                "with a text of your own: jlora generate --raw"
+            )
         if adapter is not None and adapter.of_task:
             raise UserError(
                 f"{adapter.path} was trained for a task and not to talk; ask it with `jlora "
@@ -213,8 +220,9 @@ class Talk:
                     return
 
         self.cut, self.messages = False, [*asked, answer]
+        stream = TextStream(self._tokenizer, config.stops)
         try:
-            for piece in pieces(noted(), self._tokenizer, config.eos_token_ids, config.stops):
+            for piece in stream.pieces(noted(), config.eos_token_ids):
                 answer["content"] += piece
                 yield piece
         except UserError:
@@ -222,5 +230,4 @@ class Talk:
             raise
         if not answer["content"] and leave():
             self.messages = before
-        used_up = len(tokens) == config.max_new_tokens
-        self.cut = used_up and tokens[-1] not in config.eos_token_ids
+        self.cut = len(tokens) == config.max_new_tokens and not stream.ended

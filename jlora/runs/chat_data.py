@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from jlora.data.batches import NO_SEPARATOR, TokenExample, encode_prompts
+from jlora.data.chat_examples import encode_conversations
 from jlora.data.chat_template import find_template, tokens_of
 from jlora.data.conversations import Conversation, read_conversations
-from jlora.data.loss_mask import encode_conversations
 from jlora.data.tasks import data_folders
 from jlora.data.tasks.chat import guess_task
 from jlora.data.tokenizer import Tokenizer

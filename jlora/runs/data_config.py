@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from jlora.data.chat_examples import TOO_LONG, TRAIN_ON, MaskSettings
 from jlora.data.conversations import Features
-from jlora.data.loss_mask import TOO_LONG, TRAIN_ON, MaskSettings
 from jlora.data.tasks import get_task
 from jlora.system.errors import UserError
 from jlora.system.settings import check_choice

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from jlora.data.tasks import get_task
+from jlora.kernels import packed_linear
 from jlora.kernels.gpu_library import on_gpu
 from jlora.metrics import find_metric
 from jlora.models.hub import outline
@@ -68,7 +69,7 @@ def estimate_recipe(recipe: Recipe, texts: Texts) -> Estimate:
 def changes(recipe: Recipe, found: Estimate) -> Iterator[tuple[Change, Recipe]]:
     """What lowers the memory of the largest stage, what costs least first."""
     train, decode, stage = recipe.train, recipe.decode, found.peak_stage
-    packs = found.precision in ("bf16", "int8", "int8-both")
+    packs = found.precision in packed_linear.KINDS
     if stage == "train":
         if packs and recipe.method == "lora" and not recipe.checkpoint_activations:
             yield ("checkpoint_activations=true",), replace(recipe, checkpoint_activations=True)
@@ -84,8 +85,10 @@ def changes(recipe: Recipe, found: Estimate) -> Iterator[tuple[Change, Recipe]]:
             (f"decode.batch_size={batch}",),
             replace(recipe, decode=replace(decode, batch_size=batch)),
         )
-    if not stage.startswith("load") and found.precision == "bf16":
+    if found.precision == "bf16":
         yield ("precision=int8",), replace(recipe, precision="int8")
+    if found.precision in ("int8", "int8-both"):
+        yield ("precision=int4",), replace(recipe, precision="int4")
     if stage in ("decode", "score") and decode.num_beams > 1:
         beams = decode.num_beams // 2
         yield (

@@ -49,7 +49,7 @@ class Recipe:
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
-    # plain, fp32, bf16, int8, int8-both; auto: the fastest this machine does well
+    # plain, fp32, bf16, int8, int8-both, int4; auto: the fastest this machine does well
     precision: str = "auto"
     checkpoint_activations: bool = False  # less memory in training, a third more time
     score_before: bool = False  # also score the untouched model on the test inputs
@@ -338,6 +338,31 @@ def make_recipe(values: dict[str, Any], source: str) -> Recipe:
         raise UserError(f"{source}: {_pydantic_message(error, values)}") from error
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
+
+
+def changes_of(overrides: Sequence[str], known: Sequence[str], task: str) -> dict[str, Any]:
+    """What ``data.NAME=VALUE`` change of the settings of data that ``task`` reads.
+
+    Args:
+        known: the names that count.
+
+    Raises:
+        UserError: another name, or as `apply_override` and `make_recipe`.
+    """
+    values: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(values, override)
+    given = rename_settings(values, "--set").get("data")
+    if values and not (
+        isinstance(given, dict) and set(values) == {"data"} and {*given} <= {*known}
+    ):
+        raise UserError(
+            f"--set {overrides[0]}: what can be set here is data.NAME=VALUE, with NAME one of "
+            f"{', '.join(known)}"
+        )
+    data = {"task": task, **(given or {})}
+    made = make_recipe({"model": "-", "data": data}, "--set").data
+    return {name: getattr(made, name) for name in given or {}}
 
 
 def check_precision(precision: str) -> None:

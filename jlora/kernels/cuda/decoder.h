@@ -7,13 +7,19 @@
 
 namespace jlora::decode {
 // The structs of decoder.py.
+struct SlotBranch {
+    const float *A, *B;
+    const int* from;         // this and the next three are not read here
+    int64_t rank, reach, narrow;
+    int64_t r, blocks, flags;
+    double scale;
+};
 struct Linear {
     int64_t kind;            // 1: a `Weight`; others are not computed here
     const void* weight;
     int64_t n, k;
-    const float *bias, *A, *B;
-    int64_t r, blocks, flags;
-    double scale;
+    const float* bias;
+    const SlotBranch* branches;  // on the host; one, or null
 };
 struct Block {
     Norm before_attention, after_attention, before_mlp, after_mlp, queries, keys;
@@ -49,10 +55,6 @@ __global__ void angles_kernel(const float* frequencies, const int* positions, fl
         const float angle = positions[blockIdx.x] * frequencies[j];
         cos[blockIdx.x * half + j] = cosf(angle), sin[blockIdx.x * half + j] = sinf(angle);
     }
-}
-__global__ void add_bias_kernel(float* y, int64_t stride, int64_t n, const float* bias, int64_t count) {
-    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < count) y[i / n * stride + i % n] += bias[i % n];
 }
 // Keys and values of qkv (rows, (H + 2 G) D) to their places.
 __global__ void keep_kernel(const bf16* qkv, Tokens tokens, int64_t layer, int64_t queries, int64_t width, int64_t count) {
@@ -130,8 +132,8 @@ inline void apply(const Linear* layers, int64_t count, bf16* x, int64_t rows, fl
         const Linear& l = layers[i];
         const Matrix<float> own = all.part(first, l.n);
         product(input, false, matrix_of(*(const Weight*)l.weight), true, own);
-        if (l.A) {
-            const Branch b{l.A, l.B, nullptr, nullptr, l.k, l.n, l.r, l.blocks, l.flags, (float)l.scale, 0, {}};
+        if (const SlotBranch* s = l.branches) {
+            const Branch b{s->A, s->B, nullptr, nullptr, l.k, l.n, s->r, s->blocks, s->flags, (float)s->scale, 0, {}};
             LowRank(b).forward(input, for_low.of(rows * b.rank()), own);
         }
         if (count > 1 && l.bias) JLORA_EACH(add_bias_kernel, rows * l.n, own.data, own.stride, l.n, l.bias, rows * l.n);

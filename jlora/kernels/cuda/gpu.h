@@ -11,23 +11,39 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <mutex>
 #include <string>
+#include <utility>
 #include "../native.h"
 
 namespace jlora {
 using bf16 = __nv_bfloat16;
 
-// The first thing that went wrong on the card; Python asks for it after each call.
-inline std::string& failure() {
-    static std::string text;
-    return text;
+// The first thing that went wrong on the card; Python asks for it after each call, from any of its threads.
+class Failure {
+public:
+    void note(const std::string& text) {
+        const std::lock_guard<std::mutex> alone(mutex_);
+        if (text_.empty()) text_ = text;
+    }
+    std::string taken() {
+        const std::lock_guard<std::mutex> alone(mutex_);
+        return std::exchange(text_, {});
+    }
+
+private:
+    std::mutex mutex_;
+    std::string text_;
+};
+inline Failure& failure() {
+    static Failure first;
+    return first;
 }
 inline void check(cudaError_t error, const char* what) {
-    if (error != cudaSuccess && failure().empty()) failure() = std::string(what) + ": " + cudaGetErrorString(error);
+    if (error != cudaSuccess) failure().note(std::string(what) + ": " + cudaGetErrorString(error));
 }
 inline void check(cublasStatus_t status, const char* what) {
-    if (status != CUBLAS_STATUS_SUCCESS && failure().empty())
-        failure() = std::string(what) + ": cuBLAS error " + std::to_string((int)status);
+    if (status != CUBLAS_STATUS_SUCCESS) failure().note(std::string(what) + ": cuBLAS error " + std::to_string((int)status));
 }
 
 // Everything runs on the default stream, where Jittor's own kernels run, in the order of the calls.

@@ -14,11 +14,10 @@ extern "C" const char* struct_layouts() {
     static const std::string text = layouts();
     return text.c_str();
 }
-// What went wrong since the last time somebody asked, or null.
+// What went wrong since the last time somebody asked, or null; the text stays until its thread asks again.
 extern "C" const char* gpu_failure() {
-    static std::string text;
-    text = std::move(failure());
-    failure().clear();
+    static thread_local std::string text;
+    text = failure().taken();
     return text.empty() ? nullptr : text.c_str();
 }
 extern "C" void* gpu_allocate(int64_t bytes) {
@@ -61,7 +60,7 @@ JLORA_OPERATOR(multiply_op) {
     const Matrix<bf16> x(memory.of(in[0].size), rows, from);
     round(in[0].in(), x.data, in[0].size);
     product(x, false, matrix_of(w), !back, Matrix<float>(out[0].out(), rows, to));
-    if (number[1] != 0) JLORA_EACH(decode::add_bias_kernel, out[0].size, out[0].out(), to, to, in[1].in(), out[0].size);
+    if (number[1] != 0) JLORA_EACH(add_bias_kernel, out[0].size, out[0].out(), to, to, in[1].in(), out[0].size);
 }
 // A linear layer with its low-rank branch, as in ../library.cc.
 static Branch branch_at(const Array* in, const Weight& w, const int64_t* integer, const double* number, float* dA, float* dB) {
@@ -76,7 +75,7 @@ JLORA_OPERATOR(lora_forward_op) {
     round(in[0].in(), x.data, in[0].size);
     product(x, false, matrix_of(w), true, y);
     LowRank(branch_at(in, w, integer, number, nullptr, nullptr)).forward(x, out[1].out(), y);
-    if (number[5] != 0) JLORA_EACH(decode::add_bias_kernel, out[0].size, y.data, w.n, w.n, in[3].in(), out[0].size);
+    if (number[5] != 0) JLORA_EACH(add_bias_kernel, out[0].size, y.data, w.n, w.n, in[3].in(), out[0].size);
 }
 JLORA_OPERATOR(lora_backward_op) {
     static Scratch<bf16> for_x, for_dy;

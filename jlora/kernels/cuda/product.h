@@ -8,7 +8,7 @@ struct Weight {
     bf16* tiles;  // (n, k) on the card
     int64_t n, k, stride;
     const float* scales;
-    int64_t int8_back;
+    int64_t kind;
 };
 
 inline cublasHandle_t cublas() {

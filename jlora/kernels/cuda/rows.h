@@ -159,6 +159,11 @@ __global__ void add_dropped_kernel(const float* x, float* y, Dropout drop, int64
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) y[i] += x[i] * drop.factor(i);
 }
+// The columns of y (rows, stride) that `bias` (n,) has += it
+__global__ void add_bias_kernel(float* y, int64_t stride, int64_t n, const float* bias, int64_t count) {
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) y[i / n * stride + i % n] += bias[i % n];
+}
 // y (rows, n) = x + bias in bf16; the first `heads` heads of D numbers are turned by their row's angles
 // where cos is there.
 __global__ void finish_qkv_kernel(const float* x, const float* bias, const float* cos, const float* sin, bf16* y, int64_t n,

@@ -1,0 +1,53 @@
+"""A large model in jlora: loaded, trained, asked; and the memory that each took."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import numpy as np
+import psutil
+
+
+def make(spec: dict):
+    """One round is one update on the next batch; before the first it loads, after it generates."""
+    from benchmarks.jlora_train import batch_of
+    from jlora import LoraConfig, engine, get_peft_model, load
+    from jlora.decoding.sampling import GenerateConfig, generate
+    from jlora.system.runtime import jt
+    from jlora.training.adamw import AdamW, OptimConfig
+    from jlora.training.loop import batch_loss
+
+    started = time.perf_counter()
+    model = get_peft_model(load(spec["model"]), LoraConfig(**spec["lora"]))
+    engine.prepare(model, spec["precision"], keep_weights=False, checkpoint_activations=True)
+    said = {
+        "load_seconds": time.perf_counter() - started,
+        "loaded_mb": psutil.Process().memory_info().rss / 2**20,
+        "load_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    parameters = [parameter for _, parameter in model.trainable_parameters()]
+    optimizer = AdamW(parameters, OptimConfig())
+    arrays = np.load(spec["batches"])
+    batches = [batch_of(arrays, i, model.reads_streams) for i in range(int(arrays["count"]))]
+    model.train()
+    done = 0
+
+    def work():
+        nonlocal done
+        loss = batch_loss(model, batches[done % len(batches)], spec["label_smoothing"])
+        done += 1
+        optimizer.step(optimizer.arrays(jt.grad(loss, parameters)), 2e-4)
+        if done == 1:
+            model.eval()
+            new = spec["new_tokens"]
+            seconds = []
+            for tokens in (1, 1 + new):  # what follows the first token
+                begun = time.perf_counter()
+                generate(model, [[1, 5, 9]], GenerateConfig((), max_new_tokens=tokens))
+                seconds.append(time.perf_counter() - begun)
+            said["tokens_a_second"] = new / (seconds[1] - seconds[0])
+            model.train()
+        return {**said, "loss": loss.item()}
+
+    return work

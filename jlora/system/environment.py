@@ -1,0 +1,103 @@
+"""What Jittor needs of this machine, and the values that its environment variables get.
+
+Nothing is set here: that is `jlora.system.runtime`'s alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+from jlora.system import cuda_toolkit, distributed, machine, operator_compiler
+from jlora.system.errors import UserError
+from jlora.system.files import make_folder
+from jlora.system.import_errors import DOCTOR, install
+
+
+def check_environment() -> None:
+    """Check what Jittor requires, before it fails with messages of its own.
+
+    Raises:
+        UserError: Jittor, a C++ compiler, Python's headers or a writable home are missing.
+    """
+    if importlib.util.find_spec("jittor") is None:
+        raise UserError("Jittor is not installed: run `pip install jittor jittor-offline`")
+    home = home_problem()
+    if home:
+        raise UserError(home)
+    compiler = machine.compiler()
+    if compiler is None:
+        wanted = os.environ.get("cc_path")
+        if wanted:
+            raise UserError(f"cc_path={wanted}: no such compiler; unset cc_path or correct it")
+        raise UserError(f"no C++ compiler found, Jittor needs one: {install('compiler')}")
+    problem = machine.compiler_problem(compiler)
+    if problem:
+        raise UserError(f"the C++ compiler {compiler} does not run: {problem}; {DOCTOR}")
+    header = machine.python_header()
+    if not header.is_file() and "python_config_path" not in os.environ:
+        raise UserError(
+            f"Python's headers are missing ({header}), Jittor needs them: {install('headers')}"
+        )
+
+
+def home_problem() -> str | None:
+    """Why Jittor cannot keep its compiled code under the home folder; None if it can."""
+    remedy = "set HOME to a folder that can be written, for example `export HOME=/tmp/home`"
+    try:
+        cache = Path.home() / ".cache" / "jittor"
+    except RuntimeError:
+        return f"there is no home folder for Jittor's compiled code; {remedy}"
+    try:
+        make_folder(cache)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        return f"cannot write {cache} (Jittor's compiled code): {error.strerror}; {remedy}"
+    return None
+
+
+def jittor_variables() -> dict[str, str]:
+    """Values for Jittor's environment variables where the user has set none."""
+    defaults = {
+        # Jittor imports torch at start to work around a clash that jlora does not have.
+        "FIX_TORCH_ERROR": "0",
+        # Without a name the cache is called after the git branch around the environment: another
+        # branch, another two minutes of compiling. It is not "default", because Jittor started
+        # without the flags below would compile itself anew there, and jlora after it again.
+        "cache_name": "jlora",
+        # Downloaded from Jittor's site whenever CUDA is used, needed by nothing.
+        "use_cutlass": "0",
+        "OMP_NUM_THREADS": str(distributed.world().threads(machine.processors())),
+        # How long a thread waits actively for the others: about ten microseconds. By default it is
+        # milliseconds, which on a busy machine takes the processor from the thread it waits for.
+        "GOMP_SPINCOUNT": "10000",
+    }
+    if not distributed.started_by_mpi():
+        # Without mpirun, an mpicc on the PATH only costs time or fails; and the processes
+        # of a run communicate through mpi4py.
+        defaults["use_mpi"] = "0"
+    config = machine.python_config()
+    if config is not None:
+        # Jittor prefers /usr/bin/python3.x-config, which may belong to another Python.
+        defaults["python_config_path"] = str(config)
+    toolkit = cuda_toolkit.find() if machine.gpu_problem() is None else None
+    if toolkit is not None:
+        # Downloads, all of them: faster transpositions, and sums over several cards.
+        defaults.update(use_cutt="0", use_nccl="0", conv_opt=str(int(not toolkit.has_cudnn)))
+        cache = Path.home() / ".cache" / "jittor" / "jlora-cuda"
+        defaults["nvcc_path"] = str(cuda_toolkit.set_up(toolkit, cache))
+    elif not (Path.home() / ".cache" / "jittor" / "jtcuda").is_dir():
+        # An empty path also keeps Jittor from downloading gigabytes of CUDA by itself.
+        defaults["nvcc_path"] = ""
+    on_cpu = not os.environ.get("nvcc_path", defaults.get("nvcc_path", ""))
+    # Compilers of operators at a time. Jittor's threads for them are known to break a process now
+    # and then (KI-COMPILER-001 of its 2.0 branch), and one after another costs some seconds, once:
+    # 25 s instead of 15 for a first training step on two cores. By nvcc it would be minutes.
+    compilers = 1 if on_cpu else max(1, min(16, machine.processors()))
+    defaults["use_parallel_op_compiler"] = str(compilers)
+    if on_cpu and not any(name in os.environ for name in operator_compiler.FLAGS):
+        defaults.update(operator_compiler.FLAGS)
+    return defaults
