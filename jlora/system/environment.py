@@ -66,8 +66,9 @@ def jittor_variables() -> dict[str, str]:
         "FIX_TORCH_ERROR": "0",
         # Without a name the cache is called after the git branch around the environment: another
         # branch, another two minutes of compiling. It is not "default", because Jittor started
-        # without the flags below would compile itself anew there, and jlora after it again.
-        "cache_name": "jlora",
+        # without the flags below would compile itself anew there, and jlora after it again. The
+        # number goes up when those flags change, for two versions of jlora would do the same.
+        "cache_name": "jlora2",
         # Downloaded from Jittor's site whenever CUDA is used, needed by nothing.
         "use_cutlass": "0",
         "OMP_NUM_THREADS": str(distributed.world().threads(machine.processors())),
