@@ -56,6 +56,12 @@ def meteor() -> Meteor:
         yield process
 
 
+@pytest.fixture
+def one_meteor(meteor, monkeypatch):
+    """`evaluate` uses a METEOR that has started: loading its table takes seconds."""
+    monkeypatch.setattr(jlora.metrics, "Meteor", lambda java: contextlib.nullcontext(meteor))
+
+
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_case_agrees_with_the_official_script(name, tokenized, meteor):
     case = GOLDEN[name]
@@ -80,8 +86,7 @@ GENERATION_EVAL = json.loads(
 
 
 @pytest.mark.parametrize("name", GENERATION_EVAL)
-def test_meteor_of_webnlg_agrees_with_generation_eval(name, meteor, monkeypatch):
-    monkeypatch.setattr(jlora.metrics, "Meteor", lambda java: contextlib.nullcontext(meteor))
+def test_meteor_of_webnlg_agrees_with_generation_eval(name, one_meteor):
     case = GENERATION_EVAL[name]
     scores = evaluate(["METEOR-WebNLG"], case["hypotheses"], case["references"])
     assert scores["METEOR-WebNLG"] == pytest.approx(case["scores"]["METEOR-WebNLG"], rel=1e-9)
@@ -211,7 +216,7 @@ def test_ptb_tokenize_drops_punctuation_and_keeps_every_line():
 # --- evaluate_e2e
 
 
-def test_line_breaks_inside_texts_do_not_shift_lines():
+def test_line_breaks_inside_texts_do_not_shift_lines(one_meteor):
     broken = ["The Old\nMill serves\u2028Greek food.", "The Blue Door is a pub."]
     references = [["The Old Mill serves Greek food."], ["The Blue Door\r\nis a pub."]]
     scores = evaluate_e2e(broken, references)
@@ -219,8 +224,7 @@ def test_line_breaks_inside_texts_do_not_shift_lines():
     assert scores["CIDEr"] == pytest.approx(10.0)
 
 
-def test_empty_references_beside_others_change_no_score(meteor, monkeypatch):
-    monkeypatch.setattr(jlora.metrics, "Meteor", lambda java: contextlib.nullcontext(meteor))
+def test_empty_references_beside_others_change_no_score(one_meteor):
     hypotheses = ["The Mill is a cheap pub .", "The Blue Door is by the river ."]
     references = [
         ["The Mill is a pub .", "A cheap pub is The Mill ."],
@@ -245,6 +249,6 @@ def test_empty_references_beside_others_change_no_score(meteor, monkeypatch):
         (["a", "b"], [["a"], []], "input 2 has no references"),
     ],
 )
-def test_inputs_that_cannot_be_scored(hypotheses, references, message):
+def test_inputs_that_cannot_be_scored(hypotheses, references, message, one_meteor):
     with pytest.raises(UserError, match=message):
         evaluate_e2e(hypotheses, references)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,30 +16,20 @@ from jlora.system import operator_compiler
 from jlora.system.runtime import jt
 
 
-@pytest.mark.parametrize("marked", [False, True])
-def test_python_is_asked_only_for_marked_sources(marked, tmp_path):
-    source = tmp_path / "a_op.cc"
-    source.write_text("int x;\n" + "// @begin replace\n" * marked)
-    programs = {}
-    for name in ("python", "compiler"):
-        programs[name] = tmp_path / name
-        programs[name].write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@"\n')
-        programs[name].chmod(0o755)
-    command = ["sh", operator_compiler.SCRIPT, programs["python"], "/j/asm_tuner.py"]
-    command += [f"--cc_path={programs['compiler']}", source, "-I/a b", "-o", "a_op.so"]
+def test_the_compiler_is_called_at_once(tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    compiler.chmod(0o755)
+    command = ["sh", operator_compiler.SCRIPT, "/j/asm_tuner.py"]
+    command += [f"--cc_path={compiler}", "a_op.cc", "-I/a b", "-o", "a_op.so"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")
-    rest = [str(source), "-I/a b", "-o", "a_op.so", ""]
-    if marked:
-        expected = ["python", "/j/asm_tuner.py", f"--cc_path={programs['compiler']}", *rest]
-    else:
-        expected = ["compiler", *rest]
-    assert lines == expected
+    assert lines == ["a_op.cc", "-I/a b", "-o", "a_op.so", ""]
 
 
 def test_the_failure_of_the_compiler_is_the_script_s(tmp_path):
     source = tmp_path / "a_op.cc"
     source.write_text("")
-    command = ["sh", operator_compiler.SCRIPT, "python", "tuner", "--cc_path=false", source]
+    command = ["sh", operator_compiler.SCRIPT, "tuner", "--cc_path=false", source]
     assert subprocess.run(command).returncode == 1
 
 
@@ -46,18 +37,19 @@ def test_operators_are_compiled_with_the_compiled_header(tmp_path):
     if jt.flags.cc_type != "g++" or " -include " not in jt.flags.cc_flags:
         pytest.skip("no precompiled header with this compiler")
     source = tmp_path / "a.cc"
-    source.write_text('#include "var.h"\n')
+    source.write_text('#define JIT 1\n#include "var.h"\n')
     # -H lists the headers that are read: "!" marks a precompiled one that is used.
     command = [
         jt.flags.cc_path,
-        *operator_compiler.compile_flags(jt.flags.cc_flags),
+        *operator_compiler.header_options(shlex.split(jt.flags.cc_flags)),
+        *("-include", f"{jt.flags.cache_path}/{operator_compiler.HEADER}"),
         "-H",
         "-fsyntax-only",
         str(source),
     ]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     read = [line for line in done.stderr.splitlines() if line.startswith(("!", ".", "x"))]
-    assert [line[0] for line in read if "jlora-operators" in line] == ["!"]
+    assert [line[0] for line in read if operator_compiler.HEADER in line][-1] == "!"
     assert not any(line.endswith("/var.h") for line in read)
 
 
@@ -80,27 +72,84 @@ def test_a_compiler_that_fails_leaves_the_plain_headers(compiler, tmp_path):
     jittor = fake_jittor(cc_path=compiler)
     operator_compiler.set_up(jittor, tmp_path)
     assert jittor.flags.cc_flags == " -fPIC "
-    assert not list(Path(tmp_path).glob("*.gch"))
+    assert not list(Path(tmp_path).rglob("*.gch/*"))
 
 
-def test_headers_of_another_jittor_are_compiled_anew(tmp_path, monkeypatch):
-    jittor, cache, compiled = tmp_path / "jittor", tmp_path / "cache", []
-    for name in ("", "mem", "misc", "ops", "opt", "pybind", "utils"):
-        (jittor / "src" / name).mkdir(parents=True, exist_ok=True)
-        (jittor / "src" / name / "a.h").write_text("")
-    cache.mkdir()
+@pytest.fixture
+def compiled(tmp_path, monkeypatch):
+    """Commands that compile a header, which write a file instead; and folders to work in."""
+    commands = []
+    for name in ("", "mem", "misc", "ops", "opt", "pybind", "pyjt", "utils"):
+        (tmp_path / "jittor" / "src" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "jittor" / "src" / name / "a.h").write_text("")
+    (tmp_path / "cache").mkdir()
 
     def run(command, **_):
         if command[-1] != "--version":
-            compiled.append(command)
+            commands.append(command)
             Path(command[-1]).write_text("compiled")
         return SimpleNamespace(stdout=b"g++ 1.2.3")
 
     monkeypatch.setattr(operator_compiler.subprocess, "run", run)
-    first, again = (operator_compiler._precompiled("g++", "", jittor, cache) for _ in range(2))
-    os.utime(jittor / "src" / "misc" / "a.h", (1, 1))
-    other = operator_compiler._precompiled("g++", "", jittor, cache)
-    assert first == again != other and len(compiled) == 2
+    return commands
+
+
+def test_headers_of_another_jittor_are_compiled_anew(tmp_path, compiled):
+    sources, header = tmp_path / "jittor" / "src", tmp_path / "cache" / operator_compiler.HEADER
+
+    def precompile(*options):
+        return operator_compiler._precompile(header, "g++", options, sources)
+
+    first, again, other = precompile("-I/a"), precompile("-I/b"), precompile("-O2")
+    assert first == again != other and first.exists() and len(compiled) == 2
+    os.utime(sources / "misc" / "a.h", (1, 1))
+    newer = precompile()
+    assert newer.exists() and not first.exists() and not other.exists()  # g++ would take those
+
+
+def test_jittor_s_own_sources_are_compiled_with_the_compiled_header(tmp_path, compiled):
+    header = tmp_path / "cache" / operator_compiler.HEADER
+    ran = []
+    jittor_utils = SimpleNamespace(
+        run_cmd=lambda command: ran.append(command),
+        run_cmds=lambda commands, name: ran.append((commands, name)),
+        __file__=str(tmp_path / "jittor_utils" / "__init__.py"),
+    )
+    (tmp_path / "jittor_utils").mkdir()
+    with operator_compiler.compiled_headers(jittor_utils):
+        for command in ("g++ --version", f'g++ -c a.cc -include "{header}" -include "b" -o a.o'):
+            jittor_utils.run_cmd(command)
+            assert not compiled
+        commands = [f'"g++" "/{name}.cc" -fPIC -include "{header}" -c -o "a.o"' for name in "ab"]
+        jittor_utils.run_cmds(commands, "core")
+        assert compiled[0][:5] == ["g++", "-x", "c++-header", str(header), "-fPIC"]
+        jittor_utils.run_cmd(f'g++ a.cc -fPIC -include "{header}" -lx -o a.so')
+        assert len(compiled) == 1 and list(Path(f"{header}.gch").iterdir())
+    assert not list(Path(f"{header}.gch").iterdir())
+    assert ran[2] == (commands, "core") and len(ran) == 4
+
+
+def test_the_header_is_that_of_the_own_cache(tmp_path):
+    """A process may have inherited its environment from one with another home."""
+    environment = dict(operator_compiler.FLAGS)
+    operator_compiler.add_header(environment, tmp_path / "one", True)
+    operator_compiler.add_header(environment, tmp_path / "two", True)
+    header = tmp_path / "two" / operator_compiler.HEADER
+    assert environment["cc_flags"] == f' -O1  -include "{header}" ' and header.exists()
+    assert environment["kernel_flags"].split() == ["-Ofast", "-DJIT=1", "-DJIT_cpu=1"]
+    assert operator_compiler.remove_header(environment)
+    assert environment == operator_compiler.FLAGS
+    assert not operator_compiler.remove_header(environment)
+
+
+@pytest.mark.parametrize("flags", [{"cc_flags": "-O3"}, {"kernel_flags": "-O2"}, {}])
+def test_flags_of_the_user_s_are_left_alone(flags, tmp_path):
+    environment = {**operator_compiler.FLAGS, **flags} if flags else {}
+    before = dict(environment)
+    operator_compiler.add_header(environment, tmp_path, True)
+    assert environment == before
+    operator_compiler.add_header(default := dict(operator_compiler.FLAGS), tmp_path, False)
+    assert default == operator_compiler.FLAGS  # another compiler
 
 
 SHOWS_PROGRESS = """

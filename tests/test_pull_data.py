@@ -146,16 +146,12 @@ def test_a_file_that_is_too_large(server, monkeypatch):
     assert files_in(data_cache() / "e2e") == ["LICENSE-note.txt"]
 
 
-def unused_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.parametrize("address", ["http://127.0.0.1:{port}/x", "no address", "http://[", "ftp:"])
 def test_without_a_network(server, monkeypatch, address):
-    monkeypatch.setenv("JLORA_DATA_URL", address.format(port=unused_port()))
-    text = message()
+    with socket.socket() as closed:  # bound, so that nobody else takes the port, but not listening
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("JLORA_DATA_URL", address.format(port=closed.getsockname()[1]))
+        text = message()
     assert text.startswith("could not fetch ")
     # The official addresses, not the mirror's.
     assert f"download {server}/e2e/train.txt {server}/e2e/test.txt elsewhere" in text

@@ -267,6 +267,21 @@ def test_cuda_that_does_not_work_falls_back_to_the_cpu_and_is_remembered(stand_i
     assert (second.stdout, second.stderr) == ("''\n", "")
 
 
+def test_sources_that_do_not_go_with_the_compiled_header_are_compiled_without(stand_in, tmp_path):
+    folder = stand_in(every_import="if 'jlora-' in os.environ['cc_flags']: raise OSError('a.cc')")
+    with open(folder / "jittor_utils" / "__init__.py", "a") as file:
+        file.write("cc_type = 'g++'\n")
+    script = """
+        from jlora.system.runtime import jt
+        import os
+        print(os.environ["cc_flags"], os.environ["kernel_flags"])
+    """
+    for _ in range(2):  # and it is remembered
+        done = run(script, folder, cc_flags=None, kernel_flags=None)
+        assert (done.stdout, done.returncode) == (" -O1   -Ofast \n", 0), done.stderr
+    assert (tmp_path / "cache" / "jlora-jittor.h").exists()
+
+
 def test_ctrl_c_ends_the_compilers_too(stand_in, tmp_path: Path, popen):
     folder = stand_in(
         f"import subprocess\nchild = subprocess.Popen(['sleep', '100'])\n"

@@ -12,13 +12,15 @@ from jlora.system.runtime import jt
 
 # Losses and gradients through Jittor's operators, jlora's own, and a whole update.
 NUMERIC = [
-    "test_kernels.py::test_attention",
+    "test_kernels.py::test_attention[17-17-6-2-8-left]",
+    "test_kernels.py::test_attention[300-300-4-2-32-left]",
     "test_layers.py::test_forward_gradients_and_merge",
     "test_models.py::test_llama_computes_what_float64_computes",
-    "test_block.py::test_block_equals_its_twin",
-    "test_engine.py::test_engine_equals_the_plain_model",
+    "test_block.py::test_block_equals_its_twin[gpt2-all-16-stream]",
+    "test_block.py::test_block_equals_its_twin[llama-all-16-stream]",
+    "test_engine.py::test_engine_equals_the_plain_model[bf16-0.005-0.05-gpt2]",
     "test_products.py::test_equal_losses_give_equal_bits",
-    "test_trained.py::test_twenty_steps_follow_the_plain_model_s",
+    "test_trained.py::test_twenty_steps_follow_the_plain_model_s[tied]",
 ]
 
 

@@ -1,12 +1,9 @@
 #!/bin/sh
-# Called as: sh compile_operator.sh PYTHON .../asm_tuner.py --cc_path=COMPILER FILE_op.cc FLAGS...
+# Called as: sh compile_operator.sh .../asm_tuner.py --cc_path=COMPILER FILE_op.cc FLAGS...
 #
-# Jittor compiles each operator through asm_tuner.py, which rewrites the assembly between the marks
-# "@begin" and "@end" of the source. Few operators have such marks; starting Python for the others
-# costs half as much as compiling them.
-python=$1 tuner=$2 compiler=${3#--cc_path=} source=$4
-shift 4
-if [ -f "$source" ] && ! grep -q "@begin" "$source"; then
-    exec "$compiler" "$source" "$@"
-fi
-exec "$python" "$tuner" "--cc_path=$compiler" "$source" "$@"
+# Jittor compiles each operator through asm_tuner.py, a Python process that costs half as much as
+# compiling. It would turn aligned stores into non-temporal ones between marks in the source; g++
+# has never made such a store there, because it knows nothing of the arrays' alignment.
+compiler=${2#--cc_path=}
+shift 2
+exec "$compiler" "$@"

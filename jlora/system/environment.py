@@ -10,7 +10,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from jlora.system import cuda_toolkit, distributed, machine
+from jlora.system import cuda_toolkit, distributed, machine, operator_compiler
 from jlora.system.errors import UserError
 from jlora.system.files import make_folder
 from jlora.system.import_errors import DOCTOR, install
@@ -66,8 +66,9 @@ def jittor_variables() -> dict[str, str]:
         "FIX_TORCH_ERROR": "0",
         # Without a name the cache is called after the git branch around the environment: another
         # branch, another two minutes of compiling. It is not "default", because Jittor started
-        # without the flags below would compile itself anew there, and jlora after it again.
-        "cache_name": "jlora",
+        # without the flags below would compile itself anew there, and jlora after it again. The
+        # number goes up when those flags change, for two versions of jlora would do the same.
+        "cache_name": "jlora2",
         # Downloaded from Jittor's site whenever CUDA is used, needed by nothing.
         "use_cutlass": "0",
         "OMP_NUM_THREADS": str(distributed.world().threads(machine.processors())),
@@ -98,8 +99,6 @@ def jittor_variables() -> dict[str, str]:
     # 25 s instead of 15 for a first training step on two cores. By nvcc it would be minutes.
     compilers = 1 if on_cpu else max(1, min(16, machine.processors()))
     defaults["use_parallel_op_compiler"] = str(compilers)
-    if on_cpu and "cc_flags" not in os.environ and "kernel_flags" not in os.environ:
-        # Jittor's own code compiles a quarter faster with -O1 than with its -O2 and runs as fast;
-        # its operators keep -Ofast.
-        defaults.update(cc_flags=" -O1 ", kernel_flags=" -Ofast ")
+    if on_cpu and not any(name in os.environ for name in operator_compiler.FLAGS):
+        defaults.update(operator_compiler.FLAGS)
     return defaults

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jlora.system import distributed, machine
+from jlora.system import distributed, machine, operator_compiler
 from jlora.system.import_errors import cause, explain
 from jlora.system.lock import one_at_a_time
 from jlora.system.status import Status
@@ -31,7 +31,9 @@ sys.path[:] = json.loads(sys.argv[1])
 socket.setdefaulttimeout(15)
 import jittor_utils
 jittor_utils.get_total_mem = lambda: int(sys.argv[2])
-import jittor
+from jlora.system.operator_compiler import compiled_headers
+with compiled_headers(jittor_utils):
+    import jittor
 print("\\njlora: imported", jittor.__version__)
 """
 
@@ -73,6 +75,11 @@ def _compiled(cache: Path, stamp: Path) -> dict[str, str] | None:
 def _compile(stamp: Path, ours: set[str], verbose: bool) -> dict[str, str]:
     overrides: dict[str, str] = {}
     output = _first_import(overrides, verbose)
+    plain = dict(os.environ)
+    if output is not None and operator_compiler.remove_header(plain):
+        # It may be its sources that do not go with the header.
+        overrides.update({name: plain[name] for name in operator_compiler.FLAGS})
+        output = _first_import(overrides, verbose)
     if output is not None and os.environ.get("nvcc_path") and "nvcc_path" in ours:
         why = cause(output)
         print(

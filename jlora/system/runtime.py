@@ -199,6 +199,9 @@ def _load() -> Any:
             import jittor_utils  # names the cache folder, compiles nothing
 
             cache = Path(jittor_utils.cache_path)
+            if not os.environ.get("nvcc_path"):
+                gcc = getattr(jittor_utils, "cc_type", "") == "g++"
+                operator_compiler.add_header(os.environ, cache, gcc)
             os.environ.update(compile_once(cache, ours, _verbose))
             import jittor
 
