@@ -11,7 +11,7 @@ import pytest
 from tiny_models import randomise_adapter, tiny_gpt2, tiny_llama
 
 from jlora import LoraConfig, engine, get_peft_model
-from jlora.decoding import native_decoder
+from jlora.decoding import native_decoder, slabs
 from jlora.decoding.beam import BeamConfig, beam_search
 from jlora.decoding.decoder import Decoder, decoder_of
 from jlora.decoding.native_decoder import NativeDecoder
@@ -251,7 +251,8 @@ def test_two_threads_with_two_models_give_what_one_gives():
 
 
 def test_memory_does_not_grow_with_the_prompts(monkeypatch):
-    monkeypatch.setattr(native_decoder, "SLAB", 64)  # 680 tokens would take eleven
+    for module in (native_decoder, slabs):
+        monkeypatch.setattr(module, "SLAB", 64)  # 680 tokens would take eleven
     model = tiny_llama()
     engine.prepare(model, "fp32")
     decoder = decoder_of(model)
