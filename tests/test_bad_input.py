@@ -22,6 +22,7 @@ from test_formats import LLAMA, keyed, write_gguf
 
 from jlora.cli import main
 from jlora.data.tasks import e2e
+from jlora.formats.peft_file import CONFIG
 from jlora.formats.safetensors_file import read_safetensors, write_safetensors
 from jlora.system.lock import lock_run
 
@@ -645,10 +646,14 @@ def test_export(refused, tmp_path, tiny_model, tiny_run):
 def test_convert(refused, tmp_path, tiny_model, tiny_run):
     has(refused("convert", tiny_run, "folder"), "give a folder and a .pt file, or")
     has(refused("convert", "a.pt", "b.pt"), "give a folder and a .pt file, or")
-    has(refused("convert", "a.pt", "folder", "--lora-alpha", 1), "no --model given")
+    has(refused("convert", "a.pt", "folder", "--lora-alpha", 1), "cannot read a.pt: no such file")
     shutil.copytree(tiny_run / "best", tmp_path / "peft")
+    settings = json.loads((tmp_path / "peft" / CONFIG).read_text())
+    settings = {**settings, "base_model_name_or_path": None}
+    (tmp_path / "peft" / CONFIG).write_text(json.dumps(settings))
     has(refused("convert", "peft", "a.pt"), "no --model given")
     assert main(["convert", str(tiny_run), "a.pt"]) == 0
+    has(refused("convert", "a.pt", "folder", "--lora-alpha", 1), "no --model given")
     message = refused("convert", tiny_run, "a.pt")
     has(message, "a.pt is there already")
     message = refused("export", "a.pt", "--gguf", "m.gguf")

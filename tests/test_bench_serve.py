@@ -13,7 +13,7 @@ from stub_openai import serving
 
 from benchmarks import serve, serve_client, serve_inputs, serve_sides
 from benchmarks.serve_sides import Round, Side
-from jlora.formats.safetensors_file import read_shapes
+from jlora.formats.safetensors_file import lazy_safetensors
 from jlora.system.errors import UserError
 
 
@@ -77,7 +77,7 @@ def test_an_adapter_has_one_product_in_every_form(inputs):
     """PEFT's, llama.cpp's and mlx-lm's file of an adapter, and it fits the model."""
     from gguf import GGUFReader
 
-    base = read_shapes(inputs.model / "model.safetensors")
+    base = lazy_safetensors(inputs.model / "model.safetensors")
     peft = load_file(inputs.adapter(0) / "adapter_model.safetensors")
     mlx = load_file(inputs.mlx_adapter() / "adapters.safetensors")
     gguf = {tensor.name: tensor.data for tensor in GGUFReader(inputs.gguf_adapter(0)).tensors}

@@ -342,8 +342,8 @@ def test_unfrozen_model_learns():
 
 
 def test_precision_that_does_not_exist():
-    with pytest.raises(UserError, match="'int4' is not one of auto, plain, fp32, bf16"):
-        engine.prepare(tiny_llama(), "int4")
+    with pytest.raises(UserError, match="'int3' is not one of auto, plain, fp32, bf16"):
+        engine.prepare(tiny_llama(), "int3")
 
 
 def test_plain_precision_undoes():

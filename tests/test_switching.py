@@ -142,7 +142,8 @@ def test_fast_paths_have_no_stale_copies(kind, precision, keep_weights, folders)
         atol = 3e-2 if own_head or rounded else 1e-6
         np.testing.assert_allclose(logits(model), right, atol=atol)
         own_native, own_states = decoded(model)
-        np.testing.assert_allclose(own_states, states, atol=3e-2 if rounded else 1e-6)
+        close = 1e-6 if own_native == native else 5e-6  # sums in another order
+        np.testing.assert_allclose(own_states, states, atol=3e-2 if rounded else close)
         assert own_native == native or name != on
 
     check(None, None)
