@@ -23,7 +23,7 @@ JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all test-threads parity llamacpp lm-eval golden bench-train bench-decode bench-scale \
-	bench-long bench-wikisql bench-serve gpu-check gpu-inputs gpu-wheels gpu-compile lint install clean
+	bench-long bench-wikisql bench-serve bench-large gpu-check gpu-inputs gpu-wheels gpu-compile lint install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -77,6 +77,10 @@ bench-long: $(STAMP)
 # mlx-lm's LoRA example beside mlx-lm and PEFT (docs/results.md).
 bench-wikisql: $(STAMP) $(PARITY_STAMP) $(MLX_STAMP)
 	$(BIN)/python -m benchmarks.wikisql $(ARGS)
+
+# LoRA on a model of the shape of Llama 2 7B; makes 13.5 GB of weights the first time.
+bench-large: $(STAMP)
+	$(BIN)/python -m benchmarks.large $(ARGS)
 
 # `jlora serve` beside llama.cpp's server, mlx-lm's and PEFT (docs/serve.md); ARGS=--quick: 11
 # minutes, behind ARGS=--prepare, which makes models and adapters.
