@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -372,13 +373,13 @@ def test_the_real_server_behind_the_page(browser, tmp_path):
                 assert re.search(r"^\d+ tokens? · .*(ended|max tokens reached)$", figures)
             shown = page.locator(".text").all_text_contents()
         messages = [{"role": "user", "content": "the river"}]
-        said = [
-            asyncio.run(
-                stream(address, {"model": model, "messages": messages, "max_tokens": 12,
-                                 "stream": True}, "/v1/chat/completions")
-            ).text
-            for model in ("model", "ada")
-        ]  # fmt: skip
+
+        def ask(model: str) -> str:
+            body = {"model": model, "messages": messages, "max_tokens": 12, "stream": True}
+            return asyncio.run(stream(address, body, "/v1/chat/completions")).text
+
+        with ThreadPoolExecutor(1) as pool:  # playwright has a loop in this thread
+            said = list(pool.map(ask, ("model", "ada")))
         assert shown == said and said[0] != said[1]
     finally:
         server.kill()
