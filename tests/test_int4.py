@@ -5,15 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
-from test_int8 import SHAPES
+from test_int8 import SHAPES, adapted
 from test_kernels import assert_close, random, results
 from tiny_models import round_bf16
 
-from jlora import LoraConfig, engine, get_peft_model
+from jlora import engine
 from jlora.kernels import native, packed_linear
 from jlora.kernels.packed_linear import PackedWeight, packed_bytes
-from jlora.layers import assign
-from jlora.models.hub import build_model
 from jlora.system.runtime import jt
 
 pytestmark = pytest.mark.skipif(
@@ -69,22 +67,7 @@ def test_size():
 @pytest.mark.parametrize("kind", SHAPES)
 def test_engine(kind):
     """Whole blocks against the plain layers with the numbers that are kept."""
-    jt.set_global_seed(0)
-    names = ["c_attn", "c_proj", "c_fc"] if kind == "gpt2" else ["q_proj", "down_proj"]
-    base = build_model({**SHAPES[kind], "vocab_size": 96})
-    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=8, target_modules=names))
-    for name, parameter in model.trainable_parameters():
-        assign(parameter, jt.array(0.2 * random(*parameter.shape, seed=len(name))))
-    ids = jt.array(np.random.default_rng(1).integers(0, 96, (2, 9)).astype(np.int32))
-    targets = jt.array(np.random.default_rng(2).integers(0, 96, 18).astype(np.int32))
-    parameters = [parameter for _, parameter in model.trainable_parameters()]
-
-    def loss_and_gradient():
-        hidden = model.hidden_states(ids).reshape(18, -1)
-        loss = model.target_losses(hidden, targets, 0.1).mean()
-        gradients = jt.grad(loss, parameters)
-        return loss.item(), np.concatenate([g.numpy().ravel() for g in gradients])
-
+    model, loss_and_gradient = adapted(kind)
     before = {name: parameter.numpy() for name, parameter in model.named_parameters()}
     engine.prepare(model, "int4", keep_weights=False)
     loss, gradient = loss_and_gradient()

@@ -89,11 +89,8 @@ SHAPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", SHAPES)
-@pytest.mark.parametrize("precision", ["int8", "int8-both"])
-@pytest.mark.parametrize("keep_weights", [True, False])
-def test_engine(kind, precision, keep_weights):
-    """Whole blocks, with and without the float32 weights."""
+def adapted(kind):
+    """A model with random adapters, and what gives its loss and their gradient."""
     jt.set_global_seed(0)
     names = ["c_attn", "c_proj", "c_fc"] if kind == "gpt2" else ["q_proj", "down_proj"]
     base = build_model({**SHAPES[kind], "vocab_size": 96})
@@ -110,6 +107,15 @@ def test_engine(kind, precision, keep_weights):
         gradients = jt.grad(loss, parameters)
         return loss.item(), np.concatenate([g.numpy().ravel() for g in gradients])
 
+    return model, loss_and_gradient
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("precision", ["int8", "int8-both"])
+@pytest.mark.parametrize("keep_weights", [True, False])
+def test_engine(kind, precision, keep_weights):
+    """Whole blocks, with and without the float32 weights."""
+    model, loss_and_gradient = adapted(kind)
     before = {name: parameter.numpy() for name, parameter in model.named_parameters()}
     plain_loss, plain = loss_and_gradient()
     sizes = model.get_nb_trainable_parameters()
