@@ -5,18 +5,14 @@ from __future__ import annotations
 import resource
 import time
 
-import numpy as np
 import psutil
 
 
 def make(spec: dict):
     """One round is one update on the next batch; before the first it loads, after it generates."""
-    from benchmarks.jlora_train import batch_of
+    from benchmarks.jlora_train import updates
     from jlora import LoraConfig, engine, get_peft_model, load
     from jlora.decoding.sampling import GenerateConfig, generate
-    from jlora.system.runtime import jt
-    from jlora.training.adamw import AdamW, OptimConfig
-    from jlora.training.loop import batch_loss
 
     started = time.perf_counter()
     model = get_peft_model(load(spec["model"]), LoraConfig(**spec["lora"]))
@@ -26,19 +22,11 @@ def make(spec: dict):
         "loaded_mb": psutil.Process().memory_info().rss / 2**20,
         "load_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
-    parameters = [parameter for _, parameter in model.trainable_parameters()]
-    optimizer = AdamW(parameters, OptimConfig())
-    arrays = np.load(spec["batches"])
-    batches = [batch_of(arrays, i, model.reads_streams) for i in range(int(arrays["count"]))]
-    model.train()
-    done = 0
+    update = updates(model, spec)
 
     def work():
-        nonlocal done
-        loss = batch_loss(model, batches[done % len(batches)], spec["label_smoothing"])
-        done += 1
-        optimizer.step(optimizer.arrays(jt.grad(loss, parameters)), 2e-4)
-        if done == 1:
+        loss = update()
+        if "tokens_a_second" not in said:
             model.eval()
             new = spec["new_tokens"]
             seconds = []
@@ -48,6 +36,6 @@ def make(spec: dict):
                 seconds.append(time.perf_counter() - begun)
             said["tokens_a_second"] = new / (seconds[1] - seconds[0])
             model.train()
-        return {**said, "loss": loss.item()}
+        return {**said, "loss": loss}
 
     return work

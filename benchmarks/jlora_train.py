@@ -11,9 +11,7 @@ def make(spec: dict):
     """One round is one update on the next batch."""
     from jlora import LoraConfig, engine, get_peft_model
     from jlora.models.hub import build_model
-    from jlora.system.runtime import jt, use_gpu
-    from jlora.training.adamw import AdamW, OptimConfig
-    from jlora.training.loop import batch_loss
+    from jlora.system.runtime import use_gpu
 
     on_gpu = use_gpu(spec.get("device") == "cuda")
     model = get_peft_model(build_model(spec["config"]), LoraConfig(**spec["lora"]))
@@ -23,6 +21,23 @@ def make(spec: dict):
         keep_weights=False,
         checkpoint_activations=spec.get("checkpoint_activations", False),
     )
+    update, done = updates(model, spec), 0
+
+    def work():
+        nonlocal done
+        done += 1
+        result = {"loss": update()}
+        return {**result, "gpu_mb": gpu_megabytes()} if on_gpu and done % 50 == 5 else result
+
+    return work
+
+
+def updates(model, spec: dict):
+    """A function that makes an update on the next batch and returns its loss."""
+    from jlora.system.runtime import jt
+    from jlora.training.adamw import AdamW, OptimConfig
+    from jlora.training.loop import batch_loss
+
     parameters = [parameter for _, parameter in model.trainable_parameters()]
     optimizer = AdamW(parameters, OptimConfig())
     arrays = np.load(spec["batches"])
@@ -30,16 +45,14 @@ def make(spec: dict):
     model.train()
     done = 0
 
-    def work():
+    def update() -> float:
         nonlocal done
-        batch = batches[done % len(batches)]
+        loss = batch_loss(model, batches[done % len(batches)], spec["label_smoothing"])
         done += 1
-        loss = batch_loss(model, batch, spec["label_smoothing"])
         optimizer.step(optimizer.arrays(jt.grad(loss, parameters)), 2e-4)
-        result = {"loss": loss.item()}
-        return {**result, "gpu_mb": gpu_megabytes()} if on_gpu and done % 50 == 5 else result
+        return loss.item()
 
-    return work
+    return update
 
 
 def batch_of(arrays, i: int, as_stream: bool):
