@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks import work
 from benchmarks.peak import measure
 from benchmarks.sides import ROOT, Side
-from jlora.formats.safetensors_file import write_bfloat16
+from jlora.formats.safetensors_file import write_narrowed
 from jlora.models.hub import build_model
 from jlora.system.files import atomic_path
 from jlora.system.machine import cpu_model, processors
@@ -103,7 +103,7 @@ def write_checkpoint(folder: Path, config: dict) -> None:
             file = f"model-{number + 1:05}-of-{count:05}.safetensors"
             part = names[number * SHARD : (number + 1) * SHARD]
             tensors = {name: _tensor(name, shapes[name], some, rng) for name in part}
-            write_bfloat16(temporary / file, tensors, {"format": "pt"})
+            write_narrowed(temporary / file, tensors, "BF16", {"format": "pt"})
             weight_map |= dict.fromkeys(part, file)
             print(f"written {number + 1} of {count}", flush=True)
         index = {"metadata": {}, "weight_map": weight_map}

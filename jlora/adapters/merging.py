@@ -27,6 +27,16 @@ class MergeReport:
     layer: str
     rounding_error: float
 
+    def with_layer(self, name: str, largest: float, lost: float) -> MergeReport:
+        """One more: its largest change, and what rounding lost of it."""
+        best = largest > self.largest_change
+        return MergeReport(
+            self.layers + 1,
+            largest if best else self.largest_change,
+            name if best else self.layer,
+            max(self.rounding_error, lost),
+        )
+
     def __str__(self) -> str:
         text = (
             f"merged {self.layers} layers in float32; "
@@ -56,13 +66,7 @@ def merge_layers(layers: Mapping[str, LoRALayer]) -> MergeReport:
             lost = 0.0
             if layer.weight.dtype != "float32":
                 lost = (layer.weight.float32() - before - change).abs().max().item()
-            best = largest > report.largest_change
-            report = MergeReport(
-                report.layers + 1,
-                largest if best else report.largest_change,
-                name if best else report.layer,
-                max(report.rounding_error, lost),
-            )
+            report = report.with_layer(name, largest, lost)
     except BaseException:
         for layer in merged:
             layer.unmerge()

@@ -25,19 +25,24 @@ def add_merge(verb: Verb) -> None:
     command.add_argument("adapter", help=ADAPTER_HELP)
     command.add_argument("out", help="folder to write, new or empty")
     command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    command.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights: larger "
+        "models become several files and an index (default: 5GB)",
+    )  # fmt: skip
     add_adapter_options(command)
 
 
 def run_merge(arguments: argparse.Namespace) -> int:
-    from jlora.adapters.export_folder import write_merged
+    from jlora.adapters.export_folder import bytes_of, write_merged
     from jlora.runs.adapter_file import open_model
     from jlora.system.files import check_absent
 
     check_absent(arguments.out)  # before a minute of loading
+    most = bytes_of(arguments.max_shard_size)
     adapter = adapter_file(arguments)
     model = open_model(arguments.base, adapter)
     tokens, template = trained_tokens(model, adapter), trained_template(adapter)
-    print(write_merged(model, arguments.out, arguments.dtype, tokens, template))
+    print(write_merged(model, arguments.out, arguments.dtype, tokens, template, most))
     return 0
 
 
