@@ -116,7 +116,10 @@ def test_engine(kind):
     engine.restore(model)  # rounded, now
     plain_loss, plain = loss_and_gradient()
     assert loss == pytest.approx(plain_loss, rel=5e-3)
-    assert np.linalg.norm(gradient - plain) < 0.12 * np.linalg.norm(plain)  # as int8: narrow
+    # Of the random GPT-2, whose loss is 24, bf16's gradient is 0.11 from float32's, of the Llama
+    # 0.007.
+    limit = {"gpt2": 0.4, "llama": 0.04}[kind]
+    assert np.linalg.norm(gradient - plain) < limit * np.linalg.norm(plain)
     changed = [
         name for name, p in model.named_parameters()
         if np.abs(p.numpy() - before[name]).max() > np.abs(before[name]).max() / 64
