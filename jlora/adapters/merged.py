@@ -22,20 +22,39 @@ from jlora.system.unread import values
 
 
 @dataclass
+class MergeNotes:
+    """What merging did.
+
+    Attributes:
+        changes: the norm (`formats.rounding.norm`) of the adapter's change of each tensor that it
+            changes; empty for a model without an adapter.
+        report: None for a model without an adapter.
+    """
+
+    changes: dict[str, float] = field(default_factory=dict)
+    report: MergeReport | None = None
+
+
+@dataclass
 class MergedWeights:
     """What goes into a file.
 
     Attributes:
         tensors: float32 arrays by the plain model's parameter names; a tied head is not among
             them.
-        changes: the norm (`formats.rounding.norm`) of the adapter's change of each tensor that it
-            changes; empty for a model without an adapter.
-        report: None for a model without an adapter.
+        notes: what it was made by.
     """
 
     tensors: Mapping[str, np.ndarray | LazyArray] = field(repr=False)
-    changes: dict[str, float] = field(default_factory=dict)
-    report: MergeReport | None = None
+    notes: MergeNotes
+
+    @property
+    def changes(self) -> dict[str, float]:
+        return self.notes.changes
+
+    @property
+    def report(self) -> MergeReport | None:
+        return self.notes.report
 
 
 def merged_weights(model: nn.Module) -> MergedWeights:
@@ -53,7 +72,7 @@ def merged_weights(model: nn.Module) -> MergedWeights:
 def merged_pieces(model: nn.Module) -> MergedWeights:
     """`merged_weights` with arrays that are made when they are read, and that nobody keeps.
 
-    ``changes`` and ``report`` are complete once all of them have been read.
+    The notes are complete once all of them have been read.
     """
     for name, module in model.named_modules():
         weight = vars(module).get("weight")
@@ -62,15 +81,13 @@ def merged_pieces(model: nn.Module) -> MergedWeights:
                 f"the weight of {name} is kept in packed form alone, rounded; call "
                 "engine.restore(model) first to write it so"
             )
-    result = MergedWeights({})
     if isinstance(model, PeftModel):
-        result.tensors = _Merging(model, result).tensors()
-        return result
+        merging = _Merging(model)
+        return MergedWeights(merging.tensors(), merging.notes)
     base = model.get_base_model() if isinstance(model, TunedModel) else model
-    result.tensors = {
-        name: _lazy(var, functools.partial(values, var)) for name, var in base.named_parameters()
-    }
-    return result
+    named = base.named_parameters()
+    tensors = {name: _lazy(var, functools.partial(values, var)) for name, var in named}
+    return MergedWeights(tensors, MergeNotes())
 
 
 def _lazy(var: Any, read: Any) -> LazyArray:
@@ -78,16 +95,16 @@ def _lazy(var: Any, read: Any) -> LazyArray:
 
 
 class _Merging:
-    """Reads one tensor after the other, and notes in ``result`` what the adapter did to it."""
+    """Reads one tensor after the other, and notes what the adapter did to it."""
 
-    def __init__(self, model: PeftModel, result: MergedWeights):
+    def __init__(self, model: PeftModel):
         model.check_mergeable()
-        self._model, self._result = model, result
+        self.notes = MergeNotes(report=MergeReport(0, 0.0, "none", 0.0))
+        self._model = model
         self._layers = model.lora_layers()
         for layer in self._layers.values():
             layer.merged_bias()  # what cannot be merged is refused at once
         self._before = _base_biases(model)
-        result.report = MergeReport(0, 0.0, "none", 0.0)
 
     def tensors(self) -> dict[str, LazyArray]:
         named = dict(self._model.base_model.named_parameters())
@@ -120,8 +137,8 @@ class _Merging:
                 change = array - before
                 array = whole.cast(plain.dtype).float32().numpy()
                 lost = float(np.abs(array - before - change).max())
-        self._result.changes[f"{name}.weight"] = norm(array - before)
-        self._result.report = self._result.report.with_layer(name, largest, lost)
+        self.notes.changes[f"{name}.weight"] = norm(array - before)
+        self.notes.report = self.notes.report.with_layer(name, largest, lost)
         return array
 
     def _bias(self, name: str, layer: LoRALayer) -> np.ndarray:
@@ -130,13 +147,13 @@ class _Merging:
     def _copy(self, name: str, var: jt.Var, original: jt.Var) -> np.ndarray:
         """Of a module that is trained in full."""
         array = values(var)
-        self._result.changes[name] = norm(array - values(original))
+        self.notes.changes[name] = norm(array - values(original))
         return array
 
     def _other(self, name: str, var: jt.Var) -> np.ndarray:
         array = values(var)
         if name in self._before:
-            self._result.changes[name] = norm(array - self._before[name])
+            self.notes.changes[name] = norm(array - self._before[name])
         return array
 
 

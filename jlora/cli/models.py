@@ -42,6 +42,7 @@ def run_merge(arguments: argparse.Namespace) -> int:
     adapter = adapter_file(arguments)
     model = open_model(arguments.base, adapter)
     tokens, template = trained_tokens(model, adapter), trained_template(adapter)
+    say_rounding(model, adapter)
     print(write_merged(model, arguments.out, arguments.dtype, tokens, template, most))
     return 0
 
@@ -74,8 +75,19 @@ def run_export(arguments: argparse.Namespace) -> int:
     model = open_model(arguments.model, adapter)
     tokens, tokenizer = trained_tokens(model, adapter), not arguments.no_tokenizer
     template = find_chat_template(base_name(arguments.model, adapter), adapter)
+    say_rounding(model, adapter)
     print(export_gguf(model, arguments.gguf, arguments.type, tokenizer, tokens, template))
     return 0
+
+
+def say_rounding(model: Any, adapter: Any) -> None:
+    """What the adapter is merged into, where it was trained on something coarser."""
+    precision = adapter.recipe.precision if adapter is not None and adapter.recipe else "auto"
+    if precision.startswith("int"):
+        print(
+            f"the adapter was trained beside weights rounded to {precision}; it is merged into "
+            f"those of {model.source.name} as they are there"
+        )
 
 
 def trained_tokens(model: Any, adapter: Any) -> Any:
