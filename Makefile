@@ -78,7 +78,8 @@ bench-long: $(STAMP)
 bench-wikisql: $(STAMP) $(PARITY_STAMP) $(MLX_STAMP)
 	$(BIN)/python -m benchmarks.wikisql $(ARGS)
 
-# LoRA on a model of the shape of Llama 2 7B; makes 13.5 GB of weights the first time.
+# LoRA on models of the shapes of Qwen2.5 0.5B and 1.5B and Llama 2 7B, with memory and estimate;
+# makes 18 GB of weights the first time.
 bench-large: $(STAMP)
 	$(BIN)/python -m benchmarks.large $(ARGS)
 
