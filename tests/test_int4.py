@@ -7,12 +7,14 @@ import pytest
 from gguf import GGMLQuantizationType, quants
 from test_int8 import SHAPES, adapted, quantised, rows_with_outliers
 from test_kernels import assert_close, random, results
-from tiny_models import round_bf16
+from tiny_models import round_bf16, tiny_gpt2, tiny_llama, weights
 
-from jlora import engine
+from jlora import engine, export_gguf, load
+from jlora.formats import gguf_file
 from jlora.formats.lazy import Blocks, LazyArray
 from jlora.kernels import native, packed_linear
 from jlora.kernels.packed_linear import FORMS, PackedWeight, packed_bytes
+from jlora.layers import set_trainable
 from jlora.system.runtime import jt
 from jlora.system.unread import unread
 
@@ -98,6 +100,29 @@ def test_numbers_of_four_bits_come_back_as_they_were(kind):
     np.testing.assert_allclose(kept, given, rtol=0, atol=2e-3 * np.abs(given).max(1).max())
     apart = np.abs(kept - given) > 1e-3 * np.abs(given).max(1, keepdims=True)
     assert apart.mean() == 0
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_gguf_file_is_packed_without_its_numbers_being_read(kind, tmp_path, monkeypatch):
+    """Rows of queries and keys in our order, Conv1D's layout; the numbers are the file's."""
+    wide = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4}
+    model = tiny_gpt2(n_embd=64, n_head=2) if kind == "gpt2" else tiny_llama(**wide)
+    export_gguf(model, tmp_path / "m.gguf", "q4_0", tokenizer=False)
+    expected = weights(load(tmp_path / "m.gguf"))
+    loaded = load(tmp_path / "m.gguf")
+    set_trainable(loaded, ())
+    loaded._base_record = {}  # which hashes a few numbers
+    read = []
+    whole = gguf_file._dequantized
+    monkeypatch.setattr(gguf_file, "_dequantized", lambda *a: read.append(a[3]) or whole(*a))
+    engine.prepare(loaded, "int4", keep_weights=False)
+    layers = 8 if kind == "gpt2" else 14
+    assert engine.taken_forms(loaded) == {"Q4_0": layers, "": 1}  # the head is bf16
+    assert read.count("Q4_0") <= 1
+    engine.restore(loaded)
+    for name, array in weights(loaded).items():
+        if ".h." in name or ".layers." in name:
+            np.testing.assert_array_equal(array, expected[name], name)
 
 
 def test_size():
