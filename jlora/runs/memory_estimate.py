@@ -316,8 +316,9 @@ def activation_bytes(
     numbers = rows * shape.plain_floats(precision == "plain")
     if precision == "plain":  # scores, their softmax and its gradient, head by head
         numbers += 4 * shape.heads * rows * batch.longest
-    low = [n for n in trained if "lora_A" in n]
-    numbers += rows * shape.width * 3 * len(low) // shape.layers  # dropout, branch, sum
+    if recipe.lora.lora_dropout:  # of each branch: what it keeps of its input, and its sum
+        low = [n for n in trained if "lora_A" in n]
+        numbers += rows * shape.width * 3 * len(low) // shape.layers
     return int(ALLOCATOR * numbers * FLOAT * shape.layers) + 8 * through
 
 
