@@ -120,8 +120,8 @@ def examine(path: str, own: bool) -> Compiler | None:
     names = ("__clang_major__", "__clang_minor__") if clang else ("__GNUC__", "__GNUC_MINOR__")
     flags = machine.cpu_flags()
     missing = {flag for flag, (macro, *_) in INSTRUCTIONS.items() if macro not in macros}
-    version = tuple(int(macros.get(name, "0")) for name in names)
-    return Compiler(path, version, clang, frozenset(missing & flags), own)
+    major, minor = (int(macros.get(name, "0")) for name in names)
+    return Compiler(path, (major, minor), clang, frozenset(missing & flags), own)
 
 
 def target() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sized
+from collections.abc import Iterable
 from typing import Any
 
 from jlora.system.console import is_terminal
@@ -14,7 +14,7 @@ PIPE = {"delay": 30.0, "mininterval": 30.0}
 
 
 def progress(
-    total: int | None | Sized,
+    total: int | None | Iterable,
     what: str = "",
     unit: str = "",
     *,
@@ -41,10 +41,10 @@ def progress(
 
     stream = sys.stderr if stream is None else stream
     terminal = is_terminal(stream)
-    counted = total is None or isinstance(total, int)
+    items = total if isinstance(total, Iterable) else None
     return tqdm(
-        None if counted else total,
-        total=total if counted else None,
+        items,
+        total=total if isinstance(total, int) else None,
         desc=what or None,
         unit=unit if unit == "B" else f" {unit}" if unit else "",
         unit_scale=unit == "B",

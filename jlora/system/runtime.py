@@ -74,7 +74,7 @@ def set_seed(seed: int) -> None:
     import numpy as np
 
     rank = distributed.world().rank
-    jittors, numpys = seed, seed
+    jittors, numpys = seed, seed  # type: int, int | list[int]
     if seed >= 2**32:
         words = [seed >> shift & 0xFFFFFFFF for shift in range(0, seed.bit_length(), 32)]
         jittors, numpys = int(np.random.SeedSequence(seed).generate_state(1)[0]), words
