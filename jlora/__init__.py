@@ -28,12 +28,12 @@ if TYPE_CHECKING:  # what `__getattr__` below finds, for editors and type checke
     from jlora.adapters import get_peft_model as get_peft_model
     from jlora.adapters.export_folder import write_merged as write_merged
     from jlora.adapters.export_gguf import export_gguf as export_gguf
-    from jlora.data import pull_models as pull
+    from jlora.data import pull_models as pull  # noqa: F401
     from jlora.data import tasks as tasks
     from jlora.data.batches import Example as Example
     from jlora.data.tasks import Task as Task
     from jlora.data.tasks import register_task as register_task
-    from jlora.decoding import sampling as generate
+    from jlora.decoding import sampling as generate  # noqa: F401
     from jlora.decoding.beam import BeamConfig as BeamConfig
     from jlora.decoding.beam import beam_search as beam_search
     from jlora.decoding.sampling import GenerateConfig as GenerateConfig
@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # what `__getattr__` below finds, for editors and type checke
     from jlora.system import distributed as distributed
     from jlora.system import runtime as runtime
     from jlora.system.errors import UserError as UserError
-    from jlora.training import loop as train
+    from jlora.training import loop as train  # noqa: F401
     from jlora.training.adamw import OptimConfig as OptimConfig
     from jlora.training.loop import TrainConfig as TrainConfig
 
