@@ -7,6 +7,9 @@ JITTOR ?=
 VENV := .venv$(JITTOR:%=-jittor-%)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# What Jittor needs to compile itself, which it does while the rest is installed.
+FIRST := $(shell sed -n 's/^ *\("\(jittor\|psutil\)[^"]*"\).*/\1/p' pyproject.toml)
 # The reference implementations stand apart: Jittor imports torch where it finds it.
 PARITY := .venv-parity
 PARITY_STAMP := $(PARITY)/.installed
@@ -130,7 +133,10 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
 	  echo "make: this Python has no venv; run: apt-get install python3-venv" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' $(JITTOR:%=jittor==%)
+	$(PIP) $(FIRST) $(JITTOR:%=jittor==%)
+	@echo "Jittor compiles itself while the rest is installed (once, about two minutes)"
+	@$(BIN)/python -c 'from jlora.system.runtime import jt' >/dev/null 2>&1 & \
+	  $(PIP) -e '.[dev]' $(JITTOR:%=jittor==%); code=$$?; wait; exit $$code
 	@touch $@
 
 $(PARITY_STAMP): parity/requirements.txt

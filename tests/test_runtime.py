@@ -15,11 +15,12 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from jlora.system import machine, runtime
+from jlora.system import first_import, machine, runtime
 from jlora.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,6 +171,22 @@ def test_onednn_has_headers_and_library():
         assert (onednn.include / "dnnl.hpp").is_file()
         assert onednn.library.is_file() and onednn.library.name.startswith("libdnnl")
         assert onednn.library.parent.parent in runtime.installed_onednn()
+
+
+def test_onednn_is_unpacked_where_jittor_looks_for_it(tmp_path, monkeypatch):
+    onednn = runtime.find_onednn()
+    if onednn is None or sys.platform != "linux":
+        pytest.skip("no oneDNN of jittor-offline's here")
+    home = SimpleNamespace(home=lambda: str(tmp_path))
+    monkeypatch.setenv("use_mkl", "0")
+    first_import.unpack_onednn(home)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.delenv("use_mkl")
+    for _ in range(2):
+        first_import.unpack_onednn(home)
+        (unpacked,) = (tmp_path / ".cache" / "jittor" / "mkl").iterdir()
+        assert unpacked.name == onednn.include.parent.name
+        assert (unpacked / "lib" / "libmkldnn.so").is_file()
 
 
 def test_gpu_that_is_not_there(monkeypatch):
