@@ -23,7 +23,7 @@ JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all test-threads parity llamacpp lm-eval golden bench-train bench-decode bench-scale \
-	bench-long bench-wikisql bench-serve bench-large gpu-check gpu-inputs gpu-wheels gpu-compile lint install clean
+	align docs docs-check bench-long bench-wikisql bench-serve bench-large gpu-check gpu-inputs gpu-wheels gpu-compile lint install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -46,6 +46,11 @@ test-threads: $(STAMP)
 # jlora beside torch, transformers, peft and loralib, on random cases of SEED (docs/fidelity.md).
 parity: $(STAMP) $(PARITY_STAMP)
 	$(BIN)/python -m parity --seed $(SEED)
+
+# A whole fine-tuning beside PyTorch with PEFT: losses of every step, scores, seconds, memory, in
+# runs/align; goes on if it was cut (docs/replication.md).
+align: $(STAMP) $(PARITY_STAMP)
+	$(BIN)/python -m parity.align $(ARGS)
 
 # Exported GGUF files in llama.cpp, beside jlora (docs/fidelity.md).
 llamacpp: $(STAMP) $(LLAMACPP_STAMP)

@@ -129,6 +129,8 @@ def _command(onednn: OneDNN | None, compiler: Compiler) -> list[str]:
     if platform.machine() in ("x86_64", "AMD64"):
         # Of AVX-512; GCC would take half of it.
         command.insert(1, "-mprefer-vector-width=512")
+    if os.environ.get("JLORA_PROFILE"):  # for benchmarks/profile.py
+        command += ["-DJLORA_PROFILE"]
     if _has_amx(command):
         command += ["-DJLORA_AMX"]
     elif onednn is not None:  # after the source that needs it

@@ -26,6 +26,7 @@ from jlora.system.lock import one_at_a_time
 
 SCRIPT = Path(__file__).with_name("compile_operator.sh")
 FILTER = Path(__file__).with_name("quiet_operators.cc")
+LOCK = Path(__file__).with_name("operator_lock.cc")
 #: In the cache folder; the compiled headers are in a folder of this name with ".gch" after it, of
 #: which g++ takes the one that was made with its options.
 HEADER = "jlora-jittor.h"
@@ -141,6 +142,10 @@ def set_up(jt: Any, cache: Path) -> None:
         flags.python_path = f"/bin/sh {script}"
         include = _include(cache) if flags.cc_type == "g++" else ""
         if include:
+            # OSError: also of symbols that this Jittor does not have.
+            with contextlib.suppress(OSError, UserError, subprocess.SubprocessError):
+                lock = os.fsencode(cache.with_name("jittor.lock"))
+                _library(flags, cache, LOCK).jlora_lock_operators(lock)
             own = "" if include in flags.cc_flags else include + _OPERATORS
             options = shlex.split(flags.cc_flags + own)
             _precompile(cache / HEADER, flags.cc_path, options, Path(flags.jittor_path) / "src")
@@ -149,17 +154,21 @@ def set_up(jt: Any, cache: Path) -> None:
 
 def _quiet(flags: Any, cache: Path) -> None:
     """Show Jittor's progress with operators on one line, where g++ and Linux are."""
-    if sys.platform != "linux" or flags.cc_type != "g++" or not flags.log_silent:
-        return
-    key = _digest(FILTER.read_bytes() + flags.cc_path.encode())
-    path = cache / f"jlora-quiet-operators-{key}.so"
-    with contextlib.suppress(OSError, UserError, subprocess.SubprocessError):
-        if not path.exists():
-            with atomic_path(path) as temporary:
-                options = ["-std=c++14", "-O1", "-shared", "-fPIC", "-o", str(temporary)]
-                command = [flags.cc_path, str(FILTER), *options]
-                subprocess.run(command, capture_output=True, check=True)
-        ctypes.CDLL(str(path)).jlora_quiet_operators()
+    if sys.platform == "linux" and flags.cc_type == "g++" and flags.log_silent:
+        with contextlib.suppress(OSError, UserError, subprocess.SubprocessError):
+            _library(flags, cache, FILTER).jlora_quiet_operators()
+
+
+def _library(flags: Any, cache: Path, source: Path) -> ctypes.CDLL:
+    """A C++ source of this folder, compiled and loaded."""
+    key = _digest(source.read_bytes() + flags.cc_path.encode())
+    path = cache / f"jlora-{source.stem}-{key}.so"
+    if not path.exists():
+        with atomic_path(path) as temporary:
+            options = ["-std=c++14", "-O1", "-shared", "-fPIC", "-o", str(temporary)]
+            command = [flags.cc_path, str(source), *options]
+            subprocess.run(command, capture_output=True, check=True)
+    return ctypes.CDLL(str(path))
 
 
 def header_options(words: Sequence[str]) -> list[str]:
