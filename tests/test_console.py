@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from jlora import cli
+from jlora.report.tables import plain_table
 from jlora.system import console
 from jlora.system.errors import UserError
 from jlora.system.progress import progress
@@ -61,3 +62,9 @@ def test_a_pipe_gets_nothing_of_quick_work():
     shown = stream(terminal=False)
     assert list(progress([1, 2, 3], "measuring", "layer", stream=shown)) == [1, 2, 3]
     assert shown.getvalue() == ""
+
+
+def test_columns_are_aligned_in_chinese_too():
+    table = plain_table([["run", "loss"], ["微调/第一次", "1.25"], ["é", "10.5"]]).split("\n")
+    assert table == ["run          loss", "-" * 17, "微调/第一次  1.25", "é            10.5"]
+    assert console.width_of("e\u0301") == 1
