@@ -26,7 +26,7 @@ JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all test-threads parity llamacpp lm-eval golden bench-train bench-decode bench-scale \
-	align docs docs-check bench-long bench-wikisql bench-serve bench-large gpu-check gpu-inputs gpu-wheels gpu-compile lint install clean
+	align docs docs-check bench-long bench-wikisql bench-serve bench-large gpu-check gpu-inputs gpu-wheels gpu-compile lint types dist install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -123,6 +123,19 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 	@$(BIN)/python -m benchmarks.size
 
+# Types of what jlora exports (pyproject.toml lists the files): six seconds, one with its cache.
+types: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[types]'
+	$(BIN)/python -m mypy
+
+# A wheel and a source archive in dist/, checked as PyPI would.
+dist: pyproject.toml
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	rm -rf dist
+	.venv-dist/bin/python -m build
+	.venv-dist/bin/python -m twine check --strict dist/*
+
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -160,5 +173,5 @@ $(MLX_STAMP): benchmarks/mlx-requirements.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-jittor-* $(PARITY) $(LLAMACPP) $(LM_EVAL) $(MLX) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-jittor-* $(PARITY) $(LLAMACPP) $(LM_EVAL) $(MLX) .venv-dist build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .mypy_cache
 	find jlora tests -name __pycache__ -type d -prune -exec rm -rf {} +
