@@ -121,8 +121,8 @@ def beam_table(result: dict) -> str:
     return "\n\n".join([
         "## Beam search",
         f"E2E's test inputs, SmolLM2-135M tuned for E2E and merged, {result['beams']} beams, at "
-        f"most {result['new_tokens']} new tokens, length penalty 0.8. Equal: answers that are jlora "
-        "bf16's, token by token. Score: of the answers, by jlora in float32 (sum of "
+        f"most {result['new_tokens']} new tokens, length penalty 0.8. Equal: answers that are "
+        "jlora bf16's, token by token. Score: of the answers, by jlora in float32 (sum of "
         "log-probabilities divided by length to the power 0.8); higher is a better search.",
         table("|inputs timed|s an input|peak MB|to bf16|equal|score", map(row, rows_of([result]))),
     ])  # fmt: skip
@@ -152,8 +152,8 @@ def streams_table(results: list[dict]) -> str:
     order = sorted(names, key=lambda n: list(BITS).index(bits({"name": n})))
     return "\n\n".join([
         "## Streams",
-        f"Tokens a second of all streams together, {results[0]['tokens']} new tokens behind prompts "
-        "of E2E, by the same model. Drawn: at temperature 0.8 from all tokens. Equal: greedy "
+        f"Tokens a second of all streams together, {results[0]['tokens']} new tokens behind "
+        "prompts of E2E, by the same model. Drawn: at temperature 0.8 from all tokens. Equal: greedy "
         f"answers ({greedy[-1] if greedy else ''}) that are jlora bf16's up to their end.",
         table("|bits|" + "|".join(tasks) + "|peak MB|equal", map(row, order)),
     ])  # fmt: skip
