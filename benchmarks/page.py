@@ -153,8 +153,8 @@ def streams_table(results: list[dict]) -> str:
     return "\n\n".join([
         "## Streams",
         f"Tokens a second of all streams together, {results[0]['tokens']} new tokens behind "
-        "prompts of E2E, by the same model. Drawn: at temperature 0.8 from all tokens. Equal: greedy "
-        f"answers ({greedy[-1] if greedy else ''}) that are jlora bf16's up to their end.",
+        "prompts of E2E, by the same model. Drawn: at temperature 0.8 from all tokens. Equal: "
+        f"greedy answers ({greedy[-1] if greedy else ''}) that are jlora bf16's up to their end.",
         table("|bits|" + "|".join(tasks) + "|peak MB|equal", map(row, order)),
     ])  # fmt: skip
 
