@@ -1,7 +1,7 @@
 """What `make docs` changes in the pages: the first page is README, and links that leave docs/.
 
-On the site there is nothing but docs/. A link to another file of the repository becomes its text; one to
-a file that does not exist is an error (under --strict) as every other dead link is.
+On the site there is nothing but docs/. A link to another file of the repository becomes its text;
+one to a file that does not exist is an error (under --strict) as every other dead link is.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def split_code(markdown: str) -> list[tuple[str, bool]]:
 
 
 def link(match: re.Match, source: str) -> str:
-    """A link as it is to stand on the site; ``source`` is the path of the page in the repository."""
+    """A link as it is to stand on the site; ``source`` is the page's path in the repository."""
     mark, text, target, anchor = match.group(1, 2, 3, 4)
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
     if not (ROOT / path).exists():

@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks import work
 from benchmarks.sides import PYTHON, ROOT, Side, alternate
 from jlora.system.files import write_text
-from parity.align_report import WAYS, write
+from parity.align_report import WAYS, write, write_documents
 
 ROUNDS = 12  # of the measurement of seconds a step
 
@@ -36,6 +36,10 @@ def main() -> int:
     options.add_argument(
         "--times-again", action="store_true", help="measure seconds a step and memory once more"
     )
+    options.add_argument(
+        "--docs", type=Path, metavar="FOLDER",
+        help="also put the results into replication.md and replication.cn.md there",
+    )  # fmt: skip
     chosen = options.parse_args()
     out, torch = chosen.out, PYTHON["torch"]
     if not torch.exists():
@@ -56,6 +60,8 @@ def main() -> int:
     if chosen.times_again or not (out / "times.json").is_file():
         measure(out)
     print(write(out))
+    if chosen.docs:
+        write_documents(out, chosen.docs)
     return 0
 
 

@@ -25,8 +25,8 @@ from jlora.system.files import read_text, write_text
 from jlora.system.machine import cpu_model, processors
 from jlora.training.loggers import read_metrics
 
-TITLE = "jlora beside PyTorch with PEFT"
 WAYS = ("off", "on")  # dropout
+WORDS = yaml.safe_load(read_text(Path(__file__).with_name("align_words.yaml")))
 OURS, THEIRS = "#1f5fa8", "#b4510f"
 SHOWN = (1, 2, 10, 50, 100, 200, 300, 400, 500)  # steps in the table
 BLOCK = 50  # steps whose mean is one sample, so that neighbours of equal data are not counted twice
@@ -54,13 +54,17 @@ class Side:
 
 def write(out: Path) -> Path:
     """Write align.md, align.png, align.html and losses.csv; returns the page."""
-    sides = {(name, way): read_side(out, name, way) for name in ("jlora", "torch") for way in WAYS}
+    sides = read_sides(out)
     figure(out / "align.png", sides)
     write_text(out / "losses.csv", losses_csv(sides))
     found = blocks(out, sides)
-    write_text(out / "align.md", as_markdown(found))
+    write_text(out / "align.md", f"# {WORDS['en']['title']}\n\n{as_markdown(found)}\n")
     write_text(out / "align.html", as_html(found, out / "align.png"))
     return out / "align.html"
+
+
+def read_sides(out: Path) -> dict[tuple[str, str], Side]:
+    return {(name, way): read_side(out, name, way) for name in ("jlora", "torch") for way in WAYS}
 
 
 def read_side(out: Path, name: str, way: str) -> Side:
@@ -116,51 +120,45 @@ def block_interval(differences: np.ndarray) -> tuple[float, float, int]:
 Block = tuple[str, Any]
 
 
-def blocks(out: Path, sides: dict[tuple[str, str], Side]) -> list[Block]:
+def blocks(out: Path, sides: dict[tuple[str, str], Side], language: str = "en") -> list[Block]:
     recipe = yaml.safe_load(read_text(out / "config.yaml"))
     train, lora = recipe["train"], recipe["lora"]
-    torch = json.loads(read_text(out / "torch-off" / "done.json"))["torch"]
+    words = WORDS[language]
     ours, theirs = sides["jlora", "off"], sides["torch", "off"]
     relative = np.abs(ours.losses - theirs.losses) / theirs.losses
     dropped = sides["jlora", "on"].losses - sides["torch", "on"].losses
-    effect = np.abs(sides["torch", "on"].losses - theirs.losses).mean()
     mean, half, count = block_interval(dropped)
     equal = {
         way: sum(a == b for a, b in zip(sides["jlora", way].texts, sides["torch", way].texts))
         for way in WAYS
     }
-    times, cost_note = costs(out)
+    times, measured = costs(out, words)
+    values = {
+        "model": recipe["model"], "steps": train["steps"], "batch": train["batch_size"],
+        "r": lora["r"], "alpha": lora["lora_alpha"], "targets": ", ".join(lora["target_modules"]),
+        "processor": cpu_model(), "processors": processors(), "date": date.today(),
+        "torch": json.loads(read_text(out / "torch-off" / "done.json"))["torch"],
+        "largest": relative.max(), "median": np.median(relative),
+        "distance": distance(ours, theirs), "dropped": np.abs(dropped).mean(),
+        "effect": np.abs(sides["torch", "on"].losses - theirs.losses).mean(),
+        "count": count, "block": BLOCK, "mean": mean, "half": half, "inputs": len(ours.texts),
+        "equal_off": equal["off"], "equal_on": equal["on"], **measured,
+    }  # fmt: skip
+
+    def text(name: str) -> tuple[str, str]:
+        return "text", words[name].format(**values)
+
     return [
-        ("text", f"{recipe['model']} on E2E NLG: {train['steps']} updates of "
-         f"{train['batch_size']} examples, LoRA with r = {lora['r']} and alpha = "
-         f"{lora['lora_alpha']:g} on {' and '.join(lora['target_modules'])}, in float32. Weights, "
-         "first adapter, batches and their order are the same on both sides. "
-         f"{cpu_model()}, {processors()} processors, torch {torch}, {date.today()}."),
-        ("picture", "Losses of every step on both sides, and their differences"),
-        ("heading", "Losses without dropout, number by number"),
-        ("table", loss_rows(ours, theirs)),
-        ("text", f"Of {len(relative)} steps the relative difference is {relative.max():.1e} at "
-         f"most and {np.median(relative):.1e} in the median. At the end the two updates B A "
-         f"differ by {distance(ours, theirs):.1e} of their norm. All steps are in losses.csv."),
-        ("heading", "Losses with dropout"),
-        ("text", "Both sides draw other masks, so single steps differ: by "
-         f"{np.abs(dropped).mean():.4f} in the mean, where dropout itself moves PEFT's losses by "
-         f"{effect:.4f}. The mean of jlora minus PEFT over {count} blocks of {BLOCK} steps is "
-         f"{mean:+.5f} ± {half:.5f} (95 %, Student's t)."),
-        ("heading", "Scores"),
-        ("table", score_rows(sides)),
-        ("text", "Greedy answers to the test inputs, those of jlora by its own decoder, those of "
-         "PEFT by transformers' generate. The scores equal the official E2E script's to four "
-         f"decimals. Of {len(ours.texts)} answers {equal['off']} are equal to the letter without "
-         f"dropout, {equal['on']} with it."),
-        ("heading", "Seconds a step and memory"),
-        ("table", times),
-        ("text", cost_note),
+        text("setup"), ("picture", words["picture"]),
+        ("heading", words["off"]), ("table", loss_rows(ours, theirs, words)), text("off text"),
+        ("heading", words["on"]), text("on text"),
+        ("heading", words["scores"]), ("table", score_rows(sides, words)), text("scores text"),
+        ("heading", words["costs"]), ("table", times), text("costs text"),
     ]  # fmt: skip
 
 
-def loss_rows(ours: Side, theirs: Side) -> list[list[str]]:
-    rows = [["step", "jlora", "PEFT", "difference", "relative"]]
+def loss_rows(ours: Side, theirs: Side, words: dict[str, str]) -> list[list[str]]:
+    rows = [words["loss head"].split("|")]
     for step in SHOWN:
         if step <= len(ours.losses):
             a, b = ours.losses[step - 1], theirs.losses[step - 1]
@@ -169,42 +167,37 @@ def loss_rows(ours: Side, theirs: Side) -> list[list[str]]:
     return rows
 
 
-def score_rows(sides: dict[tuple[str, str], Side]) -> list[list[str]]:
+def score_rows(sides: dict[tuple[str, str], Side], words: dict[str, str]) -> list[list[str]]:
     metrics = metrics_of(*(side.scores for side in sides.values()))
-    rows = [["", "dropout", "validation loss", *(metric.label for metric in metrics)]]
+    rows = [[*words["score head"].split("|"), *(metric.label for metric in metrics)]]
     for way in WAYS:
-        for name, label in (("jlora", "jlora"), ("torch", "PyTorch with PEFT")):
+        for name, label in (("jlora", "jlora"), ("torch", "PyTorch + PEFT")):
             side = sides[name, way]
             cells = [metric.text(side.scores.get(metric.key)) for metric in metrics]
-            rows.append([label, way, f"{side.valid_loss:.5f}", *cells])
+            rows.append([label, words[f"dropout {way}"], f"{side.valid_loss:.5f}", *cells])
     return rows
 
 
-def costs(out: Path) -> tuple[list[list[str]], str]:
-    """The table, and what is to be said of it."""
+def costs(out: Path, words: dict[str, str]) -> tuple[list[list[str]], dict[str, float]]:
+    """The table, and what the text below needs."""
     times = json.loads(read_text(out / "times.json"))
     lengths = np.load(out / "batches.npz")
     tokens = np.median([lengths[f"lengths{i}"].sum() for i in range(int(lengths["count"]))])
-    rows = [["", "seconds a step", "the fastest", "peak MB"]]
+    rows = [words["cost head"].split("|")]
     for name, side in times["sides"].items():
         seconds = side["seconds"]
         cells = [statistics.median(seconds), min(seconds)]
         rows.append([name, *(f"{cell:.3f}" for cell in cells), f"{side['peak_mb']:,.0f}"])
-    return rows, (
-        f"Medians of {len(seconds)} steps of {tokens:.0f} tokens, the sides in turn in "
-        f"processes of their own; the load of the machine before was {times['load_before']:.1f}."
+    return rows, {"rounds": len(seconds), "tokens": tokens, "load": times["load_before"]}
+
+
+def as_markdown(found: list[Block], mark: str = "##") -> str:
+    """Paragraphs and tables; headings begin with ``mark``."""
+    form = {"heading": f"{mark} {{}}", "text": "{}", "picture": "![{}](align.png)"}
+    return "\n\n".join(
+        markdown_table(value) if kind == "table" else form[kind].format(value)
+        for kind, value in found
     )
-
-
-def as_markdown(found: list[Block]) -> str:
-    parts = [f"# {TITLE}"]
-    for kind, value in found:
-        if kind == "table":
-            parts.append(markdown_table(value))
-        else:
-            form = {"heading": "## {}", "text": "{}", "picture": "![{}](align.png)"}[kind]
-            parts.append(form.format(value))
-    return "\n\n".join(parts) + "\n"
 
 
 def as_html(found: list[Block], picture: Path) -> str:
@@ -214,7 +207,19 @@ def as_html(found: list[Block], picture: Path) -> str:
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     source = read_text(Path(__file__).with_name("align.html.j2"))
     image = base64.b64encode(picture.read_bytes()).decode()
-    return template.from_string(source).render(title=TITLE, blocks=found, image=image)
+    title = WORDS["en"]["title"]
+    return template.from_string(source).render(title=title, blocks=found, image=image)
+
+
+def write_documents(out: Path, folder: Path) -> None:
+    """Put tables and picture into replication.md and replication.cn.md, between their marks."""
+    sides = read_sides(out)
+    for language, name in (("en", "replication.md"), ("cn", "replication.cn.md")):
+        begin, end = "<!-- make align: begin -->\n", "<!-- make align: end -->"
+        before, rest = read_text(folder / name).split(begin)
+        text = as_markdown(blocks(out, sides, language), mark="###")
+        write_text(folder / name, f"{before}{begin}\n{text}\n\n{end}{rest.split(end)[1]}")
+    figure(folder / "align.png", sides)
 
 
 def losses_csv(sides: dict[tuple[str, str], Side]) -> str:

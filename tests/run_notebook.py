@@ -1,4 +1,6 @@
-"""Runs a notebook's cells in this process; ``python -m tests.run_notebook FILE`` stores what they print.
+"""Runs a notebook's cells in this process.
+
+``python -m tests.run_notebook FILE`` also stores in the file what they print.
 
 Jupyter's own machinery (a kernel, a message bus) would be five packages and seconds for text alone.
 """

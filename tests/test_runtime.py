@@ -200,6 +200,36 @@ def test_gpu_that_is_not_there(monkeypatch):
         runtime.use_gpu(True)
 
 
+# --- Jittor 2.0, which can stand in for torch ------------------------------------------------
+
+
+AS_TORCH = "sys.modules['torch'] = sys.modules[__name__]"
+
+
+@pytest.mark.parametrize(
+    ("before", "every_import", "variables", "reason"),
+    [
+        ("", "", {"JITTOR_TORCH_SHIM": "1"}, "JITTOR_TORCH_SHIM=1"),
+        ("", "", {"JITTOR_TORCH_PROJECT_ROOT": "/p"}, "JITTOR_TORCH_PROJECT_ROOT=/p"),
+        ("import jittor", AS_TORCH, {}, "its module is loaded as torch"),
+        ("", AS_TORCH, {}, "its module is loaded as torch"),  # by the text of the script
+    ],
+)
+def test_jittor_as_torch_is_refused(stand_in, before, every_import, variables, reason):
+    script = f"{before}\n{textwrap.dedent(IMPORT)}"
+    result = run(script, stand_in(every_import=every_import), **variables)
+    assert result.returncode == 2
+    wanted = f"jlora: error: Jittor stands in for torch in this process ({reason}), where its"
+    assert result.stderr.startswith(wanted) and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_a_torch_of_its_own_and_a_mode_that_is_off_are_no_hindrance(stand_in, tmp_path):
+    (tmp_path / "torch.py").write_text("")
+    script = f"import torch\n{textwrap.dedent(IMPORT)}print(jt.__version__)"
+    result = run(script, stand_in(), tmp_path, JITTOR_TORCH_SHIM="0")
+    assert result.stdout == "stand-in\n", result.stderr
+
+
 # --- the environment variables --------------------------------------------------------------
 
 

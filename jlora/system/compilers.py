@@ -80,10 +80,9 @@ def operator_compilers() -> list[Compiler]:
                 "it for the newest that is found"
             )
         return [found]
-    paths = {
-        os.path.realpath(path): path
-        for path in [*machine.compilers_on_path(), *([own] if own else [])]
-    }
+    paths: dict[str, str] = {}  # a program -> the first of its names
+    for path in [*([own] if own else []), *machine.compilers_on_path()]:
+        paths.setdefault(os.path.realpath(path), path)
     if len(paths) < 2:  # nothing to choose, so nobody has to be asked
         return [Compiler(own or "g++", (0, 0), clang=False)]
     all_found = [examine(path, _same(path, own)) for path in paths.values()]

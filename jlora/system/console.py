@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import unicodedata
 from typing import Any
 
 COLOURS = {"bold": 1, "red": 31, "green": 32, "yellow": 33}
@@ -19,6 +20,14 @@ def say(message: str) -> None:
 def warn(message: str) -> None:
     """Print a line about something that may not be what the user wants."""
     say(f"{paint('warning:', 'yellow', sys.stderr)} {message}")
+
+
+def width_of(text: str) -> int:
+    """How many columns a terminal gives a text: a Chinese character takes two, an accent none."""
+    return sum(
+        0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF")
+        for c in text
+    )
 
 
 def paint(text: str, colour: str, stream: Any) -> str:

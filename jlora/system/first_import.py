@@ -161,6 +161,7 @@ def _first_import(variables: Mapping[str, str], verbose: bool) -> str | None:
             try:
                 _wait(child, output)
             finally:
+                assert child.stdin is not None
                 child.stdin.close()
                 child.wait()
             output.seek(0)

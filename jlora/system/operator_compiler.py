@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib.util
 import os
 import re
 import shlex
@@ -78,6 +79,20 @@ def remove_header(environment: MutableMapping[str, str]) -> bool:
     return any(environment[name] != flags for name, flags in found.items())
 
 
+def _header_text() -> str:
+    """What the header includes for the Jittor that is installed.
+
+    One of Jittor 2.0's own headers declares more where Python's came before. (Another text for all
+    would have every older Jittor compile itself anew.)
+    """
+    found = importlib.util.find_spec("jittor")
+    for folder in (found and found.submodule_search_locations) or ():
+        with contextlib.suppress(OSError):
+            if "Py_PYTHON_H" in Path(folder, "src", "misc", "nano_vector.h").read_text():
+                return f"#ifndef JIT\n#include <Python.h>\n#endif\n{_HEADER}"
+    return _HEADER
+
+
 def _include(cache: Path) -> str:
     """The option that includes the header of a cache folder; empty if that is impossible."""
     header = cache / HEADER
@@ -85,8 +100,9 @@ def _include(cache: Path) -> str:
     if sys.platform == "linux" and shlex.quote(str(header)) == str(header):
         # OSError, UserError: the cache is shared and read-only.
         with contextlib.suppress(OSError, UserError):
-            if not header.exists() or header.read_text() != _HEADER:
-                write_text(header, _HEADER)
+            text = _header_text()
+            if not header.exists() or header.read_text() != text:
+                write_text(header, text)
             return f' -include "{header}" '
     return ""
 
@@ -194,7 +210,7 @@ def _precompile(header: Path, compiler: str, words: Sequence[str], sources: Path
     """
     options = header_options(words)
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    of_headers = hashlib.sha256(_HEADER.encode() + version)
+    of_headers = hashlib.sha256(header.read_bytes() + version)
     # g++ takes a compiled header without a look at its sources, which an update replaces.
     for name in ("", "mem", "misc", "ops", "opt", "pybind", "pyjt", "utils"):
         with os.scandir(sources / name) as found:
