@@ -132,7 +132,7 @@ $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(FIRST) $(JITTOR:%=jittor==%)
 	@echo "Jittor compiles itself while the rest is installed (once, about two minutes)"
-	@$(BIN)/python -c 'from jlora.system.runtime import jt' >/dev/null 2>&1 & \
+	@$(BIN)/python -c 'from jlora.system.runtime import jt' >/dev/null 2>&1 & trap "kill $$!" INT TERM; \
 	  $(PIP) -e '.[dev]' $(JITTOR:%=jittor==%); code=$$?; wait; exit $$code
 	@touch $@
 
