@@ -1,7 +1,7 @@
-"""``python -m benchmarks.operator_compilers``: Jittor's ``use_parallel_op_compiler`` beside jlora's 1.
+"""``python -m benchmarks.operator_compilers``: Jittor's ``use_parallel_op_compiler``; jlora's is 1.
 
-Every run is a process that finds no operator compiled: a few steps of a tiny model by plain layers and
-by fused ones. Wall-clock and processor time, failures, and whether all adapters are equal.
+Every run is a process that finds no operator compiled: a few steps of a tiny model by plain layers
+and by fused ones. Wall-clock and processor time, failures, and whether all adapters are equal.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def child(code: str, setting: int, *arguments: str) -> subprocess.CompletedProce
 
 
 def train(setting: int, operators: Path) -> tuple[float, float, int, str]:
-    """Seconds, processor seconds, operators compiled, and a hash of the adapters or why there is none."""
+    """Seconds, processor seconds, operators, and a hash of the adapters or why there is none."""
     shutil.rmtree(operators)
     operators.mkdir()
     with tempfile.TemporaryDirectory() as folder:
