@@ -345,9 +345,7 @@ def check_sizes(checkpoint: Checkpoint) -> None:
             )
 
 
-def gpt2_config_from_shapes(
-    path: Path, tensors: Mapping[str, np.ndarray | LazyArray]
-) -> dict[str, Any]:
+def gpt2_config_from_shapes(path: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a bare GPT-2 checkpoint; every size of GPT-2 has heads of 64."""
     names = "wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight"
     shapes = [tensors[name].shape for each in names if (name := f"transformer.{each}") in tensors]
