@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jlora.data.pull_models import GPT2_TOKENIZER, NAME, WHEELS, pull, pulled
 from jlora.data.tokenizer import Tokenizer, find_files
 from jlora.formats.gguf_file import GGUFFile, read_gguf
