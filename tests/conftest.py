@@ -29,6 +29,18 @@ def pytest_runtest_makereport(item, call):
                 _ = frame.f_locals  # a copy of them, which pytest has made, is cleared by this
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "needs(condition, reason): see needs.py")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    for mark in item.iter_markers("needs"):
+        condition, reason = mark.args
+        if not condition():
+            pytest.skip(reason)
+
+
 def pytest_collection_modifyitems(items):
     """Begin with files that need no operators: whoever is done with them first compiles those."""
     items.sort(key=lambda item: not item.path.name.startswith("test_metrics"))

@@ -6,7 +6,7 @@ import platform
 
 import numpy as np
 import pytest
-from needs import needs_bf16
+from needs import needs, needs_bf16
 from test_kernels import assert_close, assert_twins, random, results, run_tests_on
 from tiny_models import ids_of, round_bf16, tiny_llama, wide_gpt2, wide_llama
 
@@ -32,8 +32,8 @@ from jlora.training.adamw import AdamW, OptimConfig
 from jlora.training.loggers import read_metrics
 from jlora.training.loop import TrainConfig, train
 
-needs_tiles = pytest.mark.skipif(
-    packed_linear.tiles() is None, reason="trained weights are multiplied by tiles alone"
+needs_tiles = needs(
+    lambda: packed_linear.tiles() is not None, "trained weights are multiplied by tiles alone"
 )
 
 

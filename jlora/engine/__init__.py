@@ -28,6 +28,7 @@ from jlora.kernels.gpu_library import on_gpu
 from jlora.models.head import LanguageHead
 from jlora.system import machine
 from jlora.system.errors import UserError
+from jlora.system.progress import progress
 from jlora.system.runtime import jt, nn, release_memory
 
 PRECISIONS = ("plain", "fp32", "bf16", "int8", "int8-both", "int4")
@@ -181,7 +182,7 @@ def _pack(model, precision: str, keep_weights: bool) -> None:
         remember_base(model)
     head = getattr(model, "output_embedding", None)
     head_layer = getattr(model, "head_layer", None)
-    for module in model.modules():
+    for module in progress(model.modules(), "packing weights", "layer"):
         is_lora = type(module) in LORA
         if type(module) is LanguageHead:
             if head_layer is not None:

@@ -4,6 +4,7 @@
 #include "activation.h"
 #include "lanes.h"
 #include "norm.h"
+#include "profile.h"
 #include "vector_math.h"
 
 namespace jlora {

@@ -36,6 +36,7 @@ inline F16 size(F16 v) { return v < 0.0f ? -v : v; }
 struct QuantisedRows { char* data; float* scales; Outliers* outliers; };
 // columns: factors of the columns, filled up to whole tiles; null: none.
 inline QuantisedRows quantise(const Rows& x, const float* columns) {
+    JLORA_PART("rounding");
     static Buffer<char> memory;
     static Buffer<float> for_scales;
     static Buffer<Outliers> for_outliers;

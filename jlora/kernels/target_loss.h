@@ -121,6 +121,7 @@ struct TargetRows {
 // hidden (N, C), head (V, C), targets (N,) -> losses, log_sums (N,), dhidden (N, C) unless it is null
 inline void target_loss(const float* hidden, const Weight& head, const int* targets, float* losses, float* log_sums,
         float* dhidden, int64_t N, float smoothing, float cap) {
+    JLORA_PART("head and loss");
     static Buffer<uint16_t> memory;
     for (int64_t first = 0; first < N; first += target_rows) {
         const TargetRows rows(memory, hidden + first * head.k, std::min(target_rows, N - first), head, targets + first, smoothing, cap);
@@ -131,6 +132,7 @@ inline void target_loss(const float* hidden, const Weight& head, const int* targ
 // The gradients by themselves, of a head that is trained; dlosses (N,), dhead (V, C).
 inline void target_loss_back(const float* hidden, const Weight& head, const int* targets, const float* log_sums,
         const float* dlosses, float* dhidden, float* dhead, int64_t N, float smoothing, float cap) {
+    JLORA_PART("head and loss");
     static Buffer<uint16_t> memory;
     if (!N) std::fill_n(dhead, head.n * head.k, 0.0f);
     for (int64_t first = 0; first < N; first += target_rows) {

@@ -285,10 +285,12 @@ void each_key_head(const Stream& s, Work work) {
     }
 }
 inline void stream_attention(const Stream& s) {
+    JLORA_PART("attention forward");
     each_key_head(s, [](const Sequence& q, int64_t g, TileRoom& room) { attend_tiles(q, g, room); });
 }
 // dattended: of the heads' results; dqkv: as a row of qkv
 inline void stream_attention_back(const Stream& s, const Rows& dattended, const Rows& dqkv) {
+    JLORA_PART("attention backward");
     each_key_head(s, [&](const Sequence& q, int64_t g, TileRoom& room) {
         attend_tiles_back(q, g, room, dattended, dqkv);
     });

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include "buffer.h"
 #include "lanes.h"
+#include "profile.h"
 #if defined(JLORA_AMX)
 #include "amx.h"
 #else
@@ -32,6 +33,8 @@ inline void fetch_line(const void* p) { asm volatile("prefetcht1 %0" : : "m"(*(c
 template <bool int8, typename Weights, typename Sink>
 void product(const char* x, int64_t rows, int64_t panels, int64_t count, const Weights& weights, Sink sink,
         bool steady = false) {
+    JLORA_PART(std::to_string(rows) + " x " + std::to_string(panels * 32) + " x " + std::to_string(count * (int8 ? 64 : 32))
+        + (int8 ? " int8" : " bf16"), 2.0 * rows * panels * 32 * count * (int8 ? 64 : 32));
     constexpr int64_t group = 32;       // steps whose activations, of most_rows rows, stay in L2
     constexpr int64_t most_rows = 640;
     const int64_t blocks = (rows + 31) / 32, threads = omp_get_max_threads();
