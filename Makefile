@@ -61,7 +61,7 @@ docs: $(DOCS_STAMP)
 
 # Runs the commands of README and docs/ (what it leaves out, and why, it prints).
 docs-check: $(STAMP) docs
-	$(BIN)/python -m tests.docs_check $(ARGS)
+	$(BIN)/python tests/docs_check.py $(ARGS)
 
 # Exported GGUF files in llama.cpp, beside jlora (docs/fidelity.md).
 llamacpp: $(STAMP) $(LLAMACPP_STAMP)
