@@ -67,9 +67,7 @@ def main() -> int:
             if not re.search(chosen.only, line):
                 continue
             if reason or chosen.list:
-                print(
-                    f"{'left out' if reason else 'to run':9} {line}{reason and f'  ({reason})' or ''}"
-                )
+                print(f"left out  {line}  ({reason})" if reason else f"to run    {line}")
                 continue
             problem, seconds = check(command, Path(scratch))
             failed += bool(problem)
