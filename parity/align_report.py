@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from PIL import Image
 from safetensors.numpy import load_file
 
 from jlora.data.readers import json_lines
@@ -267,3 +268,5 @@ def figure(path: Path, sides: dict[tuple[str, str], Side]) -> None:
             axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("training loss (nats per token)")
     save_png(drawn, path)
+    # Noise in true colour is large; 64 colours are enough for four.
+    Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(path, "PNG")
