@@ -247,7 +247,7 @@ def figure(path: Path, sides: dict[tuple[str, str], Side]) -> None:
         )
         above.plot(steps, ours, color=OURS, linewidth=0.7, label="jlora")
         above.set_title(f"dropout {way}")
-        above.legend(frameon=False)
+        above.legend(frameon=False, loc="upper right")
         if way == "off":
             # A difference of exactly 0 has no place on a logarithmic axis: a gap.
             gap = np.where(ours == theirs, np.nan, np.abs(ours - theirs) / theirs)
