@@ -17,6 +17,8 @@ LLAMACPP := .venv-llamacpp
 LLAMACPP_STAMP := $(LLAMACPP)/.installed
 LM_EVAL := .venv-lm-eval
 LM_EVAL_STAMP := $(LM_EVAL)/.installed
+DOCS := .venv-docs
+DOCS_STAMP := $(DOCS)/.installed
 SEED ?= 1
 # Test files at a time; each runs by itself (`make test JOBS=0`: one after another, in one process).
 # In the order of their names: by the number of tests, the few long ones would be left for the end.
@@ -52,6 +54,14 @@ parity: $(STAMP) $(PARITY_STAMP)
 # runs/align; goes on if it was cut (docs/replication.md).
 align: $(STAMP) $(PARITY_STAMP)
 	$(BIN)/python -m parity.align $(ARGS)
+
+# The documentation as a site in English and Chinese, in build/site; a dead link is an error.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
+# Runs the commands of README and docs/ (what it leaves out, and why, it prints).
+docs-check: $(STAMP) docs
+	$(BIN)/python tests/docs_check.py $(ARGS)
 
 # Exported GGUF files in llama.cpp, beside jlora (docs/fidelity.md).
 llamacpp: $(STAMP) $(LLAMACPP_STAMP)
@@ -141,6 +151,11 @@ $(PARITY_STAMP): parity/requirements.txt
 	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
+$(DOCS_STAMP): docs/requirements.txt
+	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 $(LLAMACPP_STAMP): parity/llamacpp-requirements.txt
 	@test -x $(LLAMACPP)/bin/python || $(PYTHON) -m venv $(LLAMACPP)
 	$(LLAMACPP)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
@@ -175,6 +190,6 @@ JITTOR_2 ?= git+https://github.com/Jittor/jittor@f87f938ce1337e587ee3e1670b6d369
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-jittor-* $(PARITY) $(LLAMACPP) $(LM_EVAL) $(PEERS_OF_:%=.venv-%) .venv-dist .venv-docs \
+	rm -rf $(VENV) .venv-jittor-* $(PARITY) $(LLAMACPP) $(LM_EVAL) $(PEERS_OF_:%=.venv-%) .venv-dist $(DOCS) \
 	  build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .mypy_cache
 	find jlora tests -name __pycache__ -type d -prune -exec rm -rf {} +
