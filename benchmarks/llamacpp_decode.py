@@ -1,9 +1,10 @@
-"""Greedy search and sampling by llama.cpp's server in its wheel, without a network between."""
+"""Greedy search and sampling by llama.cpp's server in xllamacpp's wheel."""
 
 from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from urllib.request import Request, urlopen
 
 from benchmarks.prompts import Prompts
 
@@ -22,21 +23,27 @@ def make(spec: dict):
     prompts = Prompts(spec)
 
     def answer(prompt: list[int], tokens: int, temperature: float) -> list[int]:
-        pieces = []
         drawn = {"temperature": temperature, "samplers": ["temperature"]}
         body = {
             "prompt": prompt, "n_predict": tokens, "ignore_eos": True, "cache_prompt": False,
-            "return_tokens": True, "stream": False,
-            **(drawn if temperature else {"temperature": 0.0, "top_k": 1}),
+            "return_tokens": True, **(drawn if temperature else {"temperature": 0.0, "top_k": 1}),
         }  # fmt: skip
-        server.handle_completions(json.dumps(body), lambda piece: pieces.append(piece) and False)
-        (found,) = (json.loads(p) if isinstance(p, (str, bytes)) else p for p in pieces)
-        return found["tokens"]
+        request = Request(
+            server.listening_address + "/completion", json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )  # fmt: skip
+        with urlopen(request) as response:
+            found = json.load(response)["tokens"]
+        if len(found) != tokens:
+            raise RuntimeError(f"wrote {len(found)} tokens instead of {tokens}")
+        return found
 
     def work(streams: int, tokens: int, temperature: float):
         batch = prompts.first(streams)
         with ThreadPoolExecutor(streams) as pool:
             texts = list(pool.map(lambda p: answer(p, tokens, temperature), batch.values()))
-        return prompts.said(batch, texts)
+        # What it was compiled for, as it says: "CPU : SSE3 = 1 | ... | AVX2 = 1 | ..."
+        compiled = [part.split()[-3] for part in xllamacpp.get_system_info().split("|")[:-1]]
+        return {**prompts.said(batch, texts), "computes in": " ".join(compiled)}
 
     return work
