@@ -160,8 +160,8 @@ def _check(model, precision: str) -> None:
     if precision == "bf16" and not packed_linear.available("bf16"):
         raise UserError(
             "precision bf16 needs a processor with AVX2 or NEON, or oneDNN and a processor on "
-            "which it multiplies bf16; `jlora doctor` says what is there, and precisions fp32 and plain "
-            "run without"
+            "which it multiplies bf16; `jlora doctor` says what is there, and precisions fp32 and "
+            "plain run without"
         )
     if precision in packed_linear.KINDS and not packed_linear.available(precision):
         raise UserError(
