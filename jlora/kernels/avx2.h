@@ -48,7 +48,12 @@ inline void widen(const char* b0, const char* b1, int64_t count, char* wide) {
         }
 }
 
-// sums += x w. In assembler, since GCC would change the order of integer sums, and with it the registers needed.
+// sums += x w. In assembler, since GCC would read the columns from memory for each row anew, and change the order
+// of integer sums, and with it the registers needed.
+inline __m256i add_floats(__m256i sums, __m256i x, __m256i w) {
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sums) : "x"(x), "x"(w));
+    return sums;
+}
 inline __m256i add_pairs(__m256i sums, __m256i x, __m256i w) {
     __m256i products;
     asm("vpmaddwd %2, %1, %0" : "=x"(products) : "x"(x), "x"(w));
@@ -74,12 +79,14 @@ inline void some_rows(const char* a, const char* b0, const char* b1, const char*
         if constexpr (!int8) {
             for (int64_t pair = 0; pair < 16; pair++)
                 for (int odd = 0; odd < 2; odd++) {
-                    __m256 x[R];
-                    for (int i = 0; i < R; i++)
-                        x[i] = (__m256)(odd ? _mm256_and_si256(spread(row(i, pair)), load_line(upper)) : _mm256_slli_epi32(spread(row(i, pair)), 16));
+                    __m256i x[R];
+                    for (int i = 0; i < R; i++) {
+                        x[i] = spread(row(i, pair));
+                        x[i] = odd ? _mm256_and_si256(x[i], load_line(upper)) : _mm256_slli_epi32(x[i], 16);
+                    }
                     for (int j = 0; j < 4; j++) {
-                        const __m256 w = (__m256)load_line(wide + k * wide_step + pair * 256 + odd * 128 + j * 32);
-                        for (int i = 0; i < R; i++) sums[i][j] = (__m256i)_mm256_fmadd_ps(x[i], w, (__m256)sums[i][j]);
+                        const __m256i w = load_line(wide + k * wide_step + pair * 256 + odd * 128 + j * 32);
+                        for (int i = 0; i < R; i++) sums[i][j] = add_floats(sums[i][j], x[i], w);
                     }
                 }
         } else {

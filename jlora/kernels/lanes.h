@@ -7,6 +7,8 @@
 #endif
 #include "bf16.h"
 
+// In whose place a call would write and read its sixteens.
+#define JLORA_INLINE inline __attribute__((always_inline))
 #if defined(__AVX512F__)
 namespace jlora {
 typedef float F16 __attribute__((vector_size(64)));
@@ -57,25 +59,25 @@ inline float sum16(F16 v) { return _mm512_reduce_add_ps((__m512)v); }
 #endif
 
 namespace jlora {
-inline void store_some(float* p, F16 left, F16 right, int64_t count) {  // at most 32
+JLORA_INLINE void store_some(float* p, F16 left, F16 right, int64_t count) {  // at most 32
     if (count == 32) return store16(p, left), store16(p + 16, right);
     float all[32];
     store16(all, left), store16(all + 16, right);
     std::memcpy(p, all, count * sizeof(float));
 }
-inline void load_some(const float* p, F16& left, F16& right, int64_t count) {  // zeros beyond
+JLORA_INLINE void load_some(const float* p, F16& left, F16& right, int64_t count) {  // zeros beyond
     float all[32] = {};
     if (count < 32) std::memcpy(all, p, count * sizeof(float)), p = all;
     left = load16(p), right = load16(p + 16);
 }
-inline F16 blend(I16 mask, F16 yes, float no) { return blend(mask, yes, F16{} + no); }
-inline F16 larger(F16 a, F16 b) { return blend(a > b, a, b); }
+JLORA_INLINE F16 blend(I16 mask, F16 yes, float no) { return blend(mask, yes, F16{} + no); }
+JLORA_INLINE F16 larger(F16 a, F16 b) { return blend(a > b, a, b); }
 // As bf16 in the lower halves; see bf16_of.
-inline U16 rounded16(F16 v) {
+JLORA_INLINE U16 rounded16(F16 v) {
     const U16 bits = (U16)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     return blend((bits & 0x7fffffffu) > 0x7f800000u, (bits >> 16) | 0x40u, rounded);
 }
-inline void store16(uint16_t* p, F16 v) {
+JLORA_INLINE void store16(uint16_t* p, F16 v) {
 #if defined(__AVX512BF16__)
     const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
     std::memcpy(p, &half, 32);
@@ -84,7 +86,7 @@ inline void store16(uint16_t* p, F16 v) {
 #endif
 }
 // Rounds 32 numbers.
-inline void store32(uint16_t* p, F16 left, F16 right) {
+JLORA_INLINE void store32(uint16_t* p, F16 left, F16 right) {
 #if defined(__AVX512BF16__)
     const __m512bh both = _mm512_cvtne2ps_pbh((__m512)right, (__m512)left);
     std::memcpy(p, &both, 64);
@@ -93,9 +95,9 @@ inline void store32(uint16_t* p, F16 left, F16 right) {
 #endif
 }
 // Halves go away from zero.
-inline I16 nearest16(F16 x) { return integers(x + blend(x < 0.0f, F16{} - 0.5f, 0.5f)); }
+JLORA_INLINE I16 nearest16(F16 x) { return integers(x + blend(x < 0.0f, F16{} - 0.5f, 0.5f)); }
 // As fast_exp in vector_math.h.
-inline F16 exp16(F16 x) {
+JLORA_INLINE F16 exp16(F16 x) {
     x = blend(x < -87.0f, F16{} - 87.0f, x);
     x = blend(x > 88.0f, F16{} + 88.0f, x);
     const F16 scaled = x * 1.44269504f;
@@ -111,5 +113,5 @@ inline F16 exp16(F16 x) {
     p = p * r + 1.0f;
     return p * (F16)((n + 127) << 23);
 }
-inline F16 sigmoid16(F16 x) { return 1.0f / (1.0f + exp16(-x)); }
+JLORA_INLINE F16 sigmoid16(F16 x) { return 1.0f / (1.0f + exp16(-x)); }
 }  // namespace jlora
