@@ -19,9 +19,11 @@ MODELS = {
 }  # fmt: skip
 
 
-def lora_settings(model: str) -> dict:
-    """The paper's: rank 4 and alpha 32 on query and value."""
+def lora_settings(model: str, all_linear: bool = False) -> dict:
+    """The paper's: rank 4 and alpha 32 on query and value; or on all linear layers."""
     shared = {"r": 4, "lora_alpha": 32, "lora_dropout": 0.1}
+    if all_linear:
+        return {**shared, "target_modules": "all-linear"}
     if model.startswith("gpt2"):
         return {**shared, "target_modules": ["c_attn"], "enable_lora": [True, False, True]}
     return {**shared, "target_modules": ["q_proj", "v_proj"]}

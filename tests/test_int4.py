@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
+from needs import needs_products
 from test_int8 import SHAPES, adapted, quantised, rows_with_outliers
 from test_kernels import assert_close, random, results
 from tiny_models import round_bf16, tiny_gpt2, tiny_llama, weights
@@ -12,16 +13,12 @@ from tiny_models import round_bf16, tiny_gpt2, tiny_llama, weights
 from jlora import engine, export_gguf, load
 from jlora.formats import gguf_file
 from jlora.formats.lazy import Blocks, LazyArray
-from jlora.kernels import native, packed_linear
 from jlora.kernels.packed_linear import FORMS, PackedWeight, packed_bytes
 from jlora.layers import set_trainable
 from jlora.system.runtime import jt
 from jlora.system.unread import unread
 
-pytestmark = pytest.mark.skipif(
-    native.problem() is not None or not packed_linear.available("int4"),
-    reason="nothing multiplies int4 on this machine",
-)
+pytestmark = needs_products("int4")
 
 SIZES = [(64, 32), (35, 19), (1, 7), (96, 2500), (130, 70)]
 

@@ -158,6 +158,7 @@ struct Joint {
     template <typename Store>
     void forward(const Rows& x, float* low_kept, Store store) {
         low.forward(x, low_kept);
+        JLORA_PART("forward");
         product(x, weights, [&](int64_t m, int64_t n, F16 left, F16 right) {
             if (bias) left += load16(bias + n), right += load16(bias + n + 16);
             low.add(m, n, left, right);
@@ -167,6 +168,7 @@ struct Joint {
     // store(m, k, left, right): the gradient of 32 inputs
     template <typename Store>
     void backward(const Rows& dy, Store store) {
+        JLORA_PART("backward");
         product_back(dy, weights, [&](int64_t m, int64_t k, F16 left, F16 right) {
             if (low.rank()) low.add_back(m, k, left, right);
             store(m, k, left, right);
@@ -179,6 +181,7 @@ struct Joint {
         if (bias_gradient) sum_columns(dy, bias_gradient);
         if (low.rank()) low.backward(x, dy, low_kept, memory);
 #if defined(JLORA_TILES)
+        JLORA_PART("gradients of weights");
         for (int64_t i = 0, first = 0; i < weights.count; first += weights.list[i++]->n)
             if (weight_gradients[i])
                 weight_gradient(x, {dy, first, weights.list[i]->n}, spec.linears[i].trained == 2, weight_gradients[i]);
@@ -292,6 +295,7 @@ private:
     void add_branch(const float* x, const float* kept, float* y, NormPlace place) const {
         const Norm& norm = c.norms[place];
         if (!has(place)) return;
+        JLORA_PART("norms");
         #pragma omp parallel for schedule(static)
         for (int64_t m = 0; m < M; m++) {
             const NormRow row(norm, (float)s.eps, kept + m * C, C);
@@ -305,6 +309,7 @@ private:
     }
     // The gradient of a sum with a branch -> of the branch's product, rounded. memory (M, C)
     void branch_back(const float* kept, const float* dy, const Rows& to, float* memory, NormPlace place) const {
+        JLORA_PART("rounding");
         if (!has(place)) return round_rows(dy, to);
         normalise_back(kept, place, dy, nullptr, memory);
         round_rows(memory, to);
@@ -319,6 +324,7 @@ private:
         }
     }
     void normalise_heads(const Saved& saved) const {
+        JLORA_PART("norms");
         const int64_t width = s.normed_width();
         #pragma omp parallel
         {
@@ -339,6 +345,7 @@ private:
     }
     // The gradients of normed queries and keys become those of raw ones.
     void normalise_heads_back(const Saved& saved, const Rows& dqkv) const {
+        JLORA_PART("norms");
         const int64_t width = s.normed_width(), D = s.head_size;
         float* const* all = c.norm_gradients;
         const NormGradient of_q(all[2 * of_queries], nullptr, s.whole ? s.heads * D : D);
@@ -366,6 +373,7 @@ private:
     }
 
     void normalise(const float* x, const Norm& norm, const Rows& y) const {
+        JLORA_PART("norms");
         #pragma omp parallel for schedule(static)
         for (int64_t m = 0; m < M; m++) {
             const NormRow row(norm, (float)s.eps, x + m * C, C);
@@ -379,6 +387,7 @@ private:
     // dx = the norm's gradient + what flows past it, if anything; also of the norm's weight and bias. dx null:
     // not wanted.
     void normalise_back(const float* x, NormPlace place, const float* dy, const float* past, float* dx) const {
+        JLORA_PART("norms");
         const Norm& norm = c.norms[place];
         float* const* parameters = c.norm_gradients + 2 * place;
         if (!norm.weight) {
@@ -401,6 +410,7 @@ private:
         }
     }
     void activate(const Saved& saved, const Rows& active) const {
+        JLORA_PART("activations");
         #pragma omp parallel for schedule(static)
         for (int64_t m = 0; m < M; m++)
             for (int64_t k = 0; k < s.inner; k += 32) {

@@ -375,3 +375,29 @@ JLORA_OPERATOR(head_logprobs_op) {
     head_logprobs(in[0].in(), in[0].shape[0], head_of(integer, in[0].shape[1]), in[1].as<int>(), out[0].out(), number[0]);
 }
 #endif
+
+#if defined(JLORA_PROFILE)
+// A line for each part: its seconds, operations, calls and name; and all are forgotten.
+extern "C" const char* profile_lines() {
+    static std::string text;
+    text.clear();
+    for (const auto& [name, part] : profile::times())
+        text += std::to_string(part.seconds) + " " + std::to_string(part.operations) + " " + std::to_string(part.calls)
+            + " " + name + "\n";
+    profile::times().clear();
+    return text.c_str();
+}
+#if defined(JLORA_PRODUCTS)
+// Rows by a weight n x k or, `back`, by its transpose, `times` times, without doing anything with the results.
+extern "C" void bare_product(int64_t weight, int64_t rows, int64_t back, int64_t times) {
+    const Weight& w = *(const Weight*)(uintptr_t)weight;
+    static Buffer<uint16_t> memory;
+    const int64_t width = back ? w.n : w.k;
+    const Rows x = rows_in(memory, rows, width);
+    std::fill_n(x.data, Rows::numbers(rows, width), bf16_of(1.0f));
+    const auto sink = [](int64_t, int64_t, F16, F16) {};
+    for (int64_t i = 0; i < times; i++)
+        if (back) product_back(x, {{&w}, 1}, sink); else product(x, {{&w}, 1}, sink);
+}
+#endif
+#endif

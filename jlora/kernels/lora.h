@@ -39,6 +39,7 @@ public:
             for (int64_t block = 0; block < b.blocks; block++)
                 if (b.flags >> block & 1)
                     for (int64_t i = 0; i < b.r; i++) first_.push_back(b.first + block * b.width());
+        JLORA_PART("LoRA branches");
         // A's rows filled up to whole runs of 32; B's columns become rows that stand where their outputs do, so that they can be added.
         a_.assign(rank() * in_, 0.0f), table_.assign(rank() * out_, 0.0f);
         each([&](const Branch& b, int64_t j, int64_t own) {
@@ -61,6 +62,7 @@ public:
     void forward(const Source& x, float* low) {
         low_ = low;
         if (!rank()) return;
+        JLORA_PART("LoRA branches");
         #pragma omp parallel
         {
             std::vector<float> row(FOUR * in_), kept(FOUR * in_);
@@ -92,6 +94,7 @@ public:
     // x: what the forward pass read; low: what it kept. Writes dA and dB, and keeps what add_back adds.
     void backward(const Rows& x, const Rows& dy, const float* low, Buffer<float>& memory) {
         if (!rank()) return;
+        JLORA_PART("LoRA branches");
         const int64_t R = rank();
         float* dlow = dlow_ = memory.of(x.rows * R);
         std::vector<float> sum_a(R * in_), sum_b(R * out_);

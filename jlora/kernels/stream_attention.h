@@ -58,6 +58,7 @@ void each_key_head(const Stream& s, Work work) {
     }
 }
 inline void stream_attention(const Stream& s) {
+    JLORA_PART("attention forward");
     each_key_head(s, [&](const Group& group, StreamHeads& heads, AttentionRoom& room, int64_t first, int64_t g) {
         attend(group, room, heads.o.data(), group.q_row);
         heads.store(heads.o, group.T, group.q_row, s.attended, first, g * group.q_row);
@@ -65,6 +66,7 @@ inline void stream_attention(const Stream& s) {
 }
 // dattended: of the heads' results; dqkv: as a row of qkv
 inline void stream_attention_back(const Stream& s, const Rows& dattended, const Rows& dqkv) {
+    JLORA_PART("attention backward");
     each_key_head(s, [&](const Group& group, StreamHeads& heads, AttentionRoom& room, int64_t first, int64_t g) {
         const int64_t T = group.T, row = group.q_row, column = g * row;
         heads.dq.resize(T * row), heads.dk.assign(T * s.D, 0.0f), heads.dv.assign(T * s.D, 0.0f);

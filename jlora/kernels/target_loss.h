@@ -24,13 +24,13 @@ struct RowSums {
         if (wanted >= n && wanted < n + count) target = wanted - n < 16 ? left[wanted - n] : right[wanted - n - 16];
         plain += sum16(count == 32 ? left + right : first(left, count) + first(right, count - 16));
         if (count < 32) left = first(left, count, -FLT_MAX), right = first(right, count - 16, -FLT_MAX);
-        const float most = largest16(left > right ? left : right);
+        const float most = largest16(larger(left, right));
         if (most > peak) total *= fast_exp(peak - most), peak = most;
         total += sum16(exp16(left - peak) + exp16(right - peak));
     }
     // The first `count` numbers of v, and `other` for the rest.
     static F16 first(F16 v, int64_t count, float other = 0) {
-        return lane_numbers < (int32_t)count ? v : F16{} + other;
+        return blend(lane_numbers < (int32_t)count, v, other);
     }
     void join(const RowSums& other) {
         const float most = std::max(peak, other.peak);
@@ -121,6 +121,7 @@ struct TargetRows {
 // hidden (N, C), head (V, C), targets (N,) -> losses, log_sums (N,), dhidden (N, C) unless it is null
 inline void target_loss(const float* hidden, const Weight& head, const int* targets, float* losses, float* log_sums,
         float* dhidden, int64_t N, float smoothing, float cap) {
+    JLORA_PART("head and loss");
     static Buffer<uint16_t> memory;
     for (int64_t first = 0; first < N; first += target_rows) {
         const TargetRows rows(memory, hidden + first * head.k, std::min(target_rows, N - first), head, targets + first, smoothing, cap);
@@ -131,6 +132,7 @@ inline void target_loss(const float* hidden, const Weight& head, const int* targ
 // The gradients by themselves, of a head that is trained; dlosses (N,), dhead (V, C).
 inline void target_loss_back(const float* hidden, const Weight& head, const int* targets, const float* log_sums,
         const float* dlosses, float* dhidden, float* dhead, int64_t N, float smoothing, float cap) {
+    JLORA_PART("head and loss");
     static Buffer<uint16_t> memory;
     if (!N) std::fill_n(dhead, head.n * head.k, 0.0f);
     for (int64_t first = 0; first < N; first += target_rows) {
