@@ -9,6 +9,7 @@
 namespace jlora::tiles {
 inline bool permitted() { return true; }
 struct TileScope {};  // there is nothing to configure
+constexpr bool unsigned_rows = false;  // of int8
 
 #if defined(__AVXVNNI__)
 #define JLORA_VNNI _mm256_dpbusd_avx_epi32
@@ -27,7 +28,7 @@ inline __m256i spread(const void* p) {
 // The columns of b0 and b1, `count` tiles of each, for the steps below: `wide_step` bytes a step. Of a row of a
 // tile, pairs or fours of inputs k, become two rows of 32 columns:
 // bf16: floats, of the even inputs and of the odd ones; int8: pairs of 16 bits, inputs 0 and 2 of four, then 1 and 3.
-constexpr int64_t wide_step = 4096;
+constexpr int64_t wide_step = 4096, chunk_steps = 5;
 template <bool int8>
 inline void widen(const char* b0, const char* b1, int64_t count, char* wide) {
 #if defined(JLORA_VNNI)

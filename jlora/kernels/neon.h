@@ -9,6 +9,7 @@
 namespace jlora::tiles {
 inline bool permitted() { return true; }
 struct TileScope {};  // there is nothing to configure
+constexpr bool unsigned_rows = false;  // of int8: dot products of Arm's first kind have two signs
 
 // Sums of 4 columns += a row's numbers x times those of the columns, w: 64 bits a column at int8 without dot
 // products, 32 else. Step<int8> says how.

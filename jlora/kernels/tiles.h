@@ -24,7 +24,7 @@ namespace jlora::tiles {
 constexpr int64_t tile_bytes = 1024;     // 32 bf16 or 64 int8 numbers in each of 16 rows
 constexpr int64_t block_floats = 1024;   // a block of results: 2 x 2 tiles of 16 x 16
 #if JLORA_TILES != 3  // a panel is multiplied as it is; avx2.h makes another of it, once for all rows
-constexpr int64_t wide_step = 0;
+constexpr int64_t wide_step = 0, chunk_steps = 10;
 template <bool int8>
 inline void widen(const char*, const char*, int64_t, char*) {}
 template <bool int8, typename Between>
@@ -70,10 +70,10 @@ void product(const char* x, int64_t rows, int64_t panels, int64_t count, const W
         thread_local Buffer<float> for_results;
         thread_local Buffer<char> for_panel, for_wide;
         float* results = for_results.of(per_part * block_floats);
-        char *room = for_panel.of(20 * tile_bytes), *wide = for_wide.of(10 * wide_step);
+        char *room = for_panel.of(2 * chunk_steps * tile_bytes), *wide = for_wide.of(chunk_steps * wide_step);
         for (int64_t g = 0; g < count; g += group) {
-            // Chunks of at most 10 steps: the weights of a chunk stay in L1.
-            const int64_t end = std::min(count, g + group), chunks = (end - g + 9) / 10;
+            // Chunks of steps whose weights stay in L1.
+            const int64_t end = std::min(count, g + group), chunks = (end - g + chunk_steps - 1) / chunk_steps;
             const int64_t size = (end - g + chunks - 1) / chunks;
             #pragma omp for collapse(2) schedule(runtime)
             for (int64_t part = 0; part < parts; part++)
