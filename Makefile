@@ -26,7 +26,7 @@ JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all test-threads parity align llamacpp lm-eval golden bench docs docs-check gpu-check \
-	gpu-inputs gpu-wheels gpu-compile lint types dist install clean
+	gpu-inputs gpu-wheels gpu-compile arm-check lint types dist install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -110,6 +110,12 @@ gpu-compile: $(STAMP)
 	  'nvidia-curand==10.4.0.*'
 	PYTHONPATH=$$(echo .venv-cuda/lib/python*/site-packages) \
 	  $(BIN)/python -m benchmarks.gpu_compile 80 89 90
+
+# The kernels on an emulated Arm, in three versions of its instructions.
+arm-check: $(STAMP)
+	@command -v aarch64-linux-gnu-g++ > /dev/null && command -v qemu-aarch64 > /dev/null || \
+		{ echo "needed: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }
+	$(BIN)/python -m pytest -q tests/test_tile_check.py -k arm
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
