@@ -167,8 +167,8 @@ def loading_bytes(outline: Outline, weights: int) -> int:
     """A checkpoint at the height of its way from the file to ``weights`` bytes of packed ones."""
     named = outline.model.named_parameters()
     parameters = [FLOAT * size(p) for name, p in named if not is_lora_name(name)]
-    # One after the other: in float32, and what the file has of it.
-    return weights + 2 * max(parameters)
+    # One after the other, in float32.
+    return weights + max(parameters)
 
 
 def weight_bytes(model, precision: str, trained: set[str]) -> int:
