@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from datetime import date
@@ -23,7 +24,7 @@ from benchmarks.chart import draw
 from benchmarks.environments import ISA, PACKAGES, missing, versions
 from benchmarks.inputs import Inputs
 from benchmarks.page import page
-from benchmarks.sides import ROOT
+from benchmarks.sides import PYTHON, ROOT
 from benchmarks.size import git
 from jlora.system import machine
 from jlora.system.files import write_text
@@ -107,6 +108,17 @@ def code() -> str:
     return git(ROOT, "rev-parse", "--short", "HEAD") + "+" * bool(git(ROOT, "status", "--short"))
 
 
+def torch_memory() -> float | None:
+    """MB that importing torch takes; the wheel for graphics cards brings much that is not used."""
+    code = (
+        "import torch, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
+    command = [str(PYTHON["peft"]), "-W", "ignore", "-c", code]
+    if missing("peft"):
+        return None
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 def head(isa: str, arguments: list[str]) -> dict:
     """The machine, and what ran on it."""
     memory = machine.memory_limit() / 2**30
@@ -117,4 +129,5 @@ def head(isa: str, arguments: list[str]) -> dict:
         "date": str(date.today()), "command": used, "commit": code(),
         "load": os.getloadavg()[0],
         "versions": {e: versions(e) for e in PACKAGES if missing(e) is None},
+        "torch_mb": torch_memory(),
     }  # fmt: skip

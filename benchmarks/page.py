@@ -42,6 +42,8 @@ def head(figures: dict) -> str:
             lines.append(f"Largest matrix products measured in this run, GFLOP/s: {products}.")
             if each["bandwidth"]:
                 lines.append(f"Memory is read at {each['bandwidth'] / 1e9:.1f} GB/s.")
+    if about.get("torch_mb"):
+        lines.append(f"Of PEFT's memory, importing torch takes {about['torch_mb']:,.0f} MB.")
     named = [f"{n} {v}" for found in about["versions"].values() for n, v in found.items()]
     lines.append(f"Versions: {', '.join(dict.fromkeys(named))}.")
     return "\n".join(lines)

@@ -27,7 +27,7 @@ PEERS = {
     "PEFT NF4": {**BF16, "precision": "nf4", "variables": KEEP_MEMORY},
     "mlx-lm": {"module": "mlx_train", "environment": "mlx"},
     "PEFT on Jittor 2.0": {
-        "module": "jittor2_train", "environment": "jittor2", "precision": "fp32",
+        "module": "torch_train", "environment": "jittor2", "precision": "fp32",
         "variables": {"nvcc_path": "", "JITTOR_TORCH_SHIM": "1", "HF_DEACTIVATE_ASYNC_LOAD": "1"},
     },
     MICROSOFT + "unpadded": {"module": "lora_train", "environment": "peft", "length": None},
