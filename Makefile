@@ -17,6 +17,8 @@ LLAMACPP := .venv-llamacpp
 LLAMACPP_STAMP := $(LLAMACPP)/.installed
 LM_EVAL := .venv-lm-eval
 LM_EVAL_STAMP := $(LM_EVAL)/.installed
+DOCS := .venv-docs
+DOCS_STAMP := $(DOCS)/.installed
 SEED ?= 1
 # Test files at a time; each runs by itself (`make test JOBS=0`: one after another, in one process).
 # In the order of their names: by the number of tests, the few long ones would be left for the end.
@@ -24,7 +26,7 @@ JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all test-threads parity align llamacpp lm-eval golden bench docs docs-check gpu-check \
-	gpu-inputs gpu-wheels gpu-compile lint types dist install clean
+	gpu-inputs gpu-wheels gpu-compile arm-check lint types dist install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -52,6 +54,14 @@ parity: $(STAMP) $(PARITY_STAMP)
 # runs/align; goes on if it was cut (docs/replication.md).
 align: $(STAMP) $(PARITY_STAMP)
 	$(BIN)/python -m parity.align $(ARGS)
+
+# The documentation as a site in English and Chinese, in build/site; a dead link is an error.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
+# Runs the commands of README and docs/ (what it leaves out, and why, it prints).
+docs-check: $(STAMP) docs
+	$(BIN)/python tests/docs_check.py $(ARGS)
 
 # Exported GGUF files in llama.cpp, beside jlora (docs/fidelity.md).
 llamacpp: $(STAMP) $(LLAMACPP_STAMP)
@@ -101,6 +111,12 @@ gpu-compile: $(STAMP)
 	PYTHONPATH=$$(echo .venv-cuda/lib/python*/site-packages) \
 	  $(BIN)/python -m benchmarks.gpu_compile 80 89 90
 
+# The kernels on an emulated Arm, in three versions of its instructions.
+arm-check: $(STAMP)
+	@command -v aarch64-linux-gnu-g++ > /dev/null && command -v qemu-aarch64 > /dev/null || \
+		{ echo "needed: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }
+	$(BIN)/python -m pytest -q tests/test_tile_check.py -k arm
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -132,13 +148,18 @@ $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(FIRST) $(JITTOR:%=jittor==%)
 	@echo "Jittor compiles itself while the rest is installed (once, about two minutes)"
-	@$(BIN)/python -c 'from jlora.system.runtime import jt' >/dev/null 2>&1 & \
+	@$(BIN)/python -c 'from jlora.system.runtime import jt' >/dev/null 2>&1 & trap "kill $$!" INT TERM; \
 	  $(PIP) -e '.[dev]' $(JITTOR:%=jittor==%); code=$$?; wait; exit $$code
 	@touch $@
 
 $(PARITY_STAMP): parity/requirements.txt
 	@test -x $(PARITY)/bin/python || $(PYTHON) -m venv $(PARITY)
 	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+$(DOCS_STAMP): docs/requirements.txt
+	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 $(LLAMACPP_STAMP): parity/llamacpp-requirements.txt
@@ -175,6 +196,6 @@ JITTOR_2 ?= git+https://github.com/Jittor/jittor@f87f938ce1337e587ee3e1670b6d369
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-jittor-* $(PARITY) $(LLAMACPP) $(LM_EVAL) $(PEERS_OF_:%=.venv-%) .venv-dist .venv-docs \
+	rm -rf $(VENV) .venv-jittor-* $(PARITY) $(LLAMACPP) $(LM_EVAL) $(PEERS_OF_:%=.venv-%) .venv-dist $(DOCS) \
 	  build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .mypy_cache
 	find jlora tests -name __pycache__ -type d -prune -exec rm -rf {} +

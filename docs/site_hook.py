@@ -1,7 +1,8 @@
 """What `make docs` changes in the pages: the first page is README, and links that leave docs/.
 
-On the site there is nothing but docs/. A link to another file of the repository becomes its text;
-one to a file that does not exist is an error (under --strict) as every other dead link is.
+The line with which a page leads to its other language goes: the head of the site does that. On the
+site there is nothing but docs/. A link to another file of the repository becomes its text; one to a
+file that does not exist is an error (under --strict) as every other dead link is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+OTHER_LANGUAGE = re.compile(r"^\[(?:中文|English)\]\([\w.]+\)$", re.MULTILINE)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s:#]+)(#[^)]*)?\)")
 HOME = {"index.md": "README.md", "index.cn.md": "README.cn.md"}
 log = logging.getLogger("mkdocs.plugins.site_hook")
@@ -22,8 +24,8 @@ def on_page_markdown(markdown: str, page, **_) -> str:
     source = f"docs/{name}"
     if name in HOME:
         source = HOME[name]
-        # Without the line that leads to the other language, which the site's head does.
         markdown = (ROOT / source).read_text(encoding="utf-8").partition("\n")[2]
+    markdown = OTHER_LANGUAGE.sub("", markdown)
     return "".join(
         part if is_code else LINK.sub(lambda match: link(match, source), part)
         for part, is_code in split_code(markdown)

@@ -21,9 +21,11 @@ from pathlib import Path
 from benchmarks import work
 from benchmarks.sides import PYTHON, ROOT, Side, alternate
 from jlora.system.files import write_text
+from parity.__main__ import PYTHON as PARITY_PYTHON
 from parity.align_report import WAYS, write, write_documents
 
-ROUNDS = 12  # of the measurement of seconds a step
+TORCH = PARITY_PYTHON["reference"]
+PYTHON["reference"] = TORCH  # an environment for `Side`
 
 
 def main() -> int:
@@ -36,13 +38,14 @@ def main() -> int:
     options.add_argument(
         "--times-again", action="store_true", help="measure seconds a step and memory once more"
     )
+    options.add_argument("--rounds", type=int, default=12, help="steps of that measurement")
     options.add_argument(
         "--docs", type=Path, metavar="FOLDER",
         help="also put the results into replication.md and replication.cn.md there",
     )  # fmt: skip
     chosen = options.parse_args()
-    out, torch = chosen.out, PYTHON["torch"]
-    if not torch.exists():
+    out = chosen.out
+    if not TORCH.exists():
         print("align: no .venv-parity; run `make align`, which makes it", file=sys.stderr)
         return 2
     settings = out / "settings.json"
@@ -56,9 +59,9 @@ def main() -> int:
     for way in WAYS:
         train_jlora(out, way)
         if not (out / f"torch-{way}" / "done.json").is_file():
-            run(torch, "-W", "ignore", "-m", "parity.align_torch", out, way)
+            run(TORCH, "-W", "ignore", "-m", "parity.align_torch", out, way)
     if chosen.times_again or not (out / "times.json").is_file():
-        measure(out)
+        measure(out, chosen.rounds)
     print(write(out))
     if chosen.docs:
         write_documents(out, chosen.docs)
@@ -86,7 +89,7 @@ def train_jlora(out: Path, way: str) -> None:
     run(*command, "--out", folder)
 
 
-def measure(out: Path) -> None:
+def measure(out: Path, rounds: int) -> None:
     """Seconds a step and peak memory of each side, in turn on the last batches of the training."""
     spec = {
         "config": work.MODELS["smollm2-135m"], "lora": work.lora_settings("smollm2-135m"),
@@ -96,15 +99,16 @@ def measure(out: Path) -> None:
         Side(f"{name} {precision}", module, environment, {**spec, "precision": precision})
         for precision in ("fp32", "bf16")
         for name, module, environment in (
-            ("jlora", "jlora_train", "jlora"), ("PEFT", "torch_train", "torch"),
+            ("jlora", "jlora_train", "jlora"), ("PEFT", "torch_train", "reference"),
         )
     ]  # fmt: skip
     before = os.getloadavg()[0]
-    alternate(sides, ROUNDS)
-    times = {
-        "load_before": before,
-        "sides": {side.name: {"seconds": side.seconds, "peak_mb": side.peak_mb} for side in sides},
-    }
+    alternate(sides, rounds)
+    failed = [f"{side.name}: {side.problem}" for side in sides if side.problem]
+    if failed:
+        sys.exit("align: " + "; ".join(failed))
+    measured = {side.name: {"seconds": side.seconds, "peak_mb": side.peak_mb} for side in sides}
+    times = {"load_before": before, "sides": measured}
     write_text(out / "times.json", json.dumps(times, indent=1) + "\n")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from PIL import Image
 from safetensors.numpy import load_file
 
 from jlora.data.readers import json_lines
@@ -246,7 +247,7 @@ def figure(path: Path, sides: dict[tuple[str, str], Side]) -> None:
         )
         above.plot(steps, ours, color=OURS, linewidth=0.7, label="jlora")
         above.set_title(f"dropout {way}")
-        above.legend(frameon=False)
+        above.legend(frameon=False, loc="upper right")
         if way == "off":
             # A difference of exactly 0 has no place on a logarithmic axis: a gap.
             gap = np.where(ours == theirs, np.nan, np.abs(ours - theirs) / theirs)
@@ -267,3 +268,5 @@ def figure(path: Path, sides: dict[tuple[str, str], Side]) -> None:
             axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("training loss (nats per token)")
     save_png(drawn, path)
+    # Noise in true colour is large; 64 colours are enough for four.
+    Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(path, "PNG")

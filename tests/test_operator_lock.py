@@ -100,5 +100,6 @@ def test_an_operator_locks_itself_alone(program, popen, tmp_path):
 
 
 @pytest.mark.skipif(bool(jt.flags.nvcc_path), reason="with CUDA Jittor compiles on many threads")
+@pytest.mark.skipif(jt.__version__.startswith("1.3.8."), reason="this Jittor has no such hook")
 def test_jittor_compiles_so():
     assert jt.flags.disable_lock

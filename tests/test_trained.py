@@ -410,14 +410,12 @@ def test_a_large_model_whose_loss_is_no_number_keeps_its_last_good_parameters(
 
 @needs_bf16
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["icelake-server", "cooperlake"])
+@pytest.mark.parametrize("arch", ["icelake-server", "cooperlake", "x86-64-v3"])
 def test_on_other_processors(arch):
     lacking = {"AVX-512", "AVX512_BF16"} - set(machine.cpu_features())
-    if platform.machine() != "x86_64" or lacking:
+    if platform.machine() != "x86_64" or lacking and arch != "x86-64-v3":
         pytest.skip(f"this processor does not run {arch}")
     tests = ["test_gradients_are_the_plain_model_s", "test_norms_with_trained_weights",
-             "test_compiled_adamw_is_numpy_s_bit_for_bit"]  # fmt: skip
-    if arch == "cooperlake":  # its bf16 instructions make tiles
-        tests += ["test_trained_product", "test_trained_target_loss",
-                  "test_twenty_steps_follow_the_plain_model_s"]  # fmt: skip
+             "test_compiled_adamw_is_numpy_s_bit_for_bit", "test_trained_product",
+             "test_trained_target_loss", "test_twenty_steps_follow_the_plain_model_s"]  # fmt: skip
     run_tests_on(arch, *(f"test_trained.py::{test}" for test in tests))

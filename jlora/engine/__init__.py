@@ -47,7 +47,7 @@ def choose_precision() -> tuple[str, str]:
     if on_gpu():
         return "bf16", "the GPU multiplies bf16"
     if not packed_linear.available("bf16"):
-        return "fp32", "neither AMX nor oneDNN multiplies bf16 here"
+        return "fp32", "neither vector instructions nor oneDNN multiply bf16 here"
     tiles = packed_linear.tiles()
     if tiles is not None:
         return "bf16", f"the processor multiplies bf16 by {tiles}"
@@ -64,8 +64,9 @@ def prepare(
 ) -> str:
     """Make a model fast for training and for generation.
 
-    Weights that are trained stay float32. With AMX or AVX-512 their products read copies in bf16
-    that follow them, whatever precision the frozen ones are packed in; elsewhere they run plain.
+    Weights that are trained stay float32. Where our own tiles multiply (`packed_linear.tiles`),
+    their products read copies in bf16 that follow them, whatever precision the frozen ones are
+    packed in; elsewhere they run plain.
     Call it again after something else is to be trained, after an adapter was merged away (the
     layers put in place then are plain), and after frozen weights were given other numbers: packed
     weights are copies. Adapters that are put on or taken off later take the packed weights over.
@@ -159,14 +160,14 @@ def _check(model, precision: str) -> None:
         raise UserError(f"precision {precision} is not to be had: {problem}")
     if precision == "bf16" and not packed_linear.available("bf16"):
         raise UserError(
-            "precision bf16 needs a processor with AMX, or oneDNN and a processor on which it "
-            "multiplies bf16; `jlora doctor` says what is there, and precisions fp32 and plain "
-            "run without"
+            "precision bf16 needs a processor with AVX2 or NEON, or oneDNN and a processor on "
+            "which it multiplies bf16; `jlora doctor` says what is there, and precisions fp32 and "
+            "plain run without"
         )
     if precision in packed_linear.KINDS and not packed_linear.available(precision):
         raise UserError(
-            f"precision {precision} needs a processor with AMX or AVX512_BF16, and a compiler that "
-            "knows them (g++ 11 or newer); use precision bf16, fp32 or plain"
+            f"precision {precision} needs a processor with AVX2, AVX512_BF16, AMX or NEON, and a "
+            "compiler that knows it (g++ 11 or newer); use precision bf16, fp32 or plain"
         )
     for name, parameter in model.named_parameters():
         if parameter.dtype != "float32":

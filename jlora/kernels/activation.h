@@ -7,11 +7,11 @@ namespace jlora {
 enum Activation : int64_t { silu, gelu_tanh };  // ACTIVATIONS in elementwise.py
 
 // gelu_tanh: u = sqrt(2 / pi) * (x + 0.044715 x^3), and 0.5 (1 + tanh u) = sigmoid(2u)
-inline F16 activation16(int64_t kind, F16 x) {
+JLORA_INLINE F16 activation16(int64_t kind, F16 x) {
     if (kind == silu) return x * sigmoid16(x);
     return x * sigmoid16(2.0f * 0.7978845608f * (x + 0.044715f * x * x * x));
 }
-inline F16 activation_slope16(int64_t kind, F16 x) {
+JLORA_INLINE F16 activation_slope16(int64_t kind, F16 x) {
     if (kind == silu) {
         const F16 s = sigmoid16(x);
         return s + x * s * (1.0f - s);
@@ -21,7 +21,7 @@ inline F16 activation_slope16(int64_t kind, F16 x) {
     return s + x * 2.0f * s * (1.0f - s) * du;
 }
 // cap tanh(x / cap), and its slope by the result
-inline F16 soft_cap16(F16 x, float cap) { return cap * (2.0f * sigmoid16(x * (2.0f / cap)) - 1.0f); }
+JLORA_INLINE F16 soft_cap16(F16 x, float cap) { return cap * (2.0f * sigmoid16(x * (2.0f / cap)) - 1.0f); }
 inline float soft_cap(float x, float cap) { return cap * (2.0f / (1.0f + fast_exp(x * (-2.0f / cap))) - 1.0f); }
 template <typename T>
 inline T soft_cap_slope(T y, float cap) { return 1.0f - y * y * (1.0f / (cap * cap)); }
@@ -33,12 +33,13 @@ inline void rotate_pair(T& left, T& right, T cos, T sin) {
     right = right * cos + l * sin;
 }
 // As rotate_pair for 8 pairs of neighbours among 16 numbers; cos and sin: 8 numbers of 16, from `from` on.
-inline F16 rotate_neighbours(F16 x, F16 cos, F16 sin, int from) {
-    constexpr I16 pairs = {0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7};
-    constexpr I16 others = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
-    constexpr F16 signs = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
-    const I16 own = pairs + from;
-    return x * __builtin_shuffle(cos, own) + signs * __builtin_shuffle(x, others) * __builtin_shuffle(sin, own);
+JLORA_INLINE F16 rotate_neighbours(F16 x, F16 cos, F16 sin, int from) {
+    static constexpr int32_t pairs[32] = {0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7,
+        8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15};
+    static constexpr int32_t others[16] = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
+    static constexpr float signs[16] = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+    const int32_t* own = pairs + 2 * from;
+    return x * shuffle(cos, own) + load16(signs) * shuffle(x, others) * shuffle(sin, own);
 }
 // How queries and keys are turned: the first `size` numbers of a head, in halves or neighbour by neighbour.
 struct Turn {

@@ -2,11 +2,10 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include "tile_turns.h"
 #include "tile_weights.h"
 
 namespace jlora::int8 {
-typedef int8_t Byte16 __attribute__((vector_size(16)));
-
 inline int8_t& at(const Weight& w, int64_t n, int64_t k) {
     return ((int8_t*)w.tile(n / 16, k / 64))[k % 64 / 4 * 64 + n % 16 * 4 + k % 4];
 }
@@ -31,7 +30,7 @@ struct Outliers {
     int column[most];
     float value[most];
 };
-inline F16 size(F16 v) { return v < 0.0f ? -v : v; }
+inline F16 size(F16 v) { return blend(v < 0.0f, -v, v); }
 // Rows of int8 numbers as tiles of 16 rows x 64 columns, and what each row is to be multiplied with.
 struct QuantisedRows { char* data; float* scales; Outliers* outliers; };
 // columns: factors of the columns, filled up to whole tiles; null: none.
@@ -61,7 +60,7 @@ inline QuantisedRows quantise(const Rows& x, const float* columns) {
         for (int64_t k = 0; k < x.width; k += 16) {
             const F16 v = run(k), sizes = size(v);
             if (largest16(sizes) <= limit) {
-                peaks = sizes > peaks ? sizes : peaks;
+                peaks = larger(sizes, peaks);
                 continue;
             }
             for (int i = 0; i < 16; i++) {
@@ -80,9 +79,7 @@ inline QuantisedRows quantise(const Rows& x, const float* columns) {
             F16 v = run(k) * inverse;
             for (int j = 0; j < apart.count; j++)
                 if (apart.column[j] / 16 == k / 16) v[apart.column[j] % 16] = 0;
-            const F16 rounded = v + (v < 0.0f ? F16{} - 0.5f : F16{} + 0.5f);
-            const Byte16 bytes = __builtin_convertvector(__builtin_convertvector(rounded, I16), Byte16);
-            std::memcpy(out.data + (m / 16 * steps + k / 64) * tiles::tile_bytes + m % 16 * 64 + k % 64, &bytes, 16);
+            store_bytes(out.data + (m / 16 * steps + k / 64) * tiles::tile_bytes + m % 16 * 64 + k % 64, nearest16(v));
         }
     }
     return out;
@@ -101,9 +98,8 @@ inline const float* all_scales(const Weights& all) {
 
 // The numbers of 16 outputs that input k is multiplied with.
 inline F16 outputs(const Weight& w, int64_t n_tile, int64_t k) {
-    I16 quads;
-    std::memcpy(&quads, (const char*)w.tile(n_tile, k / 64) + k % 64 / 4 * 64, 64);
-    return __builtin_convertvector((quads << (24 - k % 4 * 8)) >> 24, F16);
+    const I16 quads = load_integers((const int32_t*)((const char*)w.tile(n_tile, k / 64) + k % 64 / 4 * 64));
+    return floats((quads << (int)(24 - k % 4 * 8)) >> 24);
 }
 // The numbers of 16 inputs from k on that output n is multiplied with.
 inline F16 inputs(const Weight& w, int64_t n, int64_t k) {
@@ -117,8 +113,8 @@ void product(const Rows& x, const Weights& all, int64_t count, const Panels& wei
     const QuantisedRows q = quantise(x, nullptr);
     const float* scales = all_scales(all);
     tiles::product<true>(q.data, x.rows, count, all.list[0]->steps(), weights, [&](int64_t m, int64_t n, F16 left, F16 right) {
-        left = __builtin_convertvector((I16)left, F16) * q.scales[m];
-        right = __builtin_convertvector((I16)right, F16) * q.scales[m];
+        left = floats((I16)left) * q.scales[m];
+        right = floats((I16)right) * q.scales[m];
         int64_t panel = n / 32;
         const Outliers& apart = q.outliers[m];
         const Weight& w = find(all, panel);
@@ -134,6 +130,7 @@ void product(const Rows& x, const Weights& all, int64_t count, const Panels& wei
 inline const char* half_tile(const Weight& w, int64_t n_tile, int64_t p) {
     return (const char*)w.tile(n_tile, p / 2) + p % 2 * 512;
 }
+#if defined(JLORA_AVX512_FORMS)
 // Four of its rows, 16 inputs of 16 outputs: byte k of lane l of z[j] becomes input k of output 4 l + j.
 inline void by_outputs(const char* rows, __m512i* z) {
     const __m512i r0 = _mm512_load_si512(rows), r1 = _mm512_load_si512(rows + 64);
@@ -185,6 +182,13 @@ inline void turn_bytes(const char* rows, char* out) {
     _mm512_store_si512(out + 128, _mm512_shuffle_i32x4(v1, v3, 0x88));
     _mm512_store_si512(out + 192, _mm512_shuffle_i32x4(v1, v3, 0xdd));
 }
+#else
+inline void widen_tiles(const Weight& w, int64_t step, int64_t p, uint16_t* left, uint16_t* right) {
+    alignas(64) uint16_t rows[2][512];
+    for (int t = 0; t < 2; t++) widen_half(half_tile(w, 2 * step + t, p), w.scales + step * 32 + t * 16, rows[t]);
+    pair_tiles(rows[0], rows[1], left, right);
+}
+#endif
 struct BackwardPanels {
     const Weights& all;
     const Weight& find(int64_t& step) const {
@@ -219,8 +223,8 @@ void product_back(const Rows& dy, const Weights& all, Sink sink) {
     for (int64_t i = 0; i < all.count; i++) steps += up_to(all.list[i]->n, 64) / 64;
     tiles::product<true>(q.data, dy.rows, up_to(all.list[0]->k, 32) / 32, steps, BackwardPanels{all},
         [&](int64_t m, int64_t n, F16 left, F16 right) {
-            left = __builtin_convertvector((I16)left, F16) * q.scales[m];
-            right = __builtin_convertvector((I16)right, F16) * q.scales[m];
+            left = floats((I16)left) * q.scales[m];
+            right = floats((I16)right) * q.scales[m];
             const Outliers& apart = q.outliers[m];
             for (int j = 0; j < apart.count; j++) {
                 int64_t i = 0, output = apart.column[j];

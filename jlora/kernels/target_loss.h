@@ -24,13 +24,13 @@ struct RowSums {
         if (wanted >= n && wanted < n + count) target = wanted - n < 16 ? left[wanted - n] : right[wanted - n - 16];
         plain += sum16(count == 32 ? left + right : first(left, count) + first(right, count - 16));
         if (count < 32) left = first(left, count, -FLT_MAX), right = first(right, count - 16, -FLT_MAX);
-        const float most = largest16(left > right ? left : right);
+        const float most = largest16(larger(left, right));
         if (most > peak) total *= fast_exp(peak - most), peak = most;
         total += sum16(exp16(left - peak) + exp16(right - peak));
     }
     // The first `count` numbers of v, and `other` for the rest.
     static F16 first(F16 v, int64_t count, float other = 0) {
-        return lane_numbers < (int32_t)count ? v : F16{} + other;
+        return blend(lane_numbers < (int32_t)count, v, other);
     }
     void join(const RowSums& other) {
         const float most = std::max(peak, other.peak);

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jlora.data.pull_models import GPT2_TOKENIZER, NAME, WHEELS, pull, pulled
 from jlora.data.tokenizer import Tokenizer, find_files
 from jlora.formats.gguf_file import GGUFFile, read_gguf
@@ -345,9 +343,7 @@ def check_sizes(checkpoint: Checkpoint) -> None:
             )
 
 
-def gpt2_config_from_shapes(
-    path: Path, tensors: Mapping[str, np.ndarray | LazyArray]
-) -> dict[str, Any]:
+def gpt2_config_from_shapes(path: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a bare GPT-2 checkpoint; every size of GPT-2 has heads of 64."""
     names = "wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight"
     shapes = [tensors[name].shape for each in names if (name := f"transformer.{each}") in tensors]

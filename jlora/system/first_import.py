@@ -114,7 +114,7 @@ def unpack_onednn(jittor_utils: Any) -> None:
     Jittor does so too, but then it compiles and runs one of oneDNN's examples, which takes 5 s.
     """
     offline = importlib.util.find_spec("jittor_offline")
-    if offline is None or os.environ.get("use_mkl", "1") != "1":
+    if offline is None or offline.origin is None or os.environ.get("use_mkl", "1") != "1":
         return
     name = "dnnl_lnx_2.2.0_cpu_gomp" + ("_aarch64" if platform.machine() == "aarch64" else "")
     # Whatever fails here, Jittor tries again and says why.

@@ -3,7 +3,8 @@
 More than half of what g++ does for one of Jittor's sources is to read headers that are the same for
 all of them: 0.4 of 0.7 s for one of its own, 0.6 of 0.8 s for an operator (Zen 4, g++ 12).
 Therefore they are precompiled. Before each operator Jittor starts a Python process as well, which
-`compile_operator.sh` spares. The resulting code is the same.
+`compile_operator.sh` spares. The resulting code is the same. Several processes compile at the same
+time (`operator_lock.cc`).
 """
 
 from __future__ import annotations

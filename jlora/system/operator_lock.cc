@@ -59,7 +59,9 @@ jittor::jit_op_entry_t compile(jittor::Op* op) {
 extern "C" bool jlora_lock_operators(const char* path) {
     if (jittor::do_compile_hook || jittor::disable_lock) return false;  // somebody else has other plans
     file = open(path, O_RDWR | O_CLOEXEC);
-    if (file < 0) return false;
+    struct flock asked = {};
+    asked.l_type = F_WRLCK, asked.l_whence = SEEK_SET, asked.l_len = 1;
+    if (file < 0 || fcntl(file, F_OFD_GETLK, &asked) != 0) return false;  // no such locks here
     jittor::do_compile_hook = compile;
     jittor::disable_lock = true;
     return true;
