@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = {
     "jlora": Path(sys.executable),
     **{
-        name: ROOT / f".venv-{name}" / "bin" / "python"
+        name: (ROOT / f".venv-{name}").resolve() / "bin" / "python"
         for name in ("peft", "mlx", "jittor2", "ctranslate2", "openvino", "llamacpp",
                      "llamacpp-native")
     },
