@@ -139,6 +139,7 @@ def streams_table(results: list[dict]) -> str:
     if not results:
         return ""
     tasks = [each["task"] for each in results]
+    lengths = ", ".join(dict.fromkeys(str(each["tokens"]) for each in results))
     by_name = {task["task"]: {s["name"]: s for s in task["sides"]} for task in results}
     names = list(by_name[tasks[0]])
     greedy = [each["task"] for each in results if not each["temperature"]]
@@ -154,8 +155,8 @@ def streams_table(results: list[dict]) -> str:
     order = sorted(names, key=lambda n: list(BITS).index(bits({"name": n})))
     return "\n\n".join([
         "## Streams",
-        f"Tokens a second of all streams together, {results[0]['tokens']} new tokens behind "
-        "prompts of E2E, by the same model. Drawn: at temperature 0.8 from all tokens. Equal: "
+        f"Tokens a second of all streams together, {lengths} new tokens (of one stream, of each "
+        "of several) behind prompts of E2E, by the same model. Drawn: at temperature 0.8 from all tokens. Equal: "
         f"greedy answers ({greedy[-1] if greedy else ''}) that are jlora bf16's up to their end.",
         table("|bits|" + "|".join(tasks) + "|peak MB|equal", map(row, order)),
     ])  # fmt: skip
