@@ -156,8 +156,9 @@ def streams_table(results: list[dict]) -> str:
     return "\n\n".join([
         "## Streams",
         f"Tokens a second of all streams together, {lengths} new tokens (of one stream, of each "
-        "of several) behind prompts of E2E, by the same model. Drawn: at temperature 0.8 from all tokens. Equal: "
-        f"greedy answers ({greedy[-1] if greedy else ''}) that are jlora bf16's up to their end.",
+        "of several) behind prompts of E2E, by the same model. Drawn: at temperature 0.8 from all "
+        f"tokens. Equal: greedy answers ({greedy[-1] if greedy else ''}) that are jlora bf16's up "
+        "to their end.",
         table("|bits|" + "|".join(tasks) + "|peak MB|equal", map(row, order)),
     ])  # fmt: skip
 
