@@ -50,6 +50,12 @@ def main(arguments: list[str]) -> None:
     options.add_argument("--again", action="store_true", help="forget the results of a cut run")
     options.add_argument("--list", action="store_true", help="name the cases and end")
     options.add_argument("--models-folder", type=Path, default=ROOT / "runs" / "bench" / "models")
+    options.add_argument(
+        "--page",
+        type=Path,
+        metavar="FILE.md",
+        help="write the page there too, with its pictures beside it",
+    )
     options.add_argument("--out", type=Path, help="default: runs/bench/ISA, or ISA-quick")
     chosen = options.parse_args(arguments)
     name = chosen.isa + ("-quick" if chosen.quick else "")
@@ -68,11 +74,11 @@ def main(arguments: list[str]) -> None:
     results = measured(wanted, plan, out, settings, chosen.again)
     figures = {"head": head(chosen.isa, arguments), "results": results}
     write_text(out / "page.json", json.dumps(figures, indent=1) + "\n")
-    draw(figures, out / "chart")
-    text = page(figures, "chart.svg")
-    write_text(out / "page.md", text)
+    for file in [out / "page.md", *([chosen.page] if chosen.page else [])]:
+        draw(figures, file.with_suffix(""))
+        write_text(file, page(figures, file.with_suffix(".svg").name))
     shutil.rmtree(out / "parts")
-    print(text)
+    print((out / "page.md").read_text())
 
 
 def measured(wanted: dict, plan: Plan, out: Path, settings: dict, again: bool) -> list[dict]:
