@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include "int4.h"
 #include "tile_turns.h"
 #include "tile_weights.h"
 
@@ -85,6 +86,7 @@ inline QuantisedRows quantise(const Rows& x, const float* columns) {
     return out;
 }
 
+inline const float* steps_of(const Weight& w) { return w.kind == int4_kind ? int4::steps_of(w) : w.scales; }
 // The scales of all outputs side by side.
 inline const float* all_scales(const Weights& all) {
     static Buffer<float> memory;
@@ -92,12 +94,13 @@ inline const float* all_scales(const Weights& all) {
     for (int64_t i = 0; i < all.count; i++) width += up_to(all.list[i]->n, 64);
     float* out = memory.of(width);
     for (int64_t i = 0, first = 0; i < all.count; first += all.list[i++]->n)
-        std::copy_n(all.list[i]->scales, up_to(all.list[i]->n, 64), out + first);
+        std::copy_n(steps_of(*all.list[i]), up_to(all.list[i]->n, 64), out + first);
     return out;
 }
 
 // The numbers of 16 outputs that input k is multiplied with.
 inline F16 outputs(const Weight& w, int64_t n_tile, int64_t k) {
+    if (w.kind == int4_kind) return int4::outputs(w, n_tile, k);
     const I16 quads = load_integers((const int32_t*)((const char*)w.tile(n_tile, k / 64) + k % 64 / 4 * 64));
     return floats((quads << (int)(24 - k % 4 * 8)) >> 24);
 }

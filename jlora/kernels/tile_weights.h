@@ -25,7 +25,8 @@ struct Weight {
     int64_t stride;       // bytes from the tiles of 16 outputs to the next 16
     const float* scales;  // of int8 numbers, one for each output; null: of other kinds
     int64_t kind;
-    int64_t inputs_a_tile() const { return scales ? 64 : 32; }
+    // Of the tiles that are multiplied forward.
+    int64_t inputs_a_tile() const { return kind == bf16_kind ? 32 : 64; }
     int64_t steps() const { return up_to(k, inputs_a_tile()) / inputs_a_tile(); }
     uint16_t* tile(int64_t n_tile, int64_t k_tile) const {
         return (uint16_t*)(tiles + n_tile * stride + k_tile * tiles::tile_bytes);
