@@ -190,7 +190,8 @@ JITTOR_2 ?= git+https://github.com/Jittor/jittor@f87f938ce1337e587ee3e1670b6d369
 .venv-jittor2/.installed: benchmarks/requirements/jittor2.txt
 	@test -x .venv-jittor2/bin/python || $(PYTHON) -m venv .venv-jittor2
 	( .venv-jittor2/bin/python -m pip install --disable-pip-version-check "$(JITTOR_2)" jittor-offline && \
-	  nvcc_path= .venv-jittor2/bin/jittor-torch-shim && \
+	  nvcc_path= JITTOR_TORCH_RUNTIME_ROOT=$(CURDIR)/.venv-jittor2/runtime \
+	    .venv-jittor2/bin/jittor-torch-shim && \
 	  .venv-jittor2/bin/python -m pip install --disable-pip-version-check -r $< \
 	) > .venv-jittor2/install.log 2>&1
 	@touch $@

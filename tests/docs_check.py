@@ -44,6 +44,10 @@ TINY = {
     "rms_norm_eps": 1e-5, "rope_theta": 100000.0, "tie_word_embeddings": True, "bos_token_id": 1,
     "eos_token_id": 2, "pad_token_id": 2,
 }  # fmt: skip
+TINY_GPT2 = {
+    "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 49152,
+    "n_positions": 1024, "n_embd": 64, "n_layer": 2, "n_head": 2, "eos_token_id": 0,
+}  # fmt: skip
 LIMIT = 900  # seconds of a command
 
 
@@ -85,8 +89,10 @@ def prepare(scratch: Path) -> None:
     from jlora.data.pull_models import pull
 
     real = Path(pull("smollm2-135m"))
-    for name in ("smollm2-135m", "gpt2-medium", "gpt2-large"):
-        write_model(scratch / "cache" / "models" / name, real)
+    for name, config in (
+        ("smollm2-135m", TINY), ("gpt2-medium", TINY_GPT2), ("gpt2-large", TINY_GPT2),
+    ):  # fmt: skip
+        write_model(scratch / "cache" / "models" / name, config, real)
     shared = Path(os.environ.get("JLORA_DATA", ROOT.parent / "shared" / "data"))
     (scratch / "data").mkdir()
     for name in ("e2e", "webnlg", "dart", "boolq", "wikisql"):
@@ -110,23 +116,23 @@ def prepare(scratch: Path) -> None:
         shutil.copytree(scratch / "runs" / "a", scratch / "runs" / name)
 
 
-def write_model(folder: Path, real: Path) -> None:
+def write_model(folder: Path, config: dict, real: Path) -> None:
     """A folder of a small model with ``real``'s tokenizer."""
     import numpy as np
 
     from jlora.formats.safetensors_file import write_safetensors
-    from jlora.models.llama import LlamaConfig, LlamaForCausalLM
+    from jlora.models.hub import build_model
 
     folder.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(real / name, folder)
-    (folder / "config.json").write_text(json.dumps(TINY))
+    (folder / "config.json").write_text(json.dumps(config))
     rng = np.random.default_rng(0)
     tensors = {
         name: np.ones(p.shape, "f")
         if len(p.shape) == 1
         else rng.normal(0, 0.05, p.shape).astype("f")
-        for name, p in LlamaForCausalLM(LlamaConfig.from_dict(TINY)).named_parameters()
+        for name, p in build_model(config).named_parameters()
     }
     write_safetensors(folder / "model.safetensors", tensors)
 
