@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,9 +23,17 @@ from jlora.system.import_errors import cause, explain
 from jlora.system.lock import one_at_a_time
 from jlora.system.status import Status
 
-# Prints a last line, because Jittor may exit early with code 0.
+# Prints a last line, because Jittor may exit early with code 0. Standard input is a pipe that ends
+# with the parent, however that dies; the compilers must not go on without it. (It is read by its
+# number: forked processes close `sys.stdin`, whose lock a thread that reads from it would hold.)
 _FIRST_IMPORT = """
-import json, socket, sys
+import json, os, signal, socket, sys, threading
+
+def end_with_parent():
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+
+threading.Thread(target=end_with_parent, daemon=True).start()
 sys.path[:] = json.loads(sys.argv[1])
 socket.setdefaulttimeout(15)
 import jittor_utils
@@ -121,18 +128,16 @@ def _first_import(variables: Mapping[str, str], verbose: bool) -> str | None:
             child = subprocess.Popen(
                 [sys.executable, "-c", _FIRST_IMPORT, *arguments],
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=None if verbose else output,
                 stderr=None if verbose else subprocess.STDOUT,
                 start_new_session=True,
             )
             try:
                 _wait(child, output)
-            except BaseException:  # Ctrl-C: the compilers must not continue in the background
-                with contextlib.suppress(OSError):
-                    os.killpg(child.pid, signal.SIGKILL)
+            finally:
+                child.stdin.close()
                 child.wait()
-                raise
             output.seek(0)
             text = output.read().decode("utf-8", errors="replace")
         if "jlora: imported" in text or (verbose and child.returncode == 0):
