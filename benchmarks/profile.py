@@ -1,4 +1,4 @@
-"""``python -m benchmarks.profile``: where the time of a training step goes, and what each product reaches.
+"""``python -m benchmarks.profile``: where a training step spends its time; speed of its products.
 
 Processor time of one thread, so that other programs on the machine matter little.
 """
@@ -83,7 +83,7 @@ def run(chosen, path: Path) -> list[dict]:
     targets = int(arrays[f"mask{typical}"].sum())
     flops = work.training_flops(config, arrays[f"lengths{typical}"], targets)
     print(f"{chosen.model} {chosen.precision}, {chosen.batch}: {tokens[typical]} tokens, "
-          f"{targets} targets; LoRA of rank {settings['r']} on {settings['target_modules']}")  # fmt: skip
+          f"{targets} targets; LoRA {settings['r']} on {settings['target_modules']}")  # fmt: skip
     clock, found = time.process_time, []
     for _ in range(chosen.steps + 2):
         parts()  # forgets what was counted

@@ -20,7 +20,7 @@ MODELS = {
 
 
 def lora_settings(model: str, all_linear: bool = False) -> dict:
-    """The paper's: rank 4 and alpha 32 on query and value; or on all linear layers of the blocks."""
+    """The paper's: rank 4 and alpha 32 on query and value; or on all linear layers."""
     shared = {"r": 4, "lora_alpha": 32, "lora_dropout": 0.1}
     if all_linear:
         return {**shared, "target_modules": "all-linear"}

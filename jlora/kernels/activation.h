@@ -7,33 +7,33 @@ namespace jlora {
 enum Activation : int64_t { silu, gelu_tanh };  // ACTIVATIONS in elementwise.py
 
 // gelu_tanh: u = sqrt(2 / pi) * (x + 0.044715 x^3), and 0.5 (1 + tanh u) = sigmoid(2u)
-inline F16 activation16(int64_t kind, F16 x) {
+JLORA_INLINE F16 activation16(int64_t kind, F16 x) {
     if (kind == silu) return x * sigmoid16(x);
     return x * sigmoid16(2.0f * 0.7978845608f * (x + 0.044715f * x * x * x));
 }
-inline F16 activation_slope16(int64_t kind, F16 x) {
+JLORA_INLINE F16 activation_slope16(int64_t kind, F16 x) {
     if (kind == silu) {
-        const F16 s = sigmoid16(x);
-        return s + x * s * (1.0f - s);
+        const F16 s = sigmoid16(x), y = x * s;
+        return s + y - y * s;
     }
     const F16 du = 0.7978845608f * (1.0f + 3 * 0.044715f * x * x);
     const F16 s = sigmoid16(2.0f * 0.7978845608f * (x + 0.044715f * x * x * x));
     return s + x * 2.0f * s * (1.0f - s) * du;
 }
 // cap tanh(x / cap), and its slope by the result
-inline F16 soft_cap16(F16 x, float cap) { return cap * (2.0f * sigmoid16(x * (2.0f / cap)) - 1.0f); }
+JLORA_INLINE F16 soft_cap16(F16 x, float cap) { return cap * (2.0f * sigmoid16(x * (2.0f / cap)) - 1.0f); }
 inline float soft_cap(float x, float cap) { return cap * (2.0f / (1.0f + fast_exp(x * (-2.0f / cap))) - 1.0f); }
 template <typename T>
-inline T soft_cap_slope(T y, float cap) { return 1.0f - y * y * (1.0f / (cap * cap)); }
+JLORA_INLINE T soft_cap_slope(T y, float cap) { return 1.0f - y * y * (1.0f / (cap * cap)); }
 // Rotary embedding: a pair of numbers turned by an angle; with -sin it is turned back.
 template <typename T>
-inline void rotate_pair(T& left, T& right, T cos, T sin) {
+JLORA_INLINE void rotate_pair(T& left, T& right, T cos, T sin) {
     const T l = left;
     left = l * cos - right * sin;
     right = right * cos + l * sin;
 }
 // As rotate_pair for 8 pairs of neighbours among 16 numbers; cos and sin: 8 numbers of 16, from `from` on.
-inline F16 rotate_neighbours(F16 x, F16 cos, F16 sin, int from) {
+JLORA_INLINE F16 rotate_neighbours(F16 x, F16 cos, F16 sin, int from) {
     constexpr I16 pairs = {0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7};
     constexpr I16 others = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
     constexpr F16 signs = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};

@@ -7,15 +7,18 @@
 #endif
 #include "bf16.h"
 
+// A call in the middle of a product's steps would take all their sums out of the registers and back.
+#define JLORA_INLINE inline __attribute__((always_inline))
+
 namespace jlora {
 typedef float F16 __attribute__((vector_size(64)));
 typedef int32_t I16 __attribute__((vector_size(64)));
 typedef uint32_t U16 __attribute__((vector_size(64)));
 typedef uint16_t Half16 __attribute__((vector_size(32)));
 
-inline F16 load16(const float* p) { F16 v; std::memcpy(&v, p, 64); return v; }
-inline void store16(float* p, F16 v) { std::memcpy(p, &v, 64); }
-inline F16 load16(const uint16_t* p) {
+JLORA_INLINE F16 load16(const float* p) { F16 v; std::memcpy(&v, p, 64); return v; }
+JLORA_INLINE void store16(float* p, F16 v) { std::memcpy(p, &v, 64); }
+JLORA_INLINE F16 load16(const uint16_t* p) {
     Half16 half;
     std::memcpy(&half, p, 32);
     return (F16)(__builtin_convertvector(half, U16) << 16);
@@ -32,7 +35,7 @@ inline void load_some(const float* p, F16& left, F16& right, int64_t count) {  /
     left = load16(p), right = load16(p + 16);
 }
 // Rounds 32 numbers; see bf16_of.
-inline void store32(uint16_t* p, F16 left, F16 right) {
+JLORA_INLINE void store32(uint16_t* p, F16 left, F16 right) {
 #if defined(__AVX512BF16__)
     const __m512bh both = _mm512_cvtne2ps_pbh((__m512)right, (__m512)left);
     std::memcpy(p, &both, 64);
@@ -46,7 +49,7 @@ inline void store32(uint16_t* p, F16 left, F16 right) {
 #endif
 }
 // As fast_exp in vector_math.h.
-inline F16 exp16(F16 x) {
+JLORA_INLINE F16 exp16(F16 x) {
     x = x < -87.0f ? F16{} - 87.0f : x;
     x = x > 88.0f ? F16{} + 88.0f : x;
     const F16 scaled = x * 1.44269504f;
@@ -62,19 +65,30 @@ inline F16 exp16(F16 x) {
     p = p * r + 1.0f;
     return p * (F16)((n + 127) << 23);
 }
-inline F16 sigmoid16(F16 x) { return 1.0f / (1.0f + exp16(-x)); }
+JLORA_INLINE F16 sigmoid16(F16 x) { return 1.0f / (1.0f + exp16(-x)); }
 constexpr I16 lane_numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-inline float largest16(F16 v) {
+#if defined(__AVX512BF16__)
+JLORA_INLINE float largest16(F16 v) { return _mm512_reduce_max_ps((__m512)v); }
+JLORA_INLINE float sum16(F16 v) { return _mm512_reduce_add_ps((__m512)v); }
+JLORA_INLINE bool any16(I16 lanes) { return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes); }
+#else
+JLORA_INLINE float largest16(F16 v) {
     float most = v[0];
     for (int i = 1; i < 16; i++) most = v[i] > most ? v[i] : most;
     return most;
 }
 // By halves: one lane after the other would wait for 15 additions.
-inline float sum16(F16 v) {
+JLORA_INLINE float sum16(F16 v) {
     float all[16];
     store16(all, v);
     for (int half = 8; half > 0; half /= 2)
         for (int i = 0; i < half; i++) all[i] += all[i + half];
     return all[0];
 }
+JLORA_INLINE bool any16(I16 lanes) {  // whether a comparison holds for any
+    int32_t all = 0;
+    for (int i = 0; i < 16; i++) all |= lanes[i];
+    return all != 0;
+}
+#endif
 }  // namespace jlora
