@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import sides, work
-from benchmarks.sides import ROOT, Side, alternate
+from benchmarks.sides import ROOT, Side, alternate, check
 
 INPUTS = ROOT / "runs" / "gpu" / "inputs"
 STAGES = {
@@ -41,7 +41,7 @@ def main() -> None:
     if chosen.prepare:
         prepare(chosen.inputs)
     elif chosen.stage:
-        sides.PYTHON.update(jlora=Path(sys.executable), torch=Path(sys.executable))
+        sides.PYTHON.update(jlora=Path(sys.executable), peft=Path(sys.executable))
         globals()[f"stage_{chosen.stage}"](chosen)
     else:
         run_stages(chosen)
@@ -86,7 +86,7 @@ def run_stages(chosen: argparse.Namespace) -> None:
 
 def prepare(folder: Path) -> None:
     """Write what the stages read besides the code: batches and prompts of E2E."""
-    from benchmarks.decode import make_spec
+    from benchmarks.decoding import make_spec
 
     folder.mkdir(parents=True, exist_ok=True)
     data = Path(os.environ.get("JLORA_DATA", ROOT.parent / "shared" / "data"))
@@ -224,9 +224,10 @@ def run_sides(
     path = {} if chosen.torch_path is None else {"PYTHONPATH": chosen.torch_path}
     spec = {**spec, "device": "cuda", "precision": "bf16"}
     ours = Side("jlora bf16", f"jlora_{module}", "jlora", spec)
-    theirs = Side(peer, f"torch_{module}", "torch", spec, variables=path)
+    theirs = Side(peer, f"torch_{module}", "peft", spec, variables=path)
     for side in (ours, theirs):
         alternate([side], rounds, warmup)
+        check([side])
         print(
             f"  {side.name:20} {1000 * side.median / inputs:9.2f} ms, first "
             f"{side.first_seconds:6.1f} s, {side.extra.get('gpu_mb', 0):7.0f} MB of the card, "

@@ -1,4 +1,4 @@
-"""``make bench-large``: LoRA on a model of the shape of Llama 2 7B, in the memory of a laptop.
+"""``make bench ARGS=large``: LoRA on a model of the shape of Llama 2 7B, in the memory of a laptop.
 
 The checkpoint (random weights, sharded bf16 safetensors, 13.5 GB) is made first and kept for the
 next time. Every precision has a process of its own, which loads it, trains rank 8 on all linear
@@ -56,7 +56,7 @@ def main() -> None:
     model = chosen.out / chosen.shape
     if not model.is_dir():
         write_checkpoint(model, config)
-    peak = measure()
+    peak = max(measure().values())
     print(f"{cpu_model()}, {processors()} processors; bf16 {peak / 1e9:,.0f} GFLOP/s", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         batches = work.even_batches(

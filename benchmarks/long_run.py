@@ -1,4 +1,4 @@
-"""``make bench-long``: whether time or memory grows over many training steps of varying lengths.
+"""``make bench ARGS=long_run``: does time or memory grow over many steps of varying lengths?
 
 It also prints how long five epochs of E2E take at the measured speed. With ``--train`` a small
 model is trained by `jlora.training.loop.train` instead, with checkpoints and validations.

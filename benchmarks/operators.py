@@ -77,3 +77,8 @@ def describe(model: str, precision: str) -> tuple[str, dict]:
         f"{found['one row']} ({seconds:.0f} s with an empty cache)"
     )
     return line, found
+
+
+def main() -> None:
+    for model in work.MODELS:
+        print(describe(model, "bf16")[0], flush=True)

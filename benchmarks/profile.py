@@ -1,4 +1,4 @@
-"""``python -m benchmarks.profile``: where a training step spends its time; speed of its products.
+"""``python -m benchmarks.profile``: a training step by parts, and what each product reaches.
 
 Processor time of one thread, so that other programs on the machine matter little.
 """
@@ -83,7 +83,7 @@ def run(chosen, path: Path) -> list[dict]:
     targets = int(arrays[f"mask{typical}"].sum())
     flops = work.training_flops(config, arrays[f"lengths{typical}"], targets)
     print(f"{chosen.model} {chosen.precision}, {chosen.batch}: {tokens[typical]} tokens, "
-          f"{targets} targets; LoRA {settings['r']} on {settings['target_modules']}")  # fmt: skip
+          f"{targets} targets; LoRA r {settings['r']}, {settings['target_modules']}")  # fmt: skip
     clock, found = time.process_time, []
     for _ in range(chosen.steps + 2):
         parts()  # forgets what was counted

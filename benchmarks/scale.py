@@ -1,4 +1,4 @@
-"""``make bench-scale``: time and memory of a step, by tokens in a batch and by row length T.
+"""``make bench ARGS=scale``: time and memory of a step, by tokens in a batch and by row length T.
 
 Every point has new processes, since the peak memory of a process only grows.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import work
-from benchmarks.sides import alternate
+from benchmarks.sides import alternate, check
 from benchmarks.training import add_options, begin, training_sides
 
 
@@ -55,6 +55,7 @@ def measure_point(model: str, rows: int, length: int, chosen, peak: float) -> di
         work.even_batches(path, config["vocab_size"], rows, length)
         sides = training_sides(model, path, chosen)
         alternate(sides, chosen.rounds)
+        check(sides)
         targets = int(np.load(path)["mask0"].sum())
     flops = work.training_flops(config, np.full(rows, length), targets)
     for side in sides:

@@ -1,4 +1,4 @@
-"""``make bench-serve``: `jlora serve` beside llama.cpp's server, mlx-lm's server and PEFT.
+"""``make bench ARGS=serve``: `jlora serve` beside llama.cpp's server, mlx-lm's server and PEFT.
 
 Every side is a process of its own that has a model and its adapters (r = 8 on all linear layers) in
 memory. Streams of one round start together, each with a prompt of its own, and take their adapters
@@ -171,7 +171,9 @@ def installed(name: str) -> bool:
     """Whether the side's environment is there; says so if not."""
     python = PYTHONS[name.split()[0]]
     if not python.exists():
-        print(f"{name}: left out, {python} is missing; `make bench-serve` makes it", flush=True)
+        print(
+            f"{name}: left out, {python} is missing; `make bench ARGS=serve` makes it", flush=True
+        )
     return python.exists()
 
 

@@ -9,7 +9,6 @@ import os
 import socket
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,10 +20,10 @@ from benchmarks.sides import PYTHON, ROOT
 from jlora.system.machine import processors
 
 PYTHONS = {
-    "jlora": Path(sys.executable),
-    "llama.cpp": ROOT / ".venv-llamacpp" / "bin" / "python",
-    "mlx-lm": ROOT / ".venv-mlx" / "bin" / "python",
-    "PEFT": PYTHON["torch"],
+    "jlora": PYTHON["jlora"],
+    "llama.cpp": PYTHON["llamacpp"],
+    "mlx-lm": PYTHON["mlx"],
+    "PEFT": PYTHON["peft"],
 }
 START = 300  # seconds that a server may take to start
 

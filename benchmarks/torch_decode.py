@@ -1,13 +1,12 @@
-"""Beam search by transformers' ``generate``, as its users run it."""
+"""Beam search and sampling by transformers' ``generate``, as its users run it."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from benchmarks.prompts import Prompts
 
 
 def make(spec: dict):
-    """One round decodes the next batch of prompts."""
+    """One round decodes the next prompts, or with ``streams`` so many texts of equal length."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -17,32 +16,45 @@ def make(spec: dict):
     else:
         config = AutoConfig.for_model(**spec["config"])
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model.generation_config.eos_token_id = None  # generate() takes it where ours is None
+    model.generation_config.eos_token_id = None  # generate() takes it where ours is None
     device = spec.get("device", "cpu")
     model.eval().to(device)
     if spec["adapter"]:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, spec["adapter"]).merge_and_unload()
-    prompts = json.loads(Path(spec["prompts"]).read_text())
-    size = spec["batch_size"]
-    config = GenerationConfig(
-        num_beams=spec["beams"], no_repeat_ngram_size=4, length_penalty=0.8, do_sample=False,
-        max_new_tokens=spec["new_tokens"], eos_token_id=spec["ends"] or None,
-        pad_token_id=spec["pad"],
-        early_stopping=spec["early_stopping"],
-    )  # fmt: skip
-    done = 0
+    prompts = Prompts(spec)
 
-    def work():
-        nonlocal done
-        batch = [prompts[(done + i) % len(prompts)] for i in range(size)]
-        done += size
+    def generate(batch: list[list[int]], **settings) -> list[list[int]]:
+        """The new tokens of each."""
         longest = max(map(len, batch))
         ids = torch.tensor([[spec["pad"]] * (longest - len(p)) + p for p in batch], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=device)
-        with torch.no_grad():
+        config = GenerationConfig(pad_token_id=spec["pad"], **settings)
+        with torch.inference_mode():
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        return {"inputs": size, "tokens": int(out[:, longest:].ne(spec["pad"]).sum())}
+        return out[:, longest:].tolist()
+
+    def work(streams: int = 0, tokens: int = 0, temperature: float = 0.0):
+        if streams:
+            batch = prompts.first(streams)
+            drawn = {"temperature": temperature, "top_k": 0} if temperature else {}
+            texts = generate(
+                list(batch.values()), max_new_tokens=tokens, do_sample=bool(temperature), **drawn
+            )
+            return prompts.said(batch, texts)
+        batch = prompts.next(spec["inputs"])
+        texts = {}
+        order = sorted(batch, key=lambda number: len(batch[number]))
+        for start in range(0, len(order), spec["batch_size"]):
+            some = order[start : start + spec["batch_size"]]
+            found = generate(
+                [batch[number] for number in some], num_beams=spec["beams"], do_sample=False,
+                no_repeat_ngram_size=spec["no_repeat_ngram"], length_penalty=0.8,
+                max_new_tokens=spec["new_tokens"], eos_token_id=spec["ends"] or None,
+                early_stopping=spec["early_stopping"],
+            )  # fmt: skip
+            texts.update(zip(some, found))
+        return prompts.said(batch, [texts[number] for number in batch])
 
     return work

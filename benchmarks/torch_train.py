@@ -11,11 +11,7 @@ def make(spec: dict):
     """One round is one update on the next batch."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**spec["config"])
-    dtype = torch.bfloat16 if spec["precision"] == "bf16" else torch.float32
-    base = AutoModelForCausalLM.from_config(config, dtype=dtype)
     settings = dict(spec["lora"])
     # PEFT's equivalent of two blocks of rank r is one adapter of rank 2 r.
     enabled = sum(settings.pop("enable_lora", [1]))
@@ -25,6 +21,7 @@ def make(spec: dict):
     )
     settings["fan_in_fan_out"] = spec["config"]["model_type"] == "gpt2"
     device = spec.get("device", "cpu")
+    base = base_model(spec)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings)).train().to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-4)
@@ -57,3 +54,25 @@ def make(spec: dict):
         return result
 
     return work
+
+
+def base_model(spec: dict):
+    """The model in float32, bf16 or, from the checkpoint ``spec["model"]``, bitsandbytes' NF4."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if spec["precision"] != "nf4":
+        dtype = torch.bfloat16 if spec["precision"] == "bf16" else torch.float32
+        config = AutoConfig.for_model(**spec["config"])
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    from peft import prepare_model_for_kbit_training
+    from transformers import BitsAndBytesConfig
+
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        spec["model"], quantization_config=four_bits, dtype=torch.bfloat16
+    )
+    # Without activation checkpointing, which its default adds.
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

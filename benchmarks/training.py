@@ -1,32 +1,68 @@
-"""The sides of the training benchmarks and their options."""
+"""The training part of `make bench`: a LoRA update on E2E's batches, and the sides that do it."""
 
 from __future__ import annotations
 
 import argparse
-from datetime import date
+import os
 from pathlib import Path
 
 import numpy as np
 import psutil
 
 from benchmarks import lora_code, work
+from benchmarks.environments import KEEP_MEMORY, missing, mkl
 from benchmarks.peak import measure
 from benchmarks.sides import ROOT, Side
 from jlora.system.machine import cpu_model, processors
 
 MICROSOFT = "microsoft/LoRA, "
-# torch returns its large temporaries to the system at every step and gets their pages back by page
-# faults, which are slow in a virtual machine. With these settings glibc's malloc keeps them.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 PADDED_TO = 512  # the sequence length of microsoft/LoRA's README
+BF16 = {"module": "torch_train", "environment": "peft", "precision": "bf16"}
+#: Peers: where each runs, and what its module is told.
 PEERS = {
-    "PEFT fp32": {"precision": "fp32"},
-    "PEFT bf16": {"precision": "bf16"},
-    "PEFT bf16, memory kept": {"precision": "bf16", "variables": KEEP_MEMORY},
-    "PEFT bf16, compiled": {"precision": "bf16", "compile": True},
-    MICROSOFT + "unpadded": {"length": None},
-    MICROSOFT + "padded to 512": {"length": PADDED_TO},
-}
+    "PEFT fp32": {**BF16, "precision": "fp32"},
+    "PEFT bf16": BF16,
+    "PEFT bf16, memory kept": {**BF16, "variables": KEEP_MEMORY},
+    "PEFT bf16, compiled": {**BF16, "compile": True, "variables": KEEP_MEMORY},
+    "PEFT NF4": {**BF16, "precision": "nf4", "variables": KEEP_MEMORY},
+    "mlx-lm": {"module": "mlx_train", "environment": "mlx"},
+    "PEFT on Jittor 2.0": {
+        "module": "jittor2_train", "environment": "jittor2", "precision": "fp32",
+        "variables": {"nvcc_path": "", "JITTOR_TORCH_SHIM": "1", "HF_DEACTIVATE_ASYNC_LOAD": "1"},
+    },
+    MICROSOFT + "unpadded": {"module": "lora_train", "environment": "peft", "length": None},
+    MICROSOFT + "padded to 512": {
+        "module": "lora_train", "environment": "peft", "length": PADDED_TO,
+    },
+}  # fmt: skip
+REFERENCE = "jlora bf16"
+#: jlora's precisions and the peers that alternate; what stands together fits in 16 GB.
+GROUPS = (
+    (("bf16", "int8"), ("PEFT bf16", "PEFT bf16, memory kept", "PEFT bf16, compiled")),
+    (("bf16", "fp32", "int4"), ("PEFT fp32",)),
+    (("bf16",), ("mlx-lm", "PEFT NF4", "PEFT on Jittor 2.0")),
+)
+
+
+def batches(model: str, path: Path, rows: int, count: int) -> Path:
+    """Batches with the lengths of E2E's examples."""
+    data = Path(os.environ.get("JLORA_DATA", ROOT.parent / "shared" / "data"))
+    return work.e2e_batches(path, data, model, rows, count)
+
+
+def needed(model: str, path: Path, rounds: int, warmup: int) -> tuple[float, float]:
+    """Medians over the batches that are timed: tokens and floating-point operations of a step."""
+    arrays = np.load(path)
+    count = int(arrays["count"])
+    used = [i % count for i in range(warmup, warmup + rounds)]
+    flops = [
+        work.training_flops(
+            work.MODELS[model], arrays[f"lengths{i}"], int(arrays[f"mask{i}"].sum())
+        )
+        for i in used
+    ]
+    tokens = [arrays[f"lengths{i}"].sum() for i in used]
+    return float(np.median(tokens)), float(np.median(flops))
 
 
 def add_options(options: argparse.ArgumentParser, peers: list[str]) -> None:
@@ -48,13 +84,15 @@ def begin(options: argparse.ArgumentParser) -> tuple[argparse.Namespace, float]:
     Returns:
         The options, and the FLOP/s of the largest matrix product measured.
     """
+    from datetime import date
+
     options.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks")
     chosen = options.parse_args()
     fetch_code(chosen.models, chosen)
     chosen.out.mkdir(parents=True, exist_ok=True)
     print(f"{cpu_model()}, {processors()} processors, {date.today()}")
-    peak = measure()
-    print(f"largest matrix product measured: bf16 {peak / 1e9:,.0f} GFLOP/s", flush=True)
+    peak = max(measure().values())
+    print(f"largest matrix product measured: {peak / 1e9:,.0f} GFLOP/s", flush=True)
     return chosen, peak
 
 
@@ -71,7 +109,8 @@ def training_sides(model: str, batches: Path, chosen: argparse.Namespace) -> lis
     Args:
         model: name of ``work.MODELS``.
         batches: what ``work.write_batches`` wrote.
-        chosen: parsed options of `add_options`.
+        chosen: parsed options of `add_options`; ``checkpoint``, for the peers that need one, is a
+            function that gives the folder of a model with random weights.
     """
     spec = {
         "config": work.MODELS[model],
@@ -85,21 +124,31 @@ def training_sides(model: str, batches: Path, chosen: argparse.Namespace) -> lis
     ]
     for name in chosen.peers:
         if not name.startswith(MICROSOFT):
-            settings = dict(PEERS[name])
-            variables = settings.pop("variables", {})
-            both = {**spec, **settings}
-            sides.append(Side(name, "torch_train", "torch", both, variables=variables))
+            sides.append(_peer(name, spec, model, chosen))
         elif model.startswith("gpt2"):
             sides.append(_microsoft(name, spec, batches, chosen))
     return sides
 
 
+def _peer(name: str, spec: dict, model: str, chosen: argparse.Namespace) -> Side:
+    settings = dict(PEERS[name])
+    module, environment = settings.pop("module"), settings.pop("environment")
+    variables = dict(settings.pop("variables", {}))
+    side = Side(name, module, environment, {**spec, **settings}, variables=variables)
+    side.problem = missing(environment)
+    if settings.get("precision") == "nf4" and side.problem is None:
+        side.spec["model"] = str(chosen.checkpoint(model))
+    if environment == "mlx" and mkl() is not None:
+        side.variables["LD_PRELOAD"] = str(mkl())
+    return side
+
+
 def _microsoft(name: str, spec: dict, batches: Path, chosen: argparse.Namespace) -> Side:
-    spec = {**spec, "code": str(lora_code.clone(chosen.lora_code)), "rows": None, **PEERS[name]}
-    side = Side(name, "lora_train", "torch", spec)
-    if spec["length"] is not None:
+    settings = {**spec, "code": str(lora_code.clone(chosen.lora_code)), "rows": None}
+    side = _peer(name, settings, "", chosen)
+    if side.spec["length"] is not None:
         all_rows = len(np.load(batches)["lengths0"])
-        fit = rows_that_fit(spec["config"], spec["length"], psutil.virtual_memory().available)
+        fit = rows_that_fit(spec["config"], PADDED_TO, psutil.virtual_memory().available)
         rows = min(all_rows, chosen.padded_rows or fit)
         side.spec["rows"], side.part = rows, rows / all_rows
         side.most_rounds, side.apart = chosen.slow_rounds, True

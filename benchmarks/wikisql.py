@@ -1,4 +1,4 @@
-"""``make bench-wikisql``: the recipe `wikisql-smollm2-135m` beside mlx-lm and PEFT.
+"""``make bench ARGS=wikisql``: the recipe `wikisql-smollm2-135m` beside mlx-lm and PEFT.
 
 Every training is a process of its own on the same files and settings, one after another; with
 ``--rounds`` they alternate, each round with another seed. Their adapters are judged by jlora in
@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 
+from benchmarks.environments import mkl
 from benchmarks.sides import PYTHON, ROOT
 from jlora.data.pull_models import pull
 from jlora.runs.recipe import Recipe, find_recipe, load_recipe
@@ -134,18 +135,13 @@ def kept(folder: Path | None, name: str, compute: Callable[[], Run]) -> Run:
 
 def installed(side: str) -> bool:
     """Whether the side's environment is there; says so if not."""
-    needed = {"m": [MLX / "bin" / "python"], "P": [PYTHON["torch"]]}.get(side[0], [])
+    needed = {"m": [MLX / "bin" / "python"], "P": [PYTHON["peft"]]}.get(side[0], [])
     if side == "mlx-lm":
-        needed.append(mkl() or MLX / "lib" / "libmkl_rt.so")
+        needed.append(mkl(MLX) or MLX / "lib" / "libmkl_rt.so")
     missing = [file for file in needed if not file.exists()]
     if missing:
-        print(f"{side}: left out, {missing[0]} is missing; make bench-wikisql installs it")
+        print(f"{side}: left out, {missing[0]} is missing; `make bench ARGS=wikisql` installs it")
     return not missing
-
-
-def mkl() -> Path | None:
-    """The BLAS for mlx-lm: that of its own wheel, netlib's, is slow."""
-    return next((MLX / "lib").glob("libmkl_rt.so*"), None)
 
 
 def table(runs: dict[str, list[Run]], steps: int) -> str:
@@ -238,7 +234,7 @@ def peft(job: Job, precision: str) -> Run:
         "lr": job.recipe.train.optim.lr, "lora": adapter_settings(job.recipe),
         "out": str(job.folder / "adapter"),
     }  # fmt: skip
-    command = [str(PYTHON["torch"]), "-W", "ignore", "-m", "benchmarks.wikisql_torch"]
+    command = [str(PYTHON["peft"]), "-W", "ignore", "-m", "benchmarks.wikisql_torch"]
     lines, peak = follow([*command, json.dumps(spec)])
     found = [(at, json.loads(line)) for at, line in lines if line.startswith("{")]
     steps = [(at, row["loss"]) for at, row in found if "step" in row]
@@ -264,7 +260,7 @@ def mlx(job: Job, own_blas: bool = False) -> Run:
     config.write_text(json.dumps(settings))
     variables = {"TOKENIZERS_PARALLELISM": "true"}
     if not own_blas:
-        variables["LD_PRELOAD"] = str(mkl())
+        variables["LD_PRELOAD"] = str(mkl(MLX))
     lines, peak = follow([str(MLX / "bin" / "mlx_lm.lora"), "-c", str(config)], **variables)
     steps, valid = mlx_losses(lines)
     weights = job.folder / "mlx" / f"{job.steps:07d}_adapters.safetensors"

@@ -1,4 +1,4 @@
-"""The training of ``benchmarks.wikisql`` with transformers and PEFT, in the environment `torch`.
+"""The training of ``benchmarks.wikisql`` with transformers and PEFT, in the environment `peft`.
 
 Prints an object a line: ``{"valid": loss, "after": steps}`` and ``{"step": n, "loss": loss}``.
 """

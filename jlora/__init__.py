@@ -14,6 +14,41 @@ from __future__ import annotations
 import importlib
 import sys
 import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what `__getattr__` below finds, for editors and type checkers
+    from jlora import adapters as adapters
+    from jlora import data as data
+    from jlora import engine as engine
+    from jlora import layers as layers
+    from jlora import metrics as metrics
+    from jlora import models as models
+    from jlora.adapters import LoraConfig as LoraConfig
+    from jlora.adapters import PeftModel as PeftModel
+    from jlora.adapters import get_peft_model as get_peft_model
+    from jlora.adapters.export_folder import write_merged as write_merged
+    from jlora.adapters.export_gguf import export_gguf as export_gguf
+    from jlora.data import pull_models as pull  # noqa: F401
+    from jlora.data import tasks as tasks
+    from jlora.data.batches import Example as Example
+    from jlora.data.tasks import Task as Task
+    from jlora.data.tasks import register_task as register_task
+    from jlora.decoding import sampling as generate  # noqa: F401
+    from jlora.decoding.beam import BeamConfig as BeamConfig
+    from jlora.decoding.beam import beam_search as beam_search
+    from jlora.decoding.sampling import GenerateConfig as GenerateConfig
+    from jlora.layers import lora_state_dict as lora_state_dict
+    from jlora.layers import mark_only_lora_as_trainable as mark_only_lora_as_trainable
+    from jlora.metrics import Metric as Metric
+    from jlora.metrics import register_metric as register_metric
+    from jlora.models.families import register_family as register_family
+    from jlora.models.hub import load as load
+    from jlora.system import distributed as distributed
+    from jlora.system import runtime as runtime
+    from jlora.system.errors import UserError as UserError
+    from jlora.training import loop as train  # noqa: F401
+    from jlora.training.adamw import OptimConfig as OptimConfig
+    from jlora.training.loop import TrainConfig as TrainConfig
 
 _NAMES = {
     "load": "jlora.models.hub",
@@ -54,7 +89,7 @@ _MODULES = {
 __all__ = [*_NAMES, *_MODULES]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _NAMES:
         return getattr(importlib.import_module(_NAMES[name]), name)
     if name in _MODULES:
@@ -69,7 +104,7 @@ def __dir__() -> list[str]:
 class _Runtime(types.ModuleType):
     """`jlora.runtime`, as users write it; the module that it stands for is read when needed."""
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(importlib.import_module(_MODULES["runtime"]), name)
 
 

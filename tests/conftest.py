@@ -29,9 +29,29 @@ def pytest_runtest_makereport(item, call):
                 _ = frame.f_locals  # a copy of them, which pytest has made, is cleared by this
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "needs(condition, reason): see needs.py")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    for mark in item.iter_markers("needs"):
+        condition, reason = mark.args
+        if not condition():
+            pytest.skip(reason)
+
+
+# The first worker compiles the library of operators, the second meanwhile what does not need it.
+# Then come tests without operators: whoever is done with them first compiles those.
+FIRST = ["test_structs", "test_gpu", "test_metrics", "test_runtime"]
+
+
 def pytest_collection_modifyitems(items):
-    """Begin with files that need no operators: whoever is done with them first compiles those."""
-    items.sort(key=lambda item: not item.path.name.startswith("test_metrics"))
+    def place(item) -> int:
+        starts = (i for i, start in enumerate(FIRST) if item.path.name.startswith(start))
+        return next(starts, len(FIRST))
+
+    items.sort(key=place)
 
 
 @pytest.fixture

@@ -1,12 +1,29 @@
-"""Conditions of the machine for some of the tests."""
+"""Conditions of the machine for some of the tests.
+
+They are asked when such a test begins: while tests are collected nobody should wait for a compiler.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 
 from jlora.kernels import native, packed_linear
 
-needs_bf16 = pytest.mark.skipif(
-    native.problem() is not None or not packed_linear.available("bf16"),
-    reason="nothing multiplies bf16 on this machine: no AMX, and no oneDNN that could",
-)
+
+def needs(condition: Callable[[], bool], reason: str) -> pytest.MarkDecorator:
+    """A mark: the test is skipped unless the condition holds; conftest.py asks."""
+    return pytest.mark.needs(condition, reason)
+
+
+def needs_products(kind: str) -> pytest.MarkDecorator:
+    """A mark: skipped where nothing multiplies weights packed so."""
+    return needs(
+        lambda: native.problem() is None and packed_linear.available(kind),
+        f"nothing multiplies {kind} on this machine",
+    )
+
+
+needs_bf16 = needs_products("bf16")
+needs_operators = needs(lambda: native.problem() is None, "no compiled operators here")

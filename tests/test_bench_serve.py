@@ -1,4 +1,4 @@
-"""The arithmetic of `make bench-serve`, its client and its inputs; no timings."""
+"""The arithmetic of `make bench ARGS=serve`, its client and its inputs; no timings."""
 
 from __future__ import annotations
 

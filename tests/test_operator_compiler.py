@@ -83,6 +83,7 @@ def compiled(tmp_path, monkeypatch):
         (tmp_path / "jittor" / "src" / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "jittor" / "src" / name / "a.h").write_text("")
     (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / operator_compiler.HEADER).write_text("")
 
     def run(command, **_):
         if command[-1] != "--version":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from needs import needs_products
 from tiny_families import tiny
 from tiny_models import randomise_adapter, tiny_gpt2, tiny_llama, wide_gpt2, wide_llama
 
@@ -40,11 +41,8 @@ MODELS = {
 }
 KINDS = [kind for kind in packed_linear.KINDS if kind in ("bf16", "int8", "int4")]
 PRECISIONS = [
-    pytest.param(kind, marks=pytest.mark.skipif(not available, reason=f"no {kind} products here"))
-    for kind, available in [
-        ("fp32", True),
-        *((kind, packed_linear.available(kind)) for kind in KINDS),
-    ]
+    "fp32",
+    *(pytest.param(kind, marks=needs_products(kind)) for kind in KINDS),
 ]
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [2], [6, 5, 3, 5], [8, 9]]
 TOKENS = np.random.default_rng(0).integers(0, 23, (4, 6))  # what each prompt goes on with

@@ -15,11 +15,12 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from jlora.system import machine, runtime
+from jlora.system import first_import, machine, runtime
 from jlora.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,6 +173,22 @@ def test_onednn_has_headers_and_library():
         assert onednn.library.parent.parent in runtime.installed_onednn()
 
 
+def test_onednn_is_unpacked_where_jittor_looks_for_it(tmp_path, monkeypatch):
+    onednn = runtime.find_onednn()
+    if onednn is None or sys.platform != "linux":
+        pytest.skip("no oneDNN of jittor-offline's here")
+    home = SimpleNamespace(home=lambda: str(tmp_path))
+    monkeypatch.setenv("use_mkl", "0")
+    first_import.unpack_onednn(home)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.delenv("use_mkl")
+    for _ in range(2):
+        first_import.unpack_onednn(home)
+        (unpacked,) = (tmp_path / ".cache" / "jittor" / "mkl").iterdir()
+        assert unpacked.name == onednn.include.parent.name
+        assert (unpacked / "lib" / "libmkldnn.so").is_file()
+
+
 def test_gpu_that_is_not_there(monkeypatch):
     from jlora.system.runtime import jt
 
@@ -181,6 +198,36 @@ def test_gpu_that_is_not_there(monkeypatch):
     assert runtime.use_gpu(False) is False
     with pytest.raises(UserError, match="no GPU to use: .*jlora doctor"):
         runtime.use_gpu(True)
+
+
+# --- Jittor 2.0, which can stand in for torch ------------------------------------------------
+
+
+AS_TORCH = "sys.modules['torch'] = sys.modules[__name__]"
+
+
+@pytest.mark.parametrize(
+    ("before", "every_import", "variables", "reason"),
+    [
+        ("", "", {"JITTOR_TORCH_SHIM": "1"}, "JITTOR_TORCH_SHIM=1"),
+        ("", "", {"JITTOR_TORCH_PROJECT_ROOT": "/p"}, "JITTOR_TORCH_PROJECT_ROOT=/p"),
+        ("import jittor", AS_TORCH, {}, "its module is loaded as torch"),
+        ("", AS_TORCH, {}, "its module is loaded as torch"),  # by the text of the script
+    ],
+)
+def test_jittor_as_torch_is_refused(stand_in, before, every_import, variables, reason):
+    script = f"{before}\n{textwrap.dedent(IMPORT)}"
+    result = run(script, stand_in(every_import=every_import), **variables)
+    assert result.returncode == 2
+    wanted = f"jlora: error: Jittor stands in for torch in this process ({reason}), where its"
+    assert result.stderr.startswith(wanted) and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_a_torch_of_its_own_and_a_mode_that_is_off_are_no_hindrance(stand_in, tmp_path):
+    (tmp_path / "torch.py").write_text("")
+    script = f"import torch\n{textwrap.dedent(IMPORT)}print(jt.__version__)"
+    result = run(script, stand_in(), tmp_path, JITTOR_TORCH_SHIM="0")
+    assert result.stdout == "stand-in\n", result.stderr
 
 
 # --- the environment variables --------------------------------------------------------------

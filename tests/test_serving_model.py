@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tiny
+from needs import needs_bf16
 from test_scheduler import some_request
 from test_serving_engine import LONG, Answer
 from tiny_models import randomise_adapter
@@ -17,13 +18,12 @@ from jlora.decoding.beam import BeamConfig, beam_search
 from jlora.decoding.native_weights import require_native
 from jlora.decoding.requests import Request
 from jlora.decoding.sampling import GenerateConfig, generate
-from jlora.kernels import packed_linear
 from jlora.models.hub import load
 from jlora.runs.adapter_file import AdapterFile, open_model
 from jlora.serving.engine import Engine
 from jlora.system.errors import UserError
 
-pytestmark = pytest.mark.skipif(not packed_linear.available("bf16"), reason="no bf16 products here")
+pytestmark = needs_bf16
 
 ADAPTERS = {
     "a": {"target_modules": ["c_attn", "c_fc"], "r": 2, "lora_alpha": 8},

@@ -6,11 +6,12 @@ import ctypes
 
 import numpy as np
 import pytest
+from needs import needs_operators
 
 from jlora.kernels import native, structs
 from jlora.system.errors import UserError
 
-pytestmark = pytest.mark.skipif(native.problem() is not None, reason="no compiled operators here")
+pytestmark = needs_operators
 
 
 def layouts() -> str:

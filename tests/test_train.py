@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from needs import needs_operators
 from test_beam import padded, reference_case
 from tiny_models import tiny_gpt2
 
@@ -20,7 +21,6 @@ from jlora import engine
 from jlora.adapters import LoraConfig, PartialModel, get_peft_model
 from jlora.data.batches import TokenExample
 from jlora.decoding.beam import beam_search
-from jlora.kernels import native
 from jlora.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from jlora.models.hub import load
 from jlora.system.distributed import World
@@ -403,7 +403,7 @@ class OneOf(World):
         self.summed = [array.copy() for array in arrays]
 
 
-@pytest.mark.skipif(native.problem() is not None, reason="dropout by the row is the operators'")
+@needs_operators
 def test_dropout_does_not_depend_on_a_process_without_a_share(tmp_path, monkeypatch):
     """The first batch has one example, so one of two processes gets nothing of it."""
 

@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def packaged(monkeypatch) -> set[str]:
     """The files that setuptools would put into a wheel by pyproject.toml; nothing is built."""
+    # As pyproject.toml asks for, to build with and among the packages for development.
+    pytest.importorskip("setuptools", minversion="77")
     dist_module = pytest.importorskip("setuptools.dist")
     monkeypatch.chdir(ROOT)
     dist = dist_module.Distribution({"script_name": "setup.py"})

@@ -74,7 +74,7 @@ def export_gguf(
     metadata = tokenizer_metadata(base, architecture.pre) if tokenizer else special_ids(base)
     notes, text = trained.gguf(metadata), ""
     if tokenizer:
-        chosen = own_template(base) if template == OWN else template
+        chosen = own_template(base) if isinstance(template, str) else template
         text, said = conversation_metadata(metadata, path.name, base.tokenizer, chosen, trained)
         notes += said
     weights = merged_weights(model)

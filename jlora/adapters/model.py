@@ -243,15 +243,20 @@ class PeftModel(SwitchableModel):
             UserError: the folder cannot be written, or no adapter is on.
         """
         config, tensors = self._peft_form()
-        notes = {"enable_lora": self.peft_config.enable_lora, "base_model": self._base_record}
+        notes = {"enable_lora": self._on.config.enable_lora, "base_model": self._base_record}
         write_peft(folder, config.to_dict(), tensors, notes)
 
     def _peft_form(self) -> tuple[LoraConfig, dict[str, np.ndarray]]:
         """Settings and tensors of the adapter that is on as PEFT's files have them."""
         self._check_loaded()
+        return storage.peft_form(self.base_model, self._on.config, self.adapter_tensors())
+
+    @property
+    def _on(self) -> Adapter:
+        """The adapter that is on."""
         if self._current is None:
             raise UserError("no adapter is on; set_adapter(NAME) first")
-        return storage.peft_form(self.base_model, self.peft_config, self.adapter_tensors())
+        return self._current
 
     @classmethod
     def from_pretrained(
@@ -280,7 +285,7 @@ class PeftModel(SwitchableModel):
 
     def _begun(self, adapter_name: str) -> PeftModel:
         self._switch(adapter_name)
-        if not self._current.is_trainable:
+        if not self._on.is_trainable:
             self.eval()
         return self
 
@@ -300,7 +305,7 @@ class PeftModel(SwitchableModel):
         """
         self._peft_form()
         return loralib.write_loralib(
-            path, self.peft_config, self.lora_layers(), self.adapter_tensors(), nested
+            path, self._on.config, self.lora_layers(), self.adapter_tensors(), nested
         )
 
     @classmethod

@@ -26,6 +26,7 @@ from jlora.models.hub import load
 from jlora.runs.adapter_file import AdapterFile
 from jlora.system.console import say
 from jlora.system.errors import UserError
+from jlora.system.progress import progress
 from jlora.system.runtime import nn
 
 
@@ -130,7 +131,10 @@ def analyze(
         names.append(file.recipe.model if file.recipe else None)
     study = Study(
         paths=[str(file.path) for file in files],
-        layers=[{each.key: measure(each) for each in a.updates} for a in adapters],
+        layers=[
+            {each.key: measure(each) for each in progress(a.updates, "singular values", "layer")}
+            for a in adapters
+        ],
         matrix=matrix,
     )
     if len(adapters) == 2:
@@ -141,7 +145,7 @@ def analyze(
             if adapter.base_record and not file.force:
                 check_base(adapter.base_record, base, str(file.path))
             rng = np.random.default_rng(seed)
-            for update in adapter.updates:
+            for update in progress(adapter.updates, "amplification", "layer"):
                 W = base_weight(base, update, file.path)
                 measured[update.key].amplification = amplification(update, W, rng)
     return study
@@ -181,7 +185,7 @@ def compare(
         UserError: there are no such layers, or a layer's width differs.
     """
     others = {update.key: update for update in second}
-    for update in first:
+    for update in progress(first, "comparing", "layer"):
         other = others.get(update.key)
         if other is None:
             continue

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from jlora.cli import answers, chat, folders, generate, models, serve, setup, training
 from jlora.system import distributed
+from jlora.system.console import paint
 from jlora.system.errors import UserError
 
 #: Each adds one subcommand, with its options, and stands beside the function that does it.
@@ -72,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def fail(error: UserError) -> int:
     """Say what is wrong in one line."""
-    return end(f"jlora: error: {' '.join(str(error).split())}", 2)
+    word = paint("error:", "red", sys.stderr)
+    return end(f"jlora: {word} {' '.join(str(error).split())}", 2)
 
 
 def end(message: str, code: int) -> int:

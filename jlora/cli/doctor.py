@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jlora.metrics.java import find_java
-from jlora.system import cuda_toolkit, distributed, environment, machine, runtime
+from jlora.system import compilers, cuda_toolkit, distributed, environment, machine, runtime
+from jlora.system.console import paint
 from jlora.system.errors import UserError
 
 # Jittor's first import compiles it; the child process that tries it may take as long as that.
@@ -47,7 +48,7 @@ def checks() -> list[Check]:
     compiler, headers = _compiler(), _headers()
     packages = _packages()
     cache = _cache()
-    found = [compiler, headers, _cpu(), packages, cache]
+    found = [compiler, *_operators(compiler.ok), headers, _cpu(), packages, cache]
     if all(check.ok for check in (compiler, headers, packages, cache)):
         jittor = _jittor()
     else:
@@ -67,6 +68,26 @@ def _compiler() -> Check:
         return Check("C++ compiler", False, f"{path}: {problem}", _install("compiler"))
     output = subprocess.run([path, "--version"], capture_output=True, text=True, errors="replace")
     return Check("C++ compiler", True, f"{output.stdout.splitlines()[0]} ({path})")
+
+
+def _operators(compiler_works: bool) -> list[Check]:
+    """What compiles jlora's operators, and what of the processor that leaves unused."""
+    if not compiler_works:
+        return []
+    try:
+        chosen = compilers.operator_compilers()[0]
+    except UserError as error:
+        cause, _, fix = str(error).partition("; ")
+        return [Check("Operators", False, cause, fix)]
+    asked = compilers.examine(chosen.path, chosen.own) or chosen
+    problem = compilers.what_is_missing(asked)
+    if problem:
+        cause, _, fix = problem.partition("; ")
+        return [Check("Operators", False, cause, fix, required=False)]
+    whose = "Jittor's compiler" if asked.own else "Jittor keeps its own"
+    known = ", ".join(compilers.known_here()) or "no instructions of their own"
+    detail = f"{asked} ({asked.path}; {whose}), for {known}"
+    return [Check("Operators", True, detail, required=False)]
 
 
 def _headers() -> Check:
@@ -259,10 +280,8 @@ def main(as_json: bool = False, look: Callable[[], list[Check]] = checks) -> int
 
 def _mark(check: Check) -> str:
     """``ok``, ``missing`` or ``optional`` in one width, coloured on a terminal."""
-    word, colour = (
-        ("ok", 32) if check.ok else ("missing", 31) if check.required else ("optional", 33)
-    )
-    padded = f"{word:<8}"
-    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
-        return f"\033[{colour}m{padded}\033[0m"
-    return padded
+    if check.ok:
+        word, colour = "ok", "green"
+    else:
+        word, colour = ("missing", "red") if check.required else ("optional", "yellow")
+    return paint(f"{word:<8}", colour, sys.stdout)

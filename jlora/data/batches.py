@@ -19,6 +19,7 @@ Differences, all intended:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -345,7 +346,7 @@ def epoch_batches(
     return [batches[index] for index in generator.permutation(len(batches))]
 
 
-def _chunks(rows: Sequence[int], size: int) -> list[list[int]]:
+def _chunks(rows: Sequence[int] | np.ndarray, size: int) -> list[list[int]]:
     return [[int(row) for row in rows[start : start + size]] for start in range(0, len(rows), size)]
 
 
@@ -363,17 +364,19 @@ class BatchOrder:
         group_by_length: bool = True,
         shuffle: bool = True,
     ):
-        self._arguments = (lengths, batch_size, seed)
-        self._keywords = {"group_by_length": group_by_length, "shuffle": shuffle}
+        self._batches_of = functools.partial(
+            epoch_batches, lengths, batch_size, seed,
+            group_by_length=group_by_length, shuffle=shuffle,
+        )  # fmt: skip
         self._epoch = 0
-        self._batches = epoch_batches(*self._arguments, epoch=0, **self._keywords)
+        self._batches = self._batches_of(epoch=0)
         self.per_epoch = len(self._batches)
 
     def batch(self, step: int) -> list[int]:
         """Row numbers of batch ``step``, counted from 0 over all epochs."""
         epoch, index = divmod(step, self.per_epoch)
         if epoch != self._epoch:
-            self._batches = epoch_batches(*self._arguments, epoch=epoch, **self._keywords)
+            self._batches = self._batches_of(epoch=epoch)
             self._epoch = epoch
         return self._batches[index]
 

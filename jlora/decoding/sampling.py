@@ -64,9 +64,14 @@ class GenerateConfig:
 class Drawing(Protocol):
     """What of a `GenerateConfig` decides a draw."""
 
-    temperature: float
-    top_p: float
-    min_p: float
+    @property
+    def temperature(self) -> float: ...
+
+    @property
+    def top_p(self) -> float: ...
+
+    @property
+    def min_p(self) -> float: ...
 
 
 def generate(
@@ -173,7 +178,8 @@ def next_tokens(
         everything = None
         chosen = []
         for row, index in enumerate(batch):
-            (values, ids), place = few, 0
+            values, ids = few
+            place: int | None = 0
             if config.temperature > 0:
                 u = draws[index].random()
                 place = draw(values[row], config, u, most - values.shape[1])

@@ -28,6 +28,7 @@ from jlora.kernels.gpu_library import on_gpu
 from jlora.models.head import LanguageHead
 from jlora.system import machine
 from jlora.system.errors import UserError
+from jlora.system.progress import progress
 from jlora.system.runtime import jt, nn, release_memory
 
 PRECISIONS = ("plain", "fp32", "bf16", "int8", "int8-both", "int4")
@@ -46,7 +47,7 @@ def choose_precision() -> tuple[str, str]:
     if on_gpu():
         return "bf16", "the GPU multiplies bf16"
     if not packed_linear.available("bf16"):
-        return "fp32", "neither AMX nor oneDNN multiplies bf16 here"
+        return "fp32", "neither vector instructions nor oneDNN multiply bf16 here"
     tiles = packed_linear.tiles()
     if tiles is not None:
         return "bf16", f"the processor multiplies bf16 by {tiles}"
@@ -63,8 +64,9 @@ def prepare(
 ) -> str:
     """Make a model fast for training and for generation.
 
-    Weights that are trained stay float32. With AMX or AVX-512 their products read copies in bf16
-    that follow them, whatever precision the frozen ones are packed in; elsewhere they run plain.
+    Weights that are trained stay float32. Where our own tiles multiply (`packed_linear.tiles`),
+    their products read copies in bf16 that follow them, whatever precision the frozen ones are
+    packed in; elsewhere they run plain.
     Call it again after something else is to be trained, after an adapter was merged away (the
     layers put in place then are plain), and after frozen weights were given other numbers: packed
     weights are copies. Adapters that are put on or taken off later take the packed weights over.
@@ -158,14 +160,14 @@ def _check(model, precision: str) -> None:
         raise UserError(f"precision {precision} is not to be had: {problem}")
     if precision == "bf16" and not packed_linear.available("bf16"):
         raise UserError(
-            "precision bf16 needs a processor with AMX, or oneDNN and a processor on which it "
-            "multiplies bf16; `jlora doctor` says what is there, and precisions fp32 and plain "
-            "run without"
+            "precision bf16 needs a processor with AVX2 or NEON, or oneDNN and a processor on "
+            "which it multiplies bf16; `jlora doctor` says what is there, and precisions fp32 and "
+            "plain run without"
         )
     if precision in packed_linear.KINDS and not packed_linear.available(precision):
         raise UserError(
-            f"precision {precision} needs a processor with AMX or AVX512_BF16, and a compiler that "
-            "knows them (g++ 11 or newer); use precision bf16, fp32 or plain"
+            f"precision {precision} needs a processor with AVX2, AVX512_BF16, AMX or NEON, and a "
+            "compiler that knows it (g++ 11 or newer); use precision bf16, fp32 or plain"
         )
     for name, parameter in model.named_parameters():
         if parameter.dtype != "float32":
@@ -181,7 +183,7 @@ def _pack(model, precision: str, keep_weights: bool) -> None:
         remember_base(model)
     head = getattr(model, "output_embedding", None)
     head_layer = getattr(model, "head_layer", None)
-    for module in model.modules():
+    for module in progress(model.modules(), "packing weights", "layer"):
         is_lora = type(module) in LORA
         if type(module) is LanguageHead:
             if head_layer is not None:

@@ -8,6 +8,7 @@ import os
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -150,8 +151,8 @@ def _read_tensor(path: Path, name: str, entry: dict, start: int, state: tuple) -
 
 
 def read_sharded(
-    index: str | Path, read: Callable[[Path], dict[str, np.ndarray]] = read_safetensors
-) -> dict[str, np.ndarray]:
+    index: str | Path, read: Callable[[Path], dict[str, Any]] = read_safetensors
+) -> dict[str, Any]:
     """Read the files that an index (``model.safetensors.index.json``) names, each with ``read``.
 
     Raises:
@@ -159,7 +160,7 @@ def read_sharded(
     """
     index = Path(index)
     weight_map = read_index(index)
-    tensors: dict[str, np.ndarray] = {}
+    tensors: dict[str, Any] = {}
     for name in sorted(set(weight_map.values())):
         tensors.update(read(index.parent / name))
     check_shards(index, weight_map, tensors)
@@ -198,7 +199,9 @@ def check_shards(index: Path, weight_map: Mapping[str, str], tensors: Mapping) -
 
 
 def write_safetensors(
-    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    tensors: Mapping[str, np.ndarray] | Mapping[str, LazyArray],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write arrays as a safetensors file, atomically.
 

@@ -34,11 +34,12 @@ JLORA_INLINE void rotate_pair(T& left, T& right, T cos, T sin) {
 }
 // As rotate_pair for 8 pairs of neighbours among 16 numbers; cos and sin: 8 numbers of 16, from `from` on.
 JLORA_INLINE F16 rotate_neighbours(F16 x, F16 cos, F16 sin, int from) {
-    constexpr I16 pairs = {0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7};
-    constexpr I16 others = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
-    constexpr F16 signs = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
-    const I16 own = pairs + from;
-    return x * __builtin_shuffle(cos, own) + signs * __builtin_shuffle(x, others) * __builtin_shuffle(sin, own);
+    static constexpr int32_t pairs[32] = {0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7,
+        8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15};
+    static constexpr int32_t others[16] = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
+    static constexpr float signs[16] = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+    const int32_t* own = pairs + 2 * from;
+    return x * shuffle(cos, own) + load16(signs) * shuffle(x, others) * shuffle(sin, own);
 }
 // How queries and keys are turned: the first `size` numbers of a head, in halves or neighbour by neighbour.
 struct Turn {

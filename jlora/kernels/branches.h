@@ -45,14 +45,18 @@ struct Slots {
 
 // In an order that the compiler may not change.
 inline float sum_lanes(F16 v) {
+#if defined(__AVX512F__)
     v += __builtin_shuffle(v, I16{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
     v += __builtin_shuffle(v, I16{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
     v += __builtin_shuffle(v, I16{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
     v += __builtin_shuffle(v, I16{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
     return v[0];
+#else
+    return sum16(v);
+#endif
 }
 // Numbers are multiplied line by line of 64 bytes: of A in float32 or bf16 with x in float32, or both in bf16.
-typedef uint32_t Pairs __attribute__((vector_size(64)));  // 32 bf16 numbers
+typedef U16 Pairs;  // 32 bf16 numbers
 inline F16 even(Pairs v) { return (F16)(v << 16); }
 inline F16 odd(Pairs v) { return (F16)(v & 0xffff0000u); }
 inline Pairs load_pairs(const uint16_t* p) { Pairs v; std::memcpy(&v, p, 64); return v; }

@@ -115,7 +115,7 @@ struct Dropout {
         h = (h ^ (h >> 16)) * 0x85EBCA6Bu;
         h = (h ^ (h >> 13)) * 0xC2B2AE35u;
         h ^= h >> 16;
-        return h >= limit ? F16{} + scale : F16{};
+        return blend(h >= limit, F16{} + scale, 0.0f);
     }
 };
 // rows of `width`

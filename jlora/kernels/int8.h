@@ -5,11 +5,10 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include "tile_turns.h"
 #include "tile_weights.h"
 
 namespace jlora::int8 {
-typedef int8_t Byte16 __attribute__((vector_size(16)));
-
 constexpr int bias = tiles::unsigned_rows ? 128 : 0;
 // Behind a weight's scales: `bias` times the sums of its outputs' numbers, and of its inputs'.
 inline int* output_offsets(const Weight& w) { return (int*)(w.scales + up_to(w.n, 64)); }
@@ -48,7 +47,7 @@ struct Outliers {
     int column[most];
     float value[most];
 };
-inline F16 size(F16 v) { return (F16)((I16)v & 0x7fffffff); }
+inline F16 size(F16 v) { return blend(v < 0.0f, -v, v); }
 // The numbers above the limit, as many as there is room for; gives the largest of the others, by lane.
 template <typename Run>
 inline F16 take_outliers(const Run& run, int64_t width, float limit, Outliers& apart) {
@@ -56,7 +55,7 @@ inline F16 take_outliers(const Run& run, int64_t width, float limit, Outliers& a
     for (int64_t k = 0; k < width; k += 16) {
         const F16 v = run(k), sizes = size(v);
         if (!any16(sizes > limit)) {
-            peaks = sizes > peaks ? sizes : peaks;
+            peaks = larger(sizes, peaks);
             continue;
         }
         for (int i = 0; i < 16; i++) {
@@ -91,7 +90,7 @@ inline QuantisedRows quantise(const Rows& x, const float* columns) {
         F16 sums{}, peaks{};
         for (int64_t k = 0; k < width; k += 16) {
             const F16 sizes = size(run(k));
-            sums += sizes, peaks = sizes > peaks ? sizes : peaks;
+            sums += sizes, peaks = larger(sizes, peaks);
         }
         const float sum = sum16(sums), limit = Outliers::limit * sum / x.width;
         Outliers& apart = out.outliers[m];
@@ -105,11 +104,7 @@ inline QuantisedRows quantise(const Rows& x, const float* columns) {
         out.scales[m] = most / 127;
         const float inverse = most > 0 ? 127 / most : 0.0f;
         const auto place = [&](int64_t k) { return out.data + (m / 16 * steps + k / 64) * tiles::tile_bytes + m % 16 * 64 + k % 64; };
-        for (int64_t k = 0; k < width; k += 16) {
-            const F16 v = run(k) * inverse, half = (F16)(((I16)v & (int32_t)0x80000000) | 0x3f000000);
-            const Byte16 bytes = __builtin_convertvector(__builtin_convertvector(v + half, I16) + bias, Byte16);
-            std::memcpy(place(k), &bytes, 16);
-        }
+        for (int64_t k = 0; k < width; k += 16) store_bytes(place(k), nearest16(run(k) * inverse) + bias);
         for (int j = 0; j < apart.count; j++) *place(apart.column[j]) = (char)bias;
     }
     return out;
@@ -130,17 +125,12 @@ inline const T* all_of(const Weights& all, Of of) {
 inline const float* all_scales(const Weights& all) {
     return all_of<float>(all, [](const Weight& w) { return w.scales; });
 }
-inline F16 without(F16 sums, const int* offset) {
-    I16 off;
-    std::memcpy(&off, offset, 64);
-    return __builtin_convertvector((I16)sums - off, F16);
-}
+inline F16 without(F16 sums, const int* offset) { return floats((I16)sums - load_integers(offset)); }
 
 // The numbers of 16 outputs that input k is multiplied with.
 inline F16 outputs(const Weight& w, int64_t n_tile, int64_t k) {
-    I16 quads;
-    std::memcpy(&quads, (const char*)w.tile(n_tile, k / 64) + k % 64 / 4 * 64, 64);
-    return __builtin_convertvector((quads << (24 - k % 4 * 8)) >> 24, F16);
+    const I16 quads = load_integers((const int32_t*)((const char*)w.tile(n_tile, k / 64) + k % 64 / 4 * 64));
+    return floats((quads << (int)(24 - k % 4 * 8)) >> 24);
 }
 // The numbers of 16 inputs from k on that output n is multiplied with.
 inline F16 inputs(const Weight& w, int64_t n, int64_t k) {
@@ -172,6 +162,7 @@ void product(const Rows& x, const Weights& all, int64_t count, const Panels& wei
 inline const char* half_tile(const Weight& w, int64_t n_tile, int64_t p) {
     return (const char*)w.tile(n_tile, p / 2) + p % 2 * 512;
 }
+#if defined(JLORA_AVX512_FORMS)
 // Four of its rows, 16 inputs of 16 outputs: byte k of lane l of z[j] becomes input k of output 4 l + j.
 inline void by_outputs(const char* rows, __m512i* z) {
     const __m512i r0 = _mm512_load_si512(rows), r1 = _mm512_load_si512(rows + 64);
@@ -223,6 +214,13 @@ inline void turn_bytes(const char* rows, char* out) {
     _mm512_store_si512(out + 128, _mm512_shuffle_i32x4(v1, v3, 0x88));
     _mm512_store_si512(out + 192, _mm512_shuffle_i32x4(v1, v3, 0xdd));
 }
+#else
+inline void widen_tiles(const Weight& w, int64_t step, int64_t p, uint16_t* left, uint16_t* right) {
+    alignas(64) uint16_t rows[2][512];
+    for (int t = 0; t < 2; t++) widen_half(half_tile(w, 2 * step + t, p), w.scales + step * 32 + t * 16, rows[t]);
+    pair_tiles(rows[0], rows[1], left, right);
+}
+#endif
 struct BackwardPanels {
     const Weights& all;
     const Weight& find(int64_t& step) const {

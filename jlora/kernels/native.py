@@ -23,8 +23,10 @@ import numpy as np
 from jlora.kernels import gpu_library, structs
 from jlora.kernels.gpu_library import on_gpu
 from jlora.system import machine
+from jlora.system.compilers import CHOICE, Compiler, operator_compilers, target
+from jlora.system.console import warn
 from jlora.system.errors import UserError
-from jlora.system.files import atomic_path
+from jlora.system.files import atomic_path, write_text
 from jlora.system.lock import one_at_a_time
 from jlora.system.runtime import OneDNN, find_onednn, jt
 from jlora.system.status import run_compiler
@@ -67,9 +69,31 @@ def _cpu_library() -> ctypes.CDLL:
     Raises:
         UserError: the compiler failed, or the result cannot be loaded.
     """
-    onednn = find_onednn()
-    command = _command(onednn)
-    path = Path(jt.flags.cache_path) / "jlora" / f"operators-{_digest(command)}.so"
+    onednn, compilers = find_onednn(), operator_compilers()
+    for compiler in compilers[:-1]:
+        path = _library_path(_command(onednn, compiler))
+        failed = path.with_suffix(".failed")  # half a minute that no later start spends again
+        if not failed.is_file():
+            try:
+                return _made(onednn, compiler)
+            except UserError as error:
+                warn(f"{error}; taking another compiler ({CHOICE} chooses)")
+                write_text(failed, f"{error}\n")
+    return _made(onednn, compilers[-1])
+
+
+def _library_path(command: list[str]) -> Path:
+    return Path(jt.flags.cache_path) / "jlora" / f"operators-{_digest(command)}.so"
+
+
+def _made(onednn: OneDNN | None, compiler: Compiler) -> ctypes.CDLL:
+    """The operators as a compiler makes them.
+
+    Raises:
+        UserError: it failed, or the result cannot be loaded.
+    """
+    command = _command(onednn, compiler)
+    path = _library_path(command)
     if not path.is_file():
         with one_at_a_time(path.with_name("operators.lock"), "compiling jlora's operators"):
             if not path.is_file():
@@ -99,10 +123,9 @@ def _problem(_on_gpu: bool) -> str | None:
     return None
 
 
-def _command(onednn: OneDNN | None) -> list[str]:
-    option = "-mcpu" if platform.machine() in ("aarch64", "arm64") else "-march"
-    target = f"{option}={os.environ.get('JLORA_ARCH', 'native')}"  # another one is for tests
-    command = [machine.compiler() or "g++", *FLAGS, target, str(FOLDER / SOURCE)]
+def _command(onednn: OneDNN | None, compiler: Compiler) -> list[str]:
+    options = [*FLAGS, *compiler.link_options, target()]
+    command = [compiler.path, *options, str(FOLDER / SOURCE)]
     if platform.machine() in ("x86_64", "AMD64"):
         # Of AVX-512; GCC would take half of it.
         command.insert(1, "-mprefer-vector-width=512")

@@ -40,17 +40,17 @@ def packed_bytes(n: int, k: int, kind: str) -> int:
 
 
 def tiles() -> str | None:
-    """What multiplies packed weights: "AMX" or "AVX-512", None for oneDNN."""
+    """What multiplies packed weights: "AMX", "AVX-512", "AVX2" or "NEON", None for oneDNN."""
     if not has("tile_products"):
         return None
-    return {2: "AMX", 1: "AVX-512"}.get(call("tile_products", ctypes.c_int64))
+    return {1: "AVX-512", 2: "AMX", 3: "AVX2", 4: "NEON"}.get(call("tile_products", ctypes.c_int64))
 
 
 class PackedWeight:
     """A weight (N, K) in bf16, int8 or int4, in the layout that the processor multiplies best.
 
-    With AMX or AVX-512 one packing serves the product and its transpose, 2 bytes a number, 1 or
-    5/8; without them there is one of bf16 for each. int8 has a scale for each of the N outputs,
+    By tiles (`tiles`) one packing serves the product and its transpose, 2 bytes a number, 1 or
+    5/8; by oneDNN there is one of bf16 for each. int8 has a scale for each of the N outputs,
     int4 a scale and a minimum for each 32 inputs of an output.
     """
 

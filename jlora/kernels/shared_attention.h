@@ -93,13 +93,13 @@ inline void exponentials(float* scores, int64_t shown, int64_t tokens, const flo
             F16 s = load16(own + t * columns);
             if (how.cap) s = soft_cap16(s * how.scale, how.cap) / how.scale;
             if (t >= shown) s += load16(mask + t * columns);
-            if (how.window) s = F16{} + (float)place(t) >= load16(first + c) ? s : F16{} + unseen;
+            if (how.window) s = blend(F16{} + (float)place(t) >= load16(first + c), s, unseen);
             if (how.cap || t >= shown || how.window) store16(own + t * columns, s);
-            peak = s > peak ? s : peak;
+            peak = larger(s, peak);
         }
         for (int64_t t = 0; t < tokens; t++) {
             const F16 s = load16(own + t * columns), e = exp16((s - peak) * how.scale);
-            const F16 p = s < unseen / 2 ? F16{} : e;
+            const F16 p = blend(s < unseen / 2, F16{}, e);
             store16(own + t * columns, p);
             total += p;
         }

@@ -29,8 +29,9 @@ struct RowSums {
         if (count < 32) left = first(left, count), right = first(right, count - 16);
         store16(last_plain, load16(last_plain) + left + right);
         if (count < 32) left = first(left, count, -FLT_MAX), right = first(right, count - 16, -FLT_MAX);
-        if (any16((left > peak) | (right > peak))) {
-            const float most = largest16(left > right ? left : right), factor = fast_exp(peak - most);
+        const F16 both = larger(left, right);
+        if (any16(both > peak)) {
+            const float most = largest16(both), factor = fast_exp(peak - most);
             store16(last_total, load16(last_total) * factor), total *= factor, peak = most;
         }
         left = exp16(left - peak), right = exp16(right - peak);
@@ -43,7 +44,7 @@ struct RowSums {
     }
     // The first `count` numbers of v, and `other` for the rest.
     static F16 first(F16 v, int64_t count, float other = 0) {
-        return lane_numbers < (int32_t)count ? v : F16{} + other;
+        return blend(lane_numbers < (int32_t)count, v, other);
     }
 };
 // The same of all threads.

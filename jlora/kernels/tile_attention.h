@@ -46,7 +46,7 @@ struct Sequence {
                     const uint16_t* x = s.qkv.at(m, column);
                     F16 left = load16(x + in_tiles(d)), right = load16(x + in_tiles(e));
                     rotate(cos, sin, left, right);
-                    store_half(out + in_tiles(d), left), store_half(out + in_tiles(e), right);
+                    store16(out + in_tiles(d), left), store16(out + in_tiles(e), right);
                 });
             for (int64_t d = 2 * half; turns && s.cos && r < n && d < s.D; d += 32)
                 std::memcpy(out + d * 16, s.qkv.at(m, column + d), 64);
@@ -82,7 +82,7 @@ struct Sequence {
                 std::memcpy(out + d * 16, x, 64);
                 sum += load16(x) * load16(y) + load16(x + 16) * load16(y + 16);
             }
-            total[r] = _mm512_reduce_add_ps((__m512)sum);
+            total[r] = sum16(sum);
         }
     }
 
@@ -102,10 +102,6 @@ private:
         left = rotate_neighbours(left, cos, sin, 0), right = rotate_neighbours(right, cos, sin, 8);
     }
     static int64_t in_tiles(int64_t d) { return d / 32 * tile + d % 32; }  // from a row's start
-    static void store_half(uint16_t* to, F16 x) {
-        const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
-        std::memcpy(to, &half, 32);
-    }
 };
 
 // Row r of query block b: scores -> probabilities times their sum. Returns the sum and the peak.
@@ -119,19 +115,18 @@ inline Softmax softmax_row(float* scores, int64_t b, int64_t r, const Scores& s,
     const int64_t seen = s.first(b * 32 + r);
     for (int64_t j = first * 32; j < seen; j += 16) {
         float* own = result(scores, r, j);
-        store16(own, lane_numbers >= (int)(seen - j) ? load16(own) : hidden);
+        store16(own, blend(lane_numbers >= (int)(seen - j), load16(own), hidden));
     }
     float* last = result(scores, r, b * 32);
-    const F16 left = lane_numbers <= (int)r ? load16(last) : hidden;
-    const F16 right = lane_numbers <= (int)r - 16 ? load16(last + 256) : hidden;
+    const F16 left = blend(lane_numbers <= (int)r, load16(last), hidden);
+    const F16 right = blend(lane_numbers <= (int)r - 16, load16(last + 256), hidden);
     store16(last, left), store16(last + 256, right);
-    F16 top = left > right ? left : right;
+    F16 top = larger(left, right);
     for (int64_t j = first; j < b; j++) {
         const F16 x = load16(result(scores, r, j * 32)), y = load16(result(scores, r, j * 32 + 16));
-        const F16 more = x > y ? x : y;
-        top = more > top ? more : top;
+        top = larger(larger(x, y), top);
     }
-    const float peak = _mm512_reduce_max_ps((__m512)top), factor = s.scale * log2_e;
+    const float peak = largest16(top), factor = s.scale * log2_e;
     F16 sum{};
     for (int64_t j = first; j <= b; j++) {
         const F16 x = exp2_16((load16(result(scores, r, j * 32)) - peak) * factor);
@@ -139,7 +134,7 @@ inline Softmax softmax_row(float* scores, int64_t b, int64_t r, const Scores& s,
         sum += x + y;
         store32(p.at(r / 16, j) + r % 16 * 32, x, y);
     }
-    return {_mm512_reduce_add_ps((__m512)sum), peak};
+    return {sum16(sum), peak};
 }
 inline void attend_tiles(const Sequence& q, int64_t g, TileRoom& room) {
     const Stream& s = q.s;
@@ -185,8 +180,8 @@ inline void probabilities_back(const float* s, const float* dp, const float* lse
             F16 score = load16(s + from + i * 256), bent{};
             if (scores.cap) bent = soft_cap16(score * scores.scale, scores.cap), score = bent / scores.scale;
             F16 x = exp2_16(score * factor - load16(lse + i * 16));
-            if (diagonal) x = lane_numbers >= (int)(r - i * 16) ? x : 0.0f;
-            if (scores.window) x = lane_numbers < (int)(reach + r - i * 16) ? x : 0.0f;
+            if (diagonal) x = blend(lane_numbers >= (int)(r - i * 16), x, 0.0f);
+            if (scores.window) x = blend(lane_numbers < (int)(reach + r - i * 16), x, 0.0f);
             own[i] = x, slope[i] = x * (load16(dp + from + i * 256) - load16(total + i * 16));
             if (scores.cap) slope[i] *= soft_cap_slope(bent, scores.cap);
         }

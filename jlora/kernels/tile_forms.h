@@ -12,14 +12,23 @@ constexpr int64_t tile = 512;  // bf16 numbers
 
 // 2^x to about 1e-7 relative; 0 far below.
 JLORA_INLINE F16 exp2_16(F16 x) {
-    const __m512 n = _mm512_roundscale_ps((__m512)x, 0);
-    const F16 r = x - (F16)n;
+#if defined(__AVX512F__)
+    const F16 n = (F16)_mm512_roundscale_ps((__m512)x, 0);
+#else
+    const I16 whole = nearest16(x);
+    const F16 n = floats(whole);
+#endif
+    const F16 r = x - n;
     F16 p = r * 1.3276472e-3f + 9.67554148e-3f;
     p = p * r + 5.55071327e-2f;
     p = p * r + 2.40221197e-1f;
     p = p * r + 6.93146967e-1f;
     p = p * r + 1.0f;
-    return (F16)_mm512_scalef_ps((__m512)p, n);
+#if defined(__AVX512F__)
+    return (F16)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    return blend(x < -126.0f, F16{}, p * (F16)((whole + 127) << 23));
+#endif
 }
 
 // Tiles of a factor: of 16 rows (or outputs) those that a product contracts, one after the other.

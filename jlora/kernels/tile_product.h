@@ -49,6 +49,7 @@ inline void unpack_row(const Weight& w, int64_t n, float* row) {
 // Two tiles of 32 outputs by 32 inputs become two for the way back: [n / 2][k][n % 2], inputs 0-15
 // to `left` and 16-31 to `right`.
 inline void turn_tiles(const uint16_t* upper, const uint16_t* lower, uint16_t* left, uint16_t* right) {
+#if defined(JLORA_AVX512_FORMS)
     // [k / 2][n / 2] groups of 4 numbers (n, k), (n, k + 1), (n + 1, k), (n + 1, k + 1): the inner two
     // change places, and then the matrix of groups is transposed.
     const __m512i swap = _mm512_set4_epi32(0x0f0e0b0a, 0x0d0c0908, 0x07060302, 0x05040100);
@@ -62,6 +63,11 @@ inline void turn_tiles(const uint16_t* upper, const uint16_t* lower, uint16_t* l
             transpose8(x);
             for (int i = 0; i < 8; i++) _mm512_store_si512(to[half] + (t * 8 + i) * 32, x[i]);
         }
+#else
+    alignas(64) uint16_t rows[2][512];
+    turn_tile(upper, rows[0]), turn_tile(lower, rows[1]);
+    pair_tiles(rows[0], rows[1], left, right);
+#endif
 }
 
 // Fetches line `line` of 16 a tile, of the int4 blocks of two tiles from step s on that are made into tiles.

@@ -1,7 +1,9 @@
 // Tiles of bf16 numbers from one of the forms that products read to another.
 #pragma once
-#include <immintrin.h>
 #include <cstdint>
+#include "native.h"
+#if defined(JLORA_AVX512_FORMS)
+#include <immintrin.h>
 
 namespace jlora {
 // 8 x 8 numbers of 64 bits.
@@ -53,3 +55,6 @@ inline void pair_tiles(const uint16_t* upper, const uint16_t* lower, uint16_t* l
     }
 }
 }  // namespace jlora
+#else
+#include "any_turns.h"
+#endif

@@ -1,4 +1,4 @@
-// Matrix products by tiles of 16 rows of 64 bytes, by AMX or by AVX-512. At the few hundred rows of a
+// Matrix products by tiles of 16 rows of 64 bytes, by AMX, AVX-512, AVX2 or NEON. At the few hundred rows of a
 // training step oneDNN 3.2 reaches 1,500 to 1,900 GFLOP/s of the 4,700 that the AMX units of two cores do.
 // This reaches 2,200 to 3,000: operands are whole tiles (no strided reads), the next weights are fetched
 // ahead, and one block of results is handed over while the next is multiplied.
@@ -8,19 +8,38 @@
 #include <cstdint>
 #include "buffer.h"
 #include "lanes.h"
+#include "native.h"
 #include "profile.h"
-#if defined(JLORA_AMX)
-#include "amx.h"
-#else
+#if JLORA_TILES == 1
 #include "avx512.h"
+#elif JLORA_TILES == 2
+#include "amx.h"
+#elif JLORA_TILES == 3
+#include "avx2.h"
+#else
+#include "neon.h"
 #endif
 
 namespace jlora::tiles {
 constexpr int64_t tile_bytes = 1024;     // 32 bf16 or 64 int8 numbers in each of 16 rows
 constexpr int64_t block_floats = 1024;   // a block of results: 2 x 2 tiles of 16 x 16
+#if JLORA_TILES != 3  // a panel is multiplied as it is; avx2.h makes another of it, once for all rows
+constexpr int64_t wide_step = 0, chunk_steps = 10;
+template <bool int8>
+inline void widen(const char*, const char*, int64_t, char*) {}
+template <bool int8, typename Between>
+inline void wide_steps(const char* a0, const char* a1, const char* b0, const char* b1, const char*, int64_t count,
+        bool first, float* c, Between between, int64_t rows) {
+    steps<int8>(a0, a1, b0, b1, count, first, c, between, rows);
+}
+#endif
 
 // Into L2. GCC takes a function of __builtin_prefetch alone for one without effect, and drops the calls.
+#if defined(__aarch64__)
+inline void fetch_line(const void* p) { asm volatile("prfm pldl2keep, %0" : : "Q"(*(const char*)p)); }
+#else
 inline void fetch_line(const void* p) { asm volatile("prefetcht1 %0" : : "m"(*(const char*)p)); }
+#endif
 
 // Products of `rows` rows with `panels` panels of 32 columns, contracted over `count` tiles.
 //
@@ -49,12 +68,12 @@ void product(const char* x, int64_t rows, int64_t panels, int64_t count, const W
     {
         const TileScope scope;
         thread_local Buffer<float> for_results;
-        thread_local Buffer<char> for_panel;
+        thread_local Buffer<char> for_panel, for_wide;
         float* results = for_results.of(per_part * block_floats);
-        char* room = for_panel.of(20 * tile_bytes);
+        char *room = for_panel.of(2 * chunk_steps * tile_bytes), *wide = for_wide.of(chunk_steps * wide_step);
         for (int64_t g = 0; g < count; g += group) {
-            // Chunks of at most 10 steps: the weights of a chunk stay in L1.
-            const int64_t end = std::min(count, g + group), chunks = (end - g + 9) / 10;
+            // Chunks of steps whose weights stay in L1.
+            const int64_t end = std::min(count, g + group), chunks = (end - g + chunk_steps - 1) / chunk_steps;
             const int64_t size = (end - g + chunks - 1) / chunks;
             #pragma omp for collapse(2) schedule(runtime)
             for (int64_t part = 0; part < parts; part++)
@@ -66,6 +85,7 @@ void product(const char* x, int64_t rows, int64_t panels, int64_t count, const W
                         const int64_t n = std::min(size, end - s);
                         const char *b0, *b1;
                         weights.panel(p, s, n, room, b0, b1);
+                        widen<int8>(b0, b1, n, wide);
                         const bool more = s + n < end, last = s + n == count;
                         const int64_t next_p = std::min(more ? p : p + threads, panels - 1), next_s = more ? s + n : g;
                         const int64_t lines = std::min(size, count - next_s) * (tile_bytes / 64);
@@ -87,7 +107,7 @@ void product(const char* x, int64_t rows, int64_t panels, int64_t count, const W
                             // rows handed over a turn
                             const int64_t few = 32 / (n * passes(own_rows(b))) + 1;
                             int64_t handed = 0;
-                            steps<int8>(a, a + count * tile_bytes, b0, b1, n, s == 0, own, [&] {
+                            wide_steps<int8>(a, a + count * tile_bytes, b0, b1, wide, n, s == 0, own, [&] {
                                 for (const int64_t until = std::min(lines, line + lines_per_turn); line < until; line++)
                                     weights.fetch(next_p, next_s, line);
                                 if (!done) return;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jlora.layers.base import LoRALayer, assign
+from jlora.system.errors import UserError
 from jlora.system.runtime import jt, nn
 
 
@@ -30,7 +31,13 @@ class Embedding(LoRALayer, nn.Embedding):
     def from_base(
         cls, base: nn.Embedding, r: int, lora_alpha: float = 1, merge_weights: bool = False
     ) -> Embedding:
-        """LoRA around an existing embedding, whose weight it shares."""
+        """LoRA around an existing embedding, whose weight it shares.
+
+        Raises:
+            UserError: it limits the norm of its rows, as those of Jittor 2.0 can.
+        """
+        if getattr(base, "max_norm", None) is not None:
+            raise UserError(f"cannot put LoRA around an embedding with max_norm={base.max_norm}")
         layer = cls.__new__(cls)
         layer._init_lora(r, lora_alpha, 0.0, merge_weights)
         layer.num_embeddings, layer.embedding_dim = base.weight.shape
@@ -42,7 +49,7 @@ class Embedding(LoRALayer, nn.Embedding):
 
     def to_base(self) -> nn.Embedding:
         """The plain embedding with this layer's weight (merged or not, as it is now)."""
-        base = nn.Embedding.__new__(nn.Embedding)
+        base = nn.Embedding(1, 1)  # with all that this Jittor's has besides
         base.num_embeddings, base.embedding_dim = self.num_embeddings, self.embedding_dim
         base.padding_idx = self.padding_idx
         base.weight = self.weight

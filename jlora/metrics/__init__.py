@@ -60,7 +60,12 @@ def check_metrics(names: Sequence[str]) -> str | None:
         UserError: no name is given, a name is unknown (shows the nearest), or Java does not work.
     """
     check_names(names)
-    return find_java() if any(find_metric(name).java for name in names) else None
+    return find_java() if any(metric.java for metric in _found(names).values()) else None
+
+
+def _found(names: Sequence[str]) -> dict[str, Metric]:
+    """The metrics of checked names."""
+    return {name: metric for name in names if (metric := find_metric(name)) is not None}
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -128,11 +133,11 @@ def evaluate_parts(
     hypotheses, references = each(_one_line, hypotheses, references)
     references = [without_empty(group) for group in references]
     everything = range(len(hypotheses))
-    chosen = {"": everything}
+    chosen: dict[str, Sequence[int]] = {"": everything}
     for part in dict.fromkeys(part for part in parts if part is not None):
         chosen[f"/{part}"] = [index for index in everything if parts[index] == part]
 
-    metrics = {name: find_metric(name) for name in names}
+    metrics = _found(names)
     # METEOR loads its tables while the other scores are computed; below it is therefore last.
     ordered = sorted(metrics.values(), key=lambda metric: metric.meteor)
     scores = {}
@@ -145,7 +150,7 @@ def evaluate_parts(
                 java,
                 meteor,
             )
-            found = {metric.key: float(metric.score(texts)) for metric in ordered}
+            found = {each.key: float(each.score(texts)) for each in ordered if each.score}
             scores.update({name + suffix: found[name] for name in names})
     return scores
 

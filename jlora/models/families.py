@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from jlora.formats import gguf_architectures as gguf
 from jlora.formats.gguf_architecture import Architecture
@@ -40,8 +41,8 @@ class Family:
     """
 
     model_type: str
-    config: type
-    model: type
+    config: type[Any]
+    model: type[Any]
     prefix: str
     embedding: str
     targets: tuple[str, ...]
@@ -54,7 +55,7 @@ class Family:
 LLAMA_PARTS = llama.parts_of(llama.LlamaModel)
 
 
-def _llama(config: type, model: type, **changes) -> Family:
+def _llama(config: type[Any], model: type[Any], **changes) -> Family:
     """A family of Llama's architecture, or of other choices of its parts."""
     usual = {
         "model_type": config.model_type,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from jlora.data.pull_models import GPT2_TOKENIZER, NAME, WHEELS, pull, pulled
 from jlora.data.tokenizer import Tokenizer, find_files
@@ -44,7 +42,7 @@ class Checkpoint:
     source: Path
     config: dict[str, Any]
     config_source: str
-    tensors: dict[str, np.ndarray | LazyArray]
+    tensors: dict[str, LazyArray]
     tokenizer: Tokenizer | None
 
 
@@ -297,7 +295,7 @@ def read_weights(path: Path) -> dict[str, LazyArray]:
     )
 
 
-def check_no_adapter(path: Path, tensors: dict[str, np.ndarray]) -> None:
+def check_no_adapter(path: Path, tensors: Mapping[str, Any]) -> None:
     """Raises: UserError: the weights are an adapter's, or have one in them (microsoft/LoRA#138)."""
     lora = [name for name in tensors if is_lora_name(name)]
     if not lora:
@@ -345,25 +343,26 @@ def check_sizes(checkpoint: Checkpoint) -> None:
             )
 
 
-def gpt2_config_from_shapes(path: Path, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+def gpt2_config_from_shapes(path: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a bare GPT-2 checkpoint; every size of GPT-2 has heads of 64."""
-    wte, wpe = tensors.get("transformer.wte.weight"), tensors.get("transformer.wpe.weight")
+    names = "wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight"
+    shapes = [tensors[name].shape for each in names if (name := f"transformer.{each}") in tensors]
     layers = [re.match(r"transformer\.h\.(\d+)\.", name) for name in tensors]
     numbers = [int(match.group(1)) for match in layers if match]
-    inner = tensors.get("transformer.h.0.mlp.c_fc.weight")
-    if any(a is None or a.ndim != 2 for a in (wte, wpe, inner)) or not numbers:
+    if list(map(len, shapes)) != [2, 2, 2] or not numbers:
         raise UserError(
             f"{path}: a bare file is understood only for GPT-2; put the model's config.json "
             f"beside it in {path.parent}"
         )
-    if wte.shape[1] % 64:
+    (vocabulary, width), (context, _), (_, inner) = shapes
+    if width % 64:
         raise UserError(
-            f"{path}: embedding size {wte.shape[1]} is no multiple of GPT-2's head size 64; put "
+            f"{path}: embedding size {width} is no multiple of GPT-2's head size 64; put "
             f"the model's config.json beside it in {path.parent}"
         )
     return {
-        **gpt2_config(wte.shape[1], max(numbers) + 1, wte.shape[0], wpe.shape[0]),
-        "n_inner": inner.shape[1],
+        **gpt2_config(width, max(numbers) + 1, vocabulary, context),
+        "n_inner": inner,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,8 +18,10 @@ from jlora.system.unread import unread
 #: Buffers that older checkpoints saved beside the weights; the models compute them themselves.
 BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$|\.position_ids$")
 
+Array = TypeVar("Array", bound="np.ndarray | LazyArray")
 
-def hugging_face_names(tensors: dict[str, np.ndarray], family: Family) -> dict[str, np.ndarray]:
+
+def hugging_face_names(tensors: dict[str, Array], family: Family) -> dict[str, Array]:
     """The names of the language-model class: prefixes set right, buffers left out."""
     renamed = {}
     for name, array in tensors.items():
@@ -34,9 +36,7 @@ def hugging_face_names(tensors: dict[str, np.ndarray], family: Family) -> dict[s
     return {n if n.startswith(head) else family.prefix + n: a for n, a in renamed.items()}
 
 
-def load_weights(
-    model: Any, tensors: dict[str, np.ndarray | LazyArray], source: str = "checkpoint"
-) -> None:
+def load_weights(model: Any, tensors: dict[str, Array], source: str = "checkpoint") -> None:
     """Give every parameter of a model its values, as float32.
 
     ``tensors`` is emptied on the way, so that a large model is not in memory twice. A `LazyArray`
@@ -57,7 +57,7 @@ def load_weights(
 
 def check_fit(
     model: Any,
-    tensors: dict[str, np.ndarray | LazyArray],
+    tensors: Mapping[str, np.ndarray | LazyArray],
     source: str,
     config: Mapping[str, Any] = {},
     compare: bool = True,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jlora.metrics.registry import TABLE, Metric, find_metric
+from jlora.system.console import width_of
 from jlora.system.errors import UserError
 
 #: How scores are printed, in the order of their columns.
@@ -192,15 +193,15 @@ def _field(label: str, text: str, width: int) -> list[str]:
 
 def plain_table(cells: Sequence[Sequence[str]], left: int = 1) -> str:
     """Rows with aligned columns, the first ``left`` to the left; ``cells[0]`` is the header."""
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    widths = [max(width_of(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = []
     for row in cells:
-        parts = [
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths))
-        ]
+        parts = []
+        for column, (cell, width) in enumerate(zip(row, widths)):
+            space = " " * (width - width_of(cell))
+            parts.append(cell + space if column < left else space + cell)
         lines.append("  ".join(parts).rstrip())
-    lines.insert(1, "-" * max(len(line) for line in lines))
+    lines.insert(1, "-" * max(map(width_of, lines)))
     return "\n".join(lines)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from jlora.runs.recipe import DataConfig
 from jlora.system.distributed import world
 from jlora.system.errors import UserError
 from jlora.system.files import sha256_of
+from jlora.system.progress import progress
 from jlora.system.runtime import jt
 from jlora.training.loop import make_batch, target_losses
 
@@ -76,12 +76,10 @@ def decode(
         return up_to_stop(tokenizer.decode(ids), stops)
 
     model.eval()
-    from tqdm import tqdm
-
     # Several processes come together now and then, so that what is done can be kept.
     together = len(waiting) if here.size == 1 else here.size * config.batch_size * BATCHES_APART
-    with tqdm(total=len(prompts), initial=len(prompts) - len(waiting), desc="decoding",
-              unit="input", mininterval=1 if sys.stderr.isatty() else 30) as bar:  # fmt: skip
+    before = len(prompts) - len(waiting)
+    with progress(len(prompts), "decoding", "input", done=before, leave=True) as bar:
         for start in range(0, len(waiting), together or 1):
             mine, found = here.mine(waiting[start : start + together]), {}
             for index, hypotheses in hypotheses_of(model, encoded, mine, config):

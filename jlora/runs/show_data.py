@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ import numpy as np
 
 from jlora.data.batches import TokenExample
 from jlora.runs.run_data import RunData
+from jlora.system.console import has_colours
 from jlora.system.files import read_text
 
 #: Round what is trained, with colour (green, and back) and without.
@@ -24,7 +24,7 @@ def uses_colour(choice: str) -> bool:
     """Whether to print colours: ``always``, ``never``, or ``auto``: on a terminal that wants it."""
     if choice != "auto":
         return choice == "always"
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return has_colours(sys.stdout)
 
 
 def view(data: RunData, count: int, colour: bool) -> str:

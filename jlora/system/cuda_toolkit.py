@@ -183,8 +183,8 @@ def set_up(toolkit: Toolkit, cache: Path) -> Path:
             make_folder(made / folder)
         for include in toolkit.includes:
             _link_all(include, made / "include")
-        for folder in toolkit.libraries:
-            _link_libraries(folder, made / "lib64")
+        for libraries in toolkit.libraries:
+            _link_libraries(libraries, made / "lib64")
         header = made / "include" / "cuda_runtime.h"
         real = header.resolve()
         header.unlink()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from jlora.system.errors import UserError
 from jlora.system.files import make_folder
 from jlora.system.import_errors import DOCTOR, install
 
+#: Any of these makes Jittor 2.0 stand in for torch.
+TORCH_MODE = ("JITTOR_TORCH_SHIM", "JITTOR_TORCH_PROJECT_ROOT", "JITTOR_TORCH_RUNTIME_ROOT")
+
 
 def check_environment() -> None:
     """Check what Jittor requires, before it fails with messages of its own.
@@ -22,6 +26,7 @@ def check_environment() -> None:
     Raises:
         UserError: Jittor, a C++ compiler, Python's headers or a writable home are missing.
     """
+    check_no_torch()
     if importlib.util.find_spec("jittor") is None:
         raise UserError("Jittor is not installed: run `pip install jittor jittor-offline`")
     home = home_problem()
@@ -41,6 +46,30 @@ def check_environment() -> None:
         raise UserError(
             f"Python's headers are missing ({header}), Jittor needs them: {install('headers')}"
         )
+
+
+def check_no_torch() -> None:
+    """Check that Jittor does not stand in for torch here, as its 2.0 can.
+
+    Its operators then follow torch's rules in the whole process, and it moves HOME.
+
+    Raises:
+        UserError: it does, or its variables say that it will.
+    """
+    why = next((f"{name}={os.environ[name]}" for name in TORCH_MODE if _is_set(name)), None)
+    torch, jittor = (sys.modules.get(name) for name in ("torch", "jittor"))
+    if torch is not None and (torch is jittor or torch.__name__.split(".")[0] == "jittor"):
+        why = why or "its module is loaded as torch"
+    if why:
+        raise UserError(
+            f"Jittor stands in for torch in this process ({why}), where its operators follow other "
+            "rules; run jlora in a process of its own, without that"
+        )
+
+
+def _is_set(name: str) -> bool:
+    value = os.environ.get(name, "").strip().lower()
+    return value not in ("", "0", "false", "no", "off")
 
 
 def home_problem() -> str | None:
@@ -80,6 +109,9 @@ def jittor_variables() -> dict[str, str]:
         # Without mpirun, an mpicc on the PATH only costs time or fails; and the processes
         # of a run communicate through mpi4py.
         defaults["use_mpi"] = "0"
+    compiler = machine.compiler()
+    if compiler is not None and Path(compiler).name not in ("g++", "clang++"):
+        defaults["cc_path"] = compiler  # Jittor looks for these two names only
     config = machine.python_config()
     if config is not None:
         # Jittor prefers /usr/bin/python3.x-config, which may belong to another Python.

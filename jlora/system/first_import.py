@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.system import distributed, machine, operator_compiler
+from jlora.system.files import make_folder
 from jlora.system.import_errors import cause, explain
 from jlora.system.lock import one_at_a_time
 from jlora.system.status import Status
@@ -38,7 +42,9 @@ sys.path[:] = json.loads(sys.argv[1])
 socket.setdefaulttimeout(15)
 import jittor_utils
 jittor_utils.get_total_mem = lambda: int(sys.argv[2])
+from jlora.system.first_import import unpack_onednn
 from jlora.system.operator_compiler import compiled_headers
+unpack_onednn(jittor_utils)
 with compiled_headers(jittor_utils):
     import jittor
 print("\\njlora: imported", jittor.__version__)
@@ -102,6 +108,25 @@ def _compile(stamp: Path, ours: set[str], verbose: bool) -> dict[str, str]:
     return overrides
 
 
+def unpack_onednn(jittor_utils: Any) -> None:
+    """Put jittor-offline's oneDNN where Jittor looks for it, if it is not there.
+
+    Jittor does so too, but then it compiles and runs one of oneDNN's examples, which takes 5 s.
+    """
+    offline = importlib.util.find_spec("jittor_offline")
+    if offline is None or offline.origin is None or os.environ.get("use_mkl", "1") != "1":
+        return
+    name = "dnnl_lnx_2.2.0_cpu_gomp" + ("_aarch64" if platform.machine() == "aarch64" else "")
+    # Whatever fails here, Jittor tries again and says why.
+    with contextlib.suppress(Exception):
+        folder = Path(jittor_utils.home(), ".cache", "jittor", "mkl")
+        if sys.platform == "linux" and not (folder / name).exists():
+            make_folder(folder)
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                shutil.unpack_archive(Path(offline.origin).with_name(f"{name}.tgz"), temporary)
+                os.replace(Path(temporary, name), folder / name)
+
+
 def _fingerprint() -> str:
     """A hash of the settings, besides the cache folder, for which Jittor compiles itself anew."""
     names = (
@@ -136,6 +161,7 @@ def _first_import(variables: Mapping[str, str], verbose: bool) -> str | None:
             try:
                 _wait(child, output)
             finally:
+                assert child.stdin is not None
                 child.stdin.close()
                 child.wait()
             output.seek(0)

@@ -7,6 +7,7 @@ import ctypes
 import glob
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,8 @@ PACKAGES = {
 }
 INSTALL = {"apt-get": "install -y", "dnf": "install -y", "apk": "add", "pacman": "-S --noconfirm"}
 
+# Jittor knows its compiler's kind by these words in its name.
+COMPILER = re.compile(r"((x86_64|aarch64)-(conda-)?linux-gnu-)?(g\+\+|clang\+\+)(-\d+)?")
 SYSTEM_PATH = "/usr/bin:/bin:/usr/sbin:/sbin"
 
 
@@ -42,10 +45,36 @@ def install_command(thing: str) -> str | None:
 
 
 def compiler() -> str | None:
-    """The C++ compiler that Jittor will use: ``cc_path`` if set, else g++ (clang++ on macOS)."""
+    """The C++ compiler that Jittor will use.
+
+    ``cc_path`` if set, else g++ (clang++ on macOS), else what ``CXX`` names or a compiler of
+    another name, such as g++-10 or conda's, the newest first.
+    """
     if os.environ.get("cc_path"):
         return shutil.which(os.environ["cc_path"])
-    return shutil.which("clang++" if platform.system() == "Darwin" else "g++")
+    found = shutil.which("clang++" if platform.system() == "Darwin" else "g++")
+    if found is None:
+        named = shutil.which(os.environ.get("CXX", ""))
+        others = sorted(compilers_on_path(), key=_newest_first)
+        found = (
+            named if named and COMPILER.fullmatch(Path(named).name) else next(iter(others), None)
+        )
+    return found
+
+
+def _newest_first(path: str) -> tuple[bool, int]:
+    number = re.search(r"-(\d+)$", path)
+    return "clang" in path, -int(number[1]) if number else 0
+
+
+def compilers_on_path() -> list[str]:
+    """Every g++ and clang++ on the PATH: with a version in its name, conda's own names."""
+    found = []
+    for folder in os.get_exec_path():
+        with contextlib.suppress(OSError):
+            names = sorted(filter(COMPILER.fullmatch, os.listdir(folder)))
+            found += [os.path.join(folder, name) for name in names]
+    return [path for path in found if os.access(path, os.X_OK)]
 
 
 def compiler_problem(path: str) -> str | None:

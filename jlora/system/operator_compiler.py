@@ -3,7 +3,8 @@
 More than half of what g++ does for one of Jittor's sources is to read headers that are the same for
 all of them: 0.4 of 0.7 s for one of its own, 0.6 of 0.8 s for an operator (Zen 4, g++ 12).
 Therefore they are precompiled. Before each operator Jittor starts a Python process as well, which
-`compile_operator.sh` spares. The resulting code is the same.
+`compile_operator.sh` spares. The resulting code is the same. Several processes compile at the same
+time (`operator_lock.cc`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib.util
 import os
 import re
 import shlex
@@ -26,6 +28,7 @@ from jlora.system.lock import one_at_a_time
 
 SCRIPT = Path(__file__).with_name("compile_operator.sh")
 FILTER = Path(__file__).with_name("quiet_operators.cc")
+LOCK = Path(__file__).with_name("operator_lock.cc")
 #: In the cache folder; the compiled headers are in a folder of this name with ".gch" after it, of
 #: which g++ takes the one that was made with its options.
 HEADER = "jlora-jittor.h"
@@ -77,6 +80,20 @@ def remove_header(environment: MutableMapping[str, str]) -> bool:
     return any(environment[name] != flags for name, flags in found.items())
 
 
+def _header_text() -> str:
+    """What the header includes for the Jittor that is installed.
+
+    One of Jittor 2.0's own headers declares more where Python's came before. (Another text for all
+    would have every older Jittor compile itself anew.)
+    """
+    found = importlib.util.find_spec("jittor")
+    for folder in (found and found.submodule_search_locations) or ():
+        with contextlib.suppress(OSError):
+            if "Py_PYTHON_H" in Path(folder, "src", "misc", "nano_vector.h").read_text():
+                return f"#ifndef JIT\n#include <Python.h>\n#endif\n{_HEADER}"
+    return _HEADER
+
+
 def _include(cache: Path) -> str:
     """The option that includes the header of a cache folder; empty if that is impossible."""
     header = cache / HEADER
@@ -84,8 +101,9 @@ def _include(cache: Path) -> str:
     if sys.platform == "linux" and shlex.quote(str(header)) == str(header):
         # OSError, UserError: the cache is shared and read-only.
         with contextlib.suppress(OSError, UserError):
-            if not header.exists() or header.read_text() != _HEADER:
-                write_text(header, _HEADER)
+            text = _header_text()
+            if not header.exists() or header.read_text() != text:
+                write_text(header, text)
             return f' -include "{header}" '
     return ""
 
@@ -141,6 +159,10 @@ def set_up(jt: Any, cache: Path) -> None:
         flags.python_path = f"/bin/sh {script}"
         include = _include(cache) if flags.cc_type == "g++" else ""
         if include:
+            # OSError: also of symbols that this Jittor does not have.
+            with contextlib.suppress(OSError, UserError, subprocess.SubprocessError):
+                lock = os.fsencode(cache.with_name("jittor.lock"))
+                _library(flags, cache, LOCK).jlora_lock_operators(lock)
             own = "" if include in flags.cc_flags else include + _OPERATORS
             options = shlex.split(flags.cc_flags + own)
             _precompile(cache / HEADER, flags.cc_path, options, Path(flags.jittor_path) / "src")
@@ -149,17 +171,21 @@ def set_up(jt: Any, cache: Path) -> None:
 
 def _quiet(flags: Any, cache: Path) -> None:
     """Show Jittor's progress with operators on one line, where g++ and Linux are."""
-    if sys.platform != "linux" or flags.cc_type != "g++" or not flags.log_silent:
-        return
-    key = _digest(FILTER.read_bytes() + flags.cc_path.encode())
-    path = cache / f"jlora-quiet-operators-{key}.so"
-    with contextlib.suppress(OSError, UserError, subprocess.SubprocessError):
-        if not path.exists():
-            with atomic_path(path) as temporary:
-                options = ["-std=c++14", "-O1", "-shared", "-fPIC", "-o", str(temporary)]
-                command = [flags.cc_path, str(FILTER), *options]
-                subprocess.run(command, capture_output=True, check=True)
-        ctypes.CDLL(str(path)).jlora_quiet_operators()
+    if sys.platform == "linux" and flags.cc_type == "g++" and flags.log_silent:
+        with contextlib.suppress(OSError, UserError, subprocess.SubprocessError):
+            _library(flags, cache, FILTER).jlora_quiet_operators()
+
+
+def _library(flags: Any, cache: Path, source: Path) -> ctypes.CDLL:
+    """A C++ source of this folder, compiled and loaded."""
+    key = _digest(source.read_bytes() + flags.cc_path.encode())
+    path = cache / f"jlora-{source.stem}-{key}.so"
+    if not path.exists():
+        with atomic_path(path) as temporary:
+            options = ["-std=c++14", "-O1", "-shared", "-fPIC", "-o", str(temporary)]
+            command = [flags.cc_path, str(source), *options]
+            subprocess.run(command, capture_output=True, check=True)
+    return ctypes.CDLL(str(path))
 
 
 def header_options(words: Sequence[str]) -> list[str]:
@@ -185,7 +211,7 @@ def _precompile(header: Path, compiler: str, words: Sequence[str], sources: Path
     """
     options = header_options(words)
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    of_headers = hashlib.sha256(_HEADER.encode() + version)
+    of_headers = hashlib.sha256(header.read_bytes() + version)
     # g++ takes a compiled header without a look at its sources, which an update replaces.
     for name in ("", "mem", "misc", "ops", "opt", "pybind", "pyjt", "utils"):
         with os.scandir(sources / name) as found:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.system import distributed, machine, operator_compiler
-from jlora.system.environment import check_environment, jittor_variables
+from jlora.system.environment import check_environment, check_no_torch, jittor_variables
 from jlora.system.errors import UserError
 from jlora.system.first_import import compile_once
 from jlora.system.import_errors import DOCTOR, explain, last_line
@@ -74,7 +74,7 @@ def set_seed(seed: int) -> None:
     import numpy as np
 
     rank = distributed.world().rank
-    jittors, numpys = seed, seed
+    jittors, numpys = seed, seed  # type: int, int | list[int]
     if seed >= 2**32:
         words = [seed >> shift & 0xFFFFFFFF for shift in range(0, seed.bit_length(), 32)]
         jittors, numpys = int(np.random.SeedSequence(seed).generate_state(1)[0]), words
@@ -184,6 +184,7 @@ def environment_defaults() -> dict[str, str]:
 
 def _load() -> Any:
     if "jittor" in sys.modules:  # the user has imported it before
+        check_no_torch()
         return sys.modules["jittor"]
     check_environment()
     if distributed.world().size > 1:
@@ -205,6 +206,7 @@ def _load() -> Any:
             os.environ.update(compile_once(cache, ours, _verbose))
             import jittor
 
+            check_no_torch()  # a script that names the mode turns it on, too
             operator_compiler.set_up(jittor, cache)
             _end_pool(jittor_utils)
     except UserError:

@@ -232,7 +232,7 @@ class AdamW:
         )  # fmt: skip
         # Into new memory: Jittor's clones, and layers under another name, share a parameter's own.
         values = jt.empty(parameter.shape, "float32")
-        inputs = [parameter.data, gradient, np.frombuffer(numbers, np.float32)]
+        inputs = [parameter.data, gradient, np.frombuffer(bytes(numbers), np.float32)]
         native.run("adamw_op", inputs, [values.data, m, v], c.variant == "loralib")
         assign(parameter, values)
 

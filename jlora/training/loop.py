@@ -231,7 +231,8 @@ def train(
             # Dropout's random numbers are a function of the seed and the step, nothing else.
             set_seed(config.seed * 1_000_003 + step)
             model.train()
-            mean_loss, gradients, tokens = 0.0, None, 0
+            mean_loss, gradients = 0.0, None
+            tokens: float = 0
             for micro in range(step * accumulate, (step + 1) * accumulate):
                 rows = [examples[row] for row in order.batch(micro)]
                 share = shares([example.input_length for example in rows], here.size)[here.rank]
@@ -371,7 +372,7 @@ def departed(model: TunedModel, here: World) -> list[int]:
         return []
     digest = hashlib.sha256()
     for value in model.adapter_tensors().values():
-        digest.update(np.ascontiguousarray(value))
+        digest.update(np.ascontiguousarray(value).data)
     digests = here.gather(digest.hexdigest())
     return [rank for rank, each in enumerate(digests) if each != digests[0]]
 

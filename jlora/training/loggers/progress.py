@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
+
+from jlora.system.progress import progress
 
 
 class ProgressLogger:
@@ -18,17 +19,13 @@ class ProgressLogger:
     """
 
     def __init__(self, total_steps: int, start_step: int = 0, stream: Any = None) -> None:
-        from tqdm import tqdm
-
-        stream = sys.stderr if stream is None else stream
-        terminal = bool(getattr(stream, "isatty", lambda: False)())
         self._values: dict[str, str] = {}
-        self._bar = tqdm(
-            total=total_steps,
-            initial=start_step,
-            file=stream,
-            dynamic_ncols=terminal,
-            mininterval=0.2 if terminal else 30.0,
+        self._bar = progress(
+            total_steps,
+            done=start_step,
+            leave=True,
+            stream=stream,
+            delay=0,
             # The bar takes the space that the other fields leave: everything fits in 80 columns.
             bar_format="{n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}",
         )
