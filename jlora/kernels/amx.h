@@ -56,6 +56,6 @@ inline void steps(const char* a0, const char* a1, const char* b0, const char* b1
         between();
     }
     _tile_stored(0, c, 64); _tile_stored(1, c + 256, 64);
-    if (lower) _tile_stored(2, c + 512, 64), _tile_stored(3, c + 768, 64);
+    if (lower) { _tile_stored(2, c + 512, 64); _tile_stored(3, c + 768, 64); }
 }
 }  // namespace jlora::tiles
