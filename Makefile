@@ -77,7 +77,7 @@ golden: $(PARITY_STAMP)
 
 # Speed and memory beside the peers on one page (docs/benchmarks.md); ARGS=--quick: five minutes. The
 # first word of ARGS may name another part: scale, operators, long_run (one model for many steps),
-# wikisql (docs/results.md), large (the shape of Llama 2 7B; makes 13.5 GB of weights the first time),
+# wikisql (docs/results.md), large (the shapes of Qwen2.5 and of Llama 2 7B; makes 18 GB of weights the first time),
 # serve (docs/serve.md). A peer that cannot be installed is on the page with the reason.
 BENCH_PART := $(filter scale operators long_run wikisql large serve,$(firstword $(ARGS)))
 PEERS_OF_ := peft mlx jittor2 ctranslate2 openvino llamacpp llamacpp-native
@@ -190,7 +190,8 @@ JITTOR_2 ?= git+https://github.com/Jittor/jittor@f87f938ce1337e587ee3e1670b6d369
 .venv-jittor2/.installed: benchmarks/requirements/jittor2.txt
 	@test -x .venv-jittor2/bin/python || $(PYTHON) -m venv .venv-jittor2
 	( .venv-jittor2/bin/python -m pip install --disable-pip-version-check "$(JITTOR_2)" jittor-offline && \
-	  nvcc_path= .venv-jittor2/bin/jittor-torch-shim && \
+	  nvcc_path= JITTOR_TORCH_RUNTIME_ROOT=$(CURDIR)/.venv-jittor2/runtime \
+	    .venv-jittor2/bin/jittor-torch-shim && \
 	  .venv-jittor2/bin/python -m pip install --disable-pip-version-check -r $< \
 	) > .venv-jittor2/install.log 2>&1
 	@touch $@

@@ -12,24 +12,26 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from datetime import date
 from pathlib import Path
 
-from benchmarks import training, work
+from benchmarks import decoding, training, work
 from benchmarks.cases import SLOW, Plan, cases
 from benchmarks.chart import draw
 from benchmarks.environments import ISA, PACKAGES, missing, versions
 from benchmarks.inputs import Inputs
 from benchmarks.page import page
-from benchmarks.sides import ROOT
+from benchmarks.sides import PYTHON, ROOT
 from benchmarks.size import git
 from jlora.system import machine
 from jlora.system.files import write_text
 
 QUICK = {
-    "rounds": 2, "seconds": 3.0, "warmup": 1, "ours": 32, "theirs": 8, "tokens": 32,
+    "rounds": 2, "seconds": 3.0, "warmup": 1, "ours": 32, "theirs": 8, "tokens": 32, "together": 16,
     "peak_rounds": 4, "left_out": SLOW,
 }  # fmt: skip
 
@@ -47,6 +49,7 @@ def main(arguments: list[str]) -> None:
                          choices=[n for n in training.PEERS if n.startswith(training.MICROSOFT)],
                          help="train with microsoft/LoRA's code too (it is cloned)")  # fmt: skip
     options.add_argument("--rounds", type=int)
+    options.add_argument("--prepare", action="store_true", help="only make models in all forms")
     options.add_argument("--again", action="store_true", help="forget the results of a cut run")
     options.add_argument("--list", action="store_true", help="name the cases and end")
     options.add_argument("--models-folder", type=Path, default=ROOT / "runs" / "bench" / "models")
@@ -71,13 +74,17 @@ def main(arguments: list[str]) -> None:
     settings = {**(QUICK if chosen.quick else {}), **({"rounds": chosen.rounds} if chosen.rounds
                                                       else {})}  # fmt: skip
     plan = Plan(chosen.isa, Inputs(chosen.models_folder), chosen.also, **settings)
+    if chosen.prepare:
+        prepare(plan, trained)
+        return
     results = measured(wanted, plan, out, settings, chosen.again)
     figures = {"head": head(chosen.isa, arguments), "results": results}
     write_text(out / "page.json", json.dumps(figures, indent=1) + "\n")
     for file in [out / "page.md", *([chosen.page] if chosen.page else [])]:
         draw(figures, file.with_suffix(""))
         write_text(file, page(figures, file.with_suffix(".svg").name))
-    shutil.rmtree(out / "parts")
+    if not chosen.only:
+        shutil.rmtree(out / "parts")
     print((out / "page.md").read_text())
 
 
@@ -102,9 +109,39 @@ def measured(wanted: dict, plan: Plan, out: Path, settings: dict, again: bool) -
     return results
 
 
+def prepare(plan: Plan, trained: list[str]) -> None:
+    """Make what the cases read, and say what could not be made."""
+    for model in trained:
+        plan.inputs.checkpoint(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        spec = decoding.tuned_spec(plan.inputs, Path(scratch) / "prompts.json")
+        sides = decoding.beam_sides(spec, plan.inputs, 1, 1)
+        sides += decoding.stream_sides(spec, plan.inputs)
+    for side in sides:
+        print(f"{side.name}: {side.problem or 'ready'}")
+
+
 def code() -> str:
-    """The commit, and whether the tree differs from it."""
+    """Changes with the package and the benchmarks, as far as git knows them."""
+    folders = ("jlora", "benchmarks")
+    trees = git(ROOT, "rev-parse", *(f"HEAD:{folder}" for folder in folders))
+    return trees + git(ROOT, "diff", "HEAD", "--", *folders)
+
+
+def commit() -> str:
+    """The commit, with + where the tree differs from it."""
     return git(ROOT, "rev-parse", "--short", "HEAD") + "+" * bool(git(ROOT, "status", "--short"))
+
+
+def torch_memory() -> float | None:
+    """MB that importing torch takes; the wheel for graphics cards brings much that is not used."""
+    code = (
+        "import torch, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
+    command = [str(PYTHON["peft"]), "-W", "ignore", "-c", code]
+    if missing("peft"):
+        return None
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def head(isa: str, arguments: list[str]) -> dict:
@@ -114,7 +151,8 @@ def head(isa: str, arguments: list[str]) -> dict:
     return {
         "processor": machine.cpu_model(), "processors": machine.processors(),
         "features": machine.cpu_features(), "memory_gb": round(memory), "isa": isa,
-        "date": str(date.today()), "command": used, "commit": code(),
+        "date": str(date.today()), "command": used, "commit": commit(),
         "load": os.getloadavg()[0],
         "versions": {e: versions(e) for e in PACKAGES if missing(e) is None},
+        "torch_mb": torch_memory(),
     }  # fmt: skip

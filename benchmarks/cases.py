@@ -20,7 +20,7 @@ from benchmarks.sides import Side, alternate, start, stop, take_turns, with_argu
 SLOW = (
     "PEFT bf16, compiled", "PEFT on Jittor 2.0", "CTranslate2 float32", "OpenVINO GenAI bf16",
     "transformers bf16", "transformers fp32", "jlora fp32", "llama.cpp bf16, AVX2 wheel",
-    "llama.cpp q8_0, AVX2 wheel", "llama.cpp q4_1, AVX2 wheel", "llama.cpp f16, AVX2 wheel",
+    "llama.cpp q8_0, AVX2 wheel",
 )  # fmt: skip
 
 
@@ -31,7 +31,7 @@ class Plan:
     Attributes:
         rounds, seconds: of a side, as `sides.alternate`.
         ours, theirs: inputs that jlora and its peers decode in a round of beam search.
-        tokens: of a stream.
+        tokens, together: new tokens of a single stream, and of one of many.
         peak_rounds: of each matrix product.
         left_out: names of sides that are not measured, as `--quick` says.
     """
@@ -40,12 +40,13 @@ class Plan:
     inputs: Inputs
     also: Sequence[str] = ()
     rounds: int = 5
-    seconds: float = 12
+    seconds: float = 10
     warmup: int = 2
     ours: int = 64
-    theirs: int = 16
-    tokens: int = 128
-    peak_rounds: int = 15
+    theirs: int = 8
+    tokens: int = 64
+    together: int = 32
+    peak_rounds: int = 12
     left_out: Sequence[str] = field(default_factory=tuple)
 
     def ready(self, sides: list[Side]) -> list[Side]:
@@ -152,12 +153,13 @@ def streams(plan: Plan) -> list[dict]:
         sides = plan.ready(decoding.stream_sides(spec, plan.inputs))
         start(sides)
         for count, temperature in decoding.STREAMS:
-            arguments = {"streams": count, "tokens": plan.tokens, "temperature": temperature}
+            tokens = plan.tokens if count == 1 else plan.together
+            arguments = {"streams": count, "tokens": tokens, "temperature": temperature}
             own = [with_arguments(side, **arguments) for side in sides]
             take_turns(own, plan.rounds, 1, plan.seconds)
             results.append({
                 "kind": "streams", "task": decoding.task_name(count, temperature),
-                "streams": count, "tokens": plan.tokens, "temperature": temperature, "when": now(),
+                "streams": count, "tokens": tokens, "temperature": temperature, "when": now(),
                 "sides": [record(side, decoding.REFERENCE, own) for side in own],
             })  # fmt: skip
         stop(sides)

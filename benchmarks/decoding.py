@@ -102,7 +102,7 @@ def stream_sides(spec: dict, inputs: Inputs) -> list[Side]:
     return [
         *(jlora_side(p, {**spec, "batch_size": llama["most"]}) for p in ("bf16", "int8", "int4")),
         *(llamacpp(kind, False) for kind in ("bf16", "q8_0", "q4_1")),
-        *(llamacpp(kind, True) for kind in ("bf16", "f16", "q8_0", "q4_1")),
+        *(llamacpp(kind, True) for kind in ("bf16", "q8_0")),
         *openvino_sides(spec, inputs),
         torch_side("transformers bf16", {**spec, "precision": "bf16"}),
     ]

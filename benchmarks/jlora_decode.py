@@ -40,6 +40,6 @@ def make(spec: dict):
             (), max_new_tokens=tokens, temperature=temperature, batch_size=streams
         )
         found = generate(model, list(batch.values()), free)
-        return prompts.said(batch, [each.ids for each in found])
+        return prompts.said(batch, [each.ids for each in found], tokens)
 
     return work

@@ -16,7 +16,8 @@ def make(spec: dict):
 
     started = time.perf_counter()
     model = get_peft_model(load(spec["model"]), LoraConfig(**spec["lora"]))
-    engine.prepare(model, spec["precision"], keep_weights=False, checkpoint_activations=True)
+    checkpoints = spec["checkpoint_activations"]
+    engine.prepare(model, spec["precision"], False, checkpoints)
     said = {
         "load_seconds": time.perf_counter() - started,
         "loaded_mb": psutil.Process().memory_info().rss / 2**20,

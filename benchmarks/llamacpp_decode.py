@@ -33,10 +33,7 @@ def make(spec: dict):
             {"Content-Type": "application/json"},
         )  # fmt: skip
         with urlopen(request) as response:
-            found = json.load(response)["tokens"]
-        if len(found) != tokens:
-            raise RuntimeError(f"wrote {len(found)} tokens instead of {tokens}")
-        return found
+            return json.load(response)["tokens"]
 
     def work(streams: int, tokens: int, temperature: float):
         batch = prompts.first(streams)
@@ -44,6 +41,6 @@ def make(spec: dict):
             texts = list(pool.map(lambda p: answer(p, tokens, temperature), batch.values()))
         # What it was compiled for, as it says: "CPU : SSE3 = 1 | ... | AVX2 = 1 | ..."
         compiled = [part.split()[-3] for part in xllamacpp.get_system_info().split("|")[:-1]]
-        return {**prompts.said(batch, texts), "computes in": " ".join(compiled)}
+        return {**prompts.said(batch, texts, tokens), "computes in": " ".join(compiled)}
 
     return work

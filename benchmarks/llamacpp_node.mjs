@@ -63,7 +63,7 @@ for await (const line of readline.createInterface({input: process.stdin})) {
     let said = {};
     if (command === "round") {
         const started = performance.now();
-        const extra = await round(JSON.parse(args));
+        const extra = await round(JSON.parse(args || "{}"));
         said = {
             seconds: (performance.now() - started) / 1000,
             peak_mb: process.resourceUsage().maxRSS / 1024,

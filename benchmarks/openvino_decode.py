@@ -37,6 +37,6 @@ def make(spec: dict):
             config.no_repeat_ngram_size = spec["no_repeat_ngram"] or 2**31
             config.stop_criteria = genai.StopCriteria.HEURISTIC
             config.eos_token_id, config.stop_token_ids = spec["ends"][0], set(spec["ends"])
-        return prompts.said(batch, generate(batch, config))
+        return prompts.said(batch, generate(batch, config), tokens)
 
     return work

@@ -42,6 +42,8 @@ def head(figures: dict) -> str:
             lines.append(f"Largest matrix products measured in this run, GFLOP/s: {products}.")
             if each["bandwidth"]:
                 lines.append(f"Memory is read at {each['bandwidth'] / 1e9:.1f} GB/s.")
+    if about.get("torch_mb"):
+        lines.append(f"Of PEFT's memory, importing torch takes {about['torch_mb']:,.0f} MB.")
     named = [f"{n} {v}" for found in about["versions"].values() for n, v in found.items()]
     lines.append(f"Versions: {', '.join(dict.fromkeys(named))}.")
     return "\n".join(lines)
@@ -137,6 +139,7 @@ def streams_table(results: list[dict]) -> str:
     if not results:
         return ""
     tasks = [each["task"] for each in results]
+    lengths = ", ".join(dict.fromkeys(str(each["tokens"]) for each in results))
     by_name = {task["task"]: {s["name"]: s for s in task["sides"]} for task in results}
     names = list(by_name[tasks[0]])
     greedy = [each["task"] for each in results if not each["temperature"]]
@@ -152,9 +155,10 @@ def streams_table(results: list[dict]) -> str:
     order = sorted(names, key=lambda n: list(BITS).index(bits({"name": n})))
     return "\n\n".join([
         "## Streams",
-        f"Tokens a second of all streams together, {results[0]['tokens']} new tokens behind "
-        "prompts of E2E, by the same model. Drawn: at temperature 0.8 from all tokens. Equal: "
-        f"greedy answers ({greedy[-1] if greedy else ''}) that are jlora bf16's up to their end.",
+        f"Tokens a second of all streams together, {lengths} new tokens (of one stream, of each "
+        "of several) behind prompts of E2E, by the same model. Drawn: at temperature 0.8 from all "
+        f"tokens. Equal: greedy answers ({greedy[-1] if greedy else ''}) that are jlora bf16's up "
+        "to their end.",
         table("|bits|" + "|".join(tasks) + "|peak MB|equal", map(row, order)),
     ])  # fmt: skip
 

@@ -25,8 +25,16 @@ class Prompts:
     def first(self, many: int) -> Batch:
         return {number: self.all[number] for number in range(many)}
 
-    def said(self, batch: Batch, texts: Iterable[Sequence[int]]) -> dict:
-        """Inputs, tokens without ends, and answers of a round."""
+    def said(self, batch: Batch, texts: Iterable[Sequence[int]], length: int = 0) -> dict:
+        """Inputs, tokens without ends, and answers of a round.
+
+        Raises:
+            RuntimeError: a text has not the given length.
+        """
+        texts = list(texts)
+        for text in texts if length else ():
+            if len(text) != length:
+                raise RuntimeError(f"wrote {len(text)} tokens instead of {length}")
         answers = {str(i): self.until_end(text) for i, text in zip(batch, texts)}
         tokens = sum(map(len, answers.values()))
         return {"inputs": len(batch), "tokens": tokens, "answers": answers}

@@ -193,7 +193,7 @@ def random_pairs(config: dict, number: int) -> dict[str, tuple[np.ndarray, np.nd
 
 def write_random(path: Path, config: dict) -> None:
     """A model of random weights."""
-    from jlora.formats.safetensors_file import write_bfloat16
+    from jlora.formats.safetensors_file import write_narrowed
 
     random = np.random.default_rng(0)
 
@@ -211,4 +211,4 @@ def write_random(path: Path, config: dict) -> None:
             tensors[f"{head}{name}.weight"] = normal(rows, columns)
             if name[-6] in "qkv" and config["model_type"] == "qwen2":
                 tensors[f"{head}{name}.bias"] = normal(rows)
-    write_bfloat16(path, tensors, {"format": "pt"})
+    write_narrowed(path, tensors, "BF16", {"format": "pt"})

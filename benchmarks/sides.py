@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = {
     "jlora": Path(sys.executable),
     **{
-        name: ROOT / f".venv-{name}" / "bin" / "python"
+        name: (ROOT / f".venv-{name}").resolve() / "bin" / "python"
         for name in ("peft", "mlx", "jittor2", "ctranslate2", "openvino", "llamacpp",
                      "llamacpp-native")
     },
@@ -90,7 +90,8 @@ class Side:
         self._ask("ready")
 
     def round(self) -> float:
-        answer = self._ask("round " + json.dumps(self.arguments))
+        asked = f"round {json.dumps(self.arguments)}" if self.arguments else "round"
+        answer = self._ask(asked)
         self.peak_mb = answer["peak_mb"]
         for name, said in answer["extra"].items():
             merged = isinstance(said, dict) and name in self.extra
@@ -226,7 +227,7 @@ def serve(module: str, spec: dict) -> None:
         answer = {}
         if command == "round":
             started = time.perf_counter()
-            extra = work(**json.loads(arguments))
+            extra = work(**json.loads(arguments or "{}"))
             answer = {
                 "seconds": time.perf_counter() - started,
                 "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

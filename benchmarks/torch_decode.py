@@ -42,7 +42,7 @@ def make(spec: dict):
             texts = generate(
                 list(batch.values()), max_new_tokens=tokens, do_sample=bool(temperature), **drawn
             )
-            return prompts.said(batch, texts)
+            return prompts.said(batch, texts, tokens)
         batch = prompts.next(spec["inputs"])
         texts = {}
         order = sorted(batch, key=lambda number: len(batch[number]))

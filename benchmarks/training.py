@@ -12,7 +12,7 @@ import psutil
 from benchmarks import lora_code, work
 from benchmarks.environments import KEEP_MEMORY, missing, mkl
 from benchmarks.peak import measure
-from benchmarks.sides import ROOT, Side
+from benchmarks.sides import PYTHON, ROOT, Side
 from jlora.system.machine import cpu_model, processors
 
 MICROSOFT = "microsoft/LoRA, "
@@ -27,8 +27,11 @@ PEERS = {
     "PEFT NF4": {**BF16, "precision": "nf4", "variables": KEEP_MEMORY},
     "mlx-lm": {"module": "mlx_train", "environment": "mlx"},
     "PEFT on Jittor 2.0": {
-        "module": "jittor2_train", "environment": "jittor2", "precision": "fp32",
-        "variables": {"nvcc_path": "", "JITTOR_TORCH_SHIM": "1", "HF_DEACTIVATE_ASYNC_LOAD": "1"},
+        "module": "torch_train", "environment": "jittor2", "precision": "fp32",
+        "variables": {
+            "nvcc_path": "", "JITTOR_TORCH_SHIM": "1", "HF_DEACTIVATE_ASYNC_LOAD": "1",
+            "JITTOR_TORCH_RUNTIME_ROOT": str(PYTHON["jittor2"].parents[1] / "runtime"),
+        },
     },
     MICROSOFT + "unpadded": {"module": "lora_train", "environment": "peft", "length": None},
     MICROSOFT + "padded to 512": {

@@ -215,5 +215,7 @@ def test_prompts_come_in_turn_and_texts_end(tmp_path):
     assert prompts.first(2) == {0: [1], 1: [2]}
     said = prompts.said({2: [3], 0: [1]}, [np.array([5, 0, 7]), [6]])
     assert said == {"inputs": 2, "tokens": 2, "answers": {"2": [5], "0": [6]}}
+    with pytest.raises(RuntimeError, match="wrote 1 tokens instead of 2"):
+        prompts.said({0: [1]}, [[5]], length=2)
     assert decoding.equal_share({"0": [6], "2": [5]}, {"0": [6], "2": [4], "1": [1]}) == 0.5
     assert decoding.equal_share({"0": [6]}, {"1": [6]}) is None

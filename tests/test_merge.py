@@ -28,6 +28,9 @@ ADAPTERS = {
     "gpt2": (tiny_gpt2, {"target_modules": ["c_attn", "c_fc"], "enable_lora": QV, "r": 2}),
     "llama": (tiny_llama, {"target_modules": ["q_proj", "down_proj"], "r": 2}),
     "tied": (lambda: tiny_llama(tie_word_embeddings=True), {"target_modules": ["v_proj"]}),
+    "dora": (tiny_llama, {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+    "tables": (tiny_llama, {"target_modules": ["embed_tokens", "lm_head"]}),
+    "lora_bias": (tiny_gpt2, {"target_modules": ["c_attn"], "lora_bias": True}),
     "more": (tiny_gpt2, {"r": 2, "bias": "all", "modules_to_save": ["wpe"]}),
 }
 
@@ -173,6 +176,33 @@ def test_a_quantised_gguf_base_says_how_much_larger_the_folder_is(tmp_path, tiny
     assert again.tokenizer.encode("Blue Spice") == base.tokenizer.encode("Blue Spice")
     assert again.tokenizer.chat_template == "{{ messages }}"
     assert "widens" not in str(write_merged(again, tmp_path / "again"))
+
+
+def test_a_large_model_is_several_files_and_an_index(tmp_path):
+    model = adapted(*ADAPTERS["llama"])
+    whole = write_merged(model, tmp_path / "whole", "bfloat16")
+    parts = write_merged(model, tmp_path / "parts", "bfloat16", max_shard_size="1.5KB")
+    assert (parts.report, parts.loss) == (whole.report, whole.loss)
+    expected = read_safetensors(tmp_path / "whole" / "model.safetensors")
+    index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(expected)
+    assert index["metadata"]["total_size"] == 2 * sum(a.size for a in expected.values())
+    files = sorted(set(index["weight_map"].values()))
+    count = len(files)
+    assert files == [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+    assert count > 5
+    for file in files:
+        found = read_safetensors(tmp_path / "parts" / file)
+        assert [n for n in found if index["weight_map"][n] != file] == []
+        assert len(found) == 1 or 2 * sum(a.size for a in found.values()) <= 1500
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, expected[name], name)
+    again, one = jlora.load(tmp_path / "parts"), jlora.load(tmp_path / "whole")
+    np.testing.assert_array_equal(logits(again), logits(one))
+    for size in ("much", "0", "5 TB", -1):
+        with pytest.raises(UserError, match=r"max_shard_size .* is no size; give one such as 5GB"):
+            write_merged(model, tmp_path / "new", max_shard_size=size)
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_write_merged_refuses(tmp_path):

@@ -68,6 +68,13 @@ PROMPTS = [[3, 1, 4, 1, 5, 9], [2], [6, 5, 3, 5], [8, 9]]
 ROWS = [[0, 0, 1, 1, 2, 3], [1, 0, 0, 3, 2, 4, 4, 5], [2, 2, 0, 3, 6, 5], [0, 3, 3, 5], [2, 0, 1]]
 
 
+def wide_decoder(model):
+    """With keys and values in float32, whatever the weights are kept in."""
+    native = native_model(model)
+    native.narrow, native.model["narrow"] = False, 0
+    return NativeDecoder(native, model)
+
+
 def close(actual, expected, tolerance=2e-4):
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
@@ -130,10 +137,28 @@ def test_states_where_the_packed_weights_are_kept_alone(kind, precision):
         pytest.skip(f"no {precision} products here")
     model = MAKE[kind]()
     engine.prepare(model, precision, keep_weights=False)
-    decoder = decoder_of(model)
-    assert isinstance(decoder, NativeDecoder)
+    decoder = wide_decoder(model)  # as the layers' cache is
     for actual, expected in zip(states(decoder), states(Decoder(model))):
         close(actual, expected, 0.1)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama-whole-panels-lora"])
+def test_keys_and_values_in_bf16(kind):
+    """Half the memory; next to float32 ones the states differ by bf16's rounding, and do differ."""
+    model = MAKE[kind]()
+    engine.prepare(model, "bf16")
+    narrow, wide = decoder_of(model), wide_decoder(model)
+    assert narrow.model.narrow and narrow.model.model["narrow"] == 1
+    found, expected = states(narrow), states(wide)
+    (small, *_), (large, *_) = narrow._prompts.values(), wide._prompts.values()
+    assert 2 * small.numbers().nbytes == large.numbers().nbytes
+    apart = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(found, expected)]
+    assert 0 < max(apart) < 2**-5  # a few roundings of 2**-9, of a number that others are small to
+    engine.prepare(model, "fp32")
+    decoder = decoder_of(model)
+    decoder.enter(PROMPTS)
+    assert not decoder.model.narrow
+    assert all(p.numbers().dtype == np.float32 for p in decoder._prompts.values())
 
 
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)

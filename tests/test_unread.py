@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 from needs import needs_bf16
 from test_hub import CONFIG, gpt2_tensors
+from tiny_models import randomise_adapter
 
 from jlora import LoraConfig, engine, get_peft_model
 from jlora.adapters.base_model import remember_base
+from jlora.adapters.export_folder import write_merged
+from jlora.adapters.export_gguf import export_gguf
 from jlora.engine.products import PackedOnly
 from jlora.formats import safetensors_file
 from jlora.formats.safetensors_file import write_safetensors
 from jlora.models.hub import load
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt
+from jlora.system.unread import source_of
 
 
 @pytest.fixture
@@ -62,6 +66,22 @@ def test_a_model_that_nobody_reads_leaves_jittor_as_before(folder, read):
     del model
     jt.gc()
     assert read == [] and jt.flags.use_threading == 0
+
+
+def test_a_model_is_merged_and_written_by_the_piece(folder, read, tmp_path):
+    """One tensor after the other, none of which stays."""
+    model = randomise_adapter(get_peft_model(load(folder), LoraConfig(r=2)))
+    hashed = set(read)  # four, which an adapter knows its base by
+    matrices = {name for name, array in gpt2_tensors().items() if array.ndim == 2}
+    for write in (
+        lambda: write_merged(model, tmp_path / "a"),
+        lambda: export_gguf(model, tmp_path / "a.gguf", tokenizer=False),
+    ):
+        read.clear()
+        write()
+        assert sorted(name for name in read if name in matrices) == sorted(matrices - hashed)
+    waiting = {n for n, p in model.base_model.named_parameters() if source_of(p) is not None}
+    assert waiting >= matrices - hashed
 
 
 @needs_bf16

@@ -101,9 +101,8 @@ static void products(int64_t rows, int64_t n, int64_t k, int64_t kind) {
                 wanted[m * n + o] += (double)x[m * k + i] * w.values[o * k + i];
                 wanted_back[m * k + i] += (double)dy[m * n + o] * w.values[o * k + i];
             }
-    const bool in_bytes = kind == int8_kind || kind == int8_both_kind;
     std::snprintf(what, sizeof what, "%s, %d x %d x %d", names[kind], (int)rows, (int)n, (int)k);
-    compare(what, y, wanted, in_bytes ? 2e-2 : kind == int4_kind ? 4e-3 : 1e-5);
+    compare(what, y, wanted, kind == bf16_kind ? 1e-5 : 2e-2);
     std::snprintf(what, sizeof what, "%s back", names[kind]);
     compare(what, dx, wanted_back, kind == int8_both_kind ? 2e-2 : kind == bf16_kind ? 1e-5 : 4e-3);
 }

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jlora.adapters import MergeReport, TunedModel, merged_weights
+from jlora.adapters import MergeReport, TunedModel
+from jlora.adapters.merged import merged_pieces
 from jlora.adapters.trained_tokens import UNKNOWN, TrainedTokens
 from jlora.data.chat_template import ChatTemplate
 from jlora.data.tokenizer import find_files, read_json_object
 from jlora.formats.gguf_file import main_kind
-from jlora.formats.rounding import PrecisionLoss, narrow, norm, precision_loss, widen
-from jlora.formats.safetensors_file import write_bfloat16, write_safetensors
+from jlora.formats.rounding import PrecisionLoss, precision_loss
+from jlora.formats.safetensors_file import write_shards
 from jlora.system.errors import UserError
 from jlora.system.files import atomic_path, check_absent, write_text
 
@@ -33,6 +35,9 @@ COPIED = (
     "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json",
     "special_tokens_map.json", "chat_template.jinja", TOKENIZER_SETTINGS,
 )  # fmt: skip
+#: Most bytes of a file, as transformers had it for long.
+SHARD = "5GB"
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SETTINGS = ("generation_config.json", "special_tokens_map.json", TOKENIZER_SETTINGS)
 
 
@@ -63,11 +68,13 @@ def write_merged(
     dtype: str = "float32",
     trained: TrainedTokens = UNKNOWN,
     template: ChatTemplate | None = None,
+    max_shard_size: int | str = SHARD,
 ) -> WrittenModel:
     """Write a model, its adapter merged in float32, as a folder that transformers loads.
 
     The folder gets config.json (the base's own where it had one), model.safetensors,
     generation_config.json if the base has it, and the tokenizer. ``model`` stays as it is.
+    Tensors are read, merged and written one after the other.
 
     Args:
         model: a tuned model, or a plain one as `jlora.load` gives it.
@@ -77,41 +84,47 @@ def write_merged(
             not the base's own; every file of the folder then names them.
         template: the chat template that the adapter was trained with; None: the base's own, if it
             has one.
+        max_shard_size: of a file of weights, in bytes or such as "5GB" or "500MB"; larger models
+            become several files and an index.
 
     Raises:
-        UserError: no such dtype, ``folder`` is in use or cannot be written, a weight is too large
-            for float16, or the adapter cannot be merged (see `PeftModel.merge_adapter`).
+        UserError: no such dtype or size, ``folder`` is in use or cannot be written, a weight is too
+            large for float16, or the adapter cannot be merged (see `PeftModel.merge_adapter`).
     """
     folder = Path(folder)
     if dtype not in KINDS:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(KINDS)}")
+    most = bytes_of(max_shard_size)
     check_absent(folder)
     base = model.get_base_model() if isinstance(model, TunedModel) else model
     for name in SETTINGS if source_folder(base) else ():  # what is wrong there is found at once
         read_json_object(source_folder(base) / name)
-    weights = merged_weights(model)
-    tensors, kind, loss = weights.tensors, KINDS[dtype], None
+    weights, kind, loss = merged_pieces(model), KINDS[dtype], None
     with atomic_path(folder, directory=True) as temporary:
-        file = temporary / "model.safetensors"
-        if kind == "BF16":
-            write_bfloat16(file, tensors, {"format": "pt"})
-        else:
-            stored = {name: narrow(name, array, kind) for name, array in tensors.items()}
-            write_safetensors(file, stored, {"format": "pt"})
+        files, errors = write_shards(temporary, weights.tensors, kind, {"format": "pt"}, most)
         if kind != "F32":
-            errors = {
-                name: norm(widen(narrow(name, tensors[name], kind), kind) - tensors[name])
-                for name in weights.changes
-            }
             loss = precision_loss(dtype, errors, weights.changes)
         config = json.dumps(config_of(base, dtype), indent=2) + "\n"
         write_text(temporary / "config.json", config)
-        notes = [*write_tokenizer(base, temporary), *size_note(base, file, dtype)]
+        notes = [*write_tokenizer(base, temporary), *size_note(base, files, dtype)]
         copy(source_folder(base), temporary, ("generation_config.json",))
         notes += trained.write(temporary, getattr(base, "tokenizer", None))
         if template is not None:
             template.save(temporary)
     return WrittenModel(folder, weights.report, loss, tuple(notes))
+
+
+def bytes_of(size: int | str) -> int:
+    """A number of bytes, as transformers writes them: 5GB is 5e9, 5GiB 5 * 2**30.
+
+    Raises:
+        UserError: not such a number, or 0.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", str(size).upper())
+    number = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
+    if number < 1:
+        raise UserError(f"max_shard_size {size!r} is no size; give one such as 5GB or 500MB")
+    return number
 
 
 def config_of(base: Any, dtype: str) -> dict[str, Any]:
@@ -152,12 +165,13 @@ def copy(source: Path | None, folder: Path, names: tuple[str, ...]) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def size_note(base: Any, file: Path, dtype: str) -> list[str]:
+def size_note(base: Any, files: list[Path], dtype: str) -> list[str]:
     """What became of a GGUF file's small weights."""
     source = getattr(base, "source", None)
     if source is None or source.suffix != ".gguf" or not source.is_file():
         return []
-    kind, old, new = main_kind(source), source.stat().st_size, file.stat().st_size
+    kind, old = main_kind(source), source.stat().st_size
+    new = sum(file.stat().st_size for file in files)
     if kind == KINDS[dtype]:
         return []
     return [

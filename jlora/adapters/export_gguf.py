@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jlora.adapters import TunedModel, merged_weights
+from jlora.adapters import TunedModel
 from jlora.adapters.export_folder import WrittenModel
+from jlora.adapters.merged import merged_pieces
 from jlora.adapters.modelfile import modelfile, modelfile_path
 from jlora.adapters.trained_tokens import UNKNOWN, TrainedTokens, special_token
 from jlora.data.chat_template import ChatTemplate, find_template
@@ -77,7 +78,7 @@ def export_gguf(
         chosen = own_template(base) if isinstance(template, str) else template
         text, said = conversation_metadata(metadata, path.name, base.tokenizer, chosen, trained)
         notes += said
-    weights = merged_weights(model)
+    weights = merged_pieces(model)
     notes += llama_cpp_notes(base.config, architecture, weights.tensors)
     name = getattr(base, "name_or_path", None)
     errors = write_gguf(

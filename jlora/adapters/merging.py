@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from jlora.adapters.attach import ModulesToSave
 from jlora.layers import Embedding, LoRALayer
 from jlora.system.errors import UserError
-from jlora.system.runtime import nn
+from jlora.system.runtime import jt, nn
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,26 @@ class MergeReport:
         largest_change: largest absolute change of a single weight, in the layer ``layer``.
         rounding_error: largest part of a change that was lost because weights are stored in a
             narrower type than float32; 0 for float32.
+        kept_as: what an engine had rounded the weights to that were merged into, their own numbers
+            being gone, such as "int4"; "": nothing.
     """
 
     layers: int
     largest_change: float
     layer: str
     rounding_error: float
+    kept_as: str = ""
+
+    def with_layer(self, name: str, largest: float, lost: float, kept_as: str = "") -> MergeReport:
+        """One more: its largest change, and what rounding lost of it."""
+        best = largest > self.largest_change
+        return MergeReport(
+            self.layers + 1,
+            largest if best else self.largest_change,
+            name if best else self.layer,
+            max(self.rounding_error, lost),
+            kept_as or self.kept_as,
+        )
 
     def __str__(self) -> str:
         text = (
@@ -34,6 +48,11 @@ class MergeReport:
         )
         if self.rounding_error:
             text += f"; up to {self.rounding_error:.2g} lost by rounding to the stored type"
+        if self.kept_as:
+            text += (
+                f"; merged into the {self.kept_as} rounding of the weights, their own numbers not "
+                "being in memory any more"
+            )
         return text
 
 
@@ -48,7 +67,9 @@ def merge_layers(layers: Mapping[str, LoRALayer]) -> MergeReport:
         for name, layer in layers.items():
             if layer.merged or not layer.has_adapter:
                 continue
-            before = layer.float_weight()
+            before, kept_as = layer.float_weight(), ""
+            if not isinstance(layer.weight, jt.Var):
+                kept_as = layer._engine.kind
             change = layer.variant.merged_weight(layer, before) - before
             largest = float(change.abs().max().item())
             layer.merge()
@@ -56,13 +77,7 @@ def merge_layers(layers: Mapping[str, LoRALayer]) -> MergeReport:
             lost = 0.0
             if layer.weight.dtype != "float32":
                 lost = (layer.weight.float32() - before - change).abs().max().item()
-            best = largest > report.largest_change
-            report = MergeReport(
-                report.layers + 1,
-                largest if best else report.largest_change,
-                name if best else report.layer,
-                max(report.rounding_error, lost),
-            )
+            report = report.with_layer(name, largest, lost, kept_as)
     except BaseException:
         for layer in merged:
             layer.unmerge()

@@ -184,9 +184,13 @@ class PeftModel(SwitchableModel):
         Raises:
             UserError: a LoRA embedding is the output head as well, which merging would change.
         """
+        self.check_mergeable()
+        return merge_layers(self.lora_layers())
+
+    def check_mergeable(self) -> None:
+        """Raises: UserError: as `merge_adapter`, or this was unloaded."""
         self._check_loaded()
         check_untied(self.base_model, self._current.modules if self._current else {})
-        return merge_layers(self.lora_layers())
 
     @contextlib.contextmanager
     def merged(self) -> Iterator[MergeReport]:
@@ -210,8 +214,7 @@ class PeftModel(SwitchableModel):
         Raises:
             UserError: it was unloaded before, or a LoRA embedding is the output head as well.
         """
-        self._check_loaded()
-        check_untied(self.base_model, self._current.modules if self._current else {})
+        self.check_mergeable()
         # Counted and reported as one merge, also when some layers were merged before.
         self.unmerge_adapter()
         report = self.merge_adapter()

@@ -25,19 +25,25 @@ def add_merge(verb: Verb) -> None:
     command.add_argument("adapter", help=ADAPTER_HELP)
     command.add_argument("out", help="folder to write, new or empty")
     command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    command.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights: larger "
+        "models become several files and an index (default: 5GB)",
+    )  # fmt: skip
     add_adapter_options(command)
 
 
 def run_merge(arguments: argparse.Namespace) -> int:
-    from jlora.adapters.export_folder import write_merged
+    from jlora.adapters.export_folder import bytes_of, write_merged
     from jlora.runs.adapter_file import open_model
     from jlora.system.files import check_absent
 
     check_absent(arguments.out)  # before a minute of loading
+    most = bytes_of(arguments.max_shard_size)
     adapter = adapter_file(arguments)
     model = open_model(arguments.base, adapter)
     tokens, template = trained_tokens(model, adapter), trained_template(adapter)
-    print(write_merged(model, arguments.out, arguments.dtype, tokens, template))
+    say_rounding(model, adapter)
+    print(write_merged(model, arguments.out, arguments.dtype, tokens, template, most))
     return 0
 
 
@@ -69,8 +75,19 @@ def run_export(arguments: argparse.Namespace) -> int:
     model = open_model(arguments.model, adapter)
     tokens, tokenizer = trained_tokens(model, adapter), not arguments.no_tokenizer
     template = find_chat_template(base_name(arguments.model, adapter), adapter)
+    say_rounding(model, adapter)
     print(export_gguf(model, arguments.gguf, arguments.type, tokenizer, tokens, template))
     return 0
+
+
+def say_rounding(model: Any, adapter: Any) -> None:
+    """What the adapter is merged into, where it was trained on something coarser."""
+    precision = adapter.recipe.precision if adapter is not None and adapter.recipe else "auto"
+    if precision.startswith("int"):
+        print(
+            f"the adapter was trained beside weights rounded to {precision}; it is merged into "
+            f"those of {model.source.name} as they are there"
+        )
 
 
 def trained_tokens(model: Any, adapter: Any) -> Any:

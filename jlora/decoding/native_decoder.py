@@ -28,7 +28,7 @@ class NativeDecoder:
 
     def __init__(self, model: NativeModel, source):
         self.model, self._source = model, source
-        self._slabs = Slabs((model.layers, 2, SLAB, model.width))
+        self._slabs = Slabs((model.layers, 2, SLAB, model.width), model.narrow)
         self._rows_gone()
 
     def _rows_gone(self) -> None:
@@ -52,7 +52,7 @@ class NativeDecoder:
     def resume(self, length: int, tokens: Sequence[int]) -> None:
         """Keep the only row's first ``length`` (> 0) tokens and run ``tokens`` after them."""
         shape = (self.model.layers, 2, length + len(tokens), self.model.width)
-        block = TokenMemory(shape)
+        block = TokenMemory(shape, self.model.narrow)
         prompt = self._prompts[int(self._owner[0])]
         size = min(length, prompt.shape[2])
         generated = self._slabs.read(self._table[0, : length - size])
@@ -67,8 +67,8 @@ class NativeDecoder:
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         ids = np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts])
         if blocks is None:
-            shape = (self.model.layers, 2, self.model.width)
-            blocks = [TokenMemory((*shape[:2], int(n), shape[2])) for n in lengths]
+            layers, width, narrow = self.model.layers, self.model.width, self.model.narrow
+            blocks = [TokenMemory((layers, 2, int(n), width), narrow) for n in lengths]
         whole = np.array([block.shape[2] for block in blocks], np.int32)
         before = whole - lengths
         if self.model.rope is not None:

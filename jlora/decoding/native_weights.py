@@ -46,6 +46,7 @@ class NativeModel:
         head_words: size of the vocabulary of a head of floats; 0: it is packed.
         linears: module name -> field and index of its LINEAR in ``blocks``.
         head_cap: see `jlora.models.head.LanguageHead`.
+        narrow: whether keys and values are kept in bf16, as of packed weights; else in float32.
         rope: rotary positions that are right up to some length of the text; None: of any.
 
     Raises:
@@ -68,6 +69,10 @@ class NativeModel:
             raise _Unsupported("parts that the operators do not read")
         self._read(model.config, body, family.parts)
         self.model["layers"] = len(self.blocks)
+        self.narrow = any(
+            (self.blocks[field]["kind"] == PACKED).any() for field in ("qkv", "out", "in", "down")
+        )
+        self.model["narrow"] = self.narrow
         self.head, self.head_words = self._head(model)
         self.head_cap = model.head.cap
         self.width = int(self.model["G"][0] * self.model["D"][0])

@@ -121,7 +121,7 @@ class RowDecoder:
             raise UserError("serving runs on the processor; set JLORA_DEVICE=cpu")
         self._native, self._source = native, source
         self._bank = AdapterBank(native) if bank is None else bank
-        self._slabs = Slabs((native.layers, 2, SLAB, native.width))
+        self._slabs = Slabs((native.layers, 2, SLAB, native.width), native.narrow)
         self._prompts: list[Prompt] = []  # of each row
         self._texts: list[list[int]] = []  # tokens that each row has generated
         self._table = np.zeros((0, 0), np.int32)  # (R, most) places of them, -1 where it is shorter
@@ -133,7 +133,13 @@ class RowDecoder:
 
     def bytes_of(self, tokens: int) -> int:
         """Memory of the keys and values of so many tokens."""
-        return self._native.layers * 2 * tokens * self._native.width * 4
+        return (
+            self._native.layers
+            * 2
+            * tokens
+            * self._native.width
+            * (2 if self._native.narrow else 4)
+        )
 
     def begin(
         self, tokens: Sequence[int], adapter: int = -1, kept: Kept | None = None, length: int = 0
@@ -163,10 +169,14 @@ class RowDecoder:
                 )
             if kept._is_long != is_long:
                 length = 0
-        memory = TokenMemory((self._native.layers, 2, len(tokens), self._native.width))
+        memory = self._memory(len(tokens))
         if length:
             memory.numbers()[:, :, :length] = kept._memory.numbers()[:, :, :length]
         return Prompt(tokens, adapter, memory, length)
+
+    def _memory(self, tokens: int) -> TokenMemory:
+        native = self._native
+        return TokenMemory((native.layers, 2, tokens, native.width), native.narrow)
 
     def _is_long(self, length: int) -> bool:
         rope = self._native.rope
@@ -325,7 +335,7 @@ class RowDecoder:
         """A copy of the keys and values of all tokens of a row, for `begin`."""
         prompt, text = self._prompts[row], self._texts[row]
         tokens = [*prompt.tokens, *text]
-        memory = TokenMemory((self._native.layers, 2, len(tokens), self._native.width))
+        memory = self._memory(len(tokens))
         numbers = memory.numbers()
         numbers[:, :, : len(prompt.tokens)] = prompt._memory.numbers()
         numbers[:, :, len(prompt.tokens) :] = self._slabs.read(self._table[row, : len(text)])

@@ -14,13 +14,14 @@ class Slabs:
 
     Args:
         shape: (layers, 2, SLAB, width).
+        narrow: see `TokenMemory`.
 
     Attributes:
         addresses: (slabs,) int64.
     """
 
-    def __init__(self, shape: tuple[int, ...]):
-        self._shape = shape
+    def __init__(self, shape: tuple[int, ...], narrow: bool):
+        self._shape, self._narrow = shape, narrow
         self._slabs: list[TokenMemory] = []
         self._free = np.zeros(0, np.int32)
         self.addresses = np.zeros(0, np.int64)
@@ -44,7 +45,7 @@ class Slabs:
             self._free = np.flatnonzero(~used).astype(np.int32)
         while len(self._free) < count:
             first = len(self._slabs) * SLAB
-            self._slabs.append(TokenMemory(self._shape))
+            self._slabs.append(TokenMemory(self._shape, self._narrow))
             self.addresses = np.array([slab.address for slab in self._slabs], np.int64)
             new = np.arange(first, first + SLAB, dtype=np.int32)
             self._free = np.concatenate([self._free, new])

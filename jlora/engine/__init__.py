@@ -8,6 +8,7 @@ plain layers in ``jlora.models`` remain the definition of what is computed.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 from jlora import layers
 from jlora.adapters.base_model import remember_base
@@ -76,9 +77,10 @@ def prepare(
         precision: "bf16" packs frozen linear weights in bf16 (sums, residual stream, adapter and
             optimiser stay float32); "int8" keeps them in int8, half the memory, and multiplies
             activations in int8 and gradients in bf16, "int8-both" both in int8; "int4" keeps five
-            bits a number, scales included, and multiplies in bf16; "fp32" fuses what stands between
-            the products and keeps every number float32; "plain" changes nothing; "auto" is
-            `choose_precision`.
+            bits a number, scales included, and multiplies as int8 does; "fp32" fuses what stands
+            between the products and keeps every number float32; "plain" changes nothing; "auto" is
+            `choose_precision`. A GGUF file's own blocks of 4 bits are taken over by "int4" as they
+            are, see `taken_forms`.
         keep_weights: False lets go of the float32 weights that were packed, which saves two thirds
             of the memory; `restore` and merging give them back to the precision kept.
         checkpoint_activations: compute each block's forward pass again in the backward pass instead
@@ -125,6 +127,20 @@ def prepare(
         _fuse_blocks(model, checkpoint_activations)
     release()
     return precision
+
+
+def taken_forms(model) -> dict[str, int]:
+    """How many weights were taken over in which of GGUF's forms, and how many rounded (by ``""``).
+
+    Args:
+        model: prepared.
+    """
+    found: Counter[str] = Counter()
+    for module in model.modules():
+        product = vars(module).get("_engine") or vars(module).get("_packed")
+        if isinstance(product, FrozenProduct) and type(module) is not PackedEmbedding:
+            found[product.packed.taken or ""] += 1
+    return dict(found)
 
 
 def release() -> None:

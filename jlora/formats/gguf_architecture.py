@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.formats.lazy import LazyArray
+from jlora.formats.lazy import Blocks, LazyArray
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,10 @@ class Architecture:
             array = array + np.float32(1)
         return np.ascontiguousarray(array)
 
+    def file_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that `to_file` gives an array of ``shape``."""
+        return shape[::-1] if self.is_transposed(name) else shape
+
     def from_file(self, name: str, array: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
         """The inverse of `to_file`."""
         heads = self.heads(name, config)
@@ -89,6 +93,13 @@ class Architecture:
         if heads is not None:
             return unpermute(array, heads)
         return array - np.float32(1) if self.adds_one(name) else array
+
+    def our_blocks(self, name: str, array: LazyArray, config: Mapping[str, Any]) -> Blocks | None:
+        """The file's blocks of a tensor, its rows in our order."""
+        blocks, heads = array.blocks, self.heads(name, config)
+        if blocks is None or heads is None:
+            return blocks
+        return Blocks(blocks.kind, lambda: unpermute(blocks.read(), heads))
 
     def check_shape(self, name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> None:
         """Raises: ValueError: `from_file` cannot put rows of that many heads in order."""
@@ -126,14 +137,19 @@ class Architecture:
                 if len(part) % groups or part.shape[1:] != parts[0].shape[1:]:
                     raise ValueError(f"{module} has a part of shape {part.shape}")
             shape = (sum(map(len, parts)), *parts[0].shape[1:])
-            read = functools.partial(_joined, parts, groups)
-            tensors[f"{module}.{last}"] = LazyArray(shape, np.float32, read)
+            read, blocks = functools.partial(_joined, parts, groups), None
+            kinds = {part.blocks and part.blocks.kind for part in parts}
+            if len(kinds) == 1 and None not in kinds:
+                own = [part.blocks for part in parts]
+                blocks = Blocks(*kinds, functools.partial(_joined, own, groups))
+            tensors[f"{module}.{last}"] = LazyArray(shape, np.float32, read, blocks)
 
 
-def _joined(parts: Sequence[LazyArray], groups: int) -> np.ndarray:
+def _joined(parts: Sequence[LazyArray | Blocks], groups: int) -> np.ndarray:
     """Rows of queries, keys and values: of each group its queries, its keys, its values."""
-    rest = parts[0].shape[1:]
-    rows = [part.read().reshape(groups, -1, *rest) for part in parts]
+    arrays = [part.read() for part in parts]
+    rest = arrays[0].shape[1:]
+    rows = [array.reshape(groups, -1, *rest) for array in arrays]
     return np.concatenate(rows, axis=1).reshape(-1, *rest)
 
 

@@ -19,7 +19,7 @@ from jlora.formats.gguf_architecture import Architecture
 from jlora.formats.gguf_architectures import ARCHITECTURES
 from jlora.formats.gguf_kinds import READ, block_size, dequantize
 from jlora.formats.gguf_rope import ROPE_TENSORS
-from jlora.formats.lazy import LazyArray
+from jlora.formats.lazy import Blocks, LazyArray
 from jlora.formats.safetensors_file import check_unchanged, file_state, one_line
 from jlora.system.errors import UserError
 from jlora.system.files import os_error
@@ -117,7 +117,7 @@ def read_gguf(
         with fitting(path):
             own.check_shape(name, array.shape, config)
         read = functools.partial(_in_our_layout, own, name, array, config)
-        tensors[name] = LazyArray(shape, np.float32, read)
+        tensors[name] = LazyArray(shape, np.float32, read, own.our_blocks(name, array, config))
     with fitting(path):
         own.join(tensors, config)
     return GGUFFile(path, config, tensors, metadata)
@@ -163,7 +163,10 @@ def read_tensors(path: Path, reader: Any) -> dict[str, LazyArray]:
                 path, ValueError(f"{tensor.name} has the shape {shape}, of {kind} numbers")
             )
         read = functools.partial(_dequantized, path, state, tensor.data, kind, shape)
-        tensors[tensor.name] = LazyArray(shape, np.float32, read)
+        blocks = None
+        if len(shape) == 2 and block_size(kind) > 1:
+            blocks = Blocks(kind, functools.partial(_raw, path, state, tensor.data))
+        tensors[tensor.name] = LazyArray(shape, np.float32, read, blocks)
     return tensors
 
 
@@ -178,6 +181,12 @@ def _dequantized(
         return np.array(array) if kind == "F32" else np.asarray(array)
     except Exception as error:
         raise damaged(path, error) from error
+
+
+def _raw(path: Path, state: tuple[int, ...], data: np.ndarray) -> np.ndarray:
+    """The bytes of a matrix, one row after the other."""
+    check_unchanged(path, state)
+    return data
 
 
 def open_gguf(path: Path) -> Any:

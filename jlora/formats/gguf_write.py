@@ -15,7 +15,8 @@ import numpy as np
 from jlora.formats.gguf_architecture import Architecture
 from jlora.formats.gguf_kinds import kind_of
 from jlora.formats.gguf_rope import rope_tensors
-from jlora.formats.rounding import narrow, norm, widen
+from jlora.formats.lazy import LazyArray
+from jlora.formats.rounding import narrow_rows
 from jlora.system.errors import UserError
 from jlora.system.files import atomic_path
 
@@ -24,12 +25,12 @@ def write_gguf(
     path: str | Path,
     architecture: Architecture,
     config: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, np.ndarray | LazyArray],
     kind: str = "F32",
     tokenizer: Mapping[str, Any] | None = None,
     name: str | None = None,
 ) -> dict[str, float]:
-    """Write a GGUF file, atomically.
+    """Write a GGUF file, atomically, one tensor after the other.
 
     Args:
         architecture: how models of this family stand in GGUF files.
@@ -57,18 +58,26 @@ def write_gguf(
             add_metadata(writer, architecture, config, kind, name)
             for key, value in (tokenizer or {}).items():
                 add_value(writer, key, value)
-            for rope, factors in rope_tensors(config).items():
-                writer.add_tensor(rope, factors)
-            layers = block_count(architecture, tensors)
-            for old, new, array in stored_layout(architecture, config, tensors):
-                own = kind_of(new, array.shape, kind, layers, tied)
-                stored = narrow(old, array, own)
-                error = 0.0 if own == "F32" else norm(widen(stored, own) - array)
-                errors[old] = float(np.hypot(errors.get(old, 0.0), error))
-                writer.add_tensor(new, stored, raw_dtype=GGMLQuantizationType[own])
+            ropes = rope_tensors(config)
+            for rope, factors in ropes.items():
+                add_tensor_info(writer, rope, factors.shape, GGMLQuantizationType.F32)
+            layers, kinds = block_count(architecture, tensors), {}
+            shapes = {name: np.broadcast_to(np.float32(0), a.shape) for name, a in tensors.items()}
+            for _, new, part, shapeless in stored_parts(architecture, config, shapes):
+                shape = architecture.file_shape(part, shapeless.shape)
+                own = kinds[new] = GGMLQuantizationType[kind_of(new, shape, kind, layers, tied)]
+                add_tensor_info(writer, new, shape, own)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
+            writer.write_ti_data_to_file()
+            for factors in ropes.values():
+                writer.write_tensor_data(factors)
+            for old, new, part, array in stored_parts(architecture, config, tensors):
+                rows = architecture.to_file(part, array, config)
+                pieces = list(narrow_rows(old, rows, kinds[new].name))
+                squares = errors.get(old, 0.0) ** 2 + sum(lost for _, lost in pieces)
+                errors[old] = squares**0.5
+                writer.write_tensor_data(np.concatenate([stored for stored, _ in pieces]))
         finally:
             writer.close()
     return errors
@@ -80,19 +89,31 @@ def block_count(own: Architecture, names: Iterable[str]) -> int:
     return len({name[len(start) :].split(".")[0] for name in names if name.startswith(start)})
 
 
-def stored_layout(
-    own: Architecture, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
-) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(Hugging Face's name, GGUF's name, array in GGUF's layout) of every tensor."""
+def stored_parts(
+    own: Architecture, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray | LazyArray]
+) -> Iterator[tuple[str, str, str, np.ndarray]]:
+    """(Hugging Face's name, GGUF's, ours of the part, the part in our layout) of every tensor."""
     inverse = {theirs: ours for ours, theirs in own.names.items()}
     for name, whole in tensors.items():
-        for part, array in own.split(name, whole, config):
+        for part, array in own.split(name, np.asarray(whole), config):
             block = re.match(rf"{re.escape(own.blocks)}\.(\d+)\.", part)
             module, _, last = part[block.end() if block else 0 :].rpartition(".")
             prefix = f"blk.{block.group(1)}." if block else ""
             if module not in inverse:
                 raise UserError(f"{name} has no place in a GGUF file of architecture {own.name}")
-            yield name, f"{prefix}{inverse[module]}.{last}", own.to_file(part, array, config)
+            yield name, f"{prefix}{inverse[module]}.{last}", part, array
+
+
+def add_tensor_info(writer: Any, name: str, shape: tuple[int, ...], kind: Any) -> None:
+    """Announce a tensor whose data come later, in the order of these calls."""
+    from gguf import GGML_QUANT_SIZES
+
+    numbers, size = GGML_QUANT_SIZES[kind]
+    bytes_ = int(np.prod(shape)) // numbers * size
+    plain = {"F32": np.float32, "F16": np.float16}.get(kind.name)
+    if plain is None:  # the package takes the shape of the bytes
+        shape = (*shape[:-1], shape[-1] // numbers * size)
+    writer.add_tensor_info(name, shape, np.dtype(plain or np.uint8), bytes_, kind)
 
 
 def add_metadata(

@@ -6,7 +6,7 @@ BF16; blocks of 32 with a scale for the Q kinds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,27 @@ def narrow(name: str, array: np.ndarray, kind: str) -> np.ndarray:
 def widen(stored: np.ndarray, kind: str) -> np.ndarray:
     """The inverse of `narrow`: float32 in the array's own shape."""
     return dequantize(stored, kind).astype(np.float32, copy=False)
+
+
+#: Numbers of the rows that `narrow_rows` converts together; the steps between stay in the cache.
+TOGETHER = 1 << 18
+
+
+def narrow_rows(name: str, array: np.ndarray, kind: str) -> Iterator[tuple[np.ndarray, float]]:
+    """`narrow` some rows after the others.
+
+    Returns:
+        Of each piece what is stored, and the sum of the squares of what rounding changed in it.
+
+    Raises:
+        UserError: as `narrow`.
+    """
+    count = max(1, TOGETHER * len(array) // max(1, array.size)) if array.ndim > 1 else len(array)
+    for start in range(0, len(array), max(1, count)):
+        rows = array[start : start + count]
+        stored = narrow(name, rows, kind)
+        lost = 0.0 if kind == "F32" else norm(widen(stored, kind) - rows) ** 2
+        yield stored, lost
 
 
 def norm(array: np.ndarray) -> float:

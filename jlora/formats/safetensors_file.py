@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from jlora.formats.lazy import LazyArray
-from jlora.formats.rounding import narrow
+from jlora.formats.rounding import narrow_rows
 from jlora.system.errors import UserError, one_line
-from jlora.system.files import atomic_path, os_error, read_text
+from jlora.system.files import atomic_path, os_error, read_text, write_text
 from jlora.system.text import check_no_pointer
 
 #: safetensors' dtype names that numpy has; BF16 is converted, everything else is refused.
@@ -33,6 +33,8 @@ DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+#: What is written, and the bytes of a number.
+BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 def bfloat16_to_float32(raw: np.ndarray) -> np.ndarray:
@@ -226,26 +228,78 @@ def write_safetensors(
         temporary.chmod(0o666 & ~umask)
 
 
-def write_bfloat16(
-    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
-) -> None:
-    """Write float32 arrays as a safetensors file of dtype BF16, atomically.
+def write_narrowed(
+    path: str | Path,
+    tensors: Mapping[str, np.ndarray | LazyArray],
+    kind: str,
+    metadata: Mapping[str, str],
+) -> dict[str, float]:
+    """Write float32 arrays as a safetensors file of one dtype, atomically, one after the other.
 
-    The package's numpy functions do not support bfloat16, so the file is written here: the length
-    of the header, the header (JSON, padded to 8 bytes), the data.
+    The package wants all arrays at once, and its numpy functions do not support bfloat16, so the
+    file is written here: the length of the header, the header (JSON, padded to 8 bytes), the data.
+
+    Args:
+        kind: "F32", "F16" or "BF16".
+
+    Returns:
+        The norm of the rounding error (`rounding.norm`) of each tensor.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or a value is too large for float16.
     """
     header: dict = {"__metadata__": dict(metadata)}
-    offset = 0
+    offset, errors = 0, {}
     for name, array in tensors.items():
-        end = offset + 2 * array.size
-        header[name] = {"dtype": "BF16", "shape": list(array.shape), "data_offsets": [offset, end]}
+        end = offset + BYTES[kind] * array.size
+        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with atomic_path(path) as temporary, open(temporary, "wb") as handle:
         handle.write(struct.pack("<Q", len(text)) + text)
         for name, array in tensors.items():
-            handle.write(narrow(name, array, "BF16").tobytes())
+            squares = 0.0
+            for stored, lost in narrow_rows(name, np.asarray(array), kind):
+                handle.write(np.ascontiguousarray(stored).data)
+                squares += lost
+            errors[name] = squares**0.5
+    return errors
+
+
+def write_shards(
+    folder: Path,
+    tensors: Mapping[str, np.ndarray | LazyArray],
+    kind: str,
+    metadata: Mapping[str, str],
+    most: int,
+) -> tuple[list[Path], dict[str, float]]:
+    """Write a model's tensors into a folder as Hugging Face does.
+
+    That is one file, or where they are more than ``most`` bytes several and an index; a larger
+    tensor has a file of its own.
+
+    Returns:
+        The files of weights, and what `write_narrowed` returns.
+    """
+    parts: list[dict] = [{}]
+    room = most
+    for name, array in tensors.items():
+        size = BYTES[kind] * array.size
+        if size > room and parts[-1]:
+            parts.append({})
+            room = most
+        parts[-1][name] = array
+        room -= size
+    if len(parts) == 1:
+        path = folder / "model.safetensors"
+        return [path], write_narrowed(path, tensors, kind, metadata)
+    files, errors, weight_map = [], {}, {}
+    for number, part in enumerate(parts, 1):
+        files.append(folder / f"model-{number:05}-of-{len(parts):05}.safetensors")
+        errors |= write_narrowed(files[-1], part, kind, metadata)
+        weight_map |= dict.fromkeys(part, files[-1].name)
+    total = BYTES[kind] * sum(array.size for array in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    return files, errors

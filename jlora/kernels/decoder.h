@@ -30,6 +30,7 @@ struct Model {
     int64_t whole;                 // whether norms of queries and keys are of all heads together
     double amplitude;              // what turned numbers are multiplied by
     double embedding_scale, scale, cap;
+    int64_t narrow;                // whether keys and values are kept in bf16
     Scores scores(const Block& b) const { return {(float)scale, (float)cap, b.window}; }
     // Columns of a query head, of a key head and of its values.
     int64_t query_column(int64_t h) const { return (h + (grouped ? h / (H / G) * 2 : 0)) * D; }
@@ -106,21 +107,34 @@ inline void norm_heads(const Model& m, const Norm& norm, float* x, int64_t heads
 // turned. turns: of the block's rope.
 inline void place_heads(const Model& m, const Block& b, const Tokens& tokens, int64_t layer, const float* qkv,
         const float* turns, float* q) {
-    const int64_t width = m.G * m.D, wide = m.H * m.D;
+    const int64_t width = m.G * m.D, wide = m.H * m.D, bytes = width * (m.narrow ? sizeof(uint16_t) : sizeof(float));
     const Turn turn{m.rotary, m.neighbours};
-    #pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < tokens.count; i++) {
+    const auto place = [&](int64_t i, float* keys, float* values) {
         const float *row = qkv + i * (wide + 2 * width), *cos = turns + i * m.rotary, *sin = cos + m.rotary / 2;
-        float *queries = q + i * wide, *keys = tokens.places[i].at(layer, 0, width), *values = tokens.places[i].at(layer, 1, width);
+        float* queries = q + i * wide;
         for (int64_t h = 0; h < m.H; h++) std::copy_n(row + m.query_column(h), m.D, queries + h * m.D);
         for (int64_t g = 0; g < m.G; g++) {
             std::copy_n(row + m.key_column(g), m.D, keys + g * m.D);
             std::copy_n(row + m.value_column(g), m.D, values + g * m.D);
         }
         norm_heads(m, b.queries, queries, m.H), norm_heads(m, b.keys, keys, m.G);
-        if (!m.frequencies || !b.rope) continue;
+        if (!m.frequencies || !b.rope) return;
         for (int64_t h = 0; h < m.H; h++) turn(queries + h * m.D, cos, sin, 1);
         for (int64_t g = 0; g < m.G; g++) turn(keys + g * m.D, cos, sin, 1);
+    };
+    #pragma omp parallel
+    {
+        std::vector<float> room(m.narrow ? 2 * width : 0);
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < tokens.count; i++) {
+            char *keys = tokens.places[i].at(layer, 0, bytes), *values = tokens.places[i].at(layer, 1, bytes);
+            if (!m.narrow) {
+                place(i, (float*)keys, (float*)values);
+                continue;
+            }
+            place(i, room.data(), room.data() + width);
+            to_bf16(room.data(), (uint16_t*)keys, width), to_bf16(room.data() + width, (uint16_t*)values, width);
+        }
     }
 }
 
@@ -165,7 +179,7 @@ inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens
             store_some(qkv + m * heads + n, left, right, count);
         });
         place_heads(m, b, tokens, layer, qkv, turns + std::max<int64_t>(0, b.rope - 1) * R * m.rotary, q);
-        shared_attention(groups, layer, m.H, m.G, m.D, m.scores(b), q, attended);
+        shared_attention(groups, layer, m.H, m.G, m.D, m.scores(b), m.narrow != 0, q, attended);
         const Input out = for_out.of(R, wide, &b.out, 1);
         #pragma omp parallel for schedule(static)
         for (int64_t i = 0; i < R; i++)
@@ -212,17 +226,17 @@ inline void finish(const Model& m, const float* x, float* hidden) {
 // Pieces of prompts, one after the other, and then one more token of each of some rows.
 struct Pieces {
     int64_t count;
-    float* const* blocks;                   // where each prompt has its keys and values
+    char* const* blocks;                    // where each prompt has its keys and values
     const int *lengths, *before, *sizes;    // tokens that are run, that were run earlier, and of the whole block
 };
 struct Step {
     int64_t rows;
-    float* const* prompts;                  // blocks of the rows' prompts, which hold nothing else
+    char* const* prompts;                   // blocks of the rows' prompts, which hold nothing else
     const int* prompt_tokens;
     const int* table;                       // see group_rows; the last of a row's places is the new token's own
     int64_t most;
     const int* lengths;
-    float* const* slabs;
+    char* const* slabs;
     int64_t slab_size, slab_count;
 };
 // ids, positions, slots: of all tokens. wanted (W,): tokens by their numbers; hidden (W, C): their states.

@@ -22,20 +22,20 @@ BLOCK, MODEL = np.dtype(structs.Block), np.dtype(structs.Model)
 
 
 class TokenMemory:
-    """Keys and values of tokens: float32 on the host; bf16, as uint16, on a GPU.
+    """Keys and values of tokens: float32, or where ``narrow``, and on a GPU, bf16 as uint16.
 
     Attributes:
         shape: (layers, 2, tokens, width).
         address: where they stand.
     """
 
-    def __init__(self, shape: tuple[int, ...]):
+    def __init__(self, shape: tuple[int, ...], narrow: bool):
         self.shape = shape
         if on_gpu():
             self._memory = DeviceMemory(2 * int(np.prod(shape)))
             self.address = self._memory.address
         else:
-            self._memory = np.empty(shape, np.float32)
+            self._memory = np.empty(shape, np.uint16 if narrow else np.float32)
             self.address = self._memory.ctypes.data
 
     def numbers(self) -> np.ndarray:
@@ -63,8 +63,8 @@ class Pieces:
         lengths: (P,) int32, how many of each come now.
         before: (P,) int32, how many were run earlier.
         sizes: (P,) int32, tokens that there is room for in each block.
-        blocks: (P,) int64, addresses of (layers, 2, size, G, D) float32, where those earlier ones
-            have their keys and values and the new ones' are written behind them.
+        blocks: (P,) int64, addresses of (layers, 2, size, G, D), see `TokenMemory`, where those
+            earlier ones have their keys and values and the new ones' are written behind them.
     """
 
     lengths: np.ndarray
@@ -84,7 +84,7 @@ class Step:
         table: (R, any) int32, the place of each generated token, the new one included: the number
             of a token in slabs.
         lengths: (R,) int32, places of each row.
-        slabs: (any,) int64, addresses of (layers, 2, slab_size, G, D) float32.
+        slabs: (any,) int64, addresses of (layers, 2, slab_size, G, D), see `TokenMemory`.
     """
 
     prompts: np.ndarray

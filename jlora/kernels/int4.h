@@ -1,5 +1,6 @@
 // int4 weights: 32 inputs of an output share a scale d and a minimum m, and a number is q d + m, q from 0 to
-// 15. They become tiles of bf16 on the way into L1; GGUF's Q4_0, Q4_1 and Q4_K have this form too.
+// 15. On the way into L1 they become tiles of int8 forward, in steps of a scale for each output, and of bf16 on
+// the way back. GGUF's Q4_0, Q4_1 and Q4_K have this form too.
 #pragma once
 #include <cmath>
 #include "tile_turns.h"
@@ -12,6 +13,11 @@ constexpr int64_t numbers_bytes = 256, block_bytes = 320;
 inline char* block(const Weight& w, int64_t n_tile, int64_t k_tile) {
     return w.tiles + n_tile * w.stride + k_tile * block_bytes;
 }
+// Behind the blocks: the largest number of each output / 127, its step in int8.
+inline float* steps_of(const Weight& w) { return (float*)(w.tiles + up_to(w.n, 32) / 16 * w.stride); }
+// Behind these: `bias` times the sums of the outputs' numbers in int8.
+inline int* offsets_of(const Weight& w) { return (int*)(steps_of(w) + up_to(w.n, 64)); }
+inline int64_t bytes(int64_t n, int64_t k) { return up_to(n, 32) / 16 * up_to(k, 32) / 32 * block_bytes + up_to(n, 64) * 8; }
 inline const uint16_t* scales_of(const char* own) { return (const uint16_t*)(own + numbers_bytes); }
 
 inline float at(const Weight& w, int64_t n, int64_t k) {
@@ -37,6 +43,58 @@ inline void widen(const char* own, uint16_t* tile) {
         store_pairs(tile + row * 32, rounded16(even) | rounded16(odd) << 16);
 #endif
     }
+}
+
+// A block as half a tile of int8, [k / 4][n][k % 4]: in 256ths of the outputs' steps, of which the upper bytes stay.
+inline void to_bytes(const char* own, const float* steps, char* tile) {
+    const F16 fine = quotient16(F16{} + 256.0f, load16(steps));
+    const I16 scale = integers(even16(load_float16(scales_of(own)) * fine));
+    const I16 least = integers(even16(fma16(load_float16(scales_of(own) + 16), fine, F16{} + 128.0f)));
+    for (int row = 0; row < 8; row++) {
+        const I16 a = load_bytes((const uint8_t*)own + row * 32), b = load_bytes((const uint8_t*)own + row * 32 + 16);
+#if defined(__AVX512BW__)
+        // In words; what overflows them on the way comes back with the sum.
+        const __m512i words = _mm512_set1_epi32(0xffff), x = (__m512i)(a | b << 16), low = _mm512_set1_epi16(15);
+        const auto twice = [&](I16 v) { return _mm512_or_si512(_mm512_and_si512((__m512i)v, words), (__m512i)(v << 16)); };
+        const auto number = [&](__m512i q) {
+            return _mm512_add_epi16(_mm512_mullo_epi16(_mm512_and_si512(q, low), twice(scale)), twice(least));
+        };
+        const __m512i upper = _mm512_and_si512(number(_mm512_srli_epi16(x, 4)), _mm512_set1_epi16((short)0xff00));
+        _mm512_store_si512(tile + row * 64, _mm512_or_si512(_mm512_srli_epi16(number(x), 8), upper));
+#else
+        const auto number = [&](const I16& q) { return (q * scale + least) >> 8 & 255; };
+        const I16 all = number(a & 15) | number(a >> 4) << 8 | number(b & 15) << 16 | number(b >> 4) << 24;
+        std::memcpy(tile + row * 64, &all, 64);
+#endif
+    }
+}
+// Of n_tile's outputs, once its blocks are there.
+inline void set_steps(const Weight& w, int64_t n_tile) {
+    F16 most{};
+    for (int64_t k = 0; k < up_to(w.k, 32) / 32; k++) {
+        const char* own = block(w, n_tile, k);
+        const F16 scale = load_float16(scales_of(own)), least = load_float16(scales_of(own) + 16);
+        for (int row = 0; row < 16; row++) {
+            const I16 both = load_bytes((const uint8_t*)own + row * 16);
+            const F16 even = fma16(floats(both & 15), scale, least), odd = fma16(floats(both >> 4), scale, least);
+            most = larger(most, larger(larger(even, -even), larger(odd, -odd)));
+        }
+    }
+    float* steps = steps_of(w) + n_tile * 16;
+    store16(steps, blend(most > 0.0f, quotient16(most, F16{} + 127.0f), 1.0f));
+    int sums[16] = {};
+    for (int64_t k = 0; k < up_to(w.k, 32) / 32; k++) {
+        alignas(64) char half[512];
+        to_bytes(block(w, n_tile, k), steps, half);
+        for (int i = 0; i < 512; i++) sums[i / 4 % 16] += (int8_t)half[i];
+    }
+    for (int i = 0; i < 16; i++) offsets_of(w)[n_tile * 16 + i] = bias * sums[i];
+}
+// The numbers of 16 outputs for input k, in their steps.
+inline F16 outputs(const Weight& w, int64_t n_tile, int64_t k) {
+    float v[16];
+    for (int i = 0; i < 16; i++) v[i] = at(w, n_tile * 16 + i, k);
+    return quotient16(load16(v), load16(steps_of(w) + n_tile * 16));
 }
 
 // Scales and minima for the 16 columns of v, and how far their numbers are from it.
@@ -83,7 +141,7 @@ inline Fit best_fit(const F16* v) {
 }
 inline void pack(const float* from, const Weight& w, int64_t along_n, int64_t along_k) {
     #pragma omp parallel for schedule(static)
-    for (int64_t n = 0; n < up_to(w.n, 32); n += 16)
+    for (int64_t n = 0; n < up_to(w.n, 32); n += 16) {
         for (int64_t k = 0; k < up_to(w.k, 32); k += 32) {
             F16 v[32];
             for (int64_t j = 0; j < 32; j++) {
@@ -99,5 +157,52 @@ inline void pack(const float* from, const Weight& w, int64_t along_n, int64_t al
             store_float16((uint16_t*)(own + numbers_bytes), fit.scale);
             store_float16((uint16_t*)(own + numbers_bytes) + 16, fit.least);
         }
+        set_steps(w, n / 16);
+    }
+}
+
+// Rows of blocks as GGUF has them: of 32 numbers a scale, of Q4_1 a minimum, and 16 bytes, the lower halves of
+// which are the first 16 numbers; Q4_K has 8 such groups together, whose scales and minima are 6 bits each of two
+// others. All but Q4_K's scales and minima, which are rounded to float16, stay as they are.
+enum Form : int64_t { q4_0, q4_1, q4_k };
+// Of 16 outputs: halves that scale and minimum are multiples of, and of which.
+struct Groups {
+    alignas(64) uint16_t scale[16] = {}, least[16] = {};
+    alignas(64) int32_t times[16] = {}, least_times[16] = {};
+    alignas(64) uint8_t numbers[256] = {};
+    void read(int64_t i, const uint8_t* row, int64_t group, Form form) {
+        if (form == q4_k) {
+            const uint8_t *own = row + group / 8 * 144, *six = own + 4;
+            const int64_t g = group % 8;
+            times[i] = g < 4 ? six[g] & 63 : (six[g + 4] & 15) | (six[g - 4] >> 6) << 4;
+            least_times[i] = -(g < 4 ? six[g + 4] & 63 : six[g + 4] >> 4 | (six[g] >> 6) << 4);
+            std::memcpy(scale + i, own, 2), std::memcpy(least + i, own + 2, 2);
+            const uint8_t* bytes = own + 16 + g / 2 * 32;
+            for (int k = 0; k < 32; k++) put(i, k, bytes[k] >> (g % 2 * 4) & 15);
+            return;
+        }
+        const uint8_t* own = row + group * (form == q4_0 ? 18 : 20);
+        const uint8_t* bytes = own + (form == q4_0 ? 2 : 4);
+        times[i] = 1, least_times[i] = form == q4_0 ? -8 : 1;
+        std::memcpy(scale + i, own, 2), std::memcpy(least + i, form == q4_0 ? own : own + 2, 2);
+        for (int k = 0; k < 32; k++) put(i, k, bytes[k % 16] >> (k / 16 * 4) & 15);
+    }
+    void put(int64_t i, int k, int number) { numbers[k / 2 * 16 + i] |= number << (k % 2 * 4); }
+};
+// from: rows of `stride` bytes.
+inline void pack_blocks(const uint8_t* from, int64_t stride, Form form, const Weight& w) {
+    #pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < up_to(w.n, 32); n += 16) {
+        for (int64_t k = 0; k < w.k; k += 32) {
+            Groups all;
+            for (int64_t i = 0; i < std::min<int64_t>(16, w.n - n); i++) all.read(i, from + (n + i) * stride, k / 32, form);
+            char* own = block(w, n / 16, k / 32);
+            std::memcpy(own, all.numbers, sizeof all.numbers);
+            uint16_t* halves = (uint16_t*)(own + numbers_bytes);
+            store_float16(halves, load_float16(all.scale) * floats(load_integers(all.times)));
+            store_float16(halves + 16, load_float16(all.least) * floats(load_integers(all.least_times)));
+        }
+        set_steps(w, n / 16);
+    }
 }
 }  // namespace jlora::int4

@@ -1,15 +1,14 @@
 // int8 weights: one scale for each output, activations rounded to int8 row by row on the way.
 //
-// Most processors multiply bytes without a sign by bytes with one, so `bias` is added to activations; what that adds to
-// each result, its `offset`, is known when the weight is packed.
+// To activations `bias` is added; what that adds to each result, its `offset`, is known when the weight is packed.
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include "int4.h"
 #include "tile_turns.h"
 #include "tile_weights.h"
 
 namespace jlora::int8 {
-constexpr int bias = tiles::unsigned_rows ? 128 : 0;
 // Behind a weight's scales: `bias` times the sums of its outputs' numbers, and of its inputs'.
 inline int* output_offsets(const Weight& w) { return (int*)(w.scales + up_to(w.n, 64)); }
 inline int* input_offsets(const Weight& w) { return output_offsets(w) + up_to(w.n, 64); }
@@ -122,13 +121,14 @@ inline const T* all_of(const Weights& all, Of of) {
         std::copy_n(of(*all.list[i]), up_to(all.list[i]->n, 64), out + first);
     return out;
 }
-inline const float* all_scales(const Weights& all) {
-    return all_of<float>(all, [](const Weight& w) { return w.scales; });
-}
+inline const float* steps_of(const Weight& w) { return w.kind == int4_kind ? int4::steps_of(w) : w.scales; }
+inline const int* offsets_of(const Weight& w) { return w.kind == int4_kind ? int4::offsets_of(w) : output_offsets(w); }
+inline const float* all_scales(const Weights& all) { return all_of<float>(all, steps_of); }
 inline F16 without(F16 sums, const int* offset) { return floats((I16)sums - load_integers(offset)); }
 
 // The numbers of 16 outputs that input k is multiplied with.
 inline F16 outputs(const Weight& w, int64_t n_tile, int64_t k) {
+    if (w.kind == int4_kind) return int4::outputs(w, n_tile, k);
     const I16 quads = load_integers((const int32_t*)((const char*)w.tile(n_tile, k / 64) + k % 64 / 4 * 64));
     return floats((quads << (int)(24 - k % 4 * 8)) >> 24);
 }
@@ -143,7 +143,7 @@ template <typename Panels, typename Sink>
 void product(const Rows& x, const Weights& all, int64_t count, const Panels& weights, Sink sink) {
     const QuantisedRows q = quantise(x, nullptr);
     const float* scales = all_scales(all);
-    const int* offsets = all_of<int>(all, output_offsets);
+    const int* offsets = all_of<int>(all, offsets_of);
     tiles::product<true>(q.data, x.rows, count, all.list[0]->steps(), weights, [&](int64_t m, int64_t n, F16 left, F16 right) {
         left = without(left, offsets + n) * q.scales[m];
         right = without(right, offsets + n + 16) * q.scales[m];

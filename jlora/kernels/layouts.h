@@ -57,7 +57,7 @@ inline std::string layouts() {
         + JLORA_FIELD(M, last) + JLORA_FIELD(M, activation) + JLORA_FIELD(M, gated) + JLORA_FIELD(M, ropes)
         + JLORA_FIELD(M, rotary) + JLORA_FIELD(M, neighbours) + JLORA_FIELD(M, long_from) + JLORA_FIELD(M, grouped)
         + JLORA_FIELD(M, whole) + JLORA_FIELD(M, amplitude) + JLORA_FIELD(M, embedding_scale) + JLORA_FIELD(M, scale)
-        + JLORA_FIELD(M, cap);
+        + JLORA_FIELD(M, cap) + JLORA_FIELD(M, narrow);
 #endif
     return text;
 }

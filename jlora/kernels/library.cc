@@ -140,6 +140,14 @@ extern "C" void pack_weight(const float* w, char* memory, Weight* out, int64_t n
     *out = weight_in(memory, n, k, kind);
     pack(w, *out, transposed != 0);
 }
+#ifdef JLORA_TILES
+// The same of GGUF's blocks of 4 bits, to int4; see int4.h.
+extern "C" void pack_blocks(const uint8_t* blocks, int64_t stride, int64_t form, char* memory, Weight* out, int64_t n, int64_t k) {
+    const std::lock_guard<std::mutex> alone(running);
+    *out = weight_in(memory, n, k, int4_kind);
+    int4::pack_blocks(blocks, stride, (int4::Form)form, *out);
+}
+#endif
 extern "C" void unpack_weight(const Weight* w, float* out, int64_t transposed) {
     const std::lock_guard<std::mutex> alone(running);
     unpack(*w, out, transposed != 0);
@@ -340,9 +348,9 @@ JLORA_OPERATOR(block_backward_op) {
 // addresses of blocks of keys and values, lengths, tokens before and sizes of the blocks; of rows addresses and
 // lengths of prompts, table, lengths; addresses of slabs; wanted tokens (W,) -> hidden (W, C); number: tokens of a slab.
 JLORA_OPERATOR(run_rows_op) {
-    const decode::Pieces pieces{in[6].size, in[5].as<float*>(), in[6].as<int>(), in[7].as<int>(), in[8].as<int>()};
-    const decode::Step step{in[10].size, in[9].as<float*>(), in[10].as<int>(), in[11].as<int>(), in[11].shape[1],
-        in[12].as<int>(), in[13].as<float*>(), (int64_t)number[0], in[13].size};
+    const decode::Pieces pieces{in[6].size, in[5].as<char*>(), in[6].as<int>(), in[7].as<int>(), in[8].as<int>()};
+    const decode::Step step{in[10].size, in[9].as<char*>(), in[10].as<int>(), in[11].as<int>(), in[11].shape[1],
+        in[12].as<int>(), in[13].as<char*>(), (int64_t)number[0], in[13].size};
     decode::run_rows(*in[0].as<decode::Model>(), in[1].as<decode::Block>(), in[2].size, in[2].as<int>(), in[3].as<int>(),
         in[4].as<int>(), pieces, step, in[14].as<int>(), in[14].size, out[0].out());
 }

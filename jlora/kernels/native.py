@@ -30,6 +30,7 @@ from jlora.system.files import atomic_path, write_text
 from jlora.system.lock import one_at_a_time
 from jlora.system.runtime import OneDNN, find_onednn, jt
 from jlora.system.status import run_compiler
+from jlora.system.unread import is_waiting
 
 FOLDER = Path(__file__).resolve().parent
 SOURCE = "library.cc"
@@ -95,7 +96,7 @@ def _made(onednn: OneDNN | None, compiler: Compiler) -> ctypes.CDLL:
     command = _command(onednn, compiler)
     path = _library_path(command)
     if not path.is_file():
-        with one_at_a_time(path.with_name("operators.lock"), "compiling jlora's operators"):
+        with one_at_a_time(path.with_suffix(".lock"), "compiling jlora's operators"):
             if not path.is_file():
                 _compile(command, path)
     try:
@@ -313,8 +314,11 @@ def retire(*memory: object, kept: list[object] = _retired) -> None:
 
 
 def free_retired() -> None:
-    """Run what is left to run and free what was retired until now."""
-    while _retired:  # what goes may be the last to hold something else
+    """Run what is left to run and free what was retired until now.
+
+    While a model's weights are unread they stay: running everything would read them all.
+    """
+    while _retired and not is_waiting():  # what goes may be the last to hold something else
         memory = _retired[:]
         del _retired[: len(memory)]
         jt.sync_all()

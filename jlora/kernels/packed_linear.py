@@ -20,13 +20,18 @@ from jlora.kernels.native import (
 )
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt
+from jlora.system.unread import source_of
 
 LINE = 64  # bytes; packed weights begin on a line of the cache
 
 
-# What packed weights are kept in, by the numbers of tile_weights.h. "int8" multiplies activations
-# in int8 and gradients in bf16, "int8-both" both in int8, "int4" both in bf16.
+# What packed weights are kept in, by the numbers of tile_weights.h. "int8" and "int4" multiply
+# activations in int8 and gradients in bf16, "int8-both" both in int8.
 KINDS = {"bf16": 0, "int8": 1, "int8-both": 2, "int4": 3}
+
+
+#: GGUF's forms that int4 has, by the numbers of int4.h.
+FORMS = {"Q4_0": 0, "Q4_1": 1, "Q4_K": 2}
 
 
 def available(kind: str) -> bool:
@@ -52,6 +57,10 @@ class PackedWeight:
     By tiles (`tiles`) one packing serves the product and its transpose, 2 bytes a number, 1 or
     5/8; by oneDNN there is one of bf16 for each. int8 has a scale for each of the N outputs,
     int4 a scale and a minimum for each 32 inputs of an output.
+
+    Attributes:
+        taken: GGUF's form of the file's own blocks, if they were taken over as they are (of Q4_K
+            but for the scales, which are rounded to float16); None: the weight was rounded.
     """
 
     def __init__(self, weight: jt.Var, transposed: bool, kind: str = "bf16"):
@@ -81,6 +90,14 @@ class PackedWeight:
             begin = -(-self._memory.ctypes.data // LINE) * LINE
         self._weight = structs.Weight()
         self.address = ctypes.addressof(self._weight)
+        blocks = getattr(source_of(weight), "blocks", None)
+        self.taken = None
+        if kind == "int4" and blocks is not None and blocks.kind in FORMS and has("pack_blocks"):
+            rows, self.taken = np.ascontiguousarray(blocks.read()), blocks.kind
+            form = (rows.shape[1], FORMS[blocks.kind])
+            sizes = (self.n, self.k)
+            call("pack_blocks", None, rows.ctypes.data, *form, begin, self.address, *sizes)
+            return
         values = np.ascontiguousarray(weight.data)  # no copy of Jittor's memory
         sizes = (self.n, self.k, KINDS[kind], transposed)
         call("pack_weight", None, values.ctypes.data, begin, self.address, *sizes)

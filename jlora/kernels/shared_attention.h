@@ -5,17 +5,19 @@
 #pragma once
 #include <vector>
 #include "attention.h"
+#include "bf16.h"
 #include "lanes.h"
 #include "small_product.h"
 #include "vector_math.h"
 
 namespace jlora::decode {
-// Where the key and the value of a token stand in a block of tokens (layers, 2, size, G * D).
+// Where the key and the value of a token stand in a block of tokens (layers, 2, size, G * D), in float32 or bf16.
 struct Place {
-    float* block;
+    char* block;
     int64_t size, index;
-    float* at(int64_t layer, int64_t value, int64_t width) const {
-        return block + ((layer * 2 + value) * size + index) * width;
+    // bytes: of a token's keys.
+    char* at(int64_t layer, int64_t value, int64_t bytes) const {
+        return block + ((layer * 2 + value) * size + index) * bytes;
     }
 };
 
@@ -52,8 +54,8 @@ inline void group_prompt(std::vector<Group>& groups, int64_t first, Place prompt
 // slab_size, of which row r has lengths[r]. Prompt r stands at prompts[r], prompt_tokens[r] long;
 // rows of one prompt stand together.
 // The first of them is row `at` of all.
-inline void group_rows(std::vector<Group>& groups, int64_t at, int64_t R, int64_t per, float* const* prompts, const int* prompt_tokens,
-        const int* table, int64_t most, const int* lengths, float* const* slabs, int64_t slab_size, int64_t slab_count) {
+inline void group_rows(std::vector<Group>& groups, int64_t at, int64_t R, int64_t per, char* const* prompts, const int* prompt_tokens,
+        const int* table, int64_t most, const int* lengths, char* const* slabs, int64_t slab_size, int64_t slab_count) {
     std::vector<int> seen(slab_count * slab_size, -1);  // the last group to read a token
     std::vector<int> numbers(slab_count * slab_size);   // and its number there
     for (int64_t first = 0, end; first < R; first = end) {
@@ -112,13 +114,20 @@ inline void copy_numbers(const float* from, int64_t n, float* to) {
     for (; i < n; i++) to[i] = from[i];
 }
 
-// q, out (R, H, D), for one layer.
+// `tokens` rows of n numbers, `bytes` apart, as floats side by side.
+inline void read_rows(const char* from, int64_t bytes, bool narrow, int64_t tokens, int64_t n, float* to) {
+    for (int64_t t = 0; t < tokens; t++)
+        if (narrow) to_float((const uint16_t*)(from + t * bytes), to + t * n, n);
+        else copy_numbers((const float*)(from + t * bytes), n, to + t * n);
+}
+
+// q, out (R, H, D), for one layer. narrow: whether keys and values are in bf16.
 inline void shared_attention(const std::vector<Group>& groups, int64_t layer, int64_t H, int64_t G, int64_t D,
-        const Scores& how, const float* q, float* out) {
-    const int64_t per = H / G, width = G * D;
+        const Scores& how, bool narrow, const float* q, float* out) {
+    const int64_t per = H / G, number = narrow ? sizeof(uint16_t) : sizeof(float), bytes = G * D * number;
     #pragma omp parallel
     {
-        std::vector<float> queries, scores, keys, values, sums, totals, first;
+        std::vector<float> queries, scores, keys, values, prompt, sums, totals, first;
         #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t i = 0; i < (int64_t)groups.size(); i++)
             for (int64_t g = 0; g < G; g++) {
@@ -143,18 +152,24 @@ inline void shared_attention(const std::vector<Group>& groups, int64_t layer, in
                     for (int64_t d = 0; d < D; d++) queries[d * columns + m] = query[d];
                 }
                 for (int64_t u = 0; u < U; u++) {
-                    copy_numbers(group.tokens[u].at(layer, 0, width) + g * D, D, keys.data() + u * D);
-                    copy_numbers(group.tokens[u].at(layer, 1, width) + g * D, D, values.data() + u * D);
+                    read_rows(group.tokens[u].at(layer, 0, bytes) + g * D * number, bytes, narrow, 1, D, keys.data() + u * D);
+                    read_rows(group.tokens[u].at(layer, 1, bytes) + g * D * number, bytes, narrow, 1, D, values.data() + u * D);
                 }
-                const float *prompt_keys = group.prompt.at(layer, 0, width) + begin * width + g * D,
-                            *prompt_values = group.prompt.at(layer, 1, width) + begin * width + g * D;
+                const auto of_prompt = [&](int64_t value) -> const float* {
+                    const char* at = group.prompt.at(layer, value, bytes) + begin * bytes + g * D * number;
+                    if (!narrow) return (const float*)at;
+                    prompt.resize(T * D);
+                    read_rows(at, bytes, narrow, T, D, prompt.data());
+                    return prompt.data();
+                };
+                const int64_t stride = narrow ? D : G * D;
                 float* generated = scores.data() + T * columns;
-                small_product(T, columns, D, prompt_keys, width, 1, queries.data(), columns, scores.data(), columns, false);
+                small_product(T, columns, D, of_prompt(0), stride, 1, queries.data(), columns, scores.data(), columns, false);
                 small_product(U, columns, D, keys.data(), D, 1, queries.data(), columns, generated, columns, false);
                 exponentials(scores.data(), group.shown - begin, T + U, group.hidden.data(), columns, how,
                     [&](int64_t t) { return t < T ? begin + t : group.places[t - T]; }, first.data(), totals.data());
                 const int64_t M = group.rows * per;
-                small_product(M, D, T, scores.data(), 1, columns, prompt_values, width, sums.data(), D, false);
+                small_product(M, D, T, scores.data(), 1, columns, of_prompt(1), stride, sums.data(), D, false);
                 small_product(M, D, U, generated, 1, columns, values.data(), D, sums.data(), D, true);
                 for (int64_t m = 0; m < M; m++) {
                     float* result = out + ((group.first + m / per) * H + g * per + m % per) * D;

@@ -106,6 +106,7 @@ class Model(Structure):
         *((name, c_int64) for name in ("ropes", "rotary", "neighbours", "long_from", "grouped")),
         ("whole", c_int64),
         *((name, c_double) for name in ("amplitude", "embedding_scale", "scale", "cap")),
+        ("narrow", c_int64),
     ]  # fmt: skip
 
 

@@ -70,10 +70,10 @@ inline void turn_tiles(const uint16_t* upper, const uint16_t* lower, uint16_t* l
 #endif
 }
 
-// Fetches line `line` of 16 a tile, of the int4 blocks of two tiles from step s on that are made into tiles.
-inline void fetch_blocks(const Weight& w, int64_t n_tile, int64_t step, int64_t line) {
-    if (line % 16 * 64 >= int4::block_bytes) return;
-    const char* at = int4::block(w, n_tile, step) + line % 16 * 64;
+// Fetches line `line` of 16, of int4 blocks from k_tile on, `count` a tile that is made of them, of two tiles.
+inline void fetch_blocks(const Weight& w, int64_t n_tile, int64_t k_tile, int64_t count, int64_t line) {
+    if (line * 64 >= count * int4::block_bytes) return;
+    const char* at = int4::block(w, n_tile, k_tile) + line * 64;
     tiles::fetch_line(at);
     tiles::fetch_line(at + w.stride);
 }
@@ -93,14 +93,19 @@ struct ForwardPanels {
             b0 = (const char*)w.tile(2 * p, s), b1 = b0 + w.stride;
             return;
         }
-        for (int64_t i = 0; i < 2 * n; i++) int4::widen(int4::block(w, 2 * p + i / n, s + i % n), (uint16_t*)room + i * 512);
+        for (int64_t i = 0; i < 4 * n; i++) {
+            const int64_t n_tile = 2 * p + i / (2 * n), k_tile = 2 * s + i % (2 * n);
+            char* half = room + i * (tiles::tile_bytes / 2);
+            if (k_tile * 32 < w.k) int4::to_bytes(int4::block(w, n_tile, k_tile), int4::steps_of(w) + n_tile * 16, half);
+            else std::memset(half, 0, tiles::tile_bytes / 2);
+        }
         b0 = room, b1 = room + n * tiles::tile_bytes;
     }
     void fetch(int64_t p, int64_t s, int64_t line) const {
         const int64_t n = p * 32;
         const Weight& w = find(all, p);
         if (w.kind == int4_kind) {
-            fetch_blocks(w, 2 * p, s + line / 16, line);
+            fetch_blocks(w, 2 * p, 2 * (s + line / 16), 2, line % 16);
         } else {
             const char* at = (const char*)w.tile(2 * p, s) + line * 64;
             tiles::fetch_line(at);
@@ -134,7 +139,7 @@ struct BackwardPanels {
     void fetch(int64_t p, int64_t s, int64_t line) const {
         int64_t step = s + line / 16;
         const Weight& w = find(all, step);
-        if (w.kind == int4_kind) return fetch_blocks(w, 2 * step, p, line);
+        if (w.kind == int4_kind) return fetch_blocks(w, 2 * step, p, 1, line % 16);
         const char* at = w.scales ? int8::half_tile(w, 2 * step, p) + line % 8 * 64
                                   : (const char*)w.tile(2 * step, p) + line % 16 * 64;
         tiles::fetch_line(at);
@@ -147,7 +152,7 @@ template <typename Sink, typename Also = NothingElse>
 void product(const Rows& x, const Weights& all, Sink sink, bool steady = false, const Also& also = {}) {
     if (!x.rows) return;
     const ForwardPanels<Also> weights{all, also};
-    if (all.list[0]->scales) return int8::product(x, all, panels(all), weights, sink);
+    if (all.list[0]->kind != bf16_kind) return int8::product(x, all, panels(all), weights, sink);
     tiles::product<false>((const char*)x.data, x.rows, panels(all), x.steps(), weights, sink, steady);
 }
 template <typename Sink>
@@ -159,7 +164,7 @@ void product_back(const Rows& dy, const Weights& all, Sink sink) {
 }
 inline int64_t weight_bytes(int64_t n, int64_t k, int64_t kind) {
     if (!tiles::permitted()) return 0;
-    if (kind == int4_kind) return up_to(n, 32) / 16 * up_to(k, 32) / 32 * int4::block_bytes;
+    if (kind == int4_kind) return int4::bytes(n, k);
     if (kind == bf16_kind) return up_to(n, 32) * up_to(k, 32) * 2;
     return int8::bytes(n, k);
 }

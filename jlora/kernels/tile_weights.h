@@ -15,6 +15,8 @@ struct Rows {
     uint16_t* at(int64_t m, int64_t k) const { return data + (m / 16 * steps() + k / 32) * 512 + m % 16 * 32; }
 };
 
+// Added to int8 activations: most processors multiply bytes without a sign by bytes with one.
+constexpr int bias = tiles::unsigned_rows ? 128 : 0;
 // What a weight is kept in. int8_both: gradients, too, are multiplied in int8.
 enum Kind : int64_t { bf16_kind, int8_kind, int8_both_kind, int4_kind };
 // A tile of a weight: 16 outputs n by 32 inputs k, stored [k / 2][n][k % 2], or in int8 by 64 inputs,
@@ -25,7 +27,8 @@ struct Weight {
     int64_t stride;       // bytes from the tiles of 16 outputs to the next 16
     const float* scales;  // of int8 numbers, one for each output; null: of other kinds
     int64_t kind;
-    int64_t inputs_a_tile() const { return scales ? 64 : 32; }
+    // Of the tiles that are multiplied forward.
+    int64_t inputs_a_tile() const { return kind == bf16_kind ? 32 : 64; }
     int64_t steps() const { return up_to(k, inputs_a_tile()) / inputs_a_tile(); }
     uint16_t* tile(int64_t n_tile, int64_t k_tile) const {
         return (uint16_t*)(tiles + n_tile * stride + k_tile * tiles::tile_bytes);

@@ -180,8 +180,7 @@ class LoRALayer:
             return
         if self.has_adapter:
             with jt.no_grad():
-                bias = getattr(self, "bias", None)
-                merged_bias = self._merged_bias(bias)
+                bias, merged_bias = getattr(self, "bias", None), self.merged_bias()
                 # A copy is kept: subtracting would leave a rounding error at each round, and would
                 # take away the wrong change after lora_A or lora_B were replaced meanwhile.
                 merged = self.variant.merged_weight(self, self.float_weight())
@@ -197,7 +196,13 @@ class LoRALayer:
                 self._merged_digest = _digest(self.weight)
         self.merged = True
 
-    def _merged_bias(self, bias: jt.Var | None) -> jt.Var | None:
+    def merged_bias(self) -> jt.Var | None:
+        """The bias that `merge` gives an unmerged layer.
+
+        Raises:
+            UserError: the variant changes the bias, and there is none.
+        """
+        bias = getattr(self, "bias", None)
         merged = self.variant.merged_bias(self, bias)
         if merged is not bias and bias is None:
             raise UserError(

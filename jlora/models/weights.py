@@ -50,7 +50,7 @@ def load_weights(model: Any, tensors: dict[str, Array], source: str = "checkpoin
     for name, parameter in parameters.items():
         array = tensors.pop(name)
         if isinstance(array, LazyArray):
-            parameter.assign(unread(array.shape, array.read))
+            parameter.assign(unread(array))
         else:
             parameter.assign(jt.array(array.astype(np.float32, copy=False)))
 

@@ -167,8 +167,8 @@ def loading_bytes(outline: Outline, weights: int) -> int:
     """A checkpoint at the height of its way from the file to ``weights`` bytes of packed ones."""
     named = outline.model.named_parameters()
     parameters = [FLOAT * size(p) for name, p in named if not is_lora_name(name)]
-    # One after the other: in float32, and what the file has of it.
-    return weights + 2 * max(parameters)
+    # One after the other, in float32.
+    return weights + max(parameters)
 
 
 def weight_bytes(model, precision: str, trained: set[str]) -> int:
@@ -316,8 +316,9 @@ def activation_bytes(
     numbers = rows * shape.plain_floats(precision == "plain")
     if precision == "plain":  # scores, their softmax and its gradient, head by head
         numbers += 4 * shape.heads * rows * batch.longest
-    low = [n for n in trained if "lora_A" in n]
-    numbers += rows * shape.width * 3 * len(low) // shape.layers  # dropout, branch, sum
+    if recipe.lora.lora_dropout:  # of each branch: what it keeps of its input, and its sum
+        low = [n for n in trained if "lora_A" in n]
+        numbers += rows * shape.width * 3 * len(low) // shape.layers
     return int(ALLOCATOR * numbers * FLOAT * shape.layers) + 8 * through
 
 
@@ -375,7 +376,7 @@ def decode_bytes(recipe: Recipe, model, precision: str, texts: Texts) -> dict[st
     shape, decode = BlockShape.of(model), recipe.decode
     together = min(decode.batch_size, len(texts.prompts))
     beams, steps = decode.num_beams, decode.max_new_tokens
-    token = shape.layers * 2 * shape.key_width * FLOAT
+    token = shape.layers * 2 * shape.key_width * (2 if precision in packed_linear.KINDS else FLOAT)
     longest = sum(sorted(texts.prompts, reverse=True)[:together])
     # Beams of a prompt have most of their past in common: of its tree one trunk, and near the
     # leaves some 6.5 tokens a beam (measured; 5.7 for lines that join by chance).

@@ -123,6 +123,11 @@ def _prepare(recipe: Recipe, model) -> None:
     )
     reason = engine.choose_precision()[1] if recipe.precision == "auto" else "as asked for"
     say(f"precision {precision}: {reason}")
+    forms = engine.taken_forms(model)
+    rounded = forms.pop("", 0)
+    for form, count in sorted(forms.items()):
+        how = "scales rounded to float16" if form == "Q4_K" else "as they are"
+        say(f"{count} weights taken over from {form}, {how}; {rounded} rounded from float32")
 
 
 def finetune(

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 
 from jlora.system.runtime import jt
+
+
+class Source(Protocol):
+    """An array that is still in a file, such as `jlora.formats.lazy.LazyArray`."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
 
 
 class _Reader:
@@ -14,34 +22,67 @@ class _Reader:
     is asked for: otherwise it would, with the first number that anybody asks for, read them all.
     """
 
-    waiting = 0
+    waiting: dict[int, _Reader] = {}  # by the number of the Var's value
 
-    def __init__(self, read: Callable[[], np.ndarray]):
-        self._read = read
-        _Reader.waiting += 1
+    def __init__(self, source: Source):
+        self.source, self._number = source, None
         jt.flags.use_threading = 1  # Jittor's name for that
 
-    def __call__(self, numpy, data) -> None:
-        if self._read is not None:
-            data["outputs"][0][...] = self._read()
-            self._done()
+    def wait(self, number: int) -> None:
+        self._number = number
+        self.waiting[number] = self
 
-    def _done(self) -> None:
-        self._read = None
-        _Reader.waiting -= 1
-        if not _Reader.waiting:
+    def __call__(self, numpy, data) -> None:
+        if self.source is not None:
+            data["outputs"][0][...] = self.source.read()
+            self.end()
+
+    def end(self) -> None:
+        self.source = None
+        self.waiting.pop(self._number, None)
+        if not self.waiting:
             jt.flags.use_threading = 0
 
+
+class _Call:
+    """What Jittor holds as long as the Var may be read; with it goes the reader."""
+
+    def __init__(self, reader: _Reader):
+        self._reader = reader
+
+    def __call__(self, *arguments) -> None:
+        self._reader(*arguments)
+
     def __del__(self):
-        if self._read is not None:  # its Var is gone, and nobody wanted it
-            self._done()
+        if self._reader.source is not None:  # the Var is gone, and nobody wanted it
+            self._reader.end()
 
 
-def unread(shape: Sequence[int], read: Callable[[], np.ndarray]) -> jt.Var:
+def unread(source: Source) -> jt.Var:
     """A float32 Var that takes memory once its values are asked for.
 
     Args:
-        read: gives them, of that shape; its errors come to whoever asks.
+        source: its ``read`` gives them; errors come to whoever asks.
     """
-    reader = _Reader(read)
-    return jt.numpy_code(tuple(shape), "float32", [], lambda *arguments: reader(*arguments))
+    reader = _Reader(source)
+    call = _Call(reader)
+    var = jt.numpy_code(tuple(source.shape), "float32", [], lambda *arguments: call(*arguments))
+    reader.wait(var.id)
+    return var
+
+
+def is_waiting() -> bool:
+    """Whether there is a Var that has not been read."""
+    return bool(_Reader.waiting)
+
+
+def source_of(var: Any) -> Source | None:
+    """Where a Var's values are, if they are not in memory yet."""
+    reader = _Reader.waiting.get(var.id)
+    return None if reader is None else reader.source
+
+
+def values(var: Any) -> np.ndarray:
+    """A Var's values, float32; one that has none yet reads them and takes no memory for them."""
+    source = source_of(var)
+    return var.float32().numpy() if source is None else np.asarray(source.read(), np.float32)

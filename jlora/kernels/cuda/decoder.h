@@ -35,6 +35,7 @@ struct Model {
     Norm last;
     int64_t activation, gated, ropes, rotary, neighbours, long_from, grouped, whole;
     double amplitude, embedding_scale, scale, cap;
+    int64_t narrow;          // keys and values are always bf16 here
 };
 
 // Rows of tokens, on the card; where each keeps its key and value.
