@@ -162,6 +162,21 @@ def test_target_loss_with_logits_far_apart():
 
 
 @needs_bf16
+def test_target_loss_with_the_rest_behind_a_likely_word():
+    """50,000 unlikely words together weigh something; one float32 sum would lose them."""
+    hidden, w, targets = np.ones((3, 1), "f"), np.zeros((50000, 1), "f"), np.int32([7, 7, 9])
+    w[7] = 22.0
+    packed, factor = PackedWeight(jt.array(w), False), np.ones(3, "f")
+    losses, gradient = results(
+        lambda h: target_loss(h, packed, jt.array(targets), 0.0), [hidden], factor
+    )
+    wanted, slope = loss_and_gradient(hidden, w, targets, 0.0, factor)
+    np.testing.assert_allclose(losses, wanted, rtol=1e-6, atol=1e-7)  # two of them are 1.4e-5
+    # 22 plus something is exact to 1e-6 in float32, and so are probabilities.
+    np.testing.assert_allclose(gradient, slope, rtol=1e-2, atol=22 * 2e-6)
+
+
+@needs_bf16
 def test_target_loss_without_gradient():
     w, hidden, targets = random(9, 4), random(3, 4, seed=1), np.int32([1, 2, 3])
     packed = PackedWeight(jt.array(w), False)

@@ -13,8 +13,8 @@ JLORA_INLINE F16 activation16(int64_t kind, F16 x) {
 }
 JLORA_INLINE F16 activation_slope16(int64_t kind, F16 x) {
     if (kind == silu) {
-        const F16 s = sigmoid16(x);
-        return s + x * s * (1.0f - s);
+        const F16 s = sigmoid16(x), y = x * s;
+        return s + y - y * s;
     }
     const F16 du = 0.7978845608f * (1.0f + 3 * 0.044715f * x * x);
     const F16 s = sigmoid16(2.0f * 0.7978845608f * (x + 0.044715f * x * x * x));
@@ -24,10 +24,10 @@ JLORA_INLINE F16 activation_slope16(int64_t kind, F16 x) {
 JLORA_INLINE F16 soft_cap16(F16 x, float cap) { return cap * (2.0f * sigmoid16(x * (2.0f / cap)) - 1.0f); }
 inline float soft_cap(float x, float cap) { return cap * (2.0f / (1.0f + fast_exp(x * (-2.0f / cap))) - 1.0f); }
 template <typename T>
-inline T soft_cap_slope(T y, float cap) { return 1.0f - y * y * (1.0f / (cap * cap)); }
+JLORA_INLINE T soft_cap_slope(T y, float cap) { return 1.0f - y * y * (1.0f / (cap * cap)); }
 // Rotary embedding: a pair of numbers turned by an angle; with -sin it is turned back.
 template <typename T>
-inline void rotate_pair(T& left, T& right, T cos, T sin) {
+JLORA_INLINE void rotate_pair(T& left, T& right, T cos, T sin) {
     const T l = left;
     left = l * cos - right * sin;
     right = right * cos + l * sin;

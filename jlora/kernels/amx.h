@@ -24,6 +24,7 @@ struct TileScope {  // every thread configures its own registers
     ~TileScope() { _tile_release(); }
 };
 
+constexpr bool unsigned_rows = true;  // of int8, see int8.h
 inline int64_t passes(int64_t) { return 1; }
 // `count` contraction steps of a block of 32 x 32 results c; a0, a1: tiles of its upper and lower
 // rows, b0, b1: of its left and right columns, one tile a step. between() runs beside each step of each
@@ -44,17 +45,17 @@ inline void steps(const char* a0, const char* a1, const char* b0, const char* b1
         const int64_t at = k * 1024;  // bytes of a tile
         _tile_stream_loadd(4, a0 + at, 64);
         _tile_loadd(6, b0 + at, 64);
-        if constexpr (int8) { _tile_dpbssd(0, 4, 6); } else { _tile_dpbf16ps(0, 4, 6); }
+        if constexpr (int8) { _tile_dpbusd(0, 4, 6); } else { _tile_dpbf16ps(0, 4, 6); }
         _tile_loadd(7, b1 + at, 64);
-        if constexpr (int8) { _tile_dpbssd(1, 4, 7); } else { _tile_dpbf16ps(1, 4, 7); }
+        if constexpr (int8) { _tile_dpbusd(1, 4, 7); } else { _tile_dpbf16ps(1, 4, 7); }
         if (lower) {
             _tile_stream_loadd(5, a1 + at, 64);
-            if constexpr (int8) { _tile_dpbssd(2, 5, 6); _tile_dpbssd(3, 5, 7); }
+            if constexpr (int8) { _tile_dpbusd(2, 5, 6); _tile_dpbusd(3, 5, 7); }
             else { _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7); }
         }
         between();
     }
     _tile_stored(0, c, 64); _tile_stored(1, c + 256, 64);
-    if (lower) _tile_stored(2, c + 512, 64), _tile_stored(3, c + 768, 64);
+    if (lower) { _tile_stored(2, c + 512, 64); _tile_stored(3, c + 768, 64); }
 }
 }  // namespace jlora::tiles

@@ -9,25 +9,22 @@ namespace jlora::tiles {
 inline bool permitted() { return true; }
 struct TileScope {};  // there is nothing to configure
 
+constexpr bool unsigned_rows = true;  // of int8, see int8.h
 // R rows of `a`, 64 bytes each, with the columns of b0 and b1, `count` tiles of each.
 template <bool int8, int R, typename Between>
 inline void some_rows(const char* a, const char* b0, const char* b1, int64_t count, bool first, float* own,
-        const __m512i* offset, Between between) {
-    const __m512i sign = _mm512_set1_epi32((int)0x80808080);
+        const char* next, Between between) {
     __m512i sums[R][2];
     for (int i = 0; i < R; i++)
-        for (int half = 0; half < 2; half++) {
-            const __m512i before = first ? __m512i{} : _mm512_load_si512(own + i * 16 + half * 256);
-            sums[i][half] = int8 ? _mm512_sub_epi32(before, offset[half]) : before;
-        }
+        for (int half = 0; half < 2; half++)
+            sums[i][half] = first ? __m512i{} : _mm512_load_si512(own + i * 16 + half * 256);
     for (int64_t k = 0; k < count; k++) {
         for (int64_t pair = 0; pair < 16; pair++) {
             const __m512i left = _mm512_load_si512(b0 + k * 1024 + pair * 64);
             const __m512i right = _mm512_load_si512(b1 + k * 1024 + pair * 64);
             for (int i = 0; i < R; i++) {
-                __m512i x = _mm512_set1_epi32(*(const int*)(a + k * 1024 + i * 64 + pair * 4));
+                const __m512i x = _mm512_set1_epi32(*(const int*)(a + k * 1024 + i * 64 + pair * 4));
                 if constexpr (int8) {
-                    x = _mm512_xor_si512(x, sign);
                     sums[i][0] = _mm512_dpbusd_epi32(sums[i][0], x, left);
                     sums[i][1] = _mm512_dpbusd_epi32(sums[i][1], x, right);
                 } else {
@@ -36,6 +33,7 @@ inline void some_rows(const char* a, const char* b0, const char* b1, int64_t cou
                 }
             }
         }
+        for (int i = 0; i < 8; i++) _mm_prefetch(next + k * 1024 + i * 64, _MM_HINT_T0);
         between();
     }
     for (int i = 0; i < R; i++)
@@ -49,18 +47,12 @@ inline int64_t passes(int64_t rows) { return (rows + 7) / 8; }
 template <bool int8, typename Between>
 inline void steps(const char* a0, const char* a1, const char* b0, const char* b1, int64_t count, bool first,
         float* c, Between between, int64_t rows = 32) {
-    // VNNI's left factor has no sign: 128 is added to it, and taken off the sums again.
-    __m512i offset[2] = {};
-    const __m512i sign = _mm512_set1_epi32((int)0x80808080);
-    for (int64_t k = 0; int8 && k < count * 1024; k += 64) {
-        offset[0] = _mm512_dpbusd_epi32(offset[0], sign, _mm512_load_si512(b0 + k));
-        offset[1] = _mm512_dpbusd_epi32(offset[1], sign, _mm512_load_si512(b1 + k));
-    }
     for (int64_t row = 0; row < rows; row += 8) {
         const char* a = (row < 16 ? a0 : a1) + row % 16 * 64;
+        const char* next = row == 0 ? a0 + 512 : row == 8 ? a1 : row == 16 ? a1 + 512 : a1 + (a1 - a0);
         float* own = c + row / 16 * 512 + row % 16 * 16;
         const auto some = [&](auto size) {
-            some_rows<int8, decltype(size)::value>(a, b0, b1, count, first, own, offset, between);
+            some_rows<int8, decltype(size)::value>(a, b0, b1, count, first, own, next, between);
         };
         if (rows - row > 4) some(std::integral_constant<int, 8>());
         else if (rows - row > 2) some(std::integral_constant<int, 4>());

@@ -197,6 +197,7 @@ struct IntoBranch {
     bool normed;
     void operator()(int64_t m, int64_t n, F16 left, F16 right) const {
         const int64_t at = m * width + n;
+        for (int64_t i = 0; i < 32; i += 16) __builtin_prefetch(x + at + 4 * width + i), __builtin_prefetch(y + at + 4 * width + i, 1);
         if (normed) return store16(kept + at, left), store16(kept + at + 16, right);
         store16(y + at, load16(x + at) + left), store16(y + at + 16, load16(x + at + 16) + right);
     }

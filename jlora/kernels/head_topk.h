@@ -29,7 +29,7 @@ struct Best {
     void take(F16 left, F16 right, int64_t n, int64_t count, int64_t k, float* values, int* ids) {
         const float least = held == k ? values[k - 1] : -FLT_MAX;
         // Rare once the list is good; NaN comes here too.
-        if (any(~(left < least)) || any(~(right < least)) || count < 32) {
+        if (any16(~(left < least) | ~(right < least)) || count < 32) {
             alignas(64) float v[32];
             store16(v, left), store16(v + 16, right);
             alignas(64) float clean[32];
@@ -45,11 +45,6 @@ struct Best {
             left = load16(clean), right = load16(clean + 16);
         }
         store16(sums, load16(sums) + exp16(left - peak) + exp16(right - peak));
-    }
-    static bool any(I16 lanes) {
-        int32_t all = 0;
-        for (int i = 0; i < 16; i++) all |= lanes[i];
-        return all != 0;
     }
 };
 
@@ -161,10 +156,7 @@ inline void head_logprobs(const float* hidden, int64_t rows, const decode::Linea
         head_product(hidden + first * head.k, count, head, cap, [&](int64_t m, int64_t n, F16 left, F16 right) {
             parts[omp_get_thread_num() * count + m].take(left, right, n, std::min<int64_t>(32, head.n - n), targets[first + m]);
         });
-        for (int64_t m = 0; m < count; m++) {
-            for (int64_t t = 1; t < threads; t++) parts[m].join(parts[t * count + m]);
-            values[first + m] = -parts[m].loss(head.n, 0);
-        }
+        for (int64_t m = 0; m < count; m++) values[first + m] = -RowSum(&parts[m], threads, count).loss(head.n, 0);
     }
 }
 }  // namespace jlora

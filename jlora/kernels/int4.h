@@ -15,6 +15,9 @@ inline char* block(const Weight& w, int64_t n_tile, int64_t k_tile) {
 }
 // Behind the blocks: the largest number of each output / 127, its step in int8.
 inline float* steps_of(const Weight& w) { return (float*)(w.tiles + up_to(w.n, 32) / 16 * w.stride); }
+// Behind these: `bias` times the sums of the outputs' numbers in int8.
+inline int* offsets_of(const Weight& w) { return (int*)(steps_of(w) + up_to(w.n, 64)); }
+inline int64_t bytes(int64_t n, int64_t k) { return up_to(n, 32) / 16 * up_to(k, 32) / 32 * block_bytes + up_to(n, 64) * 8; }
 inline const uint16_t* scales_of(const char* own) { return (const uint16_t*)(own + numbers_bytes); }
 
 inline float at(const Weight& w, int64_t n, int64_t k) {
@@ -42,20 +45,6 @@ inline void widen(const char* own, uint16_t* tile) {
     }
 }
 
-// Of n_tile's outputs, once its blocks are there.
-inline void set_steps(const Weight& w, int64_t n_tile) {
-    F16 most{};
-    for (int64_t k = 0; k < up_to(w.k, 32) / 32; k++) {
-        const char* own = block(w, n_tile, k);
-        const F16 scale = load_float16(scales_of(own)), least = load_float16(scales_of(own) + 16);
-        for (int row = 0; row < 16; row++) {
-            const I16 both = load_bytes((const uint8_t*)own + row * 16);
-            const F16 even = fma16(floats(both & 15), scale, least), odd = fma16(floats(both >> 4), scale, least);
-            most = larger(most, larger(larger(even, -even), larger(odd, -odd)));
-        }
-    }
-    store16(steps_of(w) + n_tile * 16, blend(most > 0.0f, quotient16(most, F16{} + 127.0f), 1.0f));
-}
 // A block as half a tile of int8, [k / 4][n][k % 4]: in 256ths of the outputs' steps, of which the upper bytes stay.
 inline void to_bytes(const char* own, const float* steps, char* tile) {
     const F16 fine = quotient16(F16{} + 256.0f, load16(steps));
@@ -78,6 +67,28 @@ inline void to_bytes(const char* own, const float* steps, char* tile) {
         std::memcpy(tile + row * 64, &all, 64);
 #endif
     }
+}
+// Of n_tile's outputs, once its blocks are there.
+inline void set_steps(const Weight& w, int64_t n_tile) {
+    F16 most{};
+    for (int64_t k = 0; k < up_to(w.k, 32) / 32; k++) {
+        const char* own = block(w, n_tile, k);
+        const F16 scale = load_float16(scales_of(own)), least = load_float16(scales_of(own) + 16);
+        for (int row = 0; row < 16; row++) {
+            const I16 both = load_bytes((const uint8_t*)own + row * 16);
+            const F16 even = fma16(floats(both & 15), scale, least), odd = fma16(floats(both >> 4), scale, least);
+            most = larger(most, larger(larger(even, -even), larger(odd, -odd)));
+        }
+    }
+    float* steps = steps_of(w) + n_tile * 16;
+    store16(steps, blend(most > 0.0f, quotient16(most, F16{} + 127.0f), 1.0f));
+    int sums[16] = {};
+    for (int64_t k = 0; k < up_to(w.k, 32) / 32; k++) {
+        alignas(64) char half[512];
+        to_bytes(block(w, n_tile, k), steps, half);
+        for (int i = 0; i < 512; i++) sums[i / 4 % 16] += (int8_t)half[i];
+    }
+    for (int i = 0; i < 16; i++) offsets_of(w)[n_tile * 16 + i] = bias * sums[i];
 }
 // The numbers of 16 outputs for input k, in their steps.
 inline F16 outputs(const Weight& w, int64_t n_tile, int64_t k) {

@@ -1,4 +1,6 @@
 // int8 weights: one scale for each output, activations rounded to int8 row by row on the way.
+//
+// To activations `bias` is added; what that adds to each result, its `offset`, is known when the weight is packed.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -7,6 +9,10 @@
 #include "tile_weights.h"
 
 namespace jlora::int8 {
+// Behind a weight's scales: `bias` times the sums of its outputs' numbers, and of its inputs'.
+inline int* output_offsets(const Weight& w) { return (int*)(w.scales + up_to(w.n, 64)); }
+inline int* input_offsets(const Weight& w) { return output_offsets(w) + up_to(w.n, 64); }
+inline int64_t bytes(int64_t n, int64_t k) { return up_to(n, 64) * (up_to(k, 64) + 8) + up_to(k, 64) * 4; }
 inline int8_t& at(const Weight& w, int64_t n, int64_t k) {
     return ((int8_t*)w.tile(n / 16, k / 64))[k % 64 / 4 * 64 + n % 16 * 4 + k % 4];
 }
@@ -17,8 +23,17 @@ inline void pack(const float* from, const Weight& w, int64_t along_n, int64_t al
         for (int64_t k = 0; k < w.k && n < w.n; k++) most = std::max(most, std::fabs(from[n * along_n + k * along_k]));
         const float scale = most > 0 ? most / 127 : 1.0f;
         const_cast<float*>(w.scales)[n] = scale;
+        int sum = 0;
         for (int64_t k = 0; k < up_to(w.k, 64); k++)
-            at(w, n, k) = n < w.n && k < w.k ? (int8_t)std::lrint(from[n * along_n + k * along_k] / scale) : 0;
+            sum += at(w, n, k) = n < w.n && k < w.k ? (int8_t)std::lrint(from[n * along_n + k * along_k] / scale) : 0;
+        output_offsets(w)[n] = bias * sum;
+    }
+    #pragma omp parallel for schedule(static)
+    for (int64_t k = 0; k < up_to(w.k, 64); k += 64) {
+        int sums[64] = {};
+        for (int64_t n = 0; n < up_to(w.n, 64); n += 16)
+            for (int64_t i = 0; i < 1024; i++) sums[i / 64 * 4 + i % 4] += ((const int8_t*)w.tile(n / 16, k / 64))[i];
+        for (int64_t i = 0; i < 64; i++) input_offsets(w)[k + i] = bias * sums[i];
     }
 }
 
@@ -32,6 +47,27 @@ struct Outliers {
     float value[most];
 };
 inline F16 size(F16 v) { return blend(v < 0.0f, -v, v); }
+// The numbers above the limit, as many as there is room for; gives the largest of the others, by lane.
+template <typename Run>
+inline F16 take_outliers(const Run& run, int64_t width, float limit, Outliers& apart) {
+    F16 peaks{};
+    for (int64_t k = 0; k < width; k += 16) {
+        const F16 v = run(k), sizes = size(v);
+        if (!any16(sizes > limit)) {
+            peaks = larger(sizes, peaks);
+            continue;
+        }
+        for (int i = 0; i < 16; i++) {
+            if (sizes[i] <= limit || apart.count == Outliers::most) {
+                peaks[i] = std::max(peaks[i], sizes[i]);
+                continue;
+            }
+            apart.column[apart.count] = k + i;
+            apart.value[apart.count++] = v[i];
+        }
+    }
+    return peaks;
+}
 // Rows of int8 numbers as tiles of 16 rows x 64 columns, and what each row is to be multiplied with.
 struct QuantisedRows { char* data; float* scales; Outliers* outliers; };
 // columns: factors of the columns, filled up to whole tiles; null: none.
@@ -40,16 +76,21 @@ inline QuantisedRows quantise(const Rows& x, const float* columns) {
     static Buffer<char> memory;
     static Buffer<float> for_scales;
     static Buffer<Outliers> for_outliers;
-    const int64_t steps = up_to(x.width, 64) / 64;
+    // Weights are zeros from `width` to the end of a tile, where rows are left as they are.
+    const int64_t steps = up_to(x.width, 64) / 64, width = up_to(x.width, 32);
     const QuantisedRows out{memory.of(up_to(x.rows, 32) * steps * 64), for_scales.of(x.rows), for_outliers.of(x.rows)};
     #pragma omp parallel for schedule(static)
     for (int64_t m = 0; m < x.rows; m++) {
+        const uint16_t* row = x.at(m, 0);
         const auto run = [&](int64_t k) {
-            F16 v = k < up_to(x.width, 32) ? load16(x.at(m, k / 32 * 32) + k % 32) : F16{};
+            const F16 v = load16(row + k / 32 * 512 + k % 32);
             return columns ? v * load16(columns + k) : v;
         };
-        F16 sums{};
-        for (int64_t k = 0; k < x.width; k += 16) sums += size(run(k));
+        F16 sums{}, peaks{};
+        for (int64_t k = 0; k < width; k += 16) {
+            const F16 sizes = size(run(k));
+            sums += sizes, peaks = larger(sizes, peaks);
+        }
         const float sum = sum16(sums), limit = Outliers::limit * sum / x.width;
         Outliers& apart = out.outliers[m];
         apart.count = 0;
@@ -57,46 +98,33 @@ inline QuantisedRows quantise(const Rows& x, const float* columns) {
             out.scales[m] = NAN;
             continue;
         }
-        F16 peaks{};
-        for (int64_t k = 0; k < x.width; k += 16) {
-            const F16 v = run(k), sizes = size(v);
-            if (largest16(sizes) <= limit) {
-                peaks = larger(sizes, peaks);
-                continue;
-            }
-            for (int i = 0; i < 16; i++) {
-                if (sizes[i] <= limit || apart.count == Outliers::most) {
-                    peaks[i] = std::max(peaks[i], sizes[i]);
-                    continue;
-                }
-                apart.column[apart.count] = k + i;
-                apart.value[apart.count++] = v[i];
-            }
-        }
+        if (any16(peaks > limit)) peaks = take_outliers(run, width, limit, apart);
         const float most = largest16(peaks);
         out.scales[m] = most / 127;
         const float inverse = most > 0 ? 127 / most : 0.0f;
-        for (int64_t k = 0; k < steps * 64; k += 16) {
-            F16 v = run(k) * inverse;
-            for (int j = 0; j < apart.count; j++)
-                if (apart.column[j] / 16 == k / 16) v[apart.column[j] % 16] = 0;
-            store_bytes(out.data + (m / 16 * steps + k / 64) * tiles::tile_bytes + m % 16 * 64 + k % 64, nearest16(v));
-        }
+        const auto place = [&](int64_t k) { return out.data + (m / 16 * steps + k / 64) * tiles::tile_bytes + m % 16 * 64 + k % 64; };
+        for (int64_t k = 0; k < width; k += 16) store_bytes(place(k), nearest16(run(k) * inverse) + bias);
+        for (int j = 0; j < apart.count; j++) *place(apart.column[j]) = (char)bias;
     }
     return out;
 }
 
-inline const float* steps_of(const Weight& w) { return w.kind == int4_kind ? int4::steps_of(w) : w.scales; }
-// The scales of all outputs side by side.
-inline const float* all_scales(const Weights& all) {
-    static Buffer<float> memory;
+// Of all outputs side by side what stands for each of them, `of` a weight.
+template <typename T, typename Of>
+inline const T* all_of(const Weights& all, Of of) {
+    if (all.count == 1) return of(*all.list[0]);
+    static Buffer<T> memory;
     int64_t width = 0;
     for (int64_t i = 0; i < all.count; i++) width += up_to(all.list[i]->n, 64);
-    float* out = memory.of(width);
+    T* out = memory.of(width);
     for (int64_t i = 0, first = 0; i < all.count; first += all.list[i++]->n)
-        std::copy_n(steps_of(*all.list[i]), up_to(all.list[i]->n, 64), out + first);
+        std::copy_n(of(*all.list[i]), up_to(all.list[i]->n, 64), out + first);
     return out;
 }
+inline const float* steps_of(const Weight& w) { return w.kind == int4_kind ? int4::steps_of(w) : w.scales; }
+inline const int* offsets_of(const Weight& w) { return w.kind == int4_kind ? int4::offsets_of(w) : output_offsets(w); }
+inline const float* all_scales(const Weights& all) { return all_of<float>(all, steps_of); }
+inline F16 without(F16 sums, const int* offset) { return floats((I16)sums - load_integers(offset)); }
 
 // The numbers of 16 outputs that input k is multiplied with.
 inline F16 outputs(const Weight& w, int64_t n_tile, int64_t k) {
@@ -115,13 +143,14 @@ template <typename Panels, typename Sink>
 void product(const Rows& x, const Weights& all, int64_t count, const Panels& weights, Sink sink) {
     const QuantisedRows q = quantise(x, nullptr);
     const float* scales = all_scales(all);
+    const int* offsets = all_of<int>(all, offsets_of);
     tiles::product<true>(q.data, x.rows, count, all.list[0]->steps(), weights, [&](int64_t m, int64_t n, F16 left, F16 right) {
-        left = floats((I16)left) * q.scales[m];
-        right = floats((I16)right) * q.scales[m];
-        int64_t panel = n / 32;
+        left = without(left, offsets + n) * q.scales[m];
+        right = without(right, offsets + n + 16) * q.scales[m];
         const Outliers& apart = q.outliers[m];
-        const Weight& w = find(all, panel);
         for (int j = 0; j < apart.count; j++) {
+            int64_t panel = n / 32;
+            const Weight& w = find(all, panel);
             left += apart.value[j] * outputs(w, 2 * panel, apart.column[j]);
             right += apart.value[j] * outputs(w, 2 * panel + 1, apart.column[j]);
         }
@@ -222,12 +251,19 @@ struct BackwardPanels {
 template <typename Sink>
 void product_back(const Rows& dy, const Weights& all, Sink sink) {
     const QuantisedRows q = quantise(dy, all_scales(all));  // the weights' scales belong to dy's columns
+    const int64_t width = up_to(all.list[0]->k, 32);
+    static Buffer<int> memory;
+    int* offsets = memory.of(width);
+    std::fill_n(offsets, width, 0);
     int64_t steps = 0;
-    for (int64_t i = 0; i < all.count; i++) steps += up_to(all.list[i]->n, 64) / 64;
-    tiles::product<true>(q.data, dy.rows, up_to(all.list[0]->k, 32) / 32, steps, BackwardPanels{all},
+    for (int64_t i = 0; i < all.count; i++) {
+        steps += up_to(all.list[i]->n, 64) / 64;
+        for (int64_t k = 0; k < width; k++) offsets[k] += input_offsets(*all.list[i])[k];
+    }
+    tiles::product<true>(q.data, dy.rows, width / 32, steps, BackwardPanels{all},
         [&](int64_t m, int64_t n, F16 left, F16 right) {
-            left = floats((I16)left) * q.scales[m];
-            right = floats((I16)right) * q.scales[m];
+            left = without(left, offsets + n) * q.scales[m];
+            right = without(right, offsets + n + 16) * q.scales[m];
             const Outliers& apart = q.outliers[m];
             for (int j = 0; j < apart.count; j++) {
                 int64_t i = 0, output = apart.column[j];

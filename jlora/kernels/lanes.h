@@ -7,7 +7,7 @@
 #endif
 #include "bf16.h"
 
-// In whose place a call would write and read its sixteens.
+// A call in the middle of a product's steps would take all their sums out of the registers and back.
 #define JLORA_INLINE inline __attribute__((always_inline))
 #if defined(__AVX512F__)
 namespace jlora {
@@ -16,9 +16,9 @@ typedef int32_t I16 __attribute__((vector_size(64)));
 typedef uint32_t U16 __attribute__((vector_size(64)));
 typedef uint16_t Half16 __attribute__((vector_size(32)));
 
-inline F16 load16(const float* p) { F16 v; std::memcpy(&v, p, 64); return v; }
-inline void store16(float* p, F16 v) { std::memcpy(p, &v, 64); }
-inline F16 load16(const uint16_t* p) {
+JLORA_INLINE F16 load16(const float* p) { F16 v; std::memcpy(&v, p, 64); return v; }
+JLORA_INLINE void store16(float* p, F16 v) { std::memcpy(p, &v, 64); }
+JLORA_INLINE F16 load16(const uint16_t* p) {
     Half16 half;
     std::memcpy(&half, p, 32);
     return (F16)(__builtin_convertvector(half, U16) << 16);

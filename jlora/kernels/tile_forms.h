@@ -11,7 +11,7 @@ namespace jlora {
 constexpr int64_t tile = 512;  // bf16 numbers
 
 // 2^x to about 1e-7 relative; 0 far below.
-inline F16 exp2_16(F16 x) {
+JLORA_INLINE F16 exp2_16(F16 x) {
 #if defined(__AVX512F__)
     const F16 n = (F16)_mm512_roundscale_ps((__m512)x, 0);
 #else

@@ -164,9 +164,9 @@ void product_back(const Rows& dy, const Weights& all, Sink sink) {
 }
 inline int64_t weight_bytes(int64_t n, int64_t k, int64_t kind) {
     if (!tiles::permitted()) return 0;
-    if (kind == int4_kind) return up_to(n, 32) / 16 * up_to(k, 32) / 32 * int4::block_bytes + up_to(n, 64) * (int64_t)sizeof(float);
+    if (kind == int4_kind) return int4::bytes(n, k);
     if (kind == bf16_kind) return up_to(n, 32) * up_to(k, 32) * 2;
-    return up_to(n, 64) * (up_to(k, 64) + (int64_t)sizeof(float));
+    return int8::bytes(n, k);
 }
 inline Weight weight_in(char* memory, int64_t n, int64_t k, int64_t kind) {
     if (kind == int4_kind) return {memory, n, k, up_to(k, 32) / 32 * int4::block_bytes, nullptr, kind};

@@ -15,6 +15,8 @@ struct Rows {
     uint16_t* at(int64_t m, int64_t k) const { return data + (m / 16 * steps() + k / 32) * 512 + m % 16 * 32; }
 };
 
+// Added to int8 activations: most processors multiply bytes without a sign by bytes with one.
+constexpr int bias = tiles::unsigned_rows ? 128 : 0;
 // What a weight is kept in. int8_both: gradients, too, are multiplied in int8.
 enum Kind : int64_t { bf16_kind, int8_kind, int8_both_kind, int4_kind };
 // A tile of a weight: 16 outputs n by 32 inputs k, stored [k / 2][n][k % 2], or in int8 by 64 inputs,
