@@ -19,6 +19,7 @@ from jlora.formats.lazy import LazyArray
 from jlora.formats.rounding import narrow_rows
 from jlora.system.errors import UserError
 from jlora.system.files import atomic_path
+from jlora.system.progress import progress
 
 
 def write_gguf(
@@ -72,12 +73,14 @@ def write_gguf(
             writer.write_ti_data_to_file()
             for factors in ropes.values():
                 writer.write_tensor_data(factors)
-            for old, new, part, array in stored_parts(architecture, config, tensors):
-                rows = architecture.to_file(part, array, config)
-                pieces = list(narrow_rows(old, rows, kinds[new].name))
-                squares = errors.get(old, 0.0) ** 2 + sum(lost for _, lost in pieces)
-                errors[old] = squares**0.5
-                writer.write_tensor_data(np.concatenate([stored for stored, _ in pieces]))
+            with progress(len(kinds), f"writing {Path(path).name}", "tensor") as bar:
+                for old, new, part, array in stored_parts(architecture, config, tensors):
+                    rows = architecture.to_file(part, array, config)
+                    pieces = list(narrow_rows(old, rows, kinds[new].name))
+                    squares = errors.get(old, 0.0) ** 2 + sum(lost for _, lost in pieces)
+                    errors[old] = squares**0.5
+                    writer.write_tensor_data(np.concatenate([stored for stored, _ in pieces]))
+                    bar.update()
         finally:
             writer.close()
     return errors

@@ -16,6 +16,7 @@ from jlora.formats.lazy import LazyArray
 from jlora.formats.rounding import narrow_rows
 from jlora.system.errors import UserError, one_line
 from jlora.system.files import atomic_path, os_error, read_text, write_text
+from jlora.system.progress import progress
 from jlora.system.text import check_no_pointer
 
 #: safetensors' dtype names that numpy has; BF16 is converted, everything else is refused.
@@ -256,12 +257,14 @@ def write_narrowed(
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_path(path) as temporary, open(temporary, "wb") as handle:
+    bar = progress(offset, f"writing {Path(path).name}", "B")
+    with atomic_path(path) as temporary, open(temporary, "wb") as handle, bar:
         handle.write(struct.pack("<Q", len(text)) + text)
         for name, array in tensors.items():
             squares = 0.0
             for stored, lost in narrow_rows(name, np.asarray(array), kind):
                 handle.write(np.ascontiguousarray(stored).data)
+                bar.update(stored.nbytes)
                 squares += lost
             errors[name] = squares**0.5
     return errors
