@@ -123,8 +123,8 @@ def test_a_gguf_file_is_packed_without_its_numbers_being_read(kind, tmp_path, mo
 
 
 def test_size():
-    """5 bits a number: four, and 32 bits of a scale and a minimum for 32 of them; and 8 bytes an
-    output, its step in int8 and the sum of its numbers there."""
+    """5 bits a number: four, and 32 bits of a scale and a minimum for 32 of them; and for each
+    output its step in int8 and its offset, 4 bytes each."""
     assert packed_bytes(4096, 4096, "int4") == 4096 * 4096 * 5 // 8 + 4096 * 8
 
 
