@@ -366,7 +366,7 @@ def test_where_nothing_can_be_compiled_the_plain_layers_run(monkeypatch):
 def test_where_nothing_multiplies_bf16_it_is_refused_and_fp32_runs(monkeypatch):
     monkeypatch.setattr(packed_linear, "available", lambda kind: False)
     model = adapted()
-    with pytest.raises(UserError, match="bf16 needs a processor with AMX, or oneDNN.*jlora doctor"):
+    with pytest.raises(UserError, match="bf16 needs a processor with AVX2.*jlora doctor"):
         engine.prepare(model, "bf16")
     assert not packed(model)
     assert engine.prepare(model) == "fp32"

@@ -142,7 +142,10 @@ def test_fast_paths_have_no_stale_copies(kind, precision, keep_weights, folders)
         atol = 3e-2 if own_head or rounded else 1e-6
         np.testing.assert_allclose(logits(model), right, atol=atol)
         own_native, own_states = decoded(model)
-        close = 1e-6 if own_native == native else 5e-6  # sums in another order
+        if own_native == native:
+            close = 1e-6
+        else:  # sums in another order; of packed weights the native decoder alone has keys in bf16
+            close = 5e-6 if precision == "fp32" else 3e-2
         np.testing.assert_allclose(own_states, states, atol=3e-2 if rounded else close)
         assert own_native == native or name != on
 
