@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 TITLES = {
     "gpt2-small": "GPT-2 small", "gpt2-medium": "GPT-2 medium", "smollm2-135m": "SmolLM2-135M",
@@ -224,11 +226,17 @@ def not_measured(results: list[dict]) -> str:
     reasons: dict[tuple[str, str], list[str]] = {}
     for where, side in each_side(results):
         if side["problem"]:
-            places = reasons.setdefault((side["name"], side["problem"]), [])
+            places = reasons.setdefault((side["name"], printed(side["problem"])), [])
             if where not in places:
                 places.append(where)
     lines = [f"- {n} ({', '.join(w)}): {why}" for (n, why), w in reasons.items()]
     return "\n".join(["Not measured, or not to the end:", "", *lines]) if lines else ""
+
+
+def printed(message: str) -> str:
+    """A program's message for a page: no colours, no name of the user's folder, one line."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", message).replace(str(Path.home()), "~")
+    return " ".join(plain.split())
 
 
 def notes(figures: dict) -> str:
