@@ -21,7 +21,8 @@ DOCS := .venv-docs
 DOCS_STAMP := $(DOCS)/.installed
 SEED ?= 1
 # Test files at a time; each runs by itself (`make test JOBS=0`: one after another, in one process).
-# In the order of their names: by the number of tests, the few long ones would be left for the end.
+# In the order of their names, behind those that tests/conftest.py puts first: by the number of tests, the
+# few long ones would be left for the end.
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
@@ -77,8 +78,8 @@ golden: $(PARITY_STAMP)
 
 # Speed and memory beside the peers on one page (docs/benchmarks.md); ARGS=--quick: five minutes. The
 # first word of ARGS may name another part: scale, operators, long_run (one model for many steps),
-# wikisql (docs/results.md), large (the shapes of Qwen2.5 and of Llama 2 7B; makes 18 GB of weights the first time),
-# serve (docs/serve.md). A peer that cannot be installed is on the page with the reason.
+# wikisql (docs/results.md), large (the shapes of Qwen2.5 and of Llama 2 7B; makes 18 GB of weights the
+# first time), serve (docs/serve.md). A peer that cannot be installed is on the page with the reason.
 BENCH_PART := $(filter scale operators long_run wikisql large serve,$(firstword $(ARGS)))
 PEERS_OF_ := peft mlx jittor2 ctranslate2 openvino llamacpp llamacpp-native
 PEERS_OF_scale := peft
