@@ -11,10 +11,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-
-# A compiler is several processes, which would go on without the one that started it. A pipe that ends
-# with that one, however it dies, is read by a process of the compiler's group, which then ends the group.
-# (A shell takes standard input away from what it puts in the background, so the pipe is number 3.)
+# A compiler is several processes, which would go on without the one that started it. A pipe that
+# ends with that one, however it dies, is read by a process of the compiler's group, which then ends
+# the group. (A shell gives what it puts in the background another standard input, so the pipe is
+# number 3.)
 _WATCHED = """
 exec 3<&0
 { read -r _ <&3; kill -9 0; } >/dev/null 2>&1 &
