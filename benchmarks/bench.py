@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> None:
         write_text(file, page(figures, file.with_suffix(".svg").name))
     if not chosen.only:
         shutil.rmtree(out / "parts")
-    print((out / "page.md").read_text())
+    print((out / "page.md").read_text(encoding="utf-8"))
 
 
 def measured(wanted: dict, plan: Plan, out: Path, settings: dict, again: bool) -> list[dict]:

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -186,12 +187,17 @@ def check(command: Command, scratch: Path) -> tuple[str, float]:
 
 def listens(process: subprocess.Popen) -> str:
     """Wait for the line with which the server says where it listens, and stop it."""
-    for line in process.stderr:
-        if "http://" in line:
-            process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=LIMIT)
-            return f"  exit code {process.returncode}" if process.returncode else ""
-    return "  it ended without listening"
+    watch = threading.Timer(LIMIT, process.kill)
+    watch.start()
+    try:
+        for line in process.stderr:
+            if "http://" in line:
+                process.send_signal(signal.SIGTERM)
+                process.communicate(timeout=LIMIT)
+                return f"  exit code {process.returncode}" if process.returncode else ""
+    finally:
+        watch.cancel()
+    return f"  it ended, or had {LIMIT} s, without listening"
 
 
 def missing_line(shown: str, said: str) -> str:

@@ -201,7 +201,7 @@ def test_a_large_model_is_several_files_and_an_index(tmp_path):
             np.testing.assert_array_equal(array, expected[name], name)
     again, one = jlora.load(tmp_path / "parts"), jlora.load(tmp_path / "whole")
     np.testing.assert_array_equal(logits(again), logits(one))
-    for size in ("much", "0", "5 TB", -1):
+    for size in ("9" * 400, "much", "0", "5 TB", -1):
         with pytest.raises(UserError, match=r"max_shard_size .* is no size; give one such as 5GB"):
             write_merged(model, tmp_path / "new", max_shard_size=size)
     assert not (tmp_path / "new").exists()

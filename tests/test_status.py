@@ -94,10 +94,10 @@ def test_a_compiler_and_its_children_end_with_the_process(tmp_path, popen, sent)
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         )
-        assert select.select([reader], [], [], 60)[0] and os.read(reader, 99) == b"started\n"
+        assert select.select([reader], [], [], 300)[0] and os.read(reader, 99) == b"started\n"
         process.send_signal(sent)
         # Nobody has the pipe open any more.
-        assert select.select([reader], [], [], 60)[0] and os.read(reader, 99) == b""
-        assert process.wait(60) == -sent
+        assert select.select([reader], [], [], 300)[0] and os.read(reader, 99) == b""
+        assert process.wait(300) == -sent
     finally:
         os.close(reader)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from jlora.formats.safetensors_file import write_safetensors
 from jlora.models.hub import load
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt
-from jlora.system.unread import source_of
+from jlora.system.unread import is_waiting, source_of, unread
 
 
 @pytest.fixture
@@ -50,6 +51,17 @@ def test_loading_reads_nothing_and_one_number_reads_one_tensor(folder, read):
     name, bias = "transformer.h.1.ln_1.bias", dict(model.named_parameters())
     np.testing.assert_array_equal(bias[name].numpy(), gpt2_tensors()[name])
     assert read == [name]
+
+
+def test_what_is_computed_at_once_waits_for_nobody():
+    """With `lazy_execution=0`, as Jittor's users look for errors."""
+    source = SimpleNamespace(shape=(3,), read=lambda: np.ones(3, np.float32))
+    jt.flags.lazy_execution = 0
+    try:
+        assert unread(source).numpy().tolist() == [1, 1, 1]
+    finally:
+        jt.flags.lazy_execution = 1
+    assert not is_waiting() and jt.flags.use_threading == 0
 
 
 def test_a_forward_pass_reads_everything_once_and_jittor_is_as_before(folder, read):

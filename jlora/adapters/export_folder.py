@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from dataclasses import dataclass
@@ -121,10 +122,10 @@ def bytes_of(size: int | str) -> int:
         UserError: not such a number, or 0.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", str(size).upper())
-    number = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
-    if number < 1:
+    number = float(found[1]) * UNITS[found[2] or ""] if found else 0
+    if not 1 <= number < math.inf:
         raise UserError(f"max_shard_size {size!r} is no size; give one such as 5GB or 500MB")
-    return number
+    return int(number)
 
 
 def config_of(base: Any, dtype: str) -> dict[str, Any]:

@@ -29,8 +29,9 @@ class _Reader:
         jt.flags.use_threading = 1  # Jittor's name for that
 
     def wait(self, number: int) -> None:
-        self._number = number
-        self.waiting[number] = self
+        if self.source is not None:  # where Jittor is told not to be lazy it has been read by now
+            self._number = number
+            self.waiting[number] = self
 
     def __call__(self, numpy, data) -> None:
         if self.source is not None:
