@@ -117,6 +117,8 @@ def test_where_no_compiler_answers_jittor_s_is_taken(folder):
         (folder / name).write_text("#!/bin/sh\nexit 1\n")
         (folder / name).chmod(0o755)
     assert [each.path for each in operator_compilers()] == [str(folder / "g++")]
+    (check,) = doctor._operators(True)
+    assert not check.ok and check.detail == f"{folder / 'g++'} makes no code with -march=native"
 
 
 def test_another_compiler_s_library_brings_its_own_libraries(monkeypatch):

@@ -401,6 +401,17 @@ def test_what_pip_says_is_kept_and_what_it_has_is_counted(tmp_path):
     assert pull_module.received(tmp_path, half.name) == 0
 
 
+def test_a_folder_that_pip_removes_while_it_is_looked_at_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "m.whl").write_bytes(b"x" * 300)
+
+    def vanishing(folder, name):
+        yield folder / name
+        raise FileNotFoundError(2, "No such file or directory", "pip-unpack-1")
+
+    monkeypatch.setattr(Path, "rglob", vanishing)
+    assert pull_module.received(tmp_path, "m.whl") == 300
+
+
 def test_offline_says_what_to_fetch_and_where_to_put_it(tiny_wheel, cache, monkeypatch):
     pip_that(
         monkeypatch, lambda command: (1, "WARNING: Retrying\nERROR: No matching distribution\n")

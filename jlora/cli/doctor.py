@@ -79,7 +79,10 @@ def _operators(compiler_works: bool) -> list[Check]:
     except UserError as error:
         cause, _, fix = str(error).partition("; ")
         return [Check("Operators", False, cause, fix)]
-    asked = compilers.examine(chosen.path, chosen.own) or chosen
+    asked = compilers.examine(chosen.path, chosen.own)
+    if asked is None:
+        cause = f"{chosen.path} makes no code with {compilers.target()}"
+        return [Check("Operators", False, cause, "unset JLORA_ARCH", required=False)]
     problem = compilers.what_is_missing(asked)
     if problem:
         cause, _, fix = problem.partition("; ")

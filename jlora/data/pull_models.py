@@ -207,8 +207,8 @@ def run_pip(command: Sequence[str], scratch: Path, source: Wheel) -> tuple[int, 
 def received(folder: Path, name: str) -> int:
     """Bytes of a file that pip is writing somewhere in a folder, and may be moving."""
     sizes = [0]
-    for file in folder.rglob(name):
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # of a folder, too, that pip has removed meanwhile
+        for file in folder.rglob(name):
             sizes.append(file.stat().st_size)
     return max(sizes)
 
