@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "buffer.h"
 #include "vector_math.h"
 
 namespace jlora {
@@ -17,9 +18,15 @@ struct Draw {
 // logit share a bin, of which the whole weight is known; only the bin where something ends is sorted.
 class FallingWords {
 public:
+    // What a thread keeps from row to row: new memory costs more than what is done with it.
+    struct Memory {
+        Buffer<uint16_t> bins;
+        std::vector<std::pair<float, int>> sorted;
+    };
     // logits: -FLT_MAX or minus infinity for words that may not come, none NaN; peak: the largest.
-    FallingWords(const float* logits, int64_t size, float peak, double temperature)
-        : logits_(logits), size_(size), peak_(peak), factor_((float)std::min(1 / temperature, 1e30)), bin_of_(size) {
+    FallingWords(const float* logits, int64_t size, float peak, double temperature, Memory& memory)
+        : logits_(logits), size_(size), peak_(peak), factor_((float)std::min(1 / temperature, 1e30)),
+          bin_of_(memory.bins.of(size)), sorted_(memory.sorted) {
         float least = peak;
         #pragma omp simd reduction(min:least)
         for (int64_t i = 0; i < size; i++) {
@@ -83,7 +90,7 @@ public:
 private:
     static constexpr int64_t bins = 1024, block = 128;
     static constexpr float forbidden = -3e38f;  // and less; infinities are compared as numbers
-    float weight(float x) const { return fast_exp((x - peak_) * factor_); }
+    __attribute__((always_inline)) float weight(float x) const { return fast_exp((x - peak_) * factor_); }
     void sort(int64_t bin) {
         sorted_.clear();
         for (int64_t i = 0; i < size_; i++)
@@ -95,18 +102,19 @@ private:
     const float* logits_;
     const int64_t size_;
     const float peak_, factor_;
-    std::vector<uint16_t> bin_of_;  // `bins` of a word that may not come
+    uint16_t* const bin_of_;  // `bins` of a word that may not come
     double weight_of_[bins + 1] = {};
     int32_t count_of_[bins + 1] = {};
     int64_t last_ = 0;
     End all_;
-    std::vector<std::pair<float, int>> sorted_;
+    std::vector<std::pair<float, int>>& sorted_;
 };
 
 // The word that draw.u falls on. If none may come, word 0.
 inline int drawn_word(const float* logits, int64_t size, float peak, const Draw& draw) {
     if (peak == -FLT_MAX) return 0;
-    FallingWords words(logits, size, peak, draw.temperature);
+    thread_local FallingWords::Memory memory;
+    FallingWords words(logits, size, peak, draw.temperature, memory);
     FallingWords::End kept = words.all();
     if (draw.top_k > 0 && draw.top_k < kept.count) kept = words.find(DBL_MAX, false, (int64_t)draw.top_k);
     int64_t most = kept.count;

@@ -1,8 +1,8 @@
 #pragma once
 #include <algorithm>
 #include <cfloat>
-#include <vector>
 
+#include "buffer.h"
 #include "draw.h"
 #include "vector_math.h"
 
@@ -141,10 +141,11 @@ inline void row_topk(const float* logits, int64_t size, const Edits& edits, cons
 inline void topk(const float* logits, int64_t rows, int64_t size, const Edits& edits, const Chosen& chosen) {
     #pragma omp parallel
     {
-        std::vector<float> row(size), chunk_best((size + kChunk - 1) / kChunk);
+        thread_local Buffer<float> for_row, for_best;
+        float *row = for_row.of(size), *chunk_best = for_best.of((size + kChunk - 1) / kChunk);
         #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
-            row_topk(logits + r * size, size, edits.row(r), chosen.row(r), row.data(), chunk_best.data());
+            row_topk(logits + r * size, size, edits.row(r), chosen.row(r), row, chunk_best);
         }
     }
 }
