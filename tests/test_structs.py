@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from needs import needs_operators
 
 from jlora.kernels import native, structs
 from jlora.system.errors import UserError
+from jlora.system.runtime import jt
 
 pytestmark = needs_operators
 
@@ -48,8 +50,12 @@ def test_a_mirror_that_is_wrong_is_refused(name, change):
 def test_the_library_is_refused_when_a_mirror_is_wrong(monkeypatch):
     wrong = type("Array", (ctypes.Structure,), {"_fields_": [("data", ctypes.c_void_p)]})
     monkeypatch.setattr(structs.check, "__defaults__", ((wrong,),))
+    # Not what another compiler would mend: none is taken, and none is remembered as one that fails.
+    folder = Path(jt.flags.cache_path, "jlora")
+    before = set(folder.glob("*.failed"))
     with pytest.raises(UserError, match="install jlora again"):
         native._cpu_library.__wrapped__()
+    assert set(folder.glob("*.failed")) == before
 
 
 @pytest.mark.parametrize("integer", [0, 7, 2**53 + 1, 2**62 + 2**31 + 1])

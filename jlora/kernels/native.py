@@ -70,6 +70,19 @@ def _cpu_library() -> ctypes.CDLL:
     Raises:
         UserError: the compiler failed, or the result cannot be loaded.
     """
+    loaded = _first_that_works()
+    # Another compiler would not mend what this finds.
+    loaded.struct_layouts.restype = ctypes.c_char_p
+    structs.check(loaded.struct_layouts().decode())
+    return loaded
+
+
+def _first_that_works() -> ctypes.CDLL:
+    """The operators by the best compiler that makes them.
+
+    Raises:
+        UserError: none does.
+    """
     onednn, compilers = find_onednn(), operator_compilers()
     for compiler in compilers[:-1]:
         path = _library_path(_command(onednn, compiler))
@@ -100,14 +113,11 @@ def _made(onednn: OneDNN | None, compiler: Compiler) -> ctypes.CDLL:
             if not path.is_file():
                 _compile(command, path)
     try:
-        loaded = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
+        return ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
     except OSError as error:
         raise UserError(
             f"the compiled operators cannot be loaded: {error}; remove {path} and start again"
         ) from error
-    loaded.struct_layouts.restype = ctypes.c_char_p
-    structs.check(loaded.struct_layouts().decode())
-    return loaded
 
 
 def problem() -> str | None:
