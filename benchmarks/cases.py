@@ -6,11 +6,11 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
-from benchmarks import decoding, lora_code, training, work
+from benchmarks import decoding, lora_code, training
 from benchmarks.environments import ISA
 from benchmarks.inputs import Inputs
 from benchmarks.peak import bandwidth, measure
@@ -92,9 +92,15 @@ def train(plan: Plan, model: str, group: int) -> dict:
         sides = plan.ready(training.training_sides(model, path, chosen))
         tokens, flops = training.needed(model, path, plan.rounds, plan.warmup)
         alternate(sides, plan.rounds, plan.warmup, plan.seconds)
+        entries = [record(side, training.REFERENCE, sides) for side in sides]
+        for side, entry in zip(sides, entries):
+            # Fewer rounds are other batches; a padded one takes the same for all.
+            if entry["each"] and not side.spec.get("length"):
+                own, _ = training.needed(model, path, len(side.seconds), plan.warmup)
+                entry["each"] *= tokens / own
     return {
         "kind": "training", "model": model, "group": group, "tokens": tokens, "flops": flops,
-        "when": now(), "sides": [record(side, training.REFERENCE, sides) for side in sides],
+        "when": now(), "sides": entries,
     }  # fmt: skip
 
 
@@ -157,6 +163,8 @@ def streams(plan: Plan) -> list[dict]:
             arguments = {"streams": count, "tokens": tokens, "temperature": temperature}
             own = [with_arguments(side, **arguments) for side in sides]
             take_turns(own, plan.rounds, 1, plan.seconds)
+            for side, measured in zip(sides, own):  # one that has ended has nothing to say later
+                side.problem = measured.problem
             results.append({
                 "kind": "streams", "task": decoding.task_name(count, temperature),
                 "streams": count, "tokens": tokens, "temperature": temperature, "when": now(),
@@ -167,28 +175,36 @@ def streams(plan: Plan) -> list[dict]:
 
 
 def record(side: Side, reference: str, sides: Sequence[Side]) -> dict:
-    """What a page says of a side. ``ratio``: its time to that of the reference; ``equal``: the
-    share of its answers that are the reference's."""
+    """What a page says of a side. ``ratio``: its time to that of the reference, in the rounds that
+    both have done; ``equal``: the share of its answers that are the reference's."""
     base = next(each for each in sides if each.name == reference)
     done = side.problem is None and bool(side.seconds)
-    each, base_each = (
-        s.median / s.spec.get("inputs", 1) if s.problem is None and s.seconds else None
-        for s in (side, base)
+    shared = min(len(side.seconds), len(base.seconds))
+    each, compared, base_each = (
+        seconds_each(side),
+        seconds_each(side, shared),
+        seconds_each(base, shared),
     )
     answers = side.extra.get("answers") if done else None
     return {
         "name": side.name, "environment": side.environment, "problem": side.problem,
         "seconds": side.seconds, "each": each, "first": side.first_seconds,
         "peak_mb": side.peak_mb, "inputs": side.spec.get("inputs", 1),
-        "ratio": each / base_each if each and base_each else None,
+        "ratio": compared / base_each if compared and base_each else None,
         "avx512": side.extra.get("avx512"), "computes in": side.extra.get("computes in"),
         "loss": side.extra.get("loss"), "tokens": side.extra.get("tokens"),
-        "equal": decoding.equal_share(answers, base.extra.get("answers", {})) if answers else None,
+        "equal": decoding.equal_share(
+            answers, base.extra.get("answers", {}), side.extra.get("has_ends", True)
+        ) if answers else None,
     }  # fmt: skip
 
 
-def models(names: Sequence[str]) -> list[str]:
-    return [name for name in work.MODELS if not names or name in names]
+def seconds_each(side: Side, rounds: int | None = None) -> float | None:
+    """Seconds of an input, or of a step, in the first rounds (None: in all); None: not measured."""
+    seconds = side.seconds[:rounds]
+    if side.problem is not None or not seconds:
+        return None
+    return replace(side, seconds=seconds).median / side.spec.get("inputs", 1)
 
 
 def now() -> str:

@@ -144,7 +144,13 @@ def task_name(streams: int, temperature: float) -> str:
     return f"{kind}, {streams} stream{'s' if streams > 1 else ''}"
 
 
-def equal_share(answers: dict[str, list[int]], reference: dict[str, list[int]]) -> float | None:
-    """The share of equal answers among the inputs that both have decoded; None: there are none."""
+def equal_share(
+    answers: dict[str, list[int]], reference: dict[str, list[int]], has_ends: bool = True
+) -> float | None:
+    """The share of equal answers among the inputs that both have decoded; None: there are none.
+
+    Without ends of their own answers are compared up to the reference's.
+    """
     both = answers.keys() & reference.keys()
-    return sum(answers[i] == reference[i] for i in both) / len(both) if both else None
+    ends = {i: None if has_ends else len(reference[i]) for i in both}
+    return sum(answers[i][: ends[i]] == reference[i] for i in both) / len(both) if both else None

@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks import work
 from benchmarks.environments import missing
 from benchmarks.serve_inputs import made
-from benchmarks.sides import PYTHON, ROOT
+from benchmarks.sides import PYTHON, ROOT, outside
 
 
 class NotMade(Exception):
@@ -77,7 +77,7 @@ def run(environment: str, *arguments: str | Path) -> None:
     if missing(environment):
         raise NotMade(missing(environment))
     command = [str(PYTHON[environment]), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=outside(), capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or [f"code {done.returncode}"]
         raise NotMade(f"conversion failed: {said[-1][:300]}")

@@ -41,6 +41,8 @@ def make(spec: dict):
             texts = list(pool.map(lambda p: answer(p, tokens, temperature), batch.values()))
         # What it was compiled for, as it says: "CPU : SSE3 = 1 | ... | AVX2 = 1 | ..."
         compiled = [part.split()[-3] for part in xllamacpp.get_system_info().split("|")[:-1]]
-        return {**prompts.said(batch, texts, tokens), "computes in": " ".join(compiled)}
+        said = prompts.said(batch, texts, tokens)
+        # `ignore_eos` forbids ends, where the other sides write on behind them.
+        return {**said, "computes in": " ".join(compiled), "has_ends": False}
 
     return work

@@ -102,7 +102,8 @@ def training_table(model: str, results: list[dict]) -> str:
     return "\n\n".join([
         f"## A LoRA update of {TITLES[model]}",
         f"Eight rows with the lengths of E2E's examples ({tokens:.0f} tokens, median), r = 4 on "
-        "query and value. To bf16: the time divided by that of jlora bf16 in the same rounds.",
+        "query and value. To bf16: the time divided by that of jlora bf16 in the same rounds. A "
+        "slow side does fewer of them; its time a step is scaled, by tokens, to the median step.",
         table("|s a step|tokens/s|MFU|peak MB|to bf16|first step, s", map(row, rows_of(groups))),
     ])  # fmt: skip
 
@@ -125,11 +126,24 @@ def beam_table(result: dict) -> str:
     return "\n\n".join([
         "## Beam search",
         f"E2E's test inputs, SmolLM2-135M tuned for E2E and merged, {result['beams']} beams, at "
-        f"most {result['new_tokens']} new tokens, length penalty 0.8. Equal: answers that are "
-        "jlora bf16's, token by token. Score: of the answers, by jlora in float32 (sum of "
-        "log-probabilities divided by length to the power 0.8); higher is a better search.",
+        f"most {result['new_tokens']} new tokens, length penalty 0.8. {at_once(result)}"
+        "Equal: answers that are jlora bf16's, token by token. Score: of the answers, by jlora in "
+        "float32 (sum of log-probabilities divided by length to the power 0.8); higher is a better "
+        "search.",
         table("|inputs timed|s an input|peak MB|to bf16|equal|score", map(row, rows_of([result]))),
     ])  # fmt: skip
+
+
+def at_once(result: dict) -> str:
+    """How many inputs a round has."""
+    ours, theirs = (
+        max(
+            (s["inputs"] for s in result["sides"] if s["name"].startswith("jlora") == own),
+            default=0,
+        )
+        for own in (True, False)
+    )
+    return f"A round is {ours} inputs for jlora, 32 at a time, and {theirs} for the others. "
 
 
 def bits(side: dict) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import socket
 import statistics
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.serve_client import Answer, all_at_once
 from benchmarks.serve_inputs import Inputs
-from benchmarks.sides import PYTHON, ROOT
+from benchmarks.sides import PYTHON, ROOT, outside
 from jlora.system.machine import processors
 
 PYTHONS = {
@@ -89,7 +88,7 @@ class Side:
         self.log = log
         with log.open("w") as errors:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, text=True, env={**os.environ, **variables}, stderr=errors,
+                command, cwd=ROOT, text=True, env={**outside(), **variables}, stderr=errors,
                 stdin=subprocess.PIPE, stdout=errors if self.address else subprocess.PIPE,
             )  # fmt: skip
         self._wait()

@@ -28,6 +28,7 @@ PYTHON = {
                      "llamacpp-native")
     },
 }  # fmt: skip
+_BEGUN = frozenset(os.environ)
 LONGEST = 900  # seconds that a side may take for an answer
 FEWEST = 2  # rounds of a slow side
 
@@ -85,7 +86,7 @@ class Side:
         with open(handle, "w") as errors:
             self.process = subprocess.Popen(
                 [*command, json.dumps(self.spec)], cwd=ROOT, text=True, stderr=errors,
-                env={**os.environ, **self.variables}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env={**outside(), **self.variables}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )  # fmt: skip
         self._ask("ready")
 
@@ -124,6 +125,16 @@ class Side:
         if code == -9 and not watch.is_alive() and not said:
             said = f"no answer within {LONGEST} seconds, or not enough memory"
         raise RuntimeError(f"{self.name} ended with exit code {code}" + (said and f": {said}"))
+
+
+def outside() -> dict[str, str]:
+    """The environment without what Jittor's import has set in this process, as it does where a
+    model is made: peers would take over jlora's OpenMP, and another Jittor its compiler's flags."""
+    from jlora.system.operator_compiler import FLAGS
+    from jlora.system.runtime import environment_defaults
+
+    ours = {*environment_defaults(), *FLAGS} - _BEGUN
+    return {name: value for name, value in os.environ.items() if name not in ours}
 
 
 def last_line(file: Path) -> str:

@@ -24,7 +24,7 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks.environments import mkl
-from benchmarks.sides import PYTHON, ROOT
+from benchmarks.sides import PYTHON, ROOT, outside
 from jlora.data.pull_models import pull
 from jlora.runs.recipe import Recipe, find_recipe, load_recipe
 from jlora.system.files import write_text
@@ -193,7 +193,7 @@ def follow(command: list[str], **variables: str) -> tuple[list[tuple[float, str]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             command, cwd=ROOT, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=errors, env={**os.environ, "PYTHONUNBUFFERED": "1", **variables},
+            stderr=errors, env={**outside(), "PYTHONUNBUFFERED": "1", **variables},
         )  # fmt: skip
         with process.stdout:
             lines = [(time.monotonic(), line.rstrip("\n")) for line in process.stdout]

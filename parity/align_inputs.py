@@ -66,7 +66,7 @@ def padded(name: str, examples: Sequence[TokenExample]) -> dict[str, np.ndarray]
 
 
 def write_timed(path: Path, batches: Sequence[Sequence[TokenExample]]) -> None:
-    """Batches of those lengths, as `benchmarks.train_step` measures them."""
+    """Batches of those lengths, as `make bench` measures them."""
     lengths = [np.array([each.input_length for each in batch]) for batch in batches]
     prompts = [np.array([each.prompt_length - 1 for each in batch]) for batch in batches]
     vocabulary = work.MODELS["smollm2-135m"]["vocab_size"]

@@ -70,8 +70,8 @@ def train(model, settings: dict, inputs: dict[str, np.ndarray], folder: Path) ->
         torch.set_rng_state(state["random"])
     arrays, starts = part(inputs, "train"), inputs["starts"]
     model.train()
-    with open(metrics, "w") as log:
-        log.writelines(lines)
+    replace(metrics, "".join(lines))
+    with open(metrics, "a") as log:
         for step in range(len(lines), settings["steps"]):
             started = time.monotonic()
             rows = range(starts[step], starts[step + 1])

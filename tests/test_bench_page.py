@@ -8,11 +8,12 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import bench, cases, decoding, environments, page, sides
+from benchmarks import bench, cases, decoding, environments, page, sides, work
 from benchmarks.cases import Plan
 from benchmarks.chart import draw
 from benchmarks.inputs import Inputs, NotMade, or_reason, run
 from benchmarks.prompts import Prompts
+from jlora.system import runtime
 
 FEW = {"processor": "Toy", "processors": 2, "features": ["AVX2"], "memory_gb": 24, "isa": "native",
        "date": "2026-01-02", "command": "make bench", "commit": "abc", "load": 0.0,
@@ -207,6 +208,69 @@ def test_a_slow_side_does_fewer_rounds(monkeypatch):
     assert (len(fast.seconds), len(slow.seconds)) == (6, sides.FEWEST)
 
 
+def test_fewer_rounds_are_compared_with_the_same_batches(monkeypatch, tmp_path):
+    """A side that takes ten times as long for every token is ten times as slow."""
+    lengths = [200, 400, 100, 600, 300]
+    slowness = {"jlora bf16": 0.001, "PEFT bf16": 0.01}
+
+    def batches(model, path, rows, count):
+        rng = np.random.default_rng(0)
+        each = [np.array([n]) for n in lengths]
+        return work.write_batches(path, rng, 11, each, [np.array([1])] * len(each))
+
+    def turn(self):
+        self.spec["done"] = self.spec.get("done", -1) + 1
+        return lengths[self.spec["done"]] * slowness[self.name]
+
+    monkeypatch.setattr(cases.training, "batches", batches)
+    monkeypatch.setattr(
+        cases.training, "training_sides", lambda *_: [sides.Side(n, "", "", {}) for n in slowness]
+    )
+    for name, function in (("start", lambda _: None), ("stop", lambda _: None), ("round", turn)):
+        monkeypatch.setattr(sides.Side, name, function)
+    plan = Plan("native", Inputs(tmp_path), rounds=4, warmup=1, seconds=2.0)
+    result = cases.train(plan, "gpt2-small", 0)
+    ours, theirs = result["sides"]
+    assert (len(ours["seconds"]), len(theirs["seconds"])) == (4, 2)
+    assert theirs["ratio"] == pytest.approx(10) and ours["ratio"] == 1
+    assert result["tokens"] / theirs["each"] == pytest.approx(100)
+    assert theirs["each"] / ours["each"] == pytest.approx(10)
+
+
+def test_a_side_that_ends_in_one_task_is_not_asked_in_the_next(monkeypatch, tmp_path):
+    asked = []
+
+    def turn(self):
+        asked.append(self.name)
+        if self.name == "other":
+            raise RuntimeError("other ended with exit code 1")
+        return 1.0
+
+    for name, function in (("start", lambda _: None), ("stop", lambda _: None), ("round", turn)):
+        monkeypatch.setattr(sides.Side, name, function)
+    both = [sides.Side(name, "", "", {}) for name in ("jlora bf16", "other")]
+    monkeypatch.setattr(cases.decoding, "tuned_spec", lambda *_: {})
+    monkeypatch.setattr(cases.decoding, "stream_sides", lambda *_: both)
+    results = cases.streams(Plan("native", Inputs(tmp_path), rounds=1))
+    assert len(results) == len(decoding.STREAMS) and asked.count("other") == 1
+    for result in results:
+        ours, theirs = result["sides"]
+        assert ours["each"] == 1 and theirs["problem"] == "other ended with exit code 1"
+
+
+def test_a_peer_gets_none_of_jittors_settings(monkeypatch):
+    """Importing Jittor sets OpenMP's variables and its compiler's flags for the whole process."""
+    runtime.__getattr__("jt")
+    monkeypatch.setattr(sides, "_BEGUN", frozenset({"PATH", "cc_flags"}))
+    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "cache_name", "cc_flags", "kernel_flags"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("JLORA_DATA", "somewhere")
+    found = sides.outside()
+    assert found["JLORA_DATA"] == "somewhere" and found["cc_flags"] == "1"  # the user's own
+    gone = {"OMP_NUM_THREADS", "GOMP_SPINCOUNT", "cache_name", "kernel_flags", "log_silent"}
+    assert not gone & found.keys()
+
+
 def test_prompts_come_in_turn_and_texts_end(tmp_path):
     file = tmp_path / "prompts.json"
     file.write_text(json.dumps([[1], [2], [3]]))
@@ -219,3 +283,7 @@ def test_prompts_come_in_turn_and_texts_end(tmp_path):
         prompts.said({0: [1]}, [[5]], length=2)
     assert decoding.equal_share({"0": [6], "2": [5]}, {"0": [6], "2": [4], "1": [1]}) == 0.5
     assert decoding.equal_share({"0": [6]}, {"1": [6]}) is None
+    # A server that writes no ends goes on behind the other's.
+    longer, reference = {"0": [6, 7, 8], "1": [5]}, {"0": [6, 7], "1": [5, 9]}
+    assert decoding.equal_share(longer, reference) == 0
+    assert decoding.equal_share(longer, reference, has_ends=False) == 0.5

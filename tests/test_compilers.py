@@ -28,6 +28,7 @@ def folder(tmp_path, monkeypatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(machine, "cpu_flags", lambda: set(KNOWN) | {"avx2"})
     monkeypatch.setattr(machine.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
     clear = compilers.examine.cache_clear
     clear()
     yield tmp_path
@@ -100,7 +101,26 @@ def test_a_compiler_that_does_not_run_is_passed_over(folder):
     assert [each.path for each in operator_compilers()] == [good]
 
 
-def test_another_compiler_s_library_brings_its_own_libraries():
+def test_one_for_another_processor_is_left_out(folder, monkeypatch):
+    """As Debian's g++-aarch64-linux-gnu beside g++-10, where there is no plain g++."""
+    for name in ("aarch64-linux-gnu-g++", "aarch64-linux-gnu-g++-14"):
+        put(folder, name, "14.2", *KNOWN)
+    monkeypatch.setenv("CXX", "aarch64-linux-gnu-g++")
+    assert machine.compiler() is None
+    own = put(folder, "g++-10", "10.2")
+    assert machine.compiler() == own and [each.path for each in operator_compilers()] == [own]
+
+
+def test_where_no_compiler_answers_jittor_s_is_taken(folder):
+    """Such as with a wrong JLORA_ARCH, or on a machine too busy to answer."""
+    for name in ("g++", "g++-13"):
+        (folder / name).write_text("#!/bin/sh\nexit 1\n")
+        (folder / name).chmod(0o755)
+    assert [each.path for each in operator_compilers()] == [str(folder / "g++")]
+
+
+def test_another_compiler_s_library_brings_its_own_libraries(monkeypatch):
+    monkeypatch.setattr(machine, "cpu_features", list)  # with AMX the compiler would be asked
     own, other = Compiler("g++", (10, 2), False), Compiler("g++-12", (12, 2), False, own=False)
     assert not set(STATIC) & set(native._command(None, own))
     command = native._command(None, other)
@@ -125,25 +145,74 @@ def test_such_a_library_needs_no_libstdcxx(tmp_path):
     assert loaded.f(3) == 3 and loaded.f(-1) == 7  # an exception stays inside
 
 
-def test_the_next_one_where_the_best_fails(tmp_path, monkeypatch, capsys):
-    best, rest = Compiler("g++-13", (13, 1), False, own=False), Compiler("g++", (10, 2), False)
+@pytest.fixture
+def two(tmp_path, monkeypatch) -> list[Compiler]:
+    """Another compiler than Jittor's, and Jittor's."""
+    found = [Compiler("g++-13", (13, 1), False, own=False), Compiler("g++", (10, 2), False)]
+    monkeypatch.setattr(machine, "cpu_features", list)
+    monkeypatch.setattr(native, "jt", SimpleNamespace(flags=SimpleNamespace(cache_path=tmp_path)))
+    monkeypatch.setattr(native, "find_onednn", lambda: None)
+    monkeypatch.setattr(native, "operator_compilers", lambda: found)
+    (tmp_path / "jlora").mkdir()
+    return found
+
+
+def test_the_next_one_where_the_best_fails(two, monkeypatch, capsys):
     tried, library = [], object()
 
     def made(_onednn, compiler):
         tried.append(compiler)
-        if compiler is best:
+        if compiler is two[0]:
             raise UserError("g++-13 could not compile jlora's operators (no <omp.h>)")
         return library
 
-    monkeypatch.setattr(native, "jt", SimpleNamespace(flags=SimpleNamespace(cache_path=tmp_path)))
-    monkeypatch.setattr(native, "find_onednn", lambda: None)
-    monkeypatch.setattr(native, "operator_compilers", lambda: [best, rest])
     monkeypatch.setattr(native, "_made", made)
-    (tmp_path / "jlora").mkdir()
-    assert native._first_that_works() is library and tried == [best, rest]
+    assert native._first_that_works() is library and tried == two
     assert "warning: g++-13 could not compile" in capsys.readouterr().err
-    assert native._first_that_works() is library and tried == [best, rest, rest]
+    assert native._first_that_works() is library and tried == [*two, two[1]]
     assert capsys.readouterr().err == ""  # half a minute that is not spent again
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "shown", "lasting"),
+    [
+        (1, "a.h:3:9: fatal error: omp.h: No such file", "a.h:3:9: fatal error: omp.h", True),
+        (1, "g++: fatal error: Killed signal terminated program cc1plus", "Killed signal", False),
+        (1, "cc1plus: out of memory allocating 65536 bytes", "out of memory", False),
+        (1, "a.cc:1:1: error: x\n/tmp/a.s: No space left on device", "No space left", False),
+        (-15, "", "ended by signal 15", False),
+    ],
+)
+def test_only_what_will_fail_again_is_remembered(
+    two, tmp_path, monkeypatch, capsys, code, said, shown, lasting
+):
+    tried = []
+
+    def run_compiler(command, _message):
+        tried.append(command[0])
+        return (code, said) if command[0] == "g++-13" else (1, "error: the other one, too")
+
+    monkeypatch.setattr(native, "run_compiler", run_compiler)
+    for _ in range(2):
+        with pytest.raises(UserError, match="the other one, too"):
+            native._first_that_works()
+    assert tried == ["g++-13", "g++", *(["g++"] if lasting else ["g++-13", "g++"])]
+    warned = capsys.readouterr().err
+    assert warned.count(shown) == (1 if lasting else 2)
+    remembered = list((tmp_path / "jlora").glob("*.failed"))
+    assert len(remembered) == lasting and all(f"{name} remembers" in warned for name in remembered)
+
+
+def test_a_full_disk_is_not_remembered_and_the_next_compiler_is_tried(two, monkeypatch, capsys):
+    def full(_command, path):
+        with native.atomic_path(path):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(native, "_compile", full)
+    monkeypatch.setattr(native, "write_text", lambda *_: pytest.fail("remembered"))
+    with pytest.raises(UserError, match="No space left"):
+        native._first_that_works()
+    assert capsys.readouterr().err.count("taking another compiler") == 1
 
 
 def test_doctor_says_what_a_newer_one_would_bring(folder, monkeypatch):

@@ -64,6 +64,12 @@ def test_a_pipe_gets_nothing_of_quick_work():
     assert shown.getvalue() == ""
 
 
+def test_a_pipe_gets_no_line_within_30_seconds_of_the_last():
+    """tqdm's own thread shows a bar that has not been shown for so long, mininterval or not."""
+    with progress(2, stream=stream(terminal=False)) as bar:
+        assert bar.mininterval == bar.maxinterval == 30
+
+
 def test_columns_are_aligned_in_chinese_too():
     table = plain_table([["run", "loss"], ["微调/第一次", "1.25"], ["é", "10.5"]]).split("\n")
     assert table == ["run          loss", "-" * 17, "微调/第一次  1.25", "é            10.5"]

@@ -25,7 +25,7 @@ from jlora.kernels.packed_linear import LINE
 from jlora.models import hub
 from jlora.models.hub import Outline, load, outline
 from jlora.runs import memory_check, pipeline
-from jlora.runs.memory_estimate import BlockShape, Texts, estimate, trainable
+from jlora.runs.memory_estimate import BlockShape, Texts, estimate, loss_scratch, trainable
 from jlora.runs.recipe import make_recipe
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt
@@ -186,6 +186,14 @@ def test_longer_texts_cost_more_and_short_runs_see_their_own_batches():
     short = {"train": {**settings["train"], "steps": 3}}
     assert found(texts=long, **short).batch.tokens == 80
     assert found(texts=TEXTS, **settings).batch.targets == 4 * 8
+
+
+def test_the_loss_keeps_exponentials_of_some_rows():
+    """32 MB of them, or 64 rows; see target_loss.h. Capped logits are computed again."""
+    for targets, words, rows in ((2000, 50_257, 160), (100, 50_257, 128), (2000, 256_000, 64)):
+        gradients = 2 * rows * 4096
+        assert loss_scratch(targets, words, None) == 4 * rows * words + gradients
+    assert loss_scratch(2000, 256_000, 30.0) == 2 * 512 * 4096
 
 
 def test_java_is_beside_the_process():

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from needs import needs_products
 from test_kernels import assert_close, random, results
-from tiny_models import round_bf16
+from test_trained import loss_and_gradients
+from tiny_models import round_bf16, wide_llama
 
 from jlora import LoraConfig, engine, get_peft_model
 from jlora.kernels.packed_linear import PackedWeight
-from jlora.layers import assign
+from jlora.layers import assign, set_trainable
 from jlora.models.hub import build_model
 from jlora.system.runtime import jt
 
@@ -77,6 +78,18 @@ def test_what_is_not_finite_stays_in_its_row():
     np.testing.assert_array_equal(found[others], expected[others])
 
 
+@pytest.mark.parametrize("kind", ["int8", "int8-both", "int4"])
+def test_a_weight_that_is_not_finite_is_not_lost(kind):
+    """Scales say it, since the numbers cannot: of its own output alone."""
+    w, x = random(45, 70), jt.array(random(3, 70, seed=2))
+    expected = PackedWeight(jt.array(w), False, kind)(x).numpy()
+    w[7, 60], w[20, 5] = np.nan, np.inf
+    found = PackedWeight(jt.array(w), False, kind)(x).numpy()
+    assert np.isnan(found[:, [7, 20]]).all()
+    others = np.delete(np.arange(45), [7, 20])
+    np.testing.assert_array_equal(found[:, others], expected[:, others])
+
+
 SHAPES = {
     "gpt2": {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2},
     "llama": {
@@ -129,3 +142,22 @@ def test_engine(kind, precision, keep_weights):
         # Weights that were let go come back as they were kept: int8, the embedding bf16.
         limit = 0.0 if keep_weights or weight.ndim == 1 else np.abs(weight).max() / 127
         assert np.abs(after[name].numpy() - weight).max() <= limit, name
+
+
+@pytest.mark.parametrize(
+    ("precision", "trained"),
+    [("int8-both", "input_layernorm"), ("int8", "k_proj"), ("int8-both", "q_proj"),
+     ("int4", "v_proj"), ("int4", "gate_proj")],
+)  # fmt: skip
+def test_layers_that_read_the_same_rows(precision, trained):
+    """Of 32 and 96 outputs, no multiples of int8's 64; one that is trained is in bf16."""
+    model = wide_llama(num_key_value_heads=1)
+    names = [n for n, _ in model.named_parameters() if ".0." in n and f".{trained}." in n]
+    set_trainable(model, names)
+    plain_loss, plain = loss_and_gradients(model, names)
+    engine.prepare(model, precision)
+    loss, gradients = loss_and_gradients(model, names)
+    assert loss == pytest.approx(plain_loss, rel=2e-2)
+    for name, gradient in plain.items():
+        off = np.linalg.norm(gradients[name] - gradient)
+        assert off < 0.2 * np.linalg.norm(gradient)

@@ -7,9 +7,11 @@ import shutil
 
 import numpy as np
 import pytest
+from needs import needs_bf16
 from tiny_models import ids_of, randomise_adapter, round_bf16, tiny_gpt2, tiny_llama, weights
 
 import jlora
+from jlora import engine
 from jlora.adapters import LoraConfig, PeftModel, get_peft_model, merged_weights
 from jlora.adapters.export_folder import write_merged
 from jlora.cli import main
@@ -203,6 +205,27 @@ def test_a_large_model_is_several_files_and_an_index(tmp_path):
         with pytest.raises(UserError, match=r"max_shard_size .* is no size; give one such as 5GB"):
             write_merged(model, tmp_path / "new", max_shard_size=size)
     assert not (tmp_path / "new").exists()
+
+
+@needs_bf16
+def test_after_a_merge_into_packed_weights():
+    """What the layer gives back is packed alone then, until the engine is gone."""
+    model = adapted(*ADAPTERS["llama"])
+    engine.prepare(model, "bf16", keep_weights=False)
+    model.merge_adapter()
+    with pytest.raises(UserError, match=r"packed form alone, rounded; call engine.restore"):
+        merged_weights(model)
+    engine.restore(model)
+    expected = dict(model.base_model.named_parameters())
+    found = merged_weights(model)
+    assert found.report.layers == 4
+    name = "model.layers.0.self_attn.q_proj.weight"
+    np.testing.assert_array_equal(found.tensors[name], expected[name].numpy())
+    model.unmerge_adapter()
+    base = weights(ADAPTERS["llama"][0]())[name]
+    given_back = dict(model.base_model.named_parameters())[name].numpy()
+    np.testing.assert_array_equal(given_back, round_bf16(base))
+    logits(model)
 
 
 def test_what_write_merged_refuses(tmp_path):

@@ -129,6 +129,18 @@ def test_activation_and_positions_are_chosen_each_by_itself(kind, monkeypatch):
     assert max(np.abs(a - b).max() for a, b in zip(usual, expected)) > 0.4
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_layer_that_is_trained_in_full_beside_quantised_ones(precision):
+    """It is packed in bf16, and may not be multiplied together with its neighbours."""
+    if not packed_linear.available(precision):
+        pytest.skip(f"no {precision} products here")
+    model = adapted(tiny_llama(**PANELS), ["q_proj"], modules_to_save=["k_proj", "gate_proj"])
+    engine.prepare(model, precision)
+    decoder = wide_decoder(model)  # as the layers' cache is
+    for actual, step in zip(states(decoder), states(Decoder(model))):
+        close(actual, step, 0.05)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama-tied", "llama-whole-panels-lora"])
 def test_states_where_the_packed_weights_are_kept_alone(kind, precision):

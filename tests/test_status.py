@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
+import select
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +78,26 @@ def test_a_compiler_that_cannot_be_started(stderr):
     with pytest.raises(FileNotFoundError):
         run_compiler(["no-such-compiler"], "compiling")
     assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_compiler_and_its_children_end_with_the_process(tmp_path, popen, sent):
+    """g++ starts cc1plus, which would go on."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    compiler = f"exec >{pipe}; trap '' INT TERM; sleep 100 & echo started; wait"
+    script = "import sys; from jlora.system import status; status.run_compiler(sys.argv[1:], '')"
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        process = popen(
+            [sys.executable, "-c", script, "/bin/sh", "-c", compiler],
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        )
+        assert select.select([reader], [], [], 60)[0] and os.read(reader, 99) == b"started\n"
+        process.send_signal(sent)
+        # Nobody has the pipe open any more.
+        assert select.select([reader], [], [], 60)[0] and os.read(reader, 99) == b""
+        assert process.wait(60) == -sent
+    finally:
+        os.close(reader)

@@ -42,5 +42,7 @@ def test_jittor_s_own_operators_use_one_thread():
     """Its pass that divides loops among threads is said to be wrong on 32 and more; it is off."""
     a = jt.ones((64, 3, 40))
     assert ((a * a + 2).sum() + a.reindex([64, 40], ["i0", "0", "i1"]).max()).item() == 23041
-    sources = [path.read_text() for path in Path(jt.flags.cache_path, "jit").glob("*_op.cc")]
+    made = Path(jt.flags.cache_path, "jit").glob("*_op.cc")
+    # Jittor 2.0's products of many small matrices are written with threads, not by that pass.
+    sources = [path.read_text() for path in made if not path.name.startswith("mkl_")]
     assert sources and not [text for text in sources if re.search(r"\bomp\b|omp_|thread", text)]

@@ -14,6 +14,7 @@ import numpy as np
 from jlora.formats.rounding import narrow, widen
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt, nn
+from jlora.system.unread import values
 
 log = logging.getLogger("jlora.adapters")
 
@@ -74,13 +75,13 @@ def forget_base(base: nn.Module) -> None:
 
 
 def _describe_tensor(var) -> dict[str, Any]:
-    values = var.float32().numpy()
-    hashed = values.reshape(-1)[:HASHED_VALUES]
+    array = values(var)  # one that is still in a file stays there
+    hashed = array.reshape(-1)[:HASHED_VALUES]
     return {
-        "shape": list(values.shape),
+        "shape": list(array.shape),
         "dtype": str(var.dtype),
         "sha256": hashlib.sha256(hashed.tobytes()).hexdigest(),
-        "sample": [float(v) for v in values.reshape(-1)[:: max(1, values.size // 8)][:8]],
+        "sample": [float(v) for v in array.reshape(-1)[:: max(1, array.size // 8)][:8]],
     }
 
 

@@ -75,8 +75,8 @@ def merged_pieces(model: nn.Module) -> MergedWeights:
     The notes are complete once all of them have been read.
     """
     for name, module in model.named_modules():
-        weight = vars(module).get("weight")
-        if weight is not None and not isinstance(weight, jt.Var):
+        held = (vars(module).get("weight"), vars(module).get("_unmerged"))
+        if any(weight is not None and not isinstance(weight, jt.Var) for weight in held):
             raise UserError(
                 f"the weight of {name} is kept in packed form alone, rounded; call "
                 "engine.restore(model) first to write it so"

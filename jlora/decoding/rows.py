@@ -100,8 +100,8 @@ class RowDecoder:
     """Rows that grow by a token a step, each with its own adapter or none.
 
     What a row gets does not depend on the other rows, on the pieces in which its prompt was run, or
-    on how much of it was copied: bit for bit, in float32, bf16 and int8 (but for packed products by
-    oneDNN, on processors without AVX-512's bf16).
+    on how much of it was copied: bit for bit, in every precision (but for packed products by
+    oneDNN, on processors without tiles of jlora's own).
 
     Args:
         native: the base model; it holds what the addresses point to.
@@ -133,13 +133,8 @@ class RowDecoder:
 
     def bytes_of(self, tokens: int) -> int:
         """Memory of the keys and values of so many tokens."""
-        return (
-            self._native.layers
-            * 2
-            * tokens
-            * self._native.width
-            * (2 if self._native.narrow else 4)
-        )
+        native = self._native
+        return native.layers * 2 * tokens * native.width * (2 if native.narrow else 4)
 
     def begin(
         self, tokens: Sequence[int], adapter: int = -1, kept: Kept | None = None, length: int = 0

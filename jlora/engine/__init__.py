@@ -158,11 +158,12 @@ def restore(model) -> None:
     for module in model.modules():
         if type(module) in PLAIN:
             module.__class__ = PLAIN[type(module)]
-        if isinstance(module.__dict__.get("weight"), PackedOnly):
-            held = module.weight
-            if held not in unpacked:  # tied weights stay tied
-                unpacked[held] = held.unpacked()
-            module.weight = unpacked[held]
+        for name in ("weight", "_unmerged"):  # the second is what a merged layer gives back
+            held = module.__dict__.get(name)
+            if isinstance(held, PackedOnly):
+                if held not in unpacked:  # tied weights stay tied
+                    unpacked[held] = held.unpacked()
+                setattr(module, name, unpacked[held])
         for name in ("_packed", "_engine", "_folded", "_plans", "_checkpoint", "_given", "_bottom"):
             module.__dict__.pop(name, None)
     native.free_retired()

@@ -94,6 +94,8 @@ class _FusedBlock:
         flat = [layer for joint in layers for layer in joint]
         if None in flat:
             return plain()
+        if any(len({layer.product.kind for layer in joint}) > 1 for joint in layers):
+            return plain()  # one product is of one kind; a trained layer is in bf16
         norms = [
             getattr(norm, name, None) if norm else None
             for norm in found

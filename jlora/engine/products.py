@@ -150,6 +150,8 @@ class FrozenProduct:
 class TrainedProduct:
     """``W x + b`` with a W that is trained: its packed copy follows it."""
 
+    kind = "bf16"
+
     def __init__(self, weight: jt.Var, bias: jt.Var | None, transposed: bool):
         self.weight, self.bias = weight, bias
         self.packed = TrainedWeight(weight, transposed)

@@ -68,12 +68,15 @@ inline void to_bytes(const char* own, const float* steps, char* tile) {
 #endif
     }
 }
+// By the bits: with -fassociative-math GCC takes x - x for 0, whatever x is.
+inline I16 not_finite(F16 v) { return ((U16)v & 0x7fffffffu) > 0x7f7fffffu; }
 // Of n_tile's outputs, once its blocks are there.
 inline void set_steps(const Weight& w, int64_t n_tile) {
-    F16 most{};
+    F16 most{}, none{};  // none: 0, or NaN where a number is not finite, which int8 cannot say
     for (int64_t k = 0; k < up_to(w.k, 32) / 32; k++) {
         const char* own = block(w, n_tile, k);
         const F16 scale = load_float16(scales_of(own)), least = load_float16(scales_of(own) + 16);
+        none = blend(not_finite(scale) | not_finite(least), F16{} + NAN, none);
         for (int row = 0; row < 16; row++) {
             const I16 both = load_bytes((const uint8_t*)own + row * 16);
             const F16 even = fma16(floats(both & 15), scale, least), odd = fma16(floats(both >> 4), scale, least);
@@ -81,7 +84,7 @@ inline void set_steps(const Weight& w, int64_t n_tile) {
         }
     }
     float* steps = steps_of(w) + n_tile * 16;
-    store16(steps, blend(most > 0.0f, quotient16(most, F16{} + 127.0f), 1.0f));
+    store16(steps, blend(most > 0.0f, quotient16(most, F16{} + 127.0f), 1.0f) + none);
     int sums[16] = {};
     for (int64_t k = 0; k < up_to(w.k, 32) / 32; k++) {
         alignas(64) char half[512];
@@ -143,19 +146,19 @@ inline void pack(const float* from, const Weight& w, int64_t along_n, int64_t al
     #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < up_to(w.n, 32); n += 16) {
         for (int64_t k = 0; k < up_to(w.k, 32); k += 32) {
-            F16 v[32];
+            F16 v[32], none{};  // none: NaN where a number is not finite, which 4 bits cannot say
             for (int64_t j = 0; j < 32; j++) {
                 float column[16] = {};
                 for (int64_t i = 0; i < std::min<int64_t>(16, w.n - n) && k + j < w.k; i++)
                     column[i] = from[(n + i) * along_n + (k + j) * along_k];
-                v[j] = load16(column);
+                v[j] = load16(column), none = blend(not_finite(v[j]), F16{} + NAN, none);
             }
             const Fit fit = best_fit(v);
             char* own = block(w, n / 16, k / 32);
             for (int j = 0; j < 32; j += 2)
                 store_bytes(own + j / 2 * 16, integers(fit.number(v[j])) | integers(fit.number(v[j + 1])) << 4);
             store_float16((uint16_t*)(own + numbers_bytes), fit.scale);
-            store_float16((uint16_t*)(own + numbers_bytes) + 16, fit.least);
+            store_float16((uint16_t*)(own + numbers_bytes) + 16, fit.least + none);
         }
         set_steps(w, n / 16);
     }

@@ -20,8 +20,12 @@ inline void pack(const float* from, const Weight& w, int64_t along_n, int64_t al
     #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < up_to(w.n, 64); n++) {
         float most = 0;
-        for (int64_t k = 0; k < w.k && n < w.n; k++) most = std::max(most, std::fabs(from[n * along_n + k * along_k]));
-        const float scale = most > 0 ? most / 127 : 1.0f;
+        bool finite = true;
+        for (int64_t k = 0; k < w.k && n < w.n; k++) {
+            const float size = std::fabs(from[n * along_n + k * along_k]);
+            most = std::max(most, size), finite &= std::isfinite(size);
+        }
+        const float scale = !finite ? NAN : most > 0 ? most / 127 : 1.0f;  // int8 cannot say so
         const_cast<float*>(w.scales)[n] = scale;
         int sum = 0;
         for (int64_t k = 0; k < up_to(w.k, 64); k++)

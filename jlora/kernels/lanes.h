@@ -47,7 +47,7 @@ constexpr I16 lane_numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 
 inline bool any16(I16 mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0; }
 inline F16 even16(F16 v) { return (F16)_mm512_roundscale_ps((__m512)v, 0); }  // halves go to even numbers
 inline F16 fma16(F16 a, F16 b, F16 c) { return (F16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-inline F16 quotient16(F16 a, F16 b) { return (F16)_mm512_div_ps((__m512)a, (__m512)b); }  // not by the reciprocal
+inline F16 quotient16(F16 a, F16 b) { return (F16)_mm512_div_ps((__m512)a, (__m512)b); }  // or by the reciprocal, as the flags allow
 // float16.
 inline F16 load_float16(const uint16_t* p) { return (F16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 inline void store_float16(uint16_t* p, F16 v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }
@@ -103,7 +103,8 @@ JLORA_INLINE F16 exp16(F16 x) {
     const F16 scaled = x * 1.44269504f;
     const I16 n = nearest16(scaled);
     const F16 whole = floats(n);
-    const F16 r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    // By fma16, as -fassociative-math would add the two parts of ln 2 first and lose what the second is for.
+    const F16 r = fma16(whole, F16{} + 2.12194440e-4f, fma16(whole, F16{} - 0.693359375f, x));
     F16 p = r * (1.0f / 5040) + 1.0f / 720;
     p = p * r + 1.0f / 120;
     p = p * r + 1.0f / 24;

@@ -93,10 +93,15 @@ inline void product_of_floats(const Input& x, const Linear& l, Sink sink, bool s
     }
 }
 
-// Layers that are multiplied in one product: all packed, and with whole panels of outputs.
+// Layers that are multiplied in one product: all packed, with whole panels of outputs, and in one form. (A trained
+// layer is in bf16, whatever its neighbours are in.)
 inline bool joined(const Linear* layers, int64_t count) {
-    for (int64_t i = 0; i < count; i++)
+    for (int64_t i = 0; i < count; i++) {
         if (layers[i].kind != Linear::packed || (i + 1 < count && layers[i].n % 32)) return false;
+#if defined(JLORA_TILES)  // oneDNN has bf16 alone
+        if (((const Weight*)layers[i].weight)->kind != ((const Weight*)layers[0].weight)->kind) return false;
+#endif
+    }
     return true;
 }
 

@@ -15,7 +15,7 @@
 #elif defined(__aarch64__) && defined(__ARM_NEON)
 #define JLORA_TILES 4
 #endif
-// Whether tiles change their form by AVX-512's instructions; else by those of any processor (tile_forms_any.h).
+// Whether tiles change their form by AVX-512's instructions; else by those of any processor (any_turns.h).
 #if defined(JLORA_TILES) && JLORA_TILES <= 2
 #define JLORA_AVX512_FORMS
 #endif

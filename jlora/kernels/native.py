@@ -8,11 +8,13 @@ NVIDIA card the library is that of `gpu_library`, whose operators have the same 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from ctypes import c_double, c_int64
@@ -40,6 +42,11 @@ FLAGS = (
     "-std=c++17 -O3 -fPIC -shared -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros "
     "-fassociative-math -freciprocal-math -ffp-contract=fast"
 ).split()
+# What a compiler dies of that the next time may not be there.
+PASSING = re.compile(
+    r"Killed|Terminated|ended by signal|out of memory|Cannot allocate|memory exhausted|"
+    r"No space left|quota exceeded|Input/output error|Read-only file system"
+)
 NUMBERS, INTEGERS = 6, 3  # most that an operator takes
 
 _HEADER = (
@@ -87,12 +94,19 @@ def _first_that_works() -> ctypes.CDLL:
     for compiler in compilers[:-1]:
         path = _library_path(_command(onednn, compiler))
         failed = path.with_suffix(".failed")  # half a minute that no later start spends again
-        if not failed.is_file():
+        alone = one_at_a_time(path.with_suffix(".trying"), "compiling jlora's operators")
+        with contextlib.nullcontext() if path.is_file() else alone:
+            if failed.is_file() and not path.is_file():
+                continue
             try:
                 return _made(onednn, compiler)
             except UserError as error:
-                warn(f"{error}; taking another compiler ({CHOICE} chooses)")
-                write_text(failed, f"{error}\n")
+                lasting = error.__cause__ is None and not PASSING.search(str(error))
+                kept = f", {failed} remembers it" if lasting else ""
+                warn(f"{error}; taking another compiler ({CHOICE} chooses{kept})")
+                if lasting:
+                    with contextlib.suppress(UserError):  # the cache is read-only
+                        write_text(failed, f"{error}\n")
     return _made(onednn, compilers[-1])
 
 
@@ -176,7 +190,10 @@ def _compile(command: list[str], path: Path) -> None:
             "compiling jlora's operators for this machine (once, half a minute)",
         )
         if code:
-            lines = [line for line in errors.splitlines() if "error" in line] or ["no message"]
+            said = errors.splitlines()
+            lines = [line for line in said if PASSING.search(line)]
+            lines = lines or [line for line in said if "error" in line]
+            lines = lines or [f"ended by signal {-code}" if code < 0 else "no message"]
             raise UserError(
                 f"{command[0]} could not compile jlora's operators ({lines[0].strip()}); "
                 "precision plain runs without them, `jlora doctor` checks the compiler"

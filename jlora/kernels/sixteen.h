@@ -158,6 +158,8 @@ JLORA_INLINE F16 load_float16(const uint16_t* p) {
 JLORA_INLINE void store_float16(uint16_t* p, const F16& v) {
     for (int i = 0; i < parts; i++) vst1_u16(p + i * 4, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v.part[i])));
 }
+#else
+JLORA_INLINE F16 fma16(const F16& a, const F16& b, const F16& c) { return a * b + c; }
 #endif
 JLORA_INLINE F16 shuffle(const F16& v, const int32_t* from) {
     F16 y;

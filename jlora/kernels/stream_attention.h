@@ -1,4 +1,4 @@
-// A block's attention in float32, for processors without AMX; tile_attention.h has it for the others.
+// A block's attention in float32, for processors without tiles (native.h); tile_attention.h has it for the others.
 #pragma once
 #include <vector>
 #include "activation.h"

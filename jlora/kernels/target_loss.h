@@ -74,7 +74,7 @@ inline Weight some_words(const Weight& head, int64_t from) {
 #else
 inline const Weight& some_words(const Weight& head, int64_t) { return head; }
 #endif
-constexpr int64_t target_rows = 512;  // of a trained head at a time
+constexpr int64_t target_rows = 512;  // at a time where no exponentials are kept
 
 // Of each row and word exp(logit - peak), with the peak that the row had when its 32 words were computed.
 struct Exponentials {
@@ -133,7 +133,7 @@ struct TargetRows {
         for (int64_t from = 0; from < V;) {
             const Weight some = some_words(head, from);
             const Rows low = rows_in(for_low, x.rows, some.n);
-            // p: the words' probabilities
+            // left, right: the words' probabilities, which become gradients of the logits
             const auto put = [&](int64_t m, int64_t n, F16 left, F16 right, F16 slope_left, F16 slope_right) {
                 const int64_t count = std::min<int64_t>(32, some.n - n), place = targets[m] - from - n;
                 left -= even, right -= even;
@@ -183,18 +183,15 @@ inline void target_loss(const float* hidden, const Weight& head, const int* targ
         float* dhidden, int64_t N, float smoothing, float cap) {
     JLORA_PART("head and loss");
     static Buffer<uint16_t> memory;
-    const int64_t some = Exponentials::rows_at_a_time(N, head.n);
+    const bool keeps = dhidden && !cap;  // the gradient of capped logits wants the logits
+    const int64_t some = keeps ? Exponentials::rows_at_a_time(N, head.n) : target_rows;
     for (int64_t first = 0; first < N; first += some) {
         const int64_t count = std::min(some, N - first);
         const TargetRows rows(memory, hidden + first * head.k, count, head, targets + first, smoothing, cap);
-        if (!dhidden) {
-            rows.losses(losses + first, log_sums + first, nullptr);
-            continue;
-        }
-        const Exponentials all(count, head.n);
-        const Exponentials* kept = cap ? nullptr : &all;  // capped logits have slopes too
+        const Exponentials all(keeps ? count : 0, head.n);
+        const Exponentials* kept = keeps ? &all : nullptr;
         rows.losses(losses + first, log_sums + first, kept);
-        rows.gradient(log_sums + first, nullptr, dhidden + first * head.k, nullptr, false, kept);
+        if (dhidden) rows.gradient(log_sums + first, nullptr, dhidden + first * head.k, nullptr, false, kept);
     }
 }
 // The gradients by themselves, of a head that is trained; dlosses (N,), dhead (V, C).

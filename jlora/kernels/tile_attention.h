@@ -1,4 +1,4 @@
-// A block's attention on AMX tiles, forward and backward; see stream_attention.h for what it computes.
+// A block's attention by tiles, forward and backward; see stream.h for what it computes.
 //
 // A thread takes a key head of a sequence, in blocks of 32 queries by 32 keys up to the diagonal. Rows
 // beyond a sequence's end are zeros. Scores, probabilities and sums are float32; what a product reads is

@@ -159,7 +159,10 @@ template <typename Sink>
 void product_back(const Rows& dy, const Weights& all, Sink sink) {
     if (!dy.rows) return;
     const Weight& first = *all.list[0];
-    if (first.kind == int8_both_kind) return int8::product_back(dy, all, sink);
+    // In int8 a step takes 64 neighbours of dy, which must be outputs of one weight; in bf16 it takes 32.
+    bool whole = true;
+    for (int64_t i = 0; i + 1 < all.count; i++) whole &= all.list[i]->n % 64 == 0;
+    if (first.kind == int8_both_kind && whole) return int8::product_back(dy, all, sink);
     tiles::product<false>((const char*)dy.data, dy.rows, up_to(first.k, 32) / 32, panels(all), BackwardPanels{all}, sink);
 }
 inline int64_t weight_bytes(int64_t n, int64_t k, int64_t kind) {

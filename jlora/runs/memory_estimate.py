@@ -364,11 +364,22 @@ def loss_bytes(
     frozen = named[id(model.output_embedding)] not in trained
     states = 4 * targets * width * FLOAT
     if precision in packed_linear.KINDS and frozen and model.head_layer is None:
-        scratch = 2 * min(targets, 512) * min(words, 4096)  # what target_loss.h does at a time
-        return {"loss": states + scratch}
+        return {"loss": states + loss_scratch(targets, words, model.head.cap)}
     row = words * FLOAT
     # A validation comes after the batches' memory was given back, so the larger counts.
     return {"loss": max(states + LOGITS * targets * row, VALID_LOGITS * valid_targets * row)}
+
+
+def loss_scratch(targets: int, words: int, cap: float | None) -> int:
+    """What target_loss.h has in memory of some rows at a time.
+
+    Gradients of logits in bf16, and all exponentials in float32 unless the logits are capped.
+    """
+    if cap:
+        return 2 * min(targets, 512) * min(words, 4096)
+    times = -(-targets // max(64, (32 * MIB) // (FLOAT * words)))
+    rows = -(-targets // max(1, times) // 32) * 32
+    return rows * (FLOAT * words + 2 * min(words, 4096))
 
 
 def decode_bytes(recipe: Recipe, model, precision: str, texts: Texts) -> dict[str, int]:

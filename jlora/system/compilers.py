@@ -83,10 +83,12 @@ def operator_compilers() -> list[Compiler]:
     paths: dict[str, str] = {}  # a program -> the first of its names
     for path in [*([own] if own else []), *machine.compilers_on_path()]:
         paths.setdefault(os.path.realpath(path), path)
+    alone = Compiler(own or "g++", (0, 0), clang=False)
     if len(paths) < 2:  # nothing to choose, so nobody has to be asked
-        return [Compiler(own or "g++", (0, 0), clang=False)]
+        return [alone]
     all_found = [examine(path, _same(path, own)) for path in paths.values()]
-    return sorted((each for each in all_found if each), key=_rank)
+    # Where none answers, Jittor's will say why when it compiles.
+    return sorted((each for each in all_found if each), key=_rank) or [alone]
 
 
 def _rank(compiler: Compiler) -> tuple:

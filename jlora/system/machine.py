@@ -26,7 +26,7 @@ PACKAGES = {
 INSTALL = {"apt-get": "install -y", "dnf": "install -y", "apk": "add", "pacman": "-S --noconfirm"}
 
 # Jittor knows its compiler's kind by these words in its name.
-COMPILER = re.compile(r"((x86_64|aarch64)-(conda-)?linux-gnu-)?(g\+\+|clang\+\+)(-\d+)?")
+COMPILER = re.compile(r"((\w+)-(conda-)?linux-gnu-)?(g\+\+|clang\+\+)(-\d+)?")
 SYSTEM_PATH = "/usr/bin:/bin:/usr/sbin:/sbin"
 
 
@@ -56,10 +56,14 @@ def compiler() -> str | None:
     if found is None:
         named = shutil.which(os.environ.get("CXX", ""))
         others = sorted(compilers_on_path(), key=_newest_first)
-        found = (
-            named if named and COMPILER.fullmatch(Path(named).name) else next(iter(others), None)
-        )
+        found = named if named and _compiles_for_here(named) else next(iter(others), None)
     return found
+
+
+def _compiles_for_here(path: str) -> bool:
+    """Whether a program is a compiler by its name, and not one for another processor."""
+    found = COMPILER.fullmatch(os.path.basename(path))
+    return found is not None and found[2] in (None, platform.machine())
 
 
 def _newest_first(path: str) -> tuple[bool, int]:
@@ -72,7 +76,7 @@ def compilers_on_path() -> list[str]:
     found = []
     for folder in os.get_exec_path():
         with contextlib.suppress(OSError):
-            names = sorted(filter(COMPILER.fullmatch, os.listdir(folder)))
+            names = sorted(filter(_compiles_for_here, os.listdir(folder)))
             found += [os.path.join(folder, name) for name in names]
     return [path for path in found if os.access(path, os.X_OK)]
 

@@ -89,7 +89,7 @@ def _header_text() -> str:
     found = importlib.util.find_spec("jittor")
     for folder in (found and found.submodule_search_locations) or ():
         with contextlib.suppress(OSError):
-            if "Py_PYTHON_H" in Path(folder, "src", "misc", "nano_vector.h").read_text():
+            if b"Py_PYTHON_H" in Path(folder, "src", "misc", "nano_vector.h").read_bytes():
                 return f"#ifndef JIT\n#include <Python.h>\n#endif\n{_HEADER}"
     return _HEADER
 

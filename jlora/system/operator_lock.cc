@@ -3,6 +3,7 @@
 // byte of that file: it is still compiled once, by whoever comes first, and a Jittor without this, which
 // locks the whole file, still waits for all and is waited for.
 #include <fcntl.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -25,7 +26,19 @@ extern bool disable_lock;
 
 namespace {
 
+std::string path;
 int file = -1;
+pid_t owner = 0;
+
+// Anew after a fork: a lock in the file that parent and child share would keep neither from the other.
+int opened() {
+    if (owner != getpid()) {
+        if (file >= 0) close(file);
+        file = open(path.c_str(), O_RDWR | O_CLOEXEC);
+        owner = getpid();
+    }
+    return file;
+}
 
 class Lock {
    public:
@@ -39,10 +52,11 @@ class Lock {
     bool set(short type) const {
         struct flock lock = {};
         lock.l_type = type, lock.l_whence = SEEK_SET, lock.l_start = byte_, lock.l_len = 1;
-        while (fcntl(file, F_OFD_SETLKW, &lock) != 0)
+        while (fcntl(file_, F_OFD_SETLKW, &lock) != 0)
             if (errno != EINTR) return false;
         return true;
     }
+    const int file_ = opened();
     const off_t byte_;
 };
 
@@ -56,12 +70,12 @@ jittor::jit_op_entry_t compile(jittor::Op* op) {
 }  // namespace
 
 // From now on this process compiles so. Returns whether it does.
-extern "C" bool jlora_lock_operators(const char* path) {
+extern "C" bool jlora_lock_operators(const char* lock_file) {
     if (jittor::do_compile_hook || jittor::disable_lock) return false;  // somebody else has other plans
-    file = open(path, O_RDWR | O_CLOEXEC);
+    path = lock_file;
     struct flock asked = {};
     asked.l_type = F_WRLCK, asked.l_whence = SEEK_SET, asked.l_len = 1;
-    if (file < 0 || fcntl(file, F_OFD_GETLK, &asked) != 0) return false;  // no such locks here
+    if (opened() < 0 || fcntl(file, F_OFD_GETLK, &asked) != 0) return false;  // no such locks here
     jittor::do_compile_hook = compile;
     jittor::disable_lock = true;
     return true;

@@ -10,7 +10,8 @@ from jlora.system.console import is_terminal
 
 #: Seconds until a bar is shown, and between two of its lines.
 TERMINAL = {"delay": 1.0, "mininterval": 0.2}
-PIPE = {"delay": 30.0, "mininterval": 30.0}
+#: (tqdm shows a slow one after ``maxinterval`` whatever ``mininterval`` says: 10 s by default.)
+PIPE = {"delay": 30.0, "mininterval": 30.0, "maxinterval": 30.0}
 
 
 def progress(

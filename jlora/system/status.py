@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+
+# A compiler is several processes, which would go on without the one that started it. A pipe that
+# ends with that one, however it dies, is read by a process of the compiler's group, which then ends
+# the group. (A shell gives what it puts in the background another standard input, so the pipe is
+# number 3.)
+_WATCHED = """
+exec 3<&0
+{ read -r _ <&3; kill -9 0; } >/dev/null 2>&1 &
+exec "$@" </dev/null 3<&-
+"""
 
 
 class Status:
@@ -48,7 +62,7 @@ class Status:
 
 
 def run_compiler(command: Sequence[str], message: str) -> tuple[int, str]:
-    """Run a compiler under a `Status`.
+    """Run a compiler under a `Status`; it ends with this process, and Ctrl-C is not for it.
 
     Returns:
         Its exit code and what it wrote to stderr.
@@ -56,20 +70,34 @@ def run_compiler(command: Sequence[str], message: str) -> tuple[int, str]:
     Raises:
         OSError: it cannot be started.
     """
+    if shutil.which(command[0]) is None:
+        raise FileNotFoundError(f"{command[0]} does not run")
     status = Status(message)
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
-    ) as process:
-        try:
-            while True:
-                status.show()
-                try:
-                    _, errors = process.communicate(timeout=0.5)
-                    break
-                except subprocess.TimeoutExpired:
-                    pass
-        except BaseException:
-            process.kill()
-            raise
+    pipe, end = os.pipe()
+    try:
+        with subprocess.Popen(
+            ["/bin/sh", "-c", _WATCHED, "sh", *command],
+            stdin=pipe,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        ) as process:
+            try:
+                while True:
+                    status.show()
+                    try:
+                        _, errors = process.communicate(timeout=0.5)
+                        break
+                    except subprocess.TimeoutExpired:
+                        pass
+            except BaseException:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                raise
+    finally:
+        os.close(pipe)
+        os.close(end)
     status.end("failed" if process.returncode else "done")
     return process.returncode, errors
