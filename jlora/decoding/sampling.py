@@ -155,7 +155,7 @@ def next_tokens(
     texts = {index: list(prompts[index]) for index in batch}
     for step in range(config.max_new_tokens):
         rows = [texts[index] for index in batch] if config.repetition_penalty != 1 else None
-        draws = None
+        draws: list[Draw] | None = None
         if config.temperature > 0:
             draws = [Draw(config.temperature, random[i].random(), *chances) for i in batch]
         values, ids = decoder.best(
