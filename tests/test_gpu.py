@@ -19,7 +19,7 @@ from jlora.decoding.native_decoder import NativeDecoder
 from jlora.decoding.native_weights import native_model
 from jlora.engine.blocks import BLOCKS
 from jlora.kernels import elementwise, gpu_library, native, packed_linear
-from jlora.kernels.topk import log_softmax_topk_numpy
+from jlora.kernels.topk import Draw, log_softmax_topk_numpy
 from jlora.models.hub import build_model
 from jlora.system import cuda_toolkit, machine, runtime
 from jlora.system.runtime import jt
@@ -243,6 +243,21 @@ def test_the_best_words_are_those_of_the_logits(gpu):
     head = packed_linear.PackedWeight(jt.array(weight), False)
     values, ids = head_topk(hidden, head.address, 9, banned, penalised, 1.5)
     expected, places = log_softmax_topk_numpy(hidden @ weight.T, 9, banned, penalised, 1.5)
+    np.testing.assert_array_equal(ids, places)
+    np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_draws_are_those_of_the_logits(gpu):
+    model = make(*CASES["llama"])
+    engine.prepare(model, "bf16")
+    model.eval()
+    decoder = NativeDecoder(native_model(model), model)
+    decoder.enter([[1, 2, 3, 4, 5, 6], [3, 4]])
+    draws = [Draw(1.3, 0.8), Draw()]
+    values, ids = decoder.best(2, [[1], []], draws=draws)
+    with jt.no_grad():
+        logits = model.lm_head_logits(jt.array(decoder.hidden)).numpy()
+    expected, places = log_softmax_topk_numpy(logits, 2, [[1], []], draws=draws)
     np.testing.assert_array_equal(ids, places)
     np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-5)
 

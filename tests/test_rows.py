@@ -18,7 +18,7 @@ from jlora.decoding.native_weights import native_model
 from jlora.decoding.rows import Edits, RowDecoder
 from jlora.kernels import packed_linear
 from jlora.kernels.branches import pack_branch
-from jlora.kernels.topk import log_softmax_topk_numpy
+from jlora.kernels.topk import Draw, log_softmax_topk_numpy
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt
 
@@ -315,6 +315,27 @@ def test_edits_of_each_row(precision, edits, served):
             continue  # by the model's own logits, of which nothing is promised
         alone = [decoder.best_of(hidden[i : i + 1], k, one(edits, i)) for i in range(3)]
         same(np.concatenate([values for values, _ in alone]), values)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS[:2])
+def test_draws_of_each_row(precision, served):
+    made = served("wide-llama", precision)
+    decoder = made.decoder()
+    hidden = np.random.default_rng(4).standard_normal((3, 64)).astype("f")
+    edits = {name: value for name, value in EDITS["all"].items() if name != "allowed"}
+    draws = [Draw(0.7, 0.6), Draw(), Draw(1.5, 0.9, top_p=0.95)]
+    with jt.no_grad():
+        logits = made.peft.base_model.lm_head_logits(jt.array(hidden)).numpy()
+    for k in (1, rows.FUSED_K + 1):
+        values, ids = decoder.best_of(hidden, k, Edits(**edits), draws)
+        plain = Edits(**edits).arguments() | {"draws": draws}
+        expected, words = log_softmax_topk_numpy(logits, k, **plain)
+        same(ids[:, :2], words[:, :2])
+        close(values[:, :2], expected[:, :2], 1e-4)
+        alone = [
+            decoder.best_of(hidden[i : i + 1], k, one(edits, i), draws[i : i + 1]) for i in range(3)
+        ]
+        same(np.concatenate([words for _, words in alone]), ids)
 
 
 def one(edits: dict, row: int) -> Edits:

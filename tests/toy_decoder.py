@@ -183,16 +183,17 @@ class ToyDecoder:
         self.hidden = self._hidden([states[-1] for _, _, states in self._rows])
         return self._run(prompts, counts, every)
 
-    def best(self, k, edits=None):
+    def best(self, k, edits=None, draws=None):
         self._note("best", k)
-        return self._best(self.hidden, k, edits)
+        return self._best(self.hidden, k, edits, draws)
 
-    def best_of(self, hidden, k, edits=None):
+    def best_of(self, hidden, k, edits=None, draws=None):
         self._note("best_of", k)
-        return self._best(hidden, k, edits)
+        return self._best(hidden, k, edits, draws)
 
-    def _best(self, hidden, k, edits):
-        return log_softmax_topk_numpy(edited(logits_of(hidden, self.words), edits), k)
+    def _best(self, hidden, k, edits, draws=None):
+        logits = edited(logits_of(hidden, self.words), edits)
+        return log_softmax_topk_numpy(logits, k, draws=draws)
 
     def logprobs_of(self, hidden, targets):
         values, ids = self._best(hidden, self.words, None)

@@ -11,10 +11,10 @@ import numpy as np
 from jlora.decoding.beam import BeamConfig, Pool, rank, repeating
 from jlora.decoding.requests import Event, Request
 from jlora.decoding.rows import Edits
-from jlora.decoding.sampling import draw
+from jlora.kernels.topk import Draw
 from jlora.system.errors import UserError
 
-FEW = 64  # words that are looked at first; the fused head gives no more
+LIKELIEST = Draw()  # of rows of which none is drawn
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Single:
     """One row, greedy or drawn by the rules of `jlora.decoding.sampling`.
 
     Attributes:
-        need: how many likeliest words to ask for first, when up to `FEW` are asked for.
+        need: how many likeliest words to ask for.
         known: tokens that the first row has surely got.
         count: tokens chosen, the end token included.
         reason: why it ended; None while it goes on.
@@ -72,12 +72,9 @@ class Single:
 
     def __init__(self, request: Request, vocabulary: int):
         self._request, self._vocabulary = request, vocabulary
-        drawn = request.temperature > 0
-        self._most = min(request.top_k or vocabulary, vocabulary) if drawn else 1
         self._top = min(request.top_logprobs, vocabulary)
-        self.need = max(min(self._most, FEW), self._top)
-        self._random = np.random.default_rng([request.seed, 0]) if drawn else None
-        self._u: float | None = None  # drawn for the token that is to be chosen
+        self.need = max(1, self._top)
+        self._random = np.random.default_rng([request.seed, 0])
         self._ends = frozenset(request.eos_token_ids)
         self.known: list[int] = []
         self._counts: Counter[int] = Counter()
@@ -112,6 +109,14 @@ class Single:
             edit.allowed = self._allowed()
         return [edit]
 
+    def draw(self) -> Draw:
+        """How the next token is drawn; asked once for each."""
+        asked = self._request
+        if asked.temperature == 0:
+            return LIKELIEST
+        u = self._random.random()
+        return Draw(asked.temperature, u, asked.top_k, asked.top_p, asked.min_p)
+
     def _allowed(self) -> np.ndarray:
         mask = self._request.constraint.mask()
         words = -(-self._vocabulary // 32)
@@ -125,31 +130,19 @@ class Single:
             bits[token // 32] = bits[token // 32] | bit if may_end else bits[token // 32] & ~bit
         return allowed
 
-    def choose(self, values: np.ndarray, ids: np.ndarray, width: int) -> list[Event] | None:
-        """Choose a token among the likeliest.
+    def choose(self, values: np.ndarray, ids: np.ndarray) -> list[Event]:
+        """Take a token.
 
         Args:
-            values, ids: (1, k) log-probabilities and tokens, likeliest first.
-            width: look at so many of them at most. With equal widths a request looks at the same
-                ones, however many more the others need.
+            values, ids: (1, 1 + k) log-probabilities and tokens, the drawn one, then the k >=
+                `need` likeliest.
 
         Returns:
-            What is to be told; None where only more of the words can decide it.
+            What is to be told.
         """
-        few = min(self._most, width)
-        if self._top > width:
-            return None
         if values[0, 0] == -np.inf:
             return self._dead_end()
-        place = 0
-        if self._random is not None:
-            if self._u is None:
-                self._u = self._random.random()
-            place = draw(values[0, :few], self._request, self._u, self._most - few)
-            if place is None:
-                return None
-            self._u = None
-        token, logprob = int(ids[0, place]), float(values[0, place])
+        token, logprob = int(ids[0, 0]), float(values[0, 0])
         self.known.append(token)
         self.tokens = [token]
         if token in self._ends:
@@ -161,7 +154,8 @@ class Single:
             self.reason = "length"
         top = ()
         if self._top:
-            top = tuple(zip(ids[0, : self._top].tolist(), values[0, : self._top].tolist()))
+            likeliest = slice(1, 1 + self._top)
+            top = tuple(zip(ids[0, likeliest].tolist(), values[0, likeliest].tolist()))
         return [Event("token", token, logprob, top)]
 
     def _note(self, token: int) -> None:
@@ -219,10 +213,12 @@ class Beams:
             edits.append(edit if edit.penalised or edit.biased or edit.banned else None)
         return edits
 
-    def choose(self, values: np.ndarray, ids: np.ndarray, width: int) -> list[Event] | None:
-        if self.need > width:
-            return None
-        rows, tokens = self._pool.choose(values[:, : self.need], ids[:, : self.need])
+    def draw(self) -> Draw:
+        return LIKELIEST
+
+    def choose(self, values: np.ndarray, ids: np.ndarray) -> list[Event]:
+        likeliest = slice(1, 1 + self.need)
+        rows, tokens = self._pool.choose(values[:, likeliest], ids[:, likeliest])
         self.rows, self.tokens = rows.tolist(), tokens.tolist()
         left = self._pool.leave()
         if not left:

@@ -61,11 +61,11 @@ class Decoder:
         jt.gc()
         self._run(np.asarray([tokens], dtype=np.int32), None)
 
-    def best(self, k: int, banned=None, penalised=None, penalty: float = 1.0):
+    def best(self, k: int, banned=None, penalised=None, penalty: float = 1.0, draws=None):
         """The k likeliest next tokens of each row; see `jlora.kernels.topk.log_softmax_topk`."""
         with jt.no_grad():
             logits = self.model.lm_head_logits(self.hidden)
-        return log_softmax_topk(logits, k, banned, penalised, penalty)
+        return log_softmax_topk(logits, k, banned, penalised, penalty, draws=draws)
 
     def _run(self, ids: np.ndarray, mask: np.ndarray | None) -> None:
         with jt.no_grad():

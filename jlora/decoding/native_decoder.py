@@ -9,6 +9,7 @@ import numpy as np
 from jlora.decoding.native_weights import NativeModel
 from jlora.decoding.slabs import SLAB, Slabs
 from jlora.kernels.decoder import Pieces, Step, TokenMemory, head_topk, run_rows
+from jlora.kernels.gpu_library import on_gpu
 from jlora.kernels.topk import log_softmax_topk
 from jlora.system.runtime import jt
 
@@ -124,14 +125,15 @@ class NativeDecoder:
             step=step,
         )
 
-    def best(self, k: int, banned=None, penalised=None, penalty: float = 1.0):
+    def best(self, k: int, banned=None, penalised=None, penalty: float = 1.0, draws=None):
         """The k likeliest next tokens; see `jlora.kernels.topk.log_softmax_topk`."""
-        if self.model.head is not None and k <= FUSED_K:
+        # The GPU's head draws nothing.
+        if self.model.head is not None and k <= FUSED_K and not (on_gpu() and draws is not None):
             model = self.model
             return head_topk(
                 self.hidden, model.head, k, banned, penalised, penalty, model.head_cap,
-                words=model.head_words,
+                words=model.head_words, draws=draws,
             )  # fmt: skip
         with jt.no_grad():
             logits = self._source.lm_head_logits(jt.array(self.hidden))
-        return log_softmax_topk(logits, k, banned, penalised, penalty)
+        return log_softmax_topk(logits, k, banned, penalised, penalty, draws=draws)

@@ -22,7 +22,7 @@ from jlora.kernels.decoder import (
     run_rows,
 )
 from jlora.kernels.gpu_library import on_gpu
-from jlora.kernels.topk import log_softmax_topk
+from jlora.kernels.topk import Draw, log_softmax_topk
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt
 
@@ -278,12 +278,18 @@ class RowDecoder:
                 prompt.hidden = found[-1].copy()
         return (states[: len(prompts)] if every else None), hidden[len(hidden) - len(tokens) :]
 
-    def best(self, k: int, edits: Edits | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def best(
+        self, k: int, edits: Edits | None = None, draws: Sequence[Draw] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The k likeliest next tokens of each row, see `best_of`."""
-        return self.best_of(self.hidden, k, edits)
+        return self.best_of(self.hidden, k, edits, draws)
 
     def best_of(
-        self, hidden: np.ndarray, k: int, edits: Edits | None = None
+        self,
+        hidden: np.ndarray,
+        k: int,
+        edits: Edits | None = None,
+        draws: Sequence[Draw] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k likeliest tokens after given states, best first.
 
@@ -292,12 +298,14 @@ class RowDecoder:
             k: up to `FUSED_K` no logits are written; above, they are the model's own, whose last
                 bits may depend on how many rows there are.
 
+            draws: how a token of each is drawn, which then comes first.
+
         Returns:
             Log-probabilities and ids, see `jlora.kernels.topk.log_softmax_topk`.
         """
         native = self._native
         hidden = np.ascontiguousarray(hidden, np.float32)
-        arguments = {} if edits is None else edits.arguments()
+        arguments = {"draws": draws, **({} if edits is None else edits.arguments())}
         cap, words = native.head_cap, native.head_words
         if native.head is None:
             return log_softmax_topk(self._logits(hidden), k, **arguments)

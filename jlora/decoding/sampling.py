@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
 
 import numpy as np
 
 from jlora.decoding.decoder import check_finite, check_prompts, decoder_of
 from jlora.decoding.hypothesis import Hypothesis
 from jlora.decoding.text_stream import pieces
-from jlora.kernels.topk import LARGEST_K
+from jlora.kernels.topk import Draw
 from jlora.system.settings import check_setting
 
 
@@ -59,19 +56,6 @@ class GenerateConfig:
         check_setting(all(self.stops), "stops", list(self.stops), "texts of a character or more")
         penalty = self.repetition_penalty
         check_setting(penalty > 0, "repetition_penalty", penalty, "above 0")
-
-
-class Drawing(Protocol):
-    """What of a `GenerateConfig` decides a draw."""
-
-    @property
-    def temperature(self) -> float: ...
-
-    @property
-    def top_p(self) -> float: ...
-
-    @property
-    def min_p(self) -> float: ...
 
 
 def generate(
@@ -166,76 +150,24 @@ def next_tokens(
     for. The log-probability is the model's own, the repetition penalty counted in, temperature not.
     """
     batch = list(batch)
-    vocabulary = model.config.vocab_size
-    most = 1 if config.temperature == 0 else min(config.top_k or vocabulary, vocabulary)
-    draws = {index: np.random.default_rng([config.seed, numbers[index]]) for index in batch}
+    random = {index: np.random.default_rng([config.seed, numbers[index]]) for index in batch}
+    chances = config.top_k, config.top_p, config.min_p
     texts = {index: list(prompts[index]) for index in batch}
     for step in range(config.max_new_tokens):
         rows = [texts[index] for index in batch] if config.repetition_penalty != 1 else None
-        best = partial(decoder.best, penalised=rows, penalty=config.repetition_penalty)
-        values, ids = few = best(min(most, LARGEST_K))  # (rows, k) each, likeliest first
+        draws: list[Draw] | None = None
+        if config.temperature > 0:
+            draws = [Draw(config.temperature, random[i].random(), *chances) for i in batch]
+        values, ids = decoder.best(
+            1, penalised=rows, penalty=config.repetition_penalty, draws=draws
+        )
         check_finite(values)
-        everything = None
-        chosen = []
+        chosen = ids[:, 0].tolist()  # drawn, or the likeliest
         for row, index in enumerate(batch):
-            values, ids = few
-            place: int | None = 0
-            if config.temperature > 0:
-                u = draws[index].random()
-                place = draw(values[row], config, u, most - values.shape[1])
-                if place is None:  # a few do not decide it, so sort them all
-                    values, ids = everything = everything or best(most)
-                    place = draw(values[row], config, u)
-            chosen.append(int(ids[row, place]))
-            texts[index].append(chosen[-1])
-            yield index, chosen[-1], float(values[row, place])
+            texts[index].append(chosen[row])
+            yield index, chosen[row], float(values[row, 0])
         live = [row for row, token in enumerate(chosen) if token not in config.eos_token_ids]
         if not live or step + 1 == config.max_new_tokens:
             return  # nothing follows the last token, for which there may be no position
         decoder.advance(np.array(live), np.array([chosen[row] for row in live]))
         batch = [batch[row] for row in live]
-
-
-def draw(logprobs: np.ndarray, config: Drawing, u: float, unseen: int = 0) -> int | None:
-    """The place that ``u``, from 0 to 1, falls on among tokens, likeliest first.
-
-    Args:
-        logprobs: (k,), in falling order.
-        config: ``top_k`` is for the caller: of all tokens, so many come here at most.
-        unseen: how many tokens there are behind these, none of them likelier.
-
-    Returns:
-        None where it depends on the unseen ones.
-    """
-    relative = (logprobs - logprobs[0]).astype(np.float64)
-    weights = np.exp(relative / config.temperature)
-    cumulative = weights.cumsum()
-    seen = cumulative[-1]
-    # Where the least and the most that all tokens together can weigh give one place, that is it.
-    least, most = seen, seen + unseen * weights[-1]
-    if unseen and config.temperature <= 1:
-        # At temperature 1 all weigh 1 / p of the first. Below it the unseen lose at least as much
-        # as the last one seen.
-        whole = math.exp(-float(logprobs[0]))
-        rest, rounding = whole - np.exp(relative).sum(), 1e-5 * whole
-        most = min(most, seen + (rest + rounding) * weights[-1] ** (1 - config.temperature))
-        if config.temperature == 1:
-            least = max(seen, min(most, seen + rest - rounding))
-    totals = {least, most}
-    found = {_place(weights, cumulative, total, config, u) for total in totals}
-    return found.pop() if len(found) == 1 else None
-
-
-def _place(
-    weights: np.ndarray, cumulative: np.ndarray, total: float, config: Drawing, u: float
-) -> int | None:
-    """`draw` where all tokens together weigh ``total``."""
-    # The token that carries the sum over top_p still counts, so one is always left.
-    count = int(cumulative.searchsorted(config.top_p * total)) + 1
-    if weights[-1] < config.min_p:
-        count = min(count, int((weights >= config.min_p).sum()))  # the likeliest has weight 1
-    kept = cumulative[count - 1] if count <= len(weights) else total
-    place = int(cumulative[:count].searchsorted(u * kept, side="right"))
-    if place >= len(weights) and total > cumulative[-1]:
-        return None
-    return min(place, count - 1, len(weights) - 1)

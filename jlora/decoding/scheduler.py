@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from jlora.decoding.choice import FEW, RowEdit, chooser, stacked
+from jlora.decoding.choice import RowEdit, chooser, stacked
 from jlora.decoding.decoder import angle_limit, check_finite, check_prompts
 from jlora.decoding.job import Job, prompt_pieces
 from jlora.decoding.prefix_cache import PrefixCache, common
 from jlora.decoding.requests import Event, Request, TooLarge, Usage
-from jlora.kernels.topk import LARGEST_K
+from jlora.decoding.rows import FUSED_K
+from jlora.kernels.topk import Draw
 from jlora.system.errors import UserError
 
 log = logging.getLogger("jlora.decoding")
@@ -261,49 +262,38 @@ class Scheduler:
     # --- rows ---
 
     def _choose(self) -> None:
-        """Choose the next token of each row; where few of the words do not decide it, of more."""
+        """Choose the next token of each row."""
         starts = dict(zip(self.running, _starts(self.running)))
-        undecided = [job for job in self.running if not job.left]
         edits: dict[Job, list[RowEdit | None]] = {}
-        for job in undecided:
-            self._apart(job, lambda job: edits.update({job: job.chooser.edits()}))
-        undecided = [job for job in undecided if not job.left]
-        vocabulary = self._config.vocab_size
-        for width in (FEW, LARGEST_K, vocabulary):
-            if not undecided:
-                return
-            if width == FEW:
-                # Every row, ended ones too, which are gone after `_run`.
-                asked = starts
-                k = max(min(job.chooser.need, FEW) for job in undecided)
-                every = [edits.get(job) or [None] * job.rows for job in self.running]
-                values, ids = self._decoder.best(k, stacked(sum(every, []), vocabulary))
-            else:
-                rows = [starts[job] + row for job in undecided for row in range(job.rows)]
-                asked = dict(zip(undecided, _starts(undecided)))
-                own = sum((edits[job] for job in undecided), [])
-                values, ids = self._decoder.best_of(
-                    self._decoder.hidden[rows], min(width, vocabulary), stacked(own, vocabulary)
-                )
-            more = []
-            for job in undecided:
-                span = slice(asked[job], asked[job] + job.rows)
-                if not self._apart(job, self._decide, values[span], ids[span], width):
-                    more.append(job)
-            undecided = [job for job in more if not job.left]
+        for job in self.running:
+            if not job.left:
+                self._apart(job, lambda job: edits.update({job: job.chooser.edits()}))
+        live = [job for job in self.running if not job.left]
+        # How a row's words are found depends on its own need alone, so do the last bits.
+        for fused in (True, False):
+            jobs = [job for job in live if (job.chooser.need <= FUSED_K) == fused]
+            if not jobs:
+                continue
+            hidden = self._decoder.hidden
+            if len(jobs) < len(self.running):
+                hidden = hidden[[starts[job] + row for job in jobs for row in range(job.rows)]]
+            changes = stacked(sum((edits[job] for job in jobs), []), self._config.vocab_size)
+            draws: list[Draw] = sum(([job.chooser.draw()] * job.rows for job in jobs), [])
+            most = max(job.chooser.need for job in jobs)
+            values, ids = self._decoder.best_of(hidden, most, changes, draws)
+            for job, start in zip(jobs, _starts(jobs)):
+                span = slice(start, start + job.rows)
+                self._apart(job, self._decide, values[span], ids[span])
 
-    def _decide(self, job: Job, values: np.ndarray, ids: np.ndarray, width: int) -> bool:
+    def _decide(self, job: Job, values: np.ndarray, ids: np.ndarray) -> None:
         check_finite(values)
         before = job.chooser.count
-        events = job.chooser.choose(values, ids, width)
-        if events is None:
-            return False
+        events = job.chooser.choose(values, ids)
         self.counts["generated tokens"] += job.chooser.count - before
         for event in events:
             self._tell(job, event)
         if job.chooser.reason is not None:
             self._end(job, job.chooser.reason)
-        return True
 
     def _run(self) -> None:
         """Run the rows that go on, those of an adapter together, and pieces of prompts."""

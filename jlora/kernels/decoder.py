@@ -10,7 +10,7 @@ import numpy as np
 from jlora.kernels import structs
 from jlora.kernels.gpu_library import DeviceMemory, on_gpu
 from jlora.kernels.native import run
-from jlora.kernels.topk import edit_arrays, rectangle
+from jlora.kernels.topk import Draw, edit_arrays, rectangle, run_topk
 
 # Kinds of weights: a `PackedWeight`, plain floats (n, k), plain floats (k, n).
 PACKED, ROWS_FIRST, COLUMNS_FIRST = 1, 2, 3
@@ -162,28 +162,33 @@ def head_topk(
     biases=None,
     allowed: np.ndarray | None = None,
     words: int = 0,
+    draws: Sequence[Draw] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`jlora.kernels.topk.log_softmax_topk` of the head's logits, which are never written.
+    """`jlora.kernels.topk.log_softmax_topk` of the head's logits.
+
+    No logits are written but those of rows whose token is drawn, some rows at a time.
 
     Args:
         hidden: (rows, C) float32.
         head: address of the head's packed weight, or of its floats (words, C).
         k: how many; V where the vocabulary V is smaller.
         cap: of the logits, see `jlora.models.head.LanguageHead`.
-        words: of a head of floats; 0: it is packed. Not on a GPU, which has the first edits alone.
+        words: of a head of floats; 0: it is packed. Not on a GPU, which has the first edits alone
+            and draws nothing.
     """
     rows, k = len(hidden), min(k, words or structs.Weight.from_address(head).n)
-    values, ids = np.empty((rows, k), np.float32), np.empty((rows, k), np.int32)
     if on_gpu():
-        if words or biased is not None or allowed is not None or np.ndim(penalty):
-            raise ValueError("the GPU's head has neither floats nor these edits of logits")
+        given = (biased, allowed, draws)
+        if words or any(each is not None for each in given) or np.ndim(penalty):
+            raise ValueError("the GPU's head has neither floats nor draws nor these edits")
+        values, ids = np.empty((rows, k), np.float32), np.empty((rows, k), np.int32)
         lists = [np.ascontiguousarray(rectangle(lists, rows)) for lists in (penalised, banned)]
         run("head_topk_op", [hidden, *lists], [values, ids], penalty, cap or 0, integers=[head])
         return values, ids
     edits = edit_arrays(rows, banned, penalised, penalty, biased, biases, allowed)
     numbers = (cap or 0, allowed is not None)
-    run("head_topk_op", [hidden, *edits], [values, ids], *numbers, integers=[head, words])
-    return values, ids
+    inputs = [hidden, *edits]
+    return run_topk("head_topk_op", inputs, rows, k, draws, *numbers, integers=[head, words])
 
 
 def head_logits(

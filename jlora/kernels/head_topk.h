@@ -1,5 +1,6 @@
 // The likeliest words of each row straight from the head's product: of its logits, which are as many
-// as the vocabulary has words, only what may still be among the best is kept. Says what topk.h says.
+// as the vocabulary has words, only what may still be among the best is kept; of rows whose word is drawn also all
+// of them. Says what topk.h says.
 #pragma once
 #include "activation.h"
 #include "linear.h"
@@ -105,17 +106,25 @@ inline void head_logits(const float* hidden, int64_t rows, const decode::Linear&
     });
 }
 
-// hidden (rows, C), head (V, C) -> values, ids (rows, k)
-inline void head_topk(const float* hidden, int64_t rows, const decode::Linear& head, const Edits& edits, int64_t k,
-        float* values, int* ids, float cap) {
+// hidden (rows, C), head (V, C) -> chosen
+inline void head_topk_together(const float* hidden, int64_t rows, const decode::Linear& head, const Edits& edits,
+        const Chosen& chosen, float cap) {
+    static Buffer<float> memory;
     const EditedPanels edited(edits, rows, head.n);
-    const int64_t threads = omp_get_max_threads();
+    const int64_t threads = omp_get_max_threads(), k = chosen.k, width = (head.n + 31) / 32 * 32;
+    std::vector<float*> logits(rows);  // (V,) of each row whose word is drawn
+    int64_t drawn = 0;
+    for (int64_t m = 0; m < rows; m++) drawn += chosen.row(m).is_drawn();
+    float* free = memory.of(drawn * width);
+    for (int64_t m = 0; m < rows; m++)
+        if (chosen.row(m).is_drawn()) logits[m] = free, free += width;
     std::vector<Best> parts(threads * rows);
     std::vector<float> part_values(threads * rows * k);
     std::vector<int> part_ids(threads * rows * k);
     head_product(hidden, rows, head, cap, [&](int64_t m, int64_t n, F16 left, F16 right) {
         const int64_t count = std::min<int64_t>(32, head.n - n), own = omp_get_thread_num() * rows + m;
         edited.apply(m, n, left, right);
+        if (logits[m]) store16(logits[m] + n, left), store16(logits[m] + n + 16, right);
         parts[own].take(left, right, n, count, k, part_values.data() + own * k, part_ids.data() + own * k);
     });
     #pragma omp parallel for schedule(static)
@@ -127,23 +136,29 @@ inline void head_topk(const float* hidden, int64_t rows, const decode::Linear& h
             peak = std::max(peak, part.peak);
             bad |= part.bad;
         }
+        const Chosen own = chosen.row(m);
+        if (bad) {
+            own.fail();
+            continue;
+        }
         Best all;
         double total = 0;
-        float* v = values + m * k;
-        int* id = ids + m * k;
         for (int64_t t = 0; t < threads; t++) {
             const Best& part = parts[t * rows + m];
             for (float sum : part.sums) total += sum * (double)fast_exp(part.peak - peak);
             const int64_t at = (t * rows + m) * k;
-            for (int64_t i = 0; i < part.held; i++) all.insert(part_values[at + i], part_ids[at + i], k, v, id);
+            for (int64_t i = 0; i < part.held; i++) all.insert(part_values[at + i], part_ids[at + i], k, own.values, own.ids);
         }
-        const double log_sum = std::log(total);
-        for (int64_t i = 0; i < k; i++) {
-            if (bad) v[i] = float_of_bits(kNan), id[i] = (int)i;
-            else if (v[i] == -FLT_MAX) v[i] = float_of_bits(kMinusInfinity);
-            else v[i] = (float)((double)(v[i] - peak) - log_sum);
-        }
+        own.finish(logits[m], head.n, peak, std::log(total));
     }
+}
+
+// As above; of so many rows whose words are drawn that their logits would take much memory, some at a time.
+inline void head_topk(const float* hidden, int64_t rows, const decode::Linear& head, const Edits& edits, const Chosen& chosen,
+        float cap) {
+    const int64_t most = chosen.draws ? 64 : rows;
+    for (int64_t first = 0; first < rows; first += most)
+        head_topk_together(hidden + first * head.k, std::min(most, rows - first), head, edits.row(first), chosen.row(first), cap);
 }
 
 // targets (rows,) -> the log-probability of each, (rows,)

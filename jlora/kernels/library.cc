@@ -118,11 +118,14 @@ static Edits edits_of(const Array* in, bool restricted) {
     return {in[0].as<int>(), in[0].shape[1], in[1].in(), in[2].as<int>(), in[2].shape[1], in[3].in(),
         restricted ? in[4].as<uint32_t>() : nullptr, in[4].shape[1], in[5].as<int>(), in[5].shape[1]};
 }
-// logits (rows, V), edits -> values, ids (rows, k); number: whether there are allowed bits.
+// values, ids (rows, k), and where there are draws (rows, 5) those of the drawn words, (rows,) each.
+static Chosen chosen_of(const Array* draws, const Array* out) {
+    if (!draws) return {out[0].shape[1], out[0].out(), out[1].as<int>(), nullptr, nullptr, nullptr};
+    return {out[0].shape[1], out[0].out(), out[1].as<int>(), draws->as<Draw>(), out[2].out(), out[3].as<int>()};
+}
+// logits (rows, V), edits, draws -> see chosen_of; number: whether there are allowed bits, draws.
 JLORA_OPERATOR(topk_op) {
-    const Edits edits = edits_of(in + 1, number[0] != 0);
-    topk(in[0].in(), in[0].shape[0], in[0].shape[1], edits, out[0].shape[1],
-        out[0].out(), out[1].as<int>());
+    topk(in[0].in(), in[0].shape[0], in[0].shape[1], edits_of(in + 1, number[0] != 0), chosen_of(number[1] ? in + 7 : nullptr, out));
 }
 
 #ifdef JLORA_TILES
@@ -360,11 +363,11 @@ static decode::Linear head_of(const int64_t* integer, int64_t C) {
     if (integer[1]) return {decode::Linear::rows_first, address, integer[1], C, nullptr, nullptr};
     return {decode::Linear::packed, address, weight_at(integer).n, C, nullptr, nullptr};
 }
-// hidden (rows, C), edits -> values, ids (rows, k). integer: a head; number: cap of the logits, whether there
-// are allowed bits.
+// hidden (rows, C), edits, draws -> see chosen_of. integer: a head; number: cap of the logits, whether there are
+// allowed bits, draws.
 JLORA_OPERATOR(head_topk_op) {
-    head_topk(in[0].in(), in[0].shape[0], head_of(integer, in[0].shape[1]), edits_of(in + 1, number[1] != 0), out[0].shape[1],
-        out[0].out(), out[1].as<int>(), number[0]);
+    head_topk(in[0].in(), in[0].shape[0], head_of(integer, in[0].shape[1]), edits_of(in + 1, number[1] != 0),
+        chosen_of(number[2] ? in + 7 : nullptr, out), number[0]);
 }
 // hidden (rows, C) -> logits (rows, V). integer: a head; number: cap of the logits.
 JLORA_OPERATOR(head_logits_op) {

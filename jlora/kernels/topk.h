@@ -1,8 +1,9 @@
 #pragma once
 #include <algorithm>
 #include <cfloat>
-#include <vector>
 
+#include "buffer.h"
+#include "draw.h"
 #include "vector_math.h"
 
 namespace jlora {
@@ -75,12 +76,41 @@ struct Edits {
     }
 };
 
-inline void row_topk(const float* logits, int64_t size, const Edits& edits, int64_t k,
-                     float* values, int* ids, float* row, float* chunk_best) {
-    if (!copy_row(logits, row, size)) {
-        for (int64_t i = 0; i < k; i++) values[i] = float_of_bits(kNan), ids[i] = (int)i;
-        return;
+// What rows have got: their k likeliest words, and where `draws` (rows,) is not null one each, which is drawn, or
+// with temperature 0 the likeliest.
+struct Chosen {
+    int64_t k;
+    float* values; int* ids;                                    // (rows, k)
+    const Draw* draws; float* drawn_values; int* drawn_ids;     // (rows,) each
+    Chosen row(int64_t m) const {
+        if (!draws) return {k, values + m * k, ids + m * k, nullptr, nullptr, nullptr};
+        return {k, values + m * k, ids + m * k, draws + m, drawn_values + m, drawn_ids + m};
     }
+    bool is_drawn() const { return draws && draws->temperature > 0; }
+    void fail() const {
+        for (int64_t i = 0; i < k; i++) values[i] = float_of_bits(kNan), ids[i] = (int)i;
+        if (draws) *drawn_values = float_of_bits(kNan), *drawn_ids = 0;
+    }
+    // Of a row that is not drawn `logits` may be null; values are logits until now.
+    void finish(const float* logits, int64_t size, float peak, double log_sum) const {
+        // The cast keeps the two subtractions apart: log_sum is lost beside a large logit.
+        const auto logprob = [&](float x) {
+            return x == -FLT_MAX ? float_of_bits(kMinusInfinity) : (float)((double)(x - peak) - log_sum);
+        };
+        for (int64_t i = 0; i < k; i++) values[i] = logprob(values[i]);
+        if (!draws) return;
+        *drawn_values = values[0], *drawn_ids = ids[0];
+        if (!is_drawn() || peak == -FLT_MAX) return;
+        *drawn_ids = drawn_word(logits, size, peak, *draws);
+        *drawn_values = logprob(logits[*drawn_ids]);
+    }
+};
+
+inline void row_topk(const float* logits, int64_t size, const Edits& edits, const Chosen& chosen, float* row, float* chunk_best) {
+    const int64_t k = chosen.k;
+    float* values = chosen.values;
+    int* ids = chosen.ids;
+    if (!copy_row(logits, row, size)) return chosen.fail();
     edits.apply(0, size, logits, row);
     float best = -FLT_MAX;
     for (int64_t at = 0, c = 0; at < size; at += kChunk, c++) {
@@ -105,22 +135,17 @@ inline void row_topk(const float* logits, int64_t size, const Edits& edits, int6
             ids[place] = (int)i;
         }
     }
-    // The cast keeps the two subtractions apart: log_sum is lost beside a large logit.
-    double log_sum = std::log(sum);
-    for (int64_t i = 0; i < k; i++)
-        values[i] = values[i] == -FLT_MAX ? float_of_bits(kMinusInfinity)
-                                          : (float)((double)(values[i] - best) - log_sum);
+    chosen.finish(row, size, best, std::log(sum));
 }
 
-inline void topk(const float* logits, int64_t rows, int64_t size, const Edits& edits, int64_t k,
-                 float* values, int* ids) {
+inline void topk(const float* logits, int64_t rows, int64_t size, const Edits& edits, const Chosen& chosen) {
     #pragma omp parallel
     {
-        std::vector<float> row(size), chunk_best((size + kChunk - 1) / kChunk);
+        thread_local Buffer<float> for_row, for_best;
+        float *row = for_row.of(size), *chunk_best = for_best.of((size + kChunk - 1) / kChunk);
         #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
-            row_topk(logits + r * size, size, edits.row(r), k, values + r * k, ids + r * k,
-                     row.data(), chunk_best.data());
+            row_topk(logits + r * size, size, edits.row(r), chosen.row(r), row, chunk_best);
         }
     }
 }

@@ -2,13 +2,15 @@
 
 Decoding needs a handful of tokens out of 50,000. `log_softmax_topk` reads each row once from
 memory, applies the row's bans and repetition penalty, and returns only (rows, k) numbers; Jittor's
-own log_softmax followed by topk sorts whole rows and takes a second for 320 beams.
-`log_softmax_topk_numpy` is its plain twin, the definition of what is right.
+own log_softmax followed by topk sorts whole rows and takes a second for 320 beams. Where a token is
+to be drawn, it is drawn there too. `log_softmax_topk_numpy` is its plain twin, the definition of
+what is right.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +22,38 @@ LARGEST_K = 1024  # the operator inserts into a sorted list, which is slow for a
 _LOWEST = np.finfo(np.float32).min
 
 
+class Draw(NamedTuple):
+    """How a token is drawn among all of the vocabulary, likeliest first.
+
+    Attributes:
+        temperature: what logits are divided by; 0: the likeliest token.
+        u: from 0 to 1, 1 excluded: which part of the probability of the tokens that are left it
+            falls on.
+        top_k: only the likeliest so many are left; 0: all.
+        top_p: of these the likeliest that together have this probability.
+        min_p: of these the ones that are so many times as likely as the likeliest.
+    """
+
+    temperature: float = 0.0
+    u: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def place(self, logprobs: np.ndarray) -> int:
+        """Which of all tokens' log-probabilities, (V,) in falling order, is drawn."""
+        if self.temperature == 0:
+            return 0
+        relative = (logprobs[: self.top_k or None] - logprobs[0]).astype(np.float64)
+        weights = np.exp(relative / self.temperature)
+        cumulative = weights.cumsum()
+        # The token that carries the sum over top_p still counts, so one is always left.
+        count = int(cumulative.searchsorted(self.top_p * cumulative[-1])) + 1
+        count = min(count, int((weights >= self.min_p).sum()))  # the likeliest weighs 1
+        place = cumulative[:count].searchsorted(self.u * cumulative[count - 1], side="right")
+        return min(int(place), count - 1)
+
+
 def log_softmax_topk(
     logits: jt.Var | np.ndarray,
     k: int,
@@ -29,6 +63,7 @@ def log_softmax_topk(
     biased: Sequence[Sequence[int]] | None = None,
     biases: Sequence[Sequence[float]] | None = None,
     allowed: np.ndarray | None = None,
+    draws: Sequence[Draw] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best tokens of each row, best first, with their log-probabilities.
 
@@ -50,22 +85,23 @@ def log_softmax_topk(
         biases: as many finite numbers for each row.
         allowed: (rows, ceil(V / 32)) int32, bit i % 32 of number i // 32 says whether token i may
             come; fewer numbers forbid what they lack. All others have probability 0.
+        draws: of each row, how a token is drawn.
 
     Returns:
         values (rows, min(k, V)) float32 and ids (rows, min(k, V)) int32. Equal logits stand in the
         order of their ids; tokens of probability 0 have -inf; a row with NaN or +inf gives NaN.
+        With ``draws`` the drawn token stands before them: (rows, 1 + min(k, V)).
     """
     rows, size = logits.shape
     k = min(k, size)
     if k > LARGEST_K or problem() is not None or not has("topk_op"):
         edits = (banned, penalised, penalty, biased, biases, allowed)
         array = logits if isinstance(logits, np.ndarray) else logits.numpy()
-        return log_softmax_topk_numpy(array, k, *edits)
+        return log_softmax_topk_numpy(array, k, *edits, draws)
     edits = edit_arrays(rows, banned, penalised, penalty, biased, biases, allowed)
-    if isinstance(logits, np.ndarray):
-        values, ids = np.empty((rows, k), np.float32), np.empty((rows, k), np.int32)
-        run("topk_op", [logits, *edits], [values, ids], allowed is not None)
-        return values, ids
+    if isinstance(logits, np.ndarray) or draws is not None:
+        array = logits if isinstance(logits, np.ndarray) else logits.float32().numpy()
+        return run_topk("topk_op", [array, *edits], rows, k, draws, allowed is not None)
     values, ids = operator(
         [(rows, k), (rows, k)],
         ["float32", "int32"],
@@ -74,6 +110,32 @@ def log_softmax_topk(
         allowed is not None,
     )
     return values.numpy(), ids.numpy()
+
+
+def run_topk(
+    function: str,
+    inputs: Sequence[np.ndarray],
+    rows: int,
+    k: int,
+    draws: Sequence[Draw] | None,
+    *numbers: float,
+    integers: Sequence[int] = (),
+) -> tuple[np.ndarray, np.ndarray]:
+    """Run an operator that chooses the k best and may draw; see `log_softmax_topk`.
+
+    Raises:
+        ValueError: draws for another number of rows.
+    """
+    values, ids = np.empty((rows, k), np.float32), np.empty((rows, k), np.int32)
+    if draws is None:
+        run(function, inputs, [values, ids], *numbers, 0, integers=integers)
+        return values, ids
+    if len(draws) != rows:
+        raise ValueError(f"{len(draws)} draws for {rows} rows")
+    numbers_of = np.array(draws, np.float64).reshape(rows, len(Draw._fields))
+    drawn = np.empty((rows, 1), np.float32), np.empty((rows, 1), np.int32)
+    run(function, [*inputs, numbers_of], [values, ids, *drawn], *numbers, 1, integers=integers)
+    return np.concatenate([drawn[0], values], 1), np.concatenate([drawn[1], ids], 1)
 
 
 def edit_arrays(
@@ -125,6 +187,7 @@ def log_softmax_topk_numpy(
     biased: Sequence[Sequence[int]] | None = None,
     biases: Sequence[Sequence[float]] | None = None,
     allowed: np.ndarray | None = None,
+    draws: Sequence[Draw] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`log_softmax_topk` in plain numpy: its definition, and the way for a large k."""
     logits = np.array(logits, dtype=np.float32)
@@ -147,7 +210,8 @@ def log_softmax_topk_numpy(
             logits[row, free == 0] = -np.inf
         if banned is not None:
             logits[row, _real(banned[row], size)] = -np.inf
-    ids = np.argsort(-logits, axis=1, kind="stable")[:, :k]  # stable: equal ones in order of id
+    ids = np.argsort(-logits, axis=1, kind="stable")  # stable: equal ones in order of id
+    ids = ids if draws is not None else ids[:, :k]
     with np.errstate(divide="ignore", invalid="ignore"):
         shift = logits.max(1, keepdims=True).astype(np.float64)
         shift[np.isneginf(shift)] = 0
@@ -155,7 +219,13 @@ def log_softmax_topk_numpy(
         values = np.take_along_axis(logits, ids, axis=1) - shift - log_sum
     values[np.isneginf(np.take_along_axis(logits, ids, axis=1))] = -np.inf
     values[bad] = np.nan
-    return values.astype(np.float32), ids.astype(np.int32)
+    values, ids = values.astype(np.float32), ids.astype(np.int32)
+    if draws is None:
+        return values, ids
+    rows_of = zip(draws, values, strict=True)
+    places = [0 if not row[0] > -np.inf else draw.place(row) for draw, row in rows_of]
+    places = np.array([[place, *range(min(k, size))] for place in places])
+    return np.take_along_axis(values, places, 1), np.take_along_axis(ids, places, 1)
 
 
 def _real(ids: Sequence[int], size: int) -> np.ndarray:

@@ -4,9 +4,10 @@
 #include <cstring>
 
 namespace jlora {
-// e^x to about 1e-7 relative, without a call, so that loops over it become vector code.
+// e^x to about 1e-7 relative, without a call, so that loops over it become vector code (GCC would call it: the library
+// is large).
 // Splits x = n ln 2 + r with |r| <= ln 2 / 2 and takes the Taylor polynomial of e^r.
-inline float fast_exp(float x) {
+inline __attribute__((always_inline)) float fast_exp(float x) {
     x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
     float n = __builtin_floorf(x * 1.44269504f + 0.5f);
     float r = __builtin_fmaf(n, -0.693359375f, x);
