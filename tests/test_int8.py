@@ -154,10 +154,11 @@ def test_layers_that_read_the_same_rows(precision, trained):
     model = wide_llama(num_key_value_heads=1)
     names = [n for n, _ in model.named_parameters() if ".0." in n and f".{trained}." in n]
     set_trainable(model, names)
-    plain_loss, plain = loss_and_gradients(model, names)
-    engine.prepare(model, precision)
+    engine.prepare(model, precision, keep_weights=False)
     loss, gradients = loss_and_gradients(model, names)
-    assert loss == pytest.approx(plain_loss, rel=2e-2)
+    engine.restore(model)  # rounded, now
+    plain_loss, plain = loss_and_gradients(model, names)
+    assert loss == pytest.approx(plain_loss, rel=1e-2)
     for name, gradient in plain.items():
         off = np.linalg.norm(gradients[name] - gradient)
         assert off < 0.2 * np.linalg.norm(gradient)
