@@ -424,6 +424,17 @@ def test_what_is_not_plain_low_rank_is_refused(settings, message):
         bank.add(peft._adapters["other"])
 
 
+def test_an_adapter_without_branches_in_the_blocks_is_seen_on_the_base():
+    peft = PeftModel(tiny_llama())
+    peft.add_adapter("head", LoraConfig(**REFUSED["head"][0], r=2))
+    peft.set_adapter("head")
+    engine.prepare(peft.base_model, "fp32")
+    with pytest.raises(UserError, match="take it off"):
+        AdapterBank(native_model(peft.base_model))
+    with peft.disable_adapter():
+        AdapterBank(native_model(peft.base_model))
+
+
 def test_an_adapter_that_is_on_and_a_gpu_are_refused(served, monkeypatch):
     made = served("llama", "fp32")
     made.peft.set_adapter("0")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jlora.adapters import TunedModel
+from jlora.adapters.attach import ModulesToSave
 from jlora.engine import blocks
 from jlora.engine.blocks import BLOCKS, is_interleaved, is_whole
 from jlora.engine.parts import current, is_known
@@ -16,7 +17,7 @@ from jlora.kernels.block import ACTIVATIONS
 from jlora.kernels.branches import SLOT_BRANCH, PackedBranch, pack_branch, place_branches
 from jlora.kernels.decoder import BLOCK, COLUMNS_FIRST, LINEAR, MODEL, NORM, PACKED, ROWS_FIRST
 from jlora.kernels.gpu_library import DeviceMemory, on_gpu
-from jlora.layers.base import Conv1D
+from jlora.layers.base import Conv1D, LoRALayer
 from jlora.models.head import LanguageHead
 from jlora.models.parts import Parts
 from jlora.models.rope import Rope
@@ -35,6 +36,13 @@ class _Unsupported(Exception):
     """The model has a part that the native decoder does not compute; the message says which."""
 
 
+def _is_adapted(module: nn.Module) -> bool:
+    """Whether an adapter changes what a module computes, also where no branch shows it."""
+    if isinstance(module, LoRALayer):
+        return module.merged or module._adds_lora
+    return isinstance(module, ModulesToSave) and module.adapter_enabled
+
+
 class NativeModel:
     """A GPT-2 or a model of the Llama family, prepared by the engine, its adapter active or not.
 
@@ -46,6 +54,7 @@ class NativeModel:
         head_words: size of the vocabulary of a head of floats; 0: it is packed.
         linears: module name -> field and index of its LINEAR in ``blocks``.
         head_cap: see `jlora.models.head.LanguageHead`.
+        is_adapted: whether an adapter was on the model and at work.
         narrow: whether keys and values are kept in bf16, as of packed weights; else in float32.
         rope: rotary positions that are right up to some length of the text; None: of any.
 
@@ -75,24 +84,22 @@ class NativeModel:
         self.model["narrow"] = self.narrow
         self.head, self.head_words = self._head(model)
         self.head_cap = model.head.cap
+        self.is_adapted = any(map(_is_adapted, model.modules()))
         self.width = int(self.model["G"][0] * self.model["D"][0])
 
     @property
     def layers(self) -> int:
         return len(self.blocks)
 
-    @property
-    def is_adapted(self) -> bool:
-        """Whether an adapter was on the model."""
-        return any(self.blocks[field]["branches"].any() for field, _ in self.linears.values())
-
     def _head(self, model) -> tuple[int | None, int]:
+        if model.head_layer is not None:  # LoRA on it; the head may have been packed before
+            return None, 0
         packed = getattr(model.head, "_packed", None) if type(model.head) is PackedHead else None
         if packed is not None and is_known(model.head) and packed.fits(model.output_embedding):
             return self._packed_address(packed), 0
         weight = model.output_embedding
         plain = type(model.head) in (PackedHead, LanguageHead) and not is_overridden(model.head)
-        if on_gpu() or not plain or model.head_layer is not None:
+        if on_gpu() or not plain:
             return None, 0
         if not isinstance(weight, jt.Var) or weight.dtype != "float32":
             return None, 0

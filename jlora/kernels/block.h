@@ -113,7 +113,7 @@ struct Joint {
     const float* bias;
     LowRank low;
     Weight own[3];               // of trained layers
-    float* weight_gradients[3];
+    float* weight_gradients[3] = {};  // null: not wanted, or no such layer
     float* bias_gradient;
     const JointSpec& spec;
 
@@ -124,7 +124,7 @@ struct Joint {
           bias_gradient(call.bias_gradients[next.joint]), spec(s) {
         next.joint++;
         for (int64_t i = 0; i < s.count; i++) {
-            weights.list[i] = s.linears[i].weight, weight_gradients[i] = nullptr;
+            weights.list[i] = s.linears[i].weight;
 #if defined(JLORA_TILES)
             if (!s.linears[i].trained) continue;
             own[i] = weight_of(call.packed[next.weight], weights.list[i]->n, weights.list[i]->k), weights.list[i] = &own[i];
@@ -349,8 +349,8 @@ private:
         JLORA_PART("norms");
         const int64_t width = s.normed_width(), D = s.head_size;
         float* const* all = c.norm_gradients;
-        const NormGradient of_q(all[2 * of_queries], nullptr, s.whole ? s.heads * D : D);
-        const NormGradient of_k(all[2 * of_keys], nullptr, s.whole ? s.key_heads * D : D);
+        const NormGradient of_q(all[2 * of_queries], all[2 * of_queries + 1], s.whole ? s.heads * D : D);
+        const NormGradient of_k(all[2 * of_keys], all[2 * of_keys + 1], s.whole ? s.key_heads * D : D);
         #pragma omp parallel
         {
             NormGradient::Part q(of_q), k(of_k);

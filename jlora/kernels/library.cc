@@ -285,12 +285,12 @@ JLORA_OPERATOR(target_loss_op) {
         number[1] != 0 ? out[1].out() : nullptr, in[0].shape[0], number[0], number[2]);
 }
 
+// A gradient that is not wanted is an array of one number.
+static float* wanted(const Array& array) { return wanted(array, array.size > 1); }
 // Blocks. in: x, starts, cos and sin if there are, A and B of each branch; where `given`, weights and
 // biases of the norms, biases of the joints that have some, trained weights packed.
 // integer: address of the BlockSpec, seed, first row; number: branches, whether `saved` is kept, trained
 // weights.
-// A gradient that is not wanted is an array of one number.
-static float* wanted(const Array& array) { return wanted(array, array.size > 1); }
 struct BlockArrays {
     const BlockSpec& s;
     BlockCall call;

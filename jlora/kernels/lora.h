@@ -24,12 +24,6 @@ struct Branch {
     int64_t rank() const { return __builtin_popcountll(flags) * r; }
 };
 
-// Rows of floats, `stride` from one to the next.
-struct FloatRows {
-    const float* data;
-    int64_t rows, stride;
-};
-
 class LowRank {
 public:
     // in, out: width of the rows and of all layers' outputs together
@@ -58,8 +52,7 @@ public:
     int64_t rank() const { return first_.size(); }
 
     // low (rows, rank) = s dropout(x) A^T, kept for the backward pass
-    template <typename Source>
-    void forward(const Source& x, float* low) {
+    void forward(const Rows& x, float* low) {
         low_ = low;
         if (!rank()) return;
         JLORA_PART("LoRA branches");
@@ -167,7 +160,6 @@ private:
             for (int64_t i = 0; i < b.rank(); i++) visit(b, first + i, i);
         });
     }
-    void read(const FloatRows& x, int64_t m, float* row) const { std::copy_n(x.data + m * x.stride, in_, row); }
     static void read(const Rows& x, int64_t m, float* row) {
         for (int64_t k = 0; k < x.width; k += 32) to_float(x.at(m, k), row + k, std::min<int64_t>(32, x.width - k));
     }
