@@ -16,6 +16,8 @@ from tiny_models import ids_of, randomise_adapter, wide_gpt2, wide_llama
 from jlora import engine
 from jlora.adapters import LoraConfig, get_peft_model
 from jlora.engine.blocks import BLOCKS
+from jlora.kernels.block import BlockPlan, Layer, Shape, run_block
+from jlora.kernels.packed_linear import PackedWeight
 from jlora.layers import assign
 from jlora.models import gpt2, llama
 from jlora.models.attention import Stream
@@ -451,3 +453,37 @@ def test_evaluation_sees_what_was_trained_since_the_last(settings):
     assert abs(changed - first) > 1e-3
     engine.restore(model)
     assert abs(evaluate() - changed) < 3e-3 * changed
+
+
+def test_gradients_of_biases_of_norms_of_queries_and_keys():
+    """No family has such norms yet. A bias of all keys moves all scores of a query alike."""
+    generator = np.random.default_rng(0)
+
+    def var(*shape, scale=1.0, mean=0.0):
+        return jt.array((mean + scale * generator.standard_normal(shape)).astype("f"))
+
+    def linear(n):
+        return Layer(PackedWeight(var(n, 32, scale=0.2), False), None, None)
+
+    joints = [linear(96)], [linear(32)], [linear(32)], [linear(32)]
+    norms = [var(32, scale=0.3, mean=1 - i % 2) for i in range(12)]  # weight and bias of each
+    present = [0, 1, 4, 5, 8, 9, 10, 11]
+    shape = Shape(
+        1, 1, 32, 1e-5, "layer", "silu", False, 0.0, 0, False, 0.5, None, None, False, False
+    )
+    given = [norms[i].numpy() if i in present else None for i in range(12)]
+    plan = BlockPlan(shape, given, joints, given=True)
+    x, dy = var(40, 32), var(40, 32)
+    starts = jt.array(np.array([0, 40], np.int32))
+
+    def loss(bias):
+        parameters = [norms[i] for i in present]
+        parameters[5] = bias
+        return (run_block(plan, x, starts, [], [], True, (0, 0), parameters) * dy).sum()
+
+    queries, keys = norms[9].start_grad(), norms[11].start_grad()
+    of_queries, of_keys = (g.numpy() for g in jt.grad(loss(queries), [queries, keys]))
+    step = 0.2 * of_queries / np.linalg.norm(of_queries)
+    risen = loss(queries + jt.array(step)).item() - loss(queries - jt.array(step)).item()
+    assert risen == pytest.approx(2 * of_queries @ step, rel=0.1)
+    assert np.linalg.norm(of_keys) < 0.1 * np.linalg.norm(of_queries)
