@@ -152,3 +152,14 @@ def test_the_heads_product_and_its_best_words_together(vocabulary, width, rows, 
     values, ids = head_topk(hidden, packed.address, k, banned, penalised, 1.3)
     np.testing.assert_array_equal(ids, expected[1])
     np.testing.assert_allclose(values, expected[0], rtol=1e-6, atol=2e-6)
+
+
+def test_the_heads_sums_lose_no_unlikely_words():
+    """Each of 32,768 words weighs less than the last bit of the likely one."""
+    if not packed_linear.available("bf16"):
+        pytest.skip("no bf16 products here")
+    head, hidden = np.zeros((2**15, 1), np.float32), np.ones((1, 1), np.float32)
+    head[5] = 17.0
+    values, ids = head_topk(hidden, head.ctypes.data, 1, words=len(head))
+    assert ids[0, 0] == 5
+    assert values[0, 0] == pytest.approx(-np.log1p((len(head) - 1) * np.exp(-17.0)), abs=3e-6)

@@ -295,9 +295,8 @@ class RowDecoder:
 
         Args:
             hidden: (n, C) float32.
-            k: up to `FUSED_K` no logits are written; above, they are the model's own, whose last
-                bits may depend on how many rows there are.
-
+            k: up to `FUSED_K` no logits are written. Where the logits are the model's own business
+                (see `NativeModel.head`), last bits may depend on how many rows there are.
             draws: how a token of each is drawn, which then comes first.
 
         Returns:

@@ -10,8 +10,11 @@
 namespace jlora {
 // What one thread has seen of a row.
 struct Best {
-    alignas(64) float sums[16] = {};  // of exp(logit - peak), by lane
+    // Of exp(logit - peak): by lane of the last words, and of all before these, see RowSums.
+    alignas(64) float sums[16] = {};
+    double total = 0;
     float peak = -FLT_MAX;
+    int taken = 0;
     bool bad = false;                 // NaN or +inf
     int64_t held = 0;
 
@@ -40,12 +43,17 @@ struct Best {
             if (most > peak) {
                 const float factor = fast_exp(peak - most);
                 store16(sums, load16(sums) * factor);
-                peak = most;
+                total *= factor, peak = most;
             }
             for (int64_t i = 0; i < count; i++) insert(clean[i], (int)(n + i), k, values, ids);
             left = load16(clean), right = load16(clean + 16);
         }
         store16(sums, load16(sums) + exp16(left - peak) + exp16(right - peak));
+        if (++taken % 32 == 0) put_away();
+    }
+    void put_away() {
+        total += sum16(load16(sums));
+        store16(sums, F16{});
     }
 };
 
@@ -144,8 +152,9 @@ inline void head_topk_together(const float* hidden, int64_t rows, const decode::
         Best all;
         double total = 0;
         for (int64_t t = 0; t < threads; t++) {
-            const Best& part = parts[t * rows + m];
-            for (float sum : part.sums) total += sum * (double)fast_exp(part.peak - peak);
+            Best& part = parts[t * rows + m];
+            part.put_away();
+            total += part.total * fast_exp(part.peak - peak);
             const int64_t at = (t * rows + m) * k;
             for (int64_t i = 0; i < part.held; i++) all.insert(part_values[at + i], part_ids[at + i], k, own.values, own.ids);
         }

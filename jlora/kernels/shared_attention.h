@@ -50,10 +50,10 @@ inline void group_prompt(std::vector<Group>& groups, int64_t first, Place prompt
     }
 }
 
-// table (R, most): the place of each generated token of each row, numbered through slabs of
-// slab_size, of which row r has lengths[r]. Prompt r stands at prompts[r], prompt_tokens[r] long;
-// rows of one prompt stand together.
-// The first of them is row `at` of all.
+// A group for the rows of each prompt that stand together; the first of the R rows is row `at` of all tokens.
+// prompts, prompt_tokens (R,): where each row's prompt has its keys and values, and how long it is. table
+// (R, most): the places of the tokens that a row has generated, lengths[r] of them; place p is token
+// p % slab_size of slab p / slab_size.
 inline void group_rows(std::vector<Group>& groups, int64_t at, int64_t R, int64_t per, char* const* prompts, const int* prompt_tokens,
         const int* table, int64_t most, const int* lengths, char* const* slabs, int64_t slab_size, int64_t slab_count) {
     std::vector<int> seen(slab_count * slab_size, -1);  // the last group to read a token
