@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import stat
 import subprocess
@@ -289,6 +290,24 @@ def test_what_fails_on_the_card_is_one_line(gpu):
     with pytest.raises(UserError, match="the GPU failed in the card's memory"):
         gpu_library.DeviceMemory(1 << 50)
     assert gpu_library.DeviceMemory.of(np.arange(3)).numpy((3,), np.int64).tolist() == [0, 1, 2]
+
+
+def test_a_call_without_memory_fails_and_the_next_does_not(gpu):
+    """It ends where the memory is missing: a kernel that wrote there would end CUDA."""
+    from jlora.kernels.decoder import head_topk
+
+    rng = np.random.default_rng(0)
+    head = packed_linear.PackedWeight(jt.array(rng.standard_normal((203, 64)).astype("f")), False)
+    hidden = rng.standard_normal((400, 64)).astype("f")
+    set_memory = gpu_library.library().emulator_memory
+    set_memory(200_000)  # the logits take 324,800
+    try:
+        with pytest.raises(UserError, match="the GPU failed in the card's memory"):
+            head_topk(hidden, head.address, 3)
+    finally:
+        set_memory(ctypes.c_int64(1 << 40))
+    values, _ = head_topk(hidden[:2], head.address, 3)
+    assert np.isfinite(values).all()
 
 
 # --- the toolkit ----------------------------------------------------------------------------
