@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jlora import LoraConfig, UserError, engine, get_peft_model
+from jlora.cli import doctor
 from jlora.data.batches import Batch
 from jlora.decoding.decoder import Decoder
 from jlora.decoding.native_decoder import NativeDecoder
@@ -365,6 +366,8 @@ def test_parts_that_are_missing_are_named(tmp_path: Path, monkeypatch):
     )
     monkeypatch.setattr(cuda_toolkit, "find", lambda: None)
     assert "no CUDA compiler" in machine.gpu_problem()
+    # Only what `find` looks for helps; Jittor's own download is nowhere in it.
+    assert "pip install nvidia-cuda-nvcc" in doctor._gpu().fix
 
 
 def test_packages_of_nvidia_are_a_toolkit(tmp_path: Path, monkeypatch):
