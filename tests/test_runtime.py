@@ -403,6 +403,8 @@ def test_missing_headers(tmp_path: Path, monkeypatch):
         ("OSError(28, 'No space left on device')", "free some space"),
         ("OSError('libcudart.so: cannot open shared object file')", "nvcc_path="),
         ("RuntimeError('x.cc:3:10: fatal error: Python.h: No such file')", "headers|python3-dev"),
+        ("PermissionError(13, 'Permission denied')", "chmod 1777 /dev/shm"),
+        ("PermissionError(13, 'Permission denied', '/a/file')", "/a/file.*; `jlora doctor`"),
         ("ValueError('something new')", "something new; `jlora doctor`"),
     ],
 )

@@ -39,6 +39,14 @@ def explain(output: str) -> UserError:
             r"libcu\w+\.so\S*( not found|: cannot open)",
             lambda: "set nvcc_path= (empty) to use the CPU",
         ),
+        (
+            # Of a semaphore: an error of a file would name it.
+            r"(?m)(Permission|FileNotFound|OS)Error: \[Errno \d+\] [\w ]+$",
+            lambda: (
+                "its compilers share semaphores, so /dev/shm must be there and writable: run "
+                "`sudo chmod 1777 /dev/shm`"
+            ),
+        ),
         (r"numpy.*(_ARRAY_API|1\.x|compiled using)", lambda: "run `pip install 'numpy<2'`"),
     ]
     for pattern, remedy in remedies:
