@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import stat
 import subprocess
 import threading
@@ -309,6 +310,19 @@ def test_a_call_without_memory_fails_and_the_next_does_not(gpu):
         set_memory(ctypes.c_int64(1 << 40))
     values, _ = head_topk(hidden[:2], head.address, 3)
     assert np.isfinite(values).all()
+
+
+def test_a_change_of_any_header_compiles_the_library_anew():
+    """The name of the compiled library says which sources it is of."""
+    read, left = set(), [gpu_library.SOURCE]
+    while left:
+        path = left.pop()
+        names = re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)
+        found = {(path.parent / name).resolve() for name in names if (path.parent / name).is_file()}
+        left += found - read
+        read |= found
+    outside = {path.stem for path in read if path.parent != gpu_library.FOLDER}
+    assert outside == set(gpu_library.SHARED)
 
 
 # --- the toolkit ----------------------------------------------------------------------------
