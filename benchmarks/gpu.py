@@ -419,6 +419,23 @@ def stage_epochs(chosen: argparse.Namespace) -> None:
             )
 
 
+@contextlib.contextmanager
+def float32_is_plain():
+    """Cases that ask for "fp32", which is for processors, get Jittor's own float32 instead."""
+    from jlora import engine
+
+    prepare = engine.prepare
+
+    def prepared(model, precision: str = "auto", *others, **named):
+        return prepare(model, "plain" if precision == "fp32" else precision, *others, **named)
+
+    engine.prepare = prepared
+    try:
+        yield
+    finally:
+        engine.prepare = prepare
+
+
 def stage_fixtures(chosen: argparse.Namespace) -> None:
     """Stored results of loralib, transformers and PEFT against Jittor's float32 on the card."""
     from safetensors.numpy import load_file
@@ -430,7 +447,7 @@ def stage_fixtures(chosen: argparse.Namespace) -> None:
     from parity.golden import FIXTURES, golden_cases, reference_file
 
     use_gpu(True)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, float32_is_plain():
         for topic in ("models", "adapters", "training", "layers", "families"):
             zipfile.ZipFile(FIXTURES / f"{topic}.zip").extractall(Path(scratch) / topic)
             passed, cases = 0, golden_cases(topic)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 from tiny_models import tiny_gpt2
 
 from benchmarks import gpu
-from jlora import engine
+from jlora import UserError, engine
 from jlora.decoding.decoder import decoder_of
 
 
@@ -48,6 +49,19 @@ def test_words_of_a_decoder_are_compared(monkeypatch):
 
     monkeypatch.setattr(decoder, "best", wrong)
     assert "FAILED" in gpu.compare_words(model, decoder)
+
+
+def test_stored_cases_run_where_there_is_no_fp32(monkeypatch):
+    from parity.models import our_logits
+
+    monkeypatch.setattr(engine, "on_gpu", lambda: True)
+    model, arrays = tiny_gpt2(vocab_size=24), {"ids": np.arange(18).reshape(2, 9)}
+    arrays["lengths"] = np.array([9, 7])
+    with pytest.raises(UserError, match="fp32 is for CPUs"):
+        our_logits(model, arrays)
+    with gpu.float32_is_plain():
+        found = our_logits(model, arrays)
+    np.testing.assert_array_equal(found["logits, fused"], found["logits"])
 
 
 def test_a_step_is_timed_by_its_parts(capsys):
