@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import re
 import stat
 import subprocess
 import threading
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 from jlora import LoraConfig, UserError, engine, get_peft_model
+from jlora.cli import doctor
 from jlora.data.batches import Batch
 from jlora.decoding.decoder import Decoder
 from jlora.decoding.native_decoder import NativeDecoder
@@ -291,6 +294,37 @@ def test_what_fails_on_the_card_is_one_line(gpu):
     assert gpu_library.DeviceMemory.of(np.arange(3)).numpy((3,), np.int64).tolist() == [0, 1, 2]
 
 
+def test_a_call_without_memory_fails_and_the_next_does_not(gpu):
+    """It ends where the memory is missing: a kernel that wrote there would end CUDA."""
+    from jlora.kernels.decoder import head_topk
+
+    rng = np.random.default_rng(0)
+    head = packed_linear.PackedWeight(jt.array(rng.standard_normal((203, 64)).astype("f")), False)
+    hidden = rng.standard_normal((400, 64)).astype("f")
+    set_memory = gpu_library.library().emulator_memory
+    set_memory(200_000)  # the logits take 324,800
+    try:
+        with pytest.raises(UserError, match="the GPU failed in the card's memory"):
+            head_topk(hidden, head.address, 3)
+    finally:
+        set_memory(ctypes.c_int64(1 << 40))
+    values, _ = head_topk(hidden[:2], head.address, 3)
+    assert np.isfinite(values).all()
+
+
+def test_a_change_of_any_header_compiles_the_library_anew():
+    """The name of the compiled library says which sources it is of."""
+    read, left = set(), [gpu_library.SOURCE]
+    while left:
+        path = left.pop()
+        names = re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)
+        found = {(path.parent / name).resolve() for name in names if (path.parent / name).is_file()}
+        left += found - read
+        read |= found
+    outside = {path.stem for path in read if path.parent != gpu_library.FOLDER}
+    assert outside == set(gpu_library.SHARED)
+
+
 # --- the toolkit ----------------------------------------------------------------------------
 
 
@@ -346,6 +380,8 @@ def test_parts_that_are_missing_are_named(tmp_path: Path, monkeypatch):
     )
     monkeypatch.setattr(cuda_toolkit, "find", lambda: None)
     assert "no CUDA compiler" in machine.gpu_problem()
+    # Only what `find` looks for helps; Jittor's own download is nowhere in it.
+    assert "pip install nvidia-cuda-nvcc" in doctor._gpu().fix
 
 
 def test_packages_of_nvidia_are_a_toolkit(tmp_path: Path, monkeypatch):

@@ -243,7 +243,8 @@ def _gpu() -> Check:
     if "no driver" in problem:
         fix = "install NVIDIA's driver"
     elif "CUDA" in problem:
-        fix = f"{sys.executable} -m jittor_utils.install_cuda"
+        packages = " ".join(f"nvidia-{name}" for name in cuda_toolkit.PACKAGES)
+        fix = f"NVIDIA's CUDA toolkit, or {sys.executable} -m pip install {packages}"
     return Check("GPU", False, f"{problem}: the CPU is used", fix, required=False)
 
 

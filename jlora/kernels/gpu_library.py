@@ -19,8 +19,8 @@ from jlora.system.status import run_compiler
 
 FOLDER = Path(__file__).resolve().parent / "cuda"
 SOURCE = FOLDER / "library.cu"
-#: Headers beside the folder that it includes.
-SHARED = ("layouts", "native", "operator")
+#: Headers beside the folder that it includes, and those that they include.
+SHARED = ("layouts", "native", "operator", "profile")
 FLAGS = "-std=c++17 -O3 --shared -Xcompiler -fPIC --cudart=shared -w".split()
 #: Compute capability from which a card multiplies bf16.
 OLDEST = 80

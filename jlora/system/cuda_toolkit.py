@@ -25,6 +25,10 @@ from jlora.system.files import make_folder
 #: Without these Jittor cannot be compiled for CUDA.
 HEADERS = ("cuda_runtime.h", "cublas_v2.h", "curand.h")
 LIBRARIES = ("libcudart", "libcublas", "libcublasLt", "libcurand")
+#: What is installed from PyPI where there is no toolkit, each with ``nvidia-`` before it.
+PACKAGES = (
+    "cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl", "cublas", "curand",
+)  # fmt: skip
 
 # CUDA 13's own headers need C++17; PTX lets a program run on a card newer than Jittor knows.
 _NVCC = """#!/bin/bash

@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #define __global__ inline
@@ -22,8 +23,8 @@ struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct float4 { float x, y, z, w; };
-struct uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 using std::max;
 using std::min;
@@ -108,13 +109,20 @@ inline T __shfl_xor_sync(unsigned, T x, int far) {
 }
 
 using cudaError_t = int;
-constexpr cudaError_t cudaSuccess = 0;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorMemoryAllocation = 2;
+namespace emulator {
+inline cudaError_t last = 0;
+inline size_t most = (size_t)1 << 40;  // bytes of one piece of memory
+}  // namespace emulator
+extern "C" void emulator_memory(int64_t most) { emulator::most = most; }
+inline cudaError_t cudaGetLastError() { return std::exchange(emulator::last, 0); }
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 inline cudaError_t cudaMalloc(void** p, size_t n) {
-    *p = n < (size_t)1 << 40 ? std::malloc(n) : nullptr;
+    *p = n < emulator::most ? std::malloc(n) : nullptr;
     if (*p) std::memset(*p, 0xFF, n);
-    return *p ? 0 : 2;
+    else emulator::last = cudaErrorMemoryAllocation;
+    return *p ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 inline cudaError_t cudaFree(void* p) { std::free(p); return 0; }
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind) { std::memcpy(to, from, n); return 0; }

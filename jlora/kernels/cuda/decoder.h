@@ -237,7 +237,7 @@ inline void run_prompts(const Model& m, const Block* blocks, int64_t P, const in
         else attention({R, m.H, m.G, m.D, qkv, c.at<int>(at[5]), c.at<int>(at[6]), (float)m.scale, (float)m.cap, blocks[layer].window}, out, lse);
     }, states);
     for (int64_t p = 0; p < P; p++)
-        check(cudaMemcpy(hidden + p * m.C, states + (starts[p + 1] - 1) * m.C, m.C * sizeof(float), cudaMemcpyDeviceToHost), "a copy");
+        copy(hidden + p * m.C, states + (starts[p + 1] - 1) * m.C, m.C * sizeof(float), cudaMemcpyDeviceToHost, "a copy");
 }
 
 // One more token a row; the last of a row's places in the table is the new token's own.
@@ -262,6 +262,6 @@ inline void run_step(const Model& m, const Block* blocks, int64_t R, const int* 
     run_tokens(m, blocks, tokens, [&](int64_t layer, const bf16* qkv, bf16* out) {
         attend_to(seen, m, blocks[layer], layer, R, qkv, out);
     }, states);
-    check(cudaMemcpy(hidden, states, R * m.C * sizeof(float), cudaMemcpyDeviceToHost), "a copy from the card");
+    copy(hidden, states, R * m.C * sizeof(float), cudaMemcpyDeviceToHost, "a copy from the card");
 }
 }  // namespace jlora::decode

@@ -11,59 +11,51 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <mutex>
 #include <string>
-#include <utility>
 #include "../native.h"
 
 namespace jlora {
 using bf16 = __nv_bfloat16;
 
-// The first thing that went wrong on the card; Python asks for it after each call, from any of its threads.
-class Failure {
-public:
-    void note(const std::string& text) {
-        const std::lock_guard<std::mutex> alone(mutex_);
-        if (text_.empty()) text_ = text;
-    }
-    std::string taken() {
-        const std::lock_guard<std::mutex> alone(mutex_);
-        return std::exchange(text_, {});
-    }
-
-private:
-    std::mutex mutex_;
-    std::string text_;
-};
-inline Failure& failure() {
-    static Failure first;
+// The first thing that went wrong on the card in a call; Python asks for it after each call, in the call's thread.
+inline std::string& failure() {
+    static thread_local std::string first;
     return first;
 }
+// Whether the rest of a call is left out: memory may be missing, and a kernel that writes to none ends CUDA for
+// the whole process.
+inline bool failed() { return !failure().empty(); }
+inline void note(const std::string& text) { if (!failed()) failure() = text; }
 inline void check(cudaError_t error, const char* what) {
-    if (error != cudaSuccess) failure().note(std::string(what) + ": " + cudaGetErrorString(error));
+    if (error == cudaSuccess) return;
+    note(std::string(what) + ": " + cudaGetErrorString(error));
+    cudaGetLastError();  // else CUDA says it again after the next kernel, ours or Jittor's
 }
 inline void check(cublasStatus_t status, const char* what) {
-    if (status != CUBLAS_STATUS_SUCCESS) failure().note(std::string(what) + ": cuBLAS error " + std::to_string((int)status));
+    if (status != CUBLAS_STATUS_SUCCESS) note(std::string(what) + ": cuBLAS error " + std::to_string((int)status));
+}
+inline void copy(void* to, const void* from, int64_t bytes, cudaMemcpyKind kind, const char* what) {
+    if (!failed() && bytes) check(cudaMemcpy(to, from, bytes, kind), what);
 }
 
 // Everything runs on the default stream, where Jittor's own kernels run, in the order of the calls.
 #if defined(__CUDACC__)
 #define JLORA_SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
+#else
+#define JLORA_SHARED_MEMORY(name) unsigned char* name = emulator::shared_memory()
+#endif
 template <typename... Takes, typename... Given>
 inline void launch(void (*kernel)(Takes...), dim3 blocks, int threads, size_t shared, Given... given) {
-    if (!blocks.x || !blocks.y || !blocks.z) return;
+    if (failed() || !blocks.x || !blocks.y || !blocks.z) return;
+#if defined(__CUDACC__)
     if (shared > 48 * 1024)
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared), "shared memory");
     kernel<<<blocks, threads, shared>>>(static_cast<Takes>(given)...);
+#else
+    emulator::run(blocks, threads, shared, [&] { kernel(static_cast<Takes>(given)...); });
+#endif
     check(cudaGetLastError(), "a kernel");
 }
-#else
-#define JLORA_SHARED_MEMORY(name) unsigned char* name = emulator::shared_memory()
-template <typename... Takes, typename... Given>
-inline void launch(void (*kernel)(Takes...), dim3 blocks, int threads, size_t shared, Given... given) {
-    emulator::run(blocks, threads, shared, [&] { kernel(static_cast<Takes>(given)...); });
-}
-#endif
 inline int blocks_for(int64_t items, int64_t each) { return (int)((items + each - 1) / each); }
 
 // Memory of the card that is used again from call to call and only grows.
@@ -72,12 +64,15 @@ class Scratch {
 public:
     T* of(int64_t count) {
         if (count > size_) {
-            if (data_) check(cudaFree(data_), "freeing memory");
-            data_ = nullptr, size_ = 0;
+            free();
             check(cudaMalloc((void**)&data_, count * sizeof(T)), "the card's memory");
             if (data_) size_ = count;
         }
         return data_;
+    }
+    void free() {
+        if (data_) check(cudaFree(data_), "freeing memory");
+        data_ = nullptr, size_ = 0;
     }
 
 private:
@@ -88,7 +83,7 @@ private:
 template <typename T>
 inline const T* to_card(Scratch<T>& memory, const T* host, int64_t count) {
     T* there = memory.of(std::max<int64_t>(count, 1));
-    check(cudaMemcpy(there, host, count * sizeof(T), cudaMemcpyHostToDevice), "a copy to the card");
+    copy(there, host, count * sizeof(T), cudaMemcpyHostToDevice, "a copy to the card");
     return there;
 }
 

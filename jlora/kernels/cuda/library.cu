@@ -1,5 +1,6 @@
 // The library of jlora's operators on an NVIDIA card. It has the names and arguments of ../library.cc, as far
 // as it goes; arrays of Jittor's graph are on the card, those of `native.run` on the host.
+#include <utility>
 #include "block.h"
 #include "decoder.h"
 #include "head.h"
@@ -14,10 +15,10 @@ extern "C" const char* struct_layouts() {
     static const std::string text = layouts();
     return text.c_str();
 }
-// What went wrong since the last time somebody asked, or null; the text stays until its thread asks again.
+// What went wrong in this thread since it asked last, or null; the text stays until it asks again.
 extern "C" const char* gpu_failure() {
     static thread_local std::string text;
-    text = failure().taken();
+    text = std::exchange(failure(), {});
     return text.empty() ? nullptr : text.c_str();
 }
 extern "C" void* gpu_allocate(int64_t bytes) {
@@ -27,21 +28,22 @@ extern "C" void* gpu_allocate(int64_t bytes) {
 }
 extern "C" void gpu_free(void* memory) { cudaFree(memory); }
 extern "C" void gpu_copy(void* to, const void* from, int64_t bytes, int64_t back) {
-    check(cudaMemcpy(to, from, bytes, back ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice), "a copy");
+    copy(to, from, bytes, back ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice, "a copy");
 }
 
 // Packed weights: (n, k) in bf16; kind 0 alone.
 extern "C" int64_t packed_bytes(int64_t n, int64_t k, int64_t kind) { return kind == 0 && k % 8 == 0 ? n * k * 2 : 0; }
 extern "C" void pack_weight(const float* w, char* memory, Weight* out, int64_t n, int64_t k, int64_t, int64_t transposed) {
     const std::lock_guard<std::mutex> alone(running);
-    static Scratch<float> plain;
+    Scratch<float> plain;  // not kept: the largest weight, in float32, has gigabytes
     *out = {(bf16*)memory, n, k, 0, nullptr, 0};
     JLORA_EACH(pack_kernel, n * k, to_card(plain, w, n * k), out->tiles, n, k, transposed != 0);
+    plain.free();
 }
 extern "C" void unpack_weight(const Weight* w, float* out, int64_t transposed) {
     const std::lock_guard<std::mutex> alone(running);
     std::vector<uint16_t> packed(w->n * w->k);
-    check(cudaMemcpy(packed.data(), w->tiles, packed.size() * 2, cudaMemcpyDeviceToHost), "a copy");
+    copy(packed.data(), w->tiles, packed.size() * 2, cudaMemcpyDeviceToHost, "a copy");
     for (int64_t i = 0; i < w->n; i++)
         for (int64_t j = 0; j < w->k; j++) {
             const uint32_t bits = (uint32_t)packed[i * w->k + j] << 16;
@@ -175,6 +177,6 @@ JLORA_OPERATOR(head_topk_op) {
     int* ids = for_ids.of(rows * k);
     head_topk(hidden, rows, head, {there, there + in[1].size, in[1].shape[1], in[2].shape[1], (float)number[0]}, k, (float)number[1],
         values, ids);
-    check(cudaMemcpy(out[0].data, values, rows * k * 4, cudaMemcpyDeviceToHost), "a copy from the card");
-    check(cudaMemcpy(out[1].data, ids, rows * k * 4, cudaMemcpyDeviceToHost), "a copy from the card");
+    copy(out[0].data, values, rows * k * 4, cudaMemcpyDeviceToHost, "a copy from the card");
+    copy(out[1].data, ids, rows * k * 4, cudaMemcpyDeviceToHost, "a copy from the card");
 }

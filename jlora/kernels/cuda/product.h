@@ -39,7 +39,7 @@ template <typename A, typename B, typename Y>
 inline void product(const Matrix<A>& a, bool turn_a, const Matrix<B>& b, bool turn_b, const Matrix<Y>& y,
         float scale = 1.0f, float keep = 0.0f) {
     const int64_t inner = turn_a ? a.rows : a.columns;
-    if (!y.rows || !y.columns) return;
+    if (failed() || !y.rows || !y.columns) return;
     // cuBLAS reads matrices column by column, so each is its own transpose there, and so is the result.
     check(cublasGemmEx(cublas(), turn_b ? CUBLAS_OP_T : CUBLAS_OP_N, turn_a ? CUBLAS_OP_T : CUBLAS_OP_N,
         (int)y.columns, (int)y.rows, (int)inner, &scale, b.data, type_of(b.data), (int)b.stride,
