@@ -52,7 +52,7 @@ struct Best {
         if (++taken % 32 == 0) put_away();
     }
     void put_away() {
-        total += sum16(load16(sums));
+        total += double_sum16(load16(sums));
         store16(sums, F16{});
     }
 };

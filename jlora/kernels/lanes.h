@@ -94,6 +94,12 @@ JLORA_INLINE void store32(uint16_t* p, F16 left, F16 right) {
     store_halves(p, rounded16(left)), store_halves(p + 16, rounded16(right));
 #endif
 }
+// A likely word's 1 stands beside lanes of 1e-8, whose sum as floats would be a multiple of its last bit.
+JLORA_INLINE double double_sum16(const F16& v) {
+    double sum = 0;
+    for (int i = 0; i < 16; i++) sum += v[i];
+    return sum;
+}
 // Halves go away from zero.
 JLORA_INLINE I16 nearest16(F16 x) { return integers(x + blend(x < 0.0f, F16{} - 0.5f, 0.5f)); }
 // As fast_exp in vector_math.h.

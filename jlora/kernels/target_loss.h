@@ -39,7 +39,7 @@ struct RowSums {
         if (++taken % 32 == 0) put_away();
     }
     void put_away() {
-        total += sum16(load16(last_total)), plain += sum16(load16(last_plain));
+        total += double_sum16(load16(last_total)), plain += double_sum16(load16(last_plain));
         store16(last_total, F16{}), store16(last_plain, F16{});
     }
     // The first `count` numbers of v, and `other` for the rest.
