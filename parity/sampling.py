@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 
-DRAWS = 40  # bisection steps that find the end of one token's interval in [0, 1)
+HALVINGS = 30  # of a piece of [0, 1) in which one token's interval ends
 
 
 def reference_chances(model, prompts: list[list[int]], warp: dict) -> dict[str, np.ndarray]:
@@ -27,49 +29,39 @@ def reference_chances(model, prompts: list[list[int]], warp: dict) -> dict[str, 
 def our_chances(model, prompts: list[list[int]], warp: dict) -> dict[str, np.ndarray]:
     """By sampling: `jlora.decoding.sampling` maps a random number of [0, 1) to a token.
 
-    Bisection finds the interval of each token; the numbers replace those of the random generator.
+    A token has one interval of the numbers. Where both ends of a piece give the same token, all of
+    it does; other pieces are halved. The numbers replace those of the random generator.
     """
-    from unittest.mock import patch
+    from jlora.decoding.sampling import GenerateConfig, generate
 
-    from jlora.decoding import sampling as module
+    config = GenerateConfig((), max_new_tokens=1, batch_size=64, **{"temperature": 1.0, **warp})
+
+    def tokens_at(points: list[tuple[int, float]]) -> list[int]:
+        """The token of each (prompt, number)."""
+
+        class Numbers:
+            def __init__(self, seed: list[int]):  # the config's, and the prompt's place
+                self.random = lambda: points[seed[1]][1]
+
+        with patch.object(np.random, "default_rng", Numbers):
+            return [h.ids[0] for h in generate(model, [prompts[p] for p, _ in points], config)]
 
     chances = np.zeros((len(prompts), model.config.vocab_size))
-    config = module.GenerateConfig(
-        (), max_new_tokens=1, batch_size=5, **{"temperature": 1.0, **warp}
-    )
-    draw = module.draw
-    shares = []  # of the prompts in the order in which `generate` takes them
-
-    def measure(logprobs, settings, u, unseen=0):
-        if unseen:
-            return None  # undecided: all tokens are sorted
-        shares.append(_shares(lambda u: draw(logprobs, settings, u), len(logprobs)))
-        return 0
-
-    with patch.object(module, "draw", measure):
-        module.generate(model, prompts, config)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for place in range(warp.get("top_k") or model.config.vocab_size):
-
-        def take(logprobs, settings, u, unseen=0, place=place):
-            return None if unseen else place
-
-        with patch.object(module, "draw", take):
-            tokens = [h.ids[0] for h in module.generate(model, prompts, config)]
-        for share, index in zip(shares, order):
-            chances[index, tokens[index]] = share[place]
+    ends = (0.0, np.nextafter(1.0, 0.0))
+    found = tokens_at([(p, u) for p in range(len(prompts)) for u in ends])
+    pieces = [(p, *ends, *found[2 * p : 2 * p + 2]) for p in range(len(prompts))]
+    for _ in range(HALVINGS):
+        for p, low, high, first, last in pieces:
+            chances[p, first] += (high - low) * (first == last)
+        pieces = [piece for piece in pieces if piece[3] != piece[4]]
+        if not pieces:
+            break
+        middles = [(p, (low + high) / 2) for p, low, high, *_ in pieces]
+        pieces = [
+            part
+            for (p, low, high, first, last), (_, middle), token in zip(
+                pieces, middles, tokens_at(middles)
+            )
+            for part in ((p, low, middle, first, token), (p, middle, high, token, last))
+        ]
     return {"chances": chances}
-
-
-def _shares(draw, count: int) -> np.ndarray:
-    """The width of the interval of [0, 1) for each token."""
-    ends = np.zeros(count)
-    for place in range(count):
-        low, high = 0.0, 1.0
-        if draw(np.nextafter(1.0, 0.0)) <= place:
-            low = 1.0
-        for _ in range(DRAWS if low < high else 0):
-            middle = (low + high) / 2
-            low, high = (middle, high) if draw(middle) <= place else (low, middle)
-        ends[place] = low
-    return np.diff(ends, prepend=0.0)
