@@ -98,8 +98,10 @@ def write_merged(
     most = bytes_of(max_shard_size)
     check_absent(folder)
     base = model.get_base_model() if isinstance(model, TunedModel) else model
-    for name in SETTINGS if source_folder(base) else ():  # what is wrong there is found at once
-        read_json_object(source_folder(base) / name)
+    source = source_folder(base)
+    if source:
+        for name in SETTINGS:  # what is wrong there is found at once
+            read_json_object(source / name)
     weights, kind, loss = merged_pieces(model), KINDS[dtype], None
     with atomic_path(folder, directory=True) as temporary:
         files, errors = write_shards(temporary, weights.tensors, kind, {"format": "pt"}, most)

@@ -25,7 +25,8 @@ class _Reader:
     waiting: dict[int, _Reader] = {}  # by the number of the Var's value
 
     def __init__(self, source: Source):
-        self.source, self._number = source, None
+        self.source: Source | None = source
+        self._number = -1  # of no Var
         jt.flags.use_threading = 1  # Jittor's name for that
 
     def wait(self, number: int) -> None:
