@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from needs import needs_bf16
 from plain_draws import interval, is_drawn
 
 from jlora.kernels import packed_linear, topk
@@ -142,11 +143,10 @@ def test_without_compiled_operators_the_twin_draws(monkeypatch):
     np.testing.assert_array_equal(found[1], expected[1])
 
 
+@needs_bf16
 @pytest.mark.parametrize(("vocabulary", "rows"), [(23, 150), (3001, 70)])
 def test_the_head_draws_from_its_product(vocabulary, rows):
     """Whichever rows stand beside one, drawn or not, more of them than are drawn together."""
-    if not packed_linear.available("bf16"):
-        pytest.skip("no bf16 products here")
     random = np.random.default_rng(vocabulary)
     weight = random.standard_normal((vocabulary, 12)).astype(np.float32)
     hidden = random.standard_normal((rows, 12)).astype(np.float32)

@@ -138,7 +138,7 @@ def test_nothing_untrue_of_the_base_is_kept(tmp_path, tiny_model):
         "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
         "compression_config": {},
         "auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"},
-        "_name_or_path": "/home/me/base",
+        "_name_or_path": "somebody/base",
     }
     other = {"dtype": "bfloat16", "torch_dtype": "bfloat16", "architectures": ["Mine"]}
     (base / "config.json").write_text(json.dumps({**config, **untrue, **other}))

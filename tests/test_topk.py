@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from needs import needs_bf16
 
 from jlora.kernels import packed_linear, topk
 from jlora.kernels.decoder import head_logits, head_topk
@@ -126,13 +127,12 @@ def test_without_compiled_operators_the_twin_answers(monkeypatch):
     assert_equal(*both(np.arange(12).reshape(2, 6), 3, banned=[[5], [-1]]))
 
 
+@needs_bf16
 @pytest.mark.parametrize(
     ("vocabulary", "width", "rows", "k"),
     [(1003, 64, 37, 10), (23, 12, 5, 23), (23, 12, 5, 30), (4100, 96, 3, 1)],
 )
 def test_the_heads_product_and_its_best_words_together(vocabulary, width, rows, k):
-    if not packed_linear.available("bf16"):
-        pytest.skip("no bf16 products here")
     generator = np.random.default_rng(vocabulary)
     weight = generator.standard_normal((vocabulary, width)).astype(np.float32)
     weight[vocabulary - 1] = weight[5] = weight[3]  # equal logits stand in the order of their ids
@@ -154,10 +154,9 @@ def test_the_heads_product_and_its_best_words_together(vocabulary, width, rows, 
     np.testing.assert_allclose(values, expected[0], rtol=1e-6, atol=2e-6)
 
 
+@needs_bf16
 def test_the_heads_sums_lose_no_unlikely_words():
     """Each of 32,768 words weighs less than the last bit of the likely one."""
-    if not packed_linear.available("bf16"):
-        pytest.skip("no bf16 products here")
     head, hidden = np.zeros((2**15, 1), np.float32), np.ones((1, 1), np.float32)
     head[5] = 17.0
     values, ids = head_topk(hidden, head.ctypes.data, 1, words=len(head))
