@@ -107,7 +107,7 @@ def main() -> None:
                 return run
 
             times = "-times" if chosen.times else ""
-            name = f"{side.replace(' ', '-')}-{chosen.steps}-steps-seed-{seed}{times}.json"
+            name = f"{side.replace(',', '').replace(' ', '-')}-{chosen.steps}-steps-seed-{seed}{times}.json"
             done.append(kept(chosen.keep, name, train))
     print("\n" + table(runs, chosen.steps))
 
@@ -227,12 +227,12 @@ def jlora(job: Job, precision: str) -> Run:
     )
 
 
-def peft(job: Job, precision: str) -> Run:
+def peft(job: Job, precision: str, by_length: bool = False) -> Run:
     spec = {
         "model": str(job.model), "data": str(job.data), "precision": precision, "seed": job.seed,
         "steps": job.steps, "batch_size": job.recipe.train.batch_size,
         "lr": job.recipe.train.optim.lr, "lora": adapter_settings(job.recipe),
-        "out": str(job.folder / "adapter"),
+        "by_length": by_length, "out": str(job.folder / "adapter"),
     }  # fmt: skip
     command = [str(PYTHON["peft"]), "-W", "ignore", "-m", "benchmarks.wikisql_torch"]
     lines, peak = follow([*command, json.dumps(spec)])
@@ -315,6 +315,7 @@ SIDES: dict[str, Callable[[Job], Run]] = {
     "mlx-lm": mlx,
     "mlx-lm, its own BLAS": lambda job: mlx(job, own_blas=True),
     "PEFT fp32": lambda job: peft(job, "fp32"),
+    "PEFT fp32, rows of like length": lambda job: peft(job, "fp32", by_length=True),
     "PEFT bf16": lambda job: peft(job, "bf16"),
 }
 

@@ -25,9 +25,24 @@ def read(file: Path, tokenizer) -> list[list[int]]:
 
 
 def batches(rows: list[list[int]], size: int) -> list[list[list[int]]]:
-    """Rows of like length together; an incomplete batch is left out, as mlx-lm does it."""
-    rows = sorted(rows, key=len)
+    """Rows one after another; an incomplete batch is left out, as mlx-lm does it."""
     return [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]
+
+
+def epoch(
+    rows: list[list[int]], size: int, by_length: bool, order: random.Random
+) -> list[list[list[int]]]:
+    """The batches of an epoch in random order.
+
+    Args:
+        by_length: rows of like length together, as mlx-lm does it; else they are drawn, as
+            transformers' Trainer and jlora do it.
+    """
+    if by_length:
+        made = batches(sorted(rows, key=len), size)
+        order.shuffle(made)
+        return made
+    return batches(order.sample(rows, len(rows)), size)
 
 
 def losses(model, rows: list[list[int]]) -> torch.Tensor:
@@ -43,9 +58,9 @@ def losses(model, rows: list[list[int]]) -> torch.Tensor:
     return each[targets.flatten() != NO_TARGET]
 
 
-def validation_loss(model, rows: list[list[int]], size: int) -> float:
+def validation_loss(model, rows: list[list[list[int]]]) -> float:
     with torch.no_grad():
-        return torch.cat([losses(model, batch) for batch in batches(rows, size)]).mean().item()
+        return torch.cat([losses(model, batch) for batch in rows]).mean().item()
 
 
 def report(**values) -> None:
@@ -58,25 +73,25 @@ def main(spec: dict) -> None:
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     data, size = Path(spec["data"]), spec["batch_size"]
     train, valid = (read(data / f"{name}.jsonl", tokenizer) for name in ("train", "valid"))
+    valid = batches(sorted(valid, key=len), size)
     dtype = torch.bfloat16 if spec["precision"] == "bf16" else torch.float32
     base = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **spec["lora"]))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=spec["lr"], weight_decay=0.0)
-    report(valid=validation_loss(model, valid, size), after=0)
+    report(valid=validation_loss(model, valid), after=0)
     model.train()
     left: list[list[list[int]]] = []
     for step in range(1, spec["steps"] + 1):
         if not left:
-            left = batches(train, size)
-            order.shuffle(left)
+            left = epoch(train, size, spec["by_length"], order)
         loss = losses(model, left.pop()).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         report(step=step, loss=loss.item())
     model.eval()
-    report(valid=validation_loss(model, valid, size), after=spec["steps"])
+    report(valid=validation_loss(model, valid), after=spec["steps"])
     model.save_pretrained(spec["out"])
 
 
