@@ -106,8 +106,8 @@ def main() -> None:
                         run.judged = judge(model, data, job.folder / "adapter")
                 return run
 
-            times = "-times" if chosen.times else ""
-            name = f"{side.replace(',', '').replace(' ', '-')}-{chosen.steps}-steps-seed-{seed}{times}.json"
+            name = f"{side.replace(',', '').replace(' ', '-')}-{chosen.steps}-steps-seed-{seed}"
+            name += "-times.json" if chosen.times else ".json"
             done.append(kept(chosen.keep, name, train))
     print("\n" + table(runs, chosen.steps))
 
