@@ -85,7 +85,7 @@ def held_bytes(model) -> int:
     for module in model.modules():
         for product in vars(module).values():
             if isinstance(product, FrozenProduct):
-                packed[product.packed.address] = product.packed._memory.nbytes - LINE
+                packed[product.packed.address] = product.packed._memory.nbytes
     parameters = {id(p): p for _, p in model.named_parameters() if isinstance(p, jt.Var)}
     return sum(packed.values()) + sum(p.numpy().nbytes for p in parameters.values())
 

@@ -6,6 +6,8 @@ import os
 import platform
 import subprocess
 import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,15 @@ from needs import needs_bf16
 from test_kernels import assert_close, random, results, run_tests_on
 from tiny_models import round_bf16
 
-from jlora.kernels.packed_linear import Branch, PackedWeight
+from jlora.kernels.packed_linear import (
+    LINE,
+    PIECE,
+    Branch,
+    PackedWeight,
+    available,
+    memory_for,
+    tiles,
+)
 from jlora.kernels.target_loss import target_loss
 from jlora.models.head import LanguageHead
 from jlora.system import machine
@@ -198,6 +208,36 @@ def test_target_outside_the_vocabulary_gives_nan_for_it_alone():
     assert np.isnan(gradient).any(1).tolist() == [False, True, True, False]
 
 
+@needs_bf16
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_few_rows_get_what_they_get_beside_others(kind, size):
+    if not available(kind) or tiles() is None:
+        pytest.skip(f"no tiles of {kind} here")
+    n, k = size
+    packed, x = PackedWeight(jt.array(random(n, k, seed=4)), False, kind), random(40, k, seed=5)
+    together = packed(jt.array(x)).numpy()
+    for count in (1, 2, 3, 4, 5):
+        assert np.array_equal(packed(jt.array(x[:count])).numpy(), together[:count])
+
+
+def test_weights_share_pieces_of_memory():
+    def check():
+        first, second, third = memory_for(100), memory_for(LINE), memory_for(1)
+        piece = weakref.ref(first.base)
+        assert first.base is second.base is third.base and len(first) == 100
+        places = [part.ctypes.data for part in (first, second, third)]
+        assert places[0] % LINE == 0 and np.diff(places).tolist() == [2 * LINE, LINE]
+        large = memory_for(PIECE)  # has its own
+        assert large.base is not third.base is memory_for(1).base
+        del first, second, third
+        assert piece() is None
+        assert memory_for(1).ctypes.data % LINE == 0
+
+    with ThreadPoolExecutor(1) as new_thread:  # with no piece yet
+        new_thread.submit(check).result()
+
+
 # --- processors without AMX ---
 
 # AVX-512's VNNI without bf16, both, AVX2, and nothing of it; and what multiplies there.
@@ -233,7 +273,9 @@ def test_products_on_other_processors(arch):
         env={**os.environ, "JLORA_ARCH": arch}, cwd=Path(__file__).parents[1],
     )  # fmt: skip
     assert run.stdout.splitlines()[-1] == f"True {OTHERS[arch]}", run.stderr[-2000:]
-    more = ["test_int8.py", "test_int4.py", "test_tile_attention.py"] if OTHERS[arch] else []
+    by_tiles = ["test_int8.py", "test_int4.py", "test_tile_attention.py"]
+    by_tiles += ["test_products.py::test_few_rows_get_what_they_get_beside_others"]
+    more = by_tiles if OTHERS[arch] else []
     run_tests_on(arch, *SAME_TESTS, *more)
 
 

@@ -125,6 +125,27 @@ inline void some_rows(const char* a, const char* b0, const char* b1, const char*
         for (int j = 0; j < 4; j++) store_line(place(i, j), sums[i][j]);
 }
 
+#if defined(JLORA_VNNI)
+constexpr bool from_zero = true;       // see `dot`
+#else
+constexpr bool from_zero = false;
+#endif
+// Sums of x times w, four bytes a number. With VNNI also 128 times the sums of w, which x = 0 gives alone.
+typedef __m256i Line;
+inline Line dot(Line sums, Line x, Line w) {
+#if defined(JLORA_VNNI)
+    return JLORA_VNNI(sums, _mm256_xor_si256(x, _mm256_set1_epi32((int)0x80808080)), w);
+#else
+    const auto even = [](Line v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8); };
+    return add_pairs(add_pairs(sums, even(x), even(w)), _mm256_srai_epi16(x, 8), _mm256_srai_epi16(w, 8));
+#endif
+}
+// The same of pairs of bf16.
+inline Line dot_bf16(Line sums, Line x, Line w) {
+    const auto odd = [](Line v) { return _mm256_and_si256(v, _mm256_set1_epi32((int)0xffff0000)); };
+    return add_floats(add_floats(sums, _mm256_slli_epi32(x, 16), _mm256_slli_epi32(w, 16)), odd(x), odd(w));
+}
+
 // How often `steps` goes through the contraction.
 inline int64_t passes(int64_t rows) { return (rows + 1) / 2; }
 // As the steps of amx.h, with columns that are wide already. Two rows at a time, whose 8 sums stay in registers.

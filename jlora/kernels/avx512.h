@@ -10,6 +10,12 @@ inline bool permitted() { return true; }
 struct TileScope {};  // there is nothing to configure
 
 constexpr bool unsigned_rows = true;  // of int8, see int8.h
+inline __m512i spread(const void* p) { return _mm512_set1_epi32(*(const int*)p); }
+// Sums of x times w, four bytes a number, and pairs of bf16.
+typedef __m512i Line;
+inline Line dot(Line sums, Line x, Line w) { return _mm512_dpbusd_epi32(sums, x, w); }
+inline Line dot_bf16(Line sums, Line x, Line w) { return (Line)_mm512_dpbf16_ps((__m512)sums, (__m512bh)x, (__m512bh)w); }
+constexpr bool from_zero = false;     // what x = 0 gives is 0
 // R rows of `a`, 64 bytes each, with the columns of b0 and b1, `count` tiles of each.
 template <bool int8, int R, typename Between>
 inline void some_rows(const char* a, const char* b0, const char* b1, int64_t count, bool first, float* own,
@@ -23,14 +29,9 @@ inline void some_rows(const char* a, const char* b0, const char* b1, int64_t cou
             const __m512i left = _mm512_load_si512(b0 + k * 1024 + pair * 64);
             const __m512i right = _mm512_load_si512(b1 + k * 1024 + pair * 64);
             for (int i = 0; i < R; i++) {
-                const __m512i x = _mm512_set1_epi32(*(const int*)(a + k * 1024 + i * 64 + pair * 4));
-                if constexpr (int8) {
-                    sums[i][0] = _mm512_dpbusd_epi32(sums[i][0], x, left);
-                    sums[i][1] = _mm512_dpbusd_epi32(sums[i][1], x, right);
-                } else {
-                    sums[i][0] = (__m512i)_mm512_dpbf16_ps((__m512)sums[i][0], (__m512bh)x, (__m512bh)left);
-                    sums[i][1] = (__m512i)_mm512_dpbf16_ps((__m512)sums[i][1], (__m512bh)x, (__m512bh)right);
-                }
+                const __m512i x = spread(a + k * 1024 + i * 64 + pair * 4);
+                sums[i][0] = int8 ? dot(sums[i][0], x, left) : dot_bf16(sums[i][0], x, left);
+                sums[i][1] = int8 ? dot(sums[i][1], x, right) : dot_bf16(sums[i][1], x, right);
             }
         }
         for (int i = 0; i < 8; i++) _mm_prefetch(next + k * 1024 + i * 64, _MM_HINT_T0);

@@ -44,7 +44,7 @@ constexpr int64_t row_block = 16;  // rows are made up to whole blocks: fewer ki
 #endif
 
 inline void normalise(const Norm& norm, float eps, const float* x, int64_t C, const Input& to) {
-    #pragma omp parallel for schedule(static)
+    #pragma omp parallel for schedule(static) if (to.rounded.rows > 1)
     for (int64_t m = 0; m < to.rounded.rows; m++) to.put_row(m, NormRow(norm, eps, x + m * C, C));
 }
 
@@ -59,7 +59,7 @@ struct Tokens {
 
 // x (whole blocks of rows, C); rows that only fill a block are zero.
 inline void embed(const Model& m, const Tokens& tokens, int64_t whole, float* x) {
-    #pragma omp parallel for schedule(static)
+    #pragma omp parallel for schedule(static) if (tokens.count > 1)
     for (int64_t i = 0; i < tokens.count; i++) {
         if (m.tokens) std::copy_n(m.tokens + tokens.ids[i] * m.C, m.C, x + i * m.C);
 #if defined(JLORA_TILES)  // oneDNN's packed weights have no rows to read, and the floats are kept
@@ -75,7 +75,7 @@ inline void embed(const Model& m, const Tokens& tokens, int64_t whole, float* x)
 // Cosines and sines of each token's angles, (ropes, rows, 2, rotary / 2).
 inline void angles(const Model& m, const Tokens& tokens, int64_t rows, float* turns) {
     const int64_t half = m.rotary / 2;
-    #pragma omp parallel for collapse(2) schedule(static)
+    #pragma omp parallel for collapse(2) schedule(static) if (tokens.count > 1)
     for (int64_t rope = 0; rope < m.ropes; rope++)
         for (int64_t i = 0; i < tokens.count; i++) {
             const float* frequencies = m.frequencies + (tokens.is_long[i] ? m.ropes - 1 : rope) * half;
@@ -122,7 +122,7 @@ inline void place_heads(const Model& m, const Block& b, const Tokens& tokens, in
         for (int64_t h = 0; h < m.H; h++) turn(queries + h * m.D, cos, sin, 1);
         for (int64_t g = 0; g < m.G; g++) turn(keys + g * m.D, cos, sin, 1);
     };
-    #pragma omp parallel
+    #pragma omp parallel if (tokens.count > 1)
     {
         std::vector<float> room(m.narrow ? 2 * width : 0);
         #pragma omp for schedule(static)
@@ -158,7 +158,7 @@ inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens
         apply(&layer, 1, from, slots, [&](int64_t m, int64_t n, F16 left, F16 right, int64_t count) {
             store_some(branch + m * C + n, left, right, count);
         });
-        #pragma omp parallel for schedule(static)
+        #pragma omp parallel for schedule(static) if (R > 1)
         for (int64_t i = 0; i < R; i++) {
             const NormRow row(norm, m.eps, branch + i * C, C);
             for (int64_t k = 0; k < C; k += 32) {
@@ -181,7 +181,7 @@ inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens
         place_heads(m, b, tokens, layer, qkv, turns + std::max<int64_t>(0, b.rope - 1) * R * m.rotary, q);
         shared_attention(groups, layer, m.H, m.G, m.D, m.scores(b), m.narrow != 0, q, attended);
         const Input out = for_out.of(R, wide, &b.out, 1);
-        #pragma omp parallel for schedule(static)
+        #pragma omp parallel for schedule(static) if (R > 1)
         for (int64_t i = 0; i < R; i++)
             out.put_row(i, [&](int64_t k, int64_t n, F16& left, F16& right) {
                 load_some(attended + i * wide + k, left, right, n);
@@ -195,7 +195,7 @@ inline const float* run_tokens(const Model& m, const Block* blocks, const Tokens
             apply(b.in, b.in_count(), again, slots, [&](int64_t row, int64_t n, F16 left, F16 right, int64_t count) {
                 store_some(inner + row * parts * m.inner + n, left, right, count);
             });
-            #pragma omp parallel for schedule(static)
+            #pragma omp parallel for schedule(static) if (R > 1)
             for (int64_t i = 0; i < R; i++)
                 active.put_row(i, [&](int64_t k, int64_t n, F16& left, F16& right) {
                     const float* g = inner + i * parts * m.inner + k;
@@ -262,7 +262,7 @@ inline void run_rows(const Model& m, const Block* blocks, int64_t count, const i
     }
     tokens.count += step.rows;
     const float* x = run_tokens(m, blocks, tokens, groups);
-    #pragma omp parallel for schedule(static)
+    #pragma omp parallel for schedule(static) if (W > 1)
     for (int64_t i = 0; i < W; i++) finish(m, x + wanted[i] * m.C, hidden + i * m.C);
 }
 }  // namespace jlora::decode

@@ -7,8 +7,8 @@
 #include "tile_weights.h"
 
 namespace jlora::int4 {
-// Of 16 outputs by 32 inputs: 16 rows [k / 2][n] of a byte each, the even input in its lower half; then the
-// scales and the minima of the outputs, float16.
+// Of 16 outputs by 32 inputs: 4 rows [k / 8][n][k % 4] of bytes, the lower half of which is one of the first four
+// inputs and the upper half that of the other four; then the scales and the minima of the outputs, float16.
 constexpr int64_t numbers_bytes = 256, block_bytes = 320;
 inline char* block(const Weight& w, int64_t n_tile, int64_t k_tile) {
     return w.tiles + n_tile * w.stride + k_tile * block_bytes;
@@ -20,9 +20,13 @@ inline int* offsets_of(const Weight& w) { return (int*)(steps_of(w) + up_to(w.n,
 inline int64_t bytes(int64_t n, int64_t k) { return up_to(n, 32) / 16 * up_to(k, 32) / 32 * block_bytes + up_to(n, 64) * 8; }
 inline const uint16_t* scales_of(const char* own) { return (const uint16_t*)(own + numbers_bytes); }
 
+// Where the number for input k (of 32) is in the 32 bits of an output.
+constexpr int shift_of(int64_t k) { return k % 4 * 8 + k % 8 / 4 * 4; }
+// Input k of 16 outputs.
+inline I16 numbers(const char* own, int64_t k) { return load_integers((const int32_t*)(own + k / 8 * 64)) >> shift_of(k) & 15; }
 inline float at(const Weight& w, int64_t n, int64_t k) {
     const char* own = block(w, n / 16, k / 32);
-    const int q = (uint8_t)own[k % 32 / 2 * 16 + n % 16] >> (k % 2 * 4) & 15;
+    const int q = numbers(own, k % 32)[n % 16];
     return (float)q * load_float16(scales_of(own))[n % 16] + load_float16(scales_of(own) + 16)[n % 16];
 }
 
@@ -33,41 +37,70 @@ inline void widen(const char* own, uint16_t* tile) {
     const __m512i mix = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
 #endif
-    for (int row = 0; row < 16; row++) {
-        const I16 both = load_bytes((const uint8_t*)own + row * 16);
-        const F16 even = fma16(floats(both & 15), scale, least), odd = fma16(floats(both >> 4), scale, least);
+    for (int k = 0; k < 32; k += 2) {
+        const F16 even = fma16(floats(numbers(own, k)), scale, least), odd = fma16(floats(numbers(own, k + 1)), scale, least);
 #if defined(JLORA_AVX512_FORMS)
         const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-        _mm512_store_si512(tile + row * 32, _mm512_permutexvar_epi16(mix, rounded));
+        _mm512_store_si512(tile + k * 16, _mm512_permutexvar_epi16(mix, rounded));
 #else
-        store_pairs(tile + row * 32, rounded16(even) | rounded16(odd) << 16);
+        store_pairs(tile + k * 16, rounded16(even) | rounded16(odd) << 16);
 #endif
     }
 }
 
-// A block as half a tile of int8, [k / 4][n][k % 4]: in 256ths of the outputs' steps, of which the upper bytes stay.
-inline void to_bytes(const char* own, const float* steps, char* tile) {
-    const F16 fine = quotient16(F16{} + 256.0f, load16(steps));
-    const I16 scale = integers(even16(load_float16(scales_of(own)) * fine));
-    const I16 least = integers(even16(fma16(load_float16(scales_of(own) + 16), fine, F16{} + 128.0f)));
-    for (int row = 0; row < 8; row++) {
-        const I16 a = load_bytes((const uint8_t*)own + row * 32), b = load_bytes((const uint8_t*)own + row * 32 + 16);
-#if defined(__AVX512BW__)
-        // In words; what overflows them on the way comes back with the sum.
-        const __m512i words = _mm512_set1_epi32(0xffff), x = (__m512i)(a | b << 16), low = _mm512_set1_epi16(15);
-        const auto twice = [&](I16 v) { return _mm512_or_si512(_mm512_and_si512((__m512i)v, words), (__m512i)(v << 16)); };
-        const auto number = [&](__m512i q) {
-            return _mm512_add_epi16(_mm512_mullo_epi16(_mm512_and_si512(q, low), twice(scale)), twice(least));
-        };
-        const __m512i upper = _mm512_and_si512(number(_mm512_srli_epi16(x, 4)), _mm512_set1_epi16((short)0xff00));
-        _mm512_store_si512(tile + row * 64, _mm512_or_si512(_mm512_srli_epi16(number(x), 8), upper));
-#else
-        const auto number = [&](const I16& q) { return (q * scale + least) >> 8 & 255; };
-        const I16 all = number(a & 15) | number(a >> 4) << 8 | number(b & 15) << 16 | number(b >> 4) << 24;
-        std::memcpy(tile + row * 64, &all, 64);
-#endif
+constexpr int word_bytes = JLORA_TILES <= 2 ? 64 : JLORA_TILES == 3 ? 32 : 16;  // a register
+typedef uint16_t Words __attribute__((vector_size(word_bytes)));
+// What numbers of 4 bits become in int8: q `scale` + `least`, of which the upper bytes of words stay; what overflows
+// the words on the way comes back with the sum. In 256ths of the outputs' steps.
+struct ToBytes {
+    alignas(64) uint32_t scale[16], least[16];  // each twice, in words
+    static F16 fine(const float* steps) { return quotient16(F16{} + 256.0f, load16(steps)); }
+    ToBytes(const char* own, F16 fine) {
+        put(scale, integers(even16(load_float16(scales_of(own)) * fine)));
+        put(least, integers(even16(fma16(load_float16(scales_of(own) + 16), fine, F16{} + 128.0f))));
     }
+    static void put(uint32_t* to, I16 v) {
+        const U16 both = ((U16)v & 0xffffu) | (U16)v << 16;
+        std::memcpy(to, &both, 64);
+    }
+    static Words load(const void* p) { Words v; std::memcpy(&v, p, word_bytes); return v; }
+    // A row of a block, from byte `part` on, becomes two of the tile, [k / 4][n][k % 4].
+    void operator()(const char* row, int part, Words& first, Words& second) const {
+        const Words x = load(row + part), times = load((const char*)scale + part), plus = load((const char*)least + part);
+        const auto number = [&](Words q) { return q * times + plus; };
+        const auto pair = [](Words even, Words odd) { return even >> 8 | (odd & 0xff00); };
+        first = pair(number(x & 15), number(x >> 8 & 15)), second = pair(number(x >> 4 & 15), number(x >> 12));
+    }
+};
+inline void to_bytes(const char* own, F16 fine, char* tile) {
+    const ToBytes all(own, fine);
+    for (int row = 0; row < 4; row++)
+        for (int part = 0; part < 64; part += word_bytes) {
+            Words first, second;
+            all(own + row * 64, part, first, second);
+            std::memcpy(tile + row * 128 + part, &first, word_bytes);
+            std::memcpy(tile + row * 128 + 64 + part, &second, word_bytes);
+        }
 }
+#if defined(JLORA_COLUMNS)
+template <int R>
+inline tiles::Column<true, R> column(const Weight& w, int64_t n_tile, const char* a) {
+    const F16 fine = ToBytes::fine(steps_of(w) + n_tile * 16);
+    tiles::Column<true, R> column;
+    for (int64_t k = 0; k < up_to(w.k, 32) / 32; k++) {
+        const char *own = block(w, n_tile, k), *x = a + k / 2 * tiles::tile_bytes + k % 2 * 32;
+        const ToBytes all(own, fine);
+        for (int64_t line = 0; line < block_bytes; line += 64) _mm_prefetch(own + column.ahead + line, _MM_HINT_T0);
+        for (int row = 0; row < 4; row++)
+            for (int64_t at = 0; at < tiles::lines; at++) {
+                Words first, second;
+                all(own + row * 64, at * tiles::line_bytes, first, second);
+                column.add(x + row * 8, at, (tiles::Line)first), column.add(x + row * 8 + 4, at, (tiles::Line)second);
+            }
+    }
+    return column;
+}
+#endif
 // By the bits: with -fassociative-math GCC takes x - x for 0, whatever x is.
 inline I16 not_finite(F16 v) { return ((U16)v & 0x7fffffffu) > 0x7f7fffffu; }
 // Of n_tile's outputs, once its blocks are there.
@@ -77,18 +110,18 @@ inline void set_steps(const Weight& w, int64_t n_tile) {
         const char* own = block(w, n_tile, k);
         const F16 scale = load_float16(scales_of(own)), least = load_float16(scales_of(own) + 16);
         none = blend(not_finite(scale) | not_finite(least), F16{} + NAN, none);
-        for (int row = 0; row < 16; row++) {
-            const I16 both = load_bytes((const uint8_t*)own + row * 16);
-            const F16 even = fma16(floats(both & 15), scale, least), odd = fma16(floats(both >> 4), scale, least);
-            most = larger(most, larger(larger(even, -even), larger(odd, -odd)));
+        for (int j = 0; j < 32; j++) {
+            const F16 v = fma16(floats(numbers(own, j)), scale, least);
+            most = larger(most, larger(v, -v));
         }
     }
     float* steps = steps_of(w) + n_tile * 16;
     store16(steps, blend(most > 0.0f, quotient16(most, F16{} + 127.0f), 1.0f) + none);
+    const F16 fine = ToBytes::fine(steps);
     int sums[16] = {};
     for (int64_t k = 0; k < up_to(w.k, 32) / 32; k++) {
         alignas(64) char half[512];
-        to_bytes(block(w, n_tile, k), steps, half);
+        to_bytes(block(w, n_tile, k), fine, half);
         for (int i = 0; i < 512; i++) sums[i / 4 % 16] += (int8_t)half[i];
     }
     for (int i = 0; i < 16; i++) offsets_of(w)[n_tile * 16 + i] = bias * sums[i];
@@ -155,8 +188,11 @@ inline void pack(const float* from, const Weight& w, int64_t along_n, int64_t al
             }
             const Fit fit = best_fit(v);
             char* own = block(w, n / 16, k / 32);
-            for (int j = 0; j < 32; j += 2)
-                store_bytes(own + j / 2 * 16, integers(fit.number(v[j])) | integers(fit.number(v[j + 1])) << 4);
+            for (int row = 0; row < 4; row++) {
+                I16 all{};
+                for (int j = 8 * row; j < 8 * row + 8; j++) all = all | integers(fit.number(v[j])) << shift_of(j);
+                std::memcpy(own + row * 64, &all, 64);
+            }
             store_float16((uint16_t*)(own + numbers_bytes), fit.scale);
             store_float16((uint16_t*)(own + numbers_bytes) + 16, fit.least + none);
         }
@@ -172,7 +208,7 @@ enum Form : int64_t { q4_0, q4_1, q4_k };
 struct Groups {
     alignas(64) uint16_t scale[16] = {}, least[16] = {};
     alignas(64) int32_t times[16] = {}, least_times[16] = {};
-    alignas(64) uint8_t numbers[256] = {};
+    alignas(64) uint8_t packed[256] = {};
     void read(int64_t i, const uint8_t* row, int64_t group, Form form) {
         if (form == q4_k) {
             const uint8_t *own = row + group / 8 * 144, *six = own + 4;
@@ -190,7 +226,7 @@ struct Groups {
         std::memcpy(scale + i, own, 2), std::memcpy(least + i, form == q4_0 ? own : own + 2, 2);
         for (int k = 0; k < 32; k++) put(i, k, bytes[k % 16] >> (k / 16 * 4) & 15);
     }
-    void put(int64_t i, int k, int number) { numbers[k / 2 * 16 + i] |= number << (k % 2 * 4); }
+    void put(int64_t i, int k, int number) { packed[k / 8 * 64 + i * 4 + k % 4] |= number << (k % 8 / 4 * 4); }
 };
 // from: rows of `stride` bytes.
 inline void pack_blocks(const uint8_t* from, int64_t stride, Form form, const Weight& w) {
@@ -200,7 +236,7 @@ inline void pack_blocks(const uint8_t* from, int64_t stride, Form form, const We
             Groups all;
             for (int64_t i = 0; i < std::min<int64_t>(16, w.n - n); i++) all.read(i, from + (n + i) * stride, k / 32, form);
             char* own = block(w, n / 16, k / 32);
-            std::memcpy(own, all.numbers, sizeof all.numbers);
+            std::memcpy(own, all.packed, sizeof all.packed);
             uint16_t* halves = (uint16_t*)(own + numbers_bytes);
             store_float16(halves, load_float16(all.scale) * floats(load_integers(all.times)));
             store_float16(halves + 16, load_float16(all.least) * floats(load_integers(all.least_times)));

@@ -83,7 +83,7 @@ inline QuantisedRows quantise(const Rows& x, const float* columns) {
     // Weights are zeros from `width` to the end of a tile, where rows are left as they are.
     const int64_t steps = up_to(x.width, 64) / 64, width = up_to(x.width, 32);
     const QuantisedRows out{memory.of(up_to(x.rows, 32) * steps * 64), for_scales.of(x.rows), for_outliers.of(x.rows)};
-    #pragma omp parallel for schedule(static)
+    #pragma omp parallel for schedule(static) if (x.rows > 1)
     for (int64_t m = 0; m < x.rows; m++) {
         const uint16_t* row = x.at(m, 0);
         const auto run = [&](int64_t k) {
@@ -232,6 +232,7 @@ struct BackwardPanels {
         while (step >= up_to(all.list[i]->n, 64) / 64) step -= up_to(all.list[i++]->n, 64) / 64;
         return *all.list[i];
     }
+    static constexpr bool by_columns = false;
     void panel(int64_t p, int64_t s, int64_t n, char* room, const char*& b0, const char*& b1) const {
         char *left = room, *right = room + n * tiles::tile_bytes;
         for (int64_t i = 0; i < n; i++) {

@@ -69,7 +69,7 @@ inline void product_of_floats(const Input& x, const Linear& l, Sink sink, bool s
     float* turned = for_turned.of(l.k * columns);
     const bool by_row = l.kind == Linear::rows_first;
     const float* w = (const float*)l.weight;
-    omp_set_schedule(steady ? omp_sched_static : omp_sched_dynamic, 1);
+    omp_set_schedule(steady ? omp_sched_static : omp_sched_dynamic, steady ? 0 : 1);
     #pragma omp parallel
     {
         #pragma omp for schedule(static)
@@ -178,10 +178,20 @@ struct Paired {
     const SlotLowRank& low;
     int64_t up_layer, up_panel;  // of whose branches those of `up` are, and where they begin
     int64_t factor;
+    bool in_order;
     int64_t tile(int64_t p) const {  // neighbours, which share a line of `active`, far apart in time
         const int64_t half = gate.n / 32;
-        return p < half ? 2 * p : 2 * (p - half) + 1;
+        return in_order ? p : p < half ? 2 * p : 2 * (p - half) + 1;
     }
+#if defined(JLORA_COLUMNS)
+    static constexpr bool by_columns = true;
+    template <bool int8, int R>
+    tiles::Column<int8, R> column(int64_t p, int64_t half, const char* a) const {
+        tiles::Column<int8, R> column;
+        column.add_tiles(a, (const char*)(half ? up : gate).tile(tile(p), 0), gate.steps());
+        return column;
+    }
+#endif
     void panel(int64_t p, int64_t s, int64_t, char*, const char*& b0, const char*& b1) const {
         b0 = (const char*)gate.tile(tile(p), s), b1 = (const char*)up.tile(tile(p), s);
     }
@@ -205,7 +215,8 @@ inline bool gate_in_registers(int64_t activation, const Linear* layers, int64_t 
     if (gate.kind != bf16_kind || up.kind != bf16_kind) return false;
     if (count == 1) up.tiles = (char*)first.tile(inner / 16, 0);
     const SlotLowRank low = branches_of(layers, count, x, slots);
-    const Paired paired{gate, up, low, count - 1, count == 1 ? inner / 16 : 0, low.fetch_factor(gate.steps() * 16)};
+    const Paired paired{gate, up, low, count - 1, count == 1 ? inner / 16 : 0, low.fetch_factor(gate.steps() * 16),
+        x.rounded.rows <= tiles::few};
     tiles::product<false>((const char*)x.rounded.data, x.rounded.rows, inner / 16, x.rounded.steps(), paired,
         [&](int64_t m, int64_t n, F16 gate, F16 up) {
             const int64_t tile = paired.tile(n / 32), k = tile * 16;

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import threading
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +26,7 @@ from jlora.system.runtime import jt
 from jlora.system.unread import source_of
 
 LINE = 64  # bytes; packed weights begin on a line of the cache
+PIECE = 32 << 20  # bytes
 
 
 # What packed weights are kept in, by the numbers of tile_weights.h. "int8" and "int4" multiply
@@ -32,6 +36,34 @@ KINDS = {"bf16": 0, "int8": 1, "int8-both": 2, "int4": 3}
 
 #: GGUF's forms that int4 has, by the numbers of int4.h.
 FORMS = {"Q4_0": 0, "Q4_1": 1, "Q4_K": 2}
+
+
+class _Piece(threading.local):
+    """The last piece of memory that a thread has taken weights from, and how much of it."""
+
+    owner: Callable[[], np.ndarray | None] = staticmethod(lambda: None)  # a weak reference
+    used = 0
+
+
+_piece = _Piece()
+
+
+def memory_for(size: int) -> np.ndarray:
+    """``size`` bytes for a packed weight, from a line of the cache on.
+
+    Of pieces of `PIECE` bytes, for which numpy asks the system for huge pages: a token that is
+    decoded reads all weights once, up to a third faster than from pages of 4 KB. A piece lives as
+    long as a weight in it.
+    """
+    owner, used = (_piece.owner(), _piece.used) if size < PIECE else (None, 0)
+    if owner is None or used + size > owner.size:
+        owner = np.empty(max(size, PIECE) + LINE, np.uint8)
+        used = -owner.ctypes.data % LINE
+        if size < PIECE:
+            _piece.owner = weakref.ref(owner)
+    if size < PIECE:
+        _piece.used = used + -(-size // LINE) * LINE
+    return owner[used : used + size]
 
 
 def available(kind: str) -> bool:
@@ -86,8 +118,8 @@ class PackedWeight:
             self._memory = DeviceMemory(size)
             begin = self._memory.address
         else:
-            self._memory = np.empty(size + LINE, np.uint8)
-            begin = -(-self._memory.ctypes.data // LINE) * LINE
+            self._memory = memory_for(size)
+            begin = self._memory.ctypes.data
         self._weight = structs.Weight()
         self.address = ctypes.addressof(self._weight)
         blocks = getattr(source_of(weight), "blocks", None)

@@ -87,17 +87,30 @@ template <typename Also>
 struct ForwardPanels {
     const Weights& all;
     const Also& also;
+#if defined(JLORA_COLUMNS)
+    static constexpr bool by_columns = true;
+    template <bool int8, int R>
+    tiles::Column<int8, R> column(int64_t p, int64_t half, const char* a) const {
+        const Weight& w = find(all, p);
+        if constexpr (int8) if (w.kind == int4_kind) return int4::column<R>(w, 2 * p + half, a);
+        tiles::Column<int8, R> column;
+        column.add_tiles(a, (const char*)w.tile(2 * p + half, 0), w.steps());
+        return column;
+    }
+#endif
     void panel(int64_t p, int64_t s, int64_t n, char* room, const char*& b0, const char*& b1) const {
         const Weight& w = find(all, p);
         if (w.kind != int4_kind) {
             b0 = (const char*)w.tile(2 * p, s), b1 = b0 + w.stride;
             return;
         }
-        for (int64_t i = 0; i < 4 * n; i++) {
-            const int64_t n_tile = 2 * p + i / (2 * n), k_tile = 2 * s + i % (2 * n);
-            char* half = room + i * (tiles::tile_bytes / 2);
-            if (k_tile * 32 < w.k) int4::to_bytes(int4::block(w, n_tile, k_tile), int4::steps_of(w) + n_tile * 16, half);
-            else std::memset(half, 0, tiles::tile_bytes / 2);
+        for (int64_t n_tile = 2 * p; n_tile < 2 * p + 2; n_tile++) {
+            const F16 fine = int4::ToBytes::fine(int4::steps_of(w) + n_tile * 16);
+            for (int64_t k_tile = 2 * s; k_tile < 2 * (s + n); k_tile++) {
+                char* half = room + (n_tile % 2 * 2 * n + k_tile - 2 * s) * (tiles::tile_bytes / 2);
+                if (k_tile * 32 < w.k) int4::to_bytes(int4::block(w, n_tile, k_tile), fine, half);
+                else std::memset(half, 0, tiles::tile_bytes / 2);
+            }
         }
         b0 = room, b1 = room + n * tiles::tile_bytes;
     }
@@ -117,6 +130,7 @@ struct ForwardPanels {
 // The way back contracts over the outputs of all of them.
 struct BackwardPanels {
     const Weights& all;
+    static constexpr bool by_columns = false;
     void panel(int64_t p, int64_t s, int64_t n, char* room, const char*& b0, const char*& b1) const {
         uint16_t *left = (uint16_t*)room, *right = left + n * 512;
         for (int64_t i = 0; i < n; i++) {

@@ -41,6 +41,56 @@ inline void fetch_line(const void* p) { asm volatile("prfm pldl2keep, %0" : : "Q
 inline void fetch_line(const void* p) { asm volatile("prefetcht1 %0" : : "m"(*(const char*)p)); }
 #endif
 
+// Products of at most `few` rows take the time of reading the weights: a thread reads its own from the first to the
+// last, as memory likes it best. With AMX and NEON all are products of `product`, below.
+#if JLORA_TILES == 1 || JLORA_TILES == 3
+#define JLORA_COLUMNS
+constexpr int64_t few = 4;
+constexpr int64_t line_bytes = sizeof(Line), lines = 64 / line_bytes;
+// The sums of R rows of `a` by the columns of a tile, while the weights come.
+template <bool int8, int R>
+struct Column {
+    static constexpr int64_t ahead = 4096;  // bytes that are fetched ahead
+    Line sums[R][lines] = {}, zero[lines] = {};
+    // w: a line of weights, from its place `at` on (of `lines`), and four bytes of each row, 64 apart.
+    void add(const char* x, int64_t at, Line w) {
+        for (int i = 0; i < R; i++) {
+            const Line own = spread(x + i * 64);
+            sums[i][at] = int8 ? dot(sums[i][at], own, w) : dot_bf16(sums[i][at], own, w);
+        }
+        if (int8 && from_zero) zero[at] = dot(zero[at], Line{}, w);
+    }
+    void add_tiles(const char* a, const char* b, int64_t count) {
+        for (int64_t k = 0; k < count; k++)
+            for (int64_t row = 0; row < 16; row++) {
+                const char* from = b + k * tile_bytes + row * 64;
+                _mm_prefetch(from + ahead, _MM_HINT_T0);
+                for (int64_t at = 0; at < lines; at++) add(a + k * tile_bytes + row * 4, at, *(const Line*)(from + at * line_bytes));
+            }
+    }
+    void store(float* c) const {  // (R, 16)
+        for (int i = 0; i < R; i++)
+            for (int64_t at = 0; at < lines; at++) {
+                typedef int Ints __attribute__((vector_size(line_bytes)));
+                const Line all = int8 && from_zero ? (Line)((Ints)sums[i][at] - (Ints)zero[at]) : sums[i][at];
+                std::memcpy(c + i * 16 + at * line_bytes / 4, &all, line_bytes);
+            }
+    }
+};
+// weights.column<int8, R>(p, half, a): the Column of a half of panel p.
+template <bool int8, int R, typename Weights, typename Sink>
+void product_of_few(const char* x, int64_t panels, const Weights& weights, Sink sink) {
+    #pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < panels; p++) {
+        alignas(64) float c[2][R * 16];
+        for (int half = 0; half < 2; half++) weights.template column<int8, R>(p, half, x).store(c[half]);
+        for (int64_t m = 0; m < R; m++) sink(m, p * 32, load16(c[0] + m * 16), load16(c[1] + m * 16));
+    }
+}
+#else
+constexpr int64_t few = 0;
+#endif
+
 // Products of `rows` rows with `panels` panels of 32 columns, contracted over `count` tiles.
 //
 // x: (row tiles, an even number of them; count) tiles. weights.panel(p, s, n, room, b0, b1) sets b0 and
@@ -54,6 +104,14 @@ void product(const char* x, int64_t rows, int64_t panels, int64_t count, const W
         bool steady = false) {
     JLORA_PART(std::to_string(rows) + " x " + std::to_string(panels * 32) + " x " + std::to_string(count * (int8 ? 64 : 32))
         + (int8 ? " int8" : " bf16"), 2.0 * rows * panels * 32 * count * (int8 ? 64 : 32));
+#if defined(JLORA_COLUMNS)
+    if constexpr (Weights::by_columns) {
+        if (rows == 1) return product_of_few<int8, 1>(x, panels, weights, sink);
+        if (rows == 2) return product_of_few<int8, 2>(x, panels, weights, sink);
+        if (rows == 3) return product_of_few<int8, 3>(x, panels, weights, sink);
+        if (rows == 4) return product_of_few<int8, 4>(x, panels, weights, sink);
+    }
+#endif
     constexpr int64_t group = 32;       // steps whose activations, of most_rows rows, stay in L2
     constexpr int64_t most_rows = 640;
     const int64_t blocks = (rows + 31) / 32, threads = omp_get_max_threads();
@@ -62,7 +120,7 @@ void product(const char* x, int64_t rows, int64_t panels, int64_t count, const W
     const int64_t per_part = (blocks + parts - 1) / parts;
     const bool spill = count > group;   // results then wait in memory for the next group of steps
     static Buffer<float> spilled;
-    omp_set_schedule(steady ? omp_sched_static : omp_sched_dynamic, 1);
+    omp_set_schedule(steady ? omp_sched_static : omp_sched_dynamic, steady ? 0 : 1);  // 0: neighbours
     float* waiting = spill ? spilled.of(panels * blocks * block_floats) : nullptr;
     #pragma omp parallel
     {
@@ -87,7 +145,7 @@ void product(const char* x, int64_t rows, int64_t panels, int64_t count, const W
                         weights.panel(p, s, n, room, b0, b1);
                         widen<int8>(b0, b1, n, wide);
                         const bool more = s + n < end, last = s + n == count;
-                        const int64_t next_p = std::min(more ? p : p + threads, panels - 1), next_s = more ? s + n : g;
+                        const int64_t next_p = std::min(more ? p : p + (steady ? 1 : threads), panels - 1), next_s = more ? s + n : g;
                         const int64_t lines = std::min(size, count - next_s) * (tile_bytes / 64);
                         const auto own_rows = [&](int64_t b) { return std::min<int64_t>(32, rows - b * 32); };
                         int64_t turns = 0;

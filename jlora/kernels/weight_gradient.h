@@ -38,6 +38,7 @@ struct RowPanels {
     const Columns& x;
     const uint16_t* tile(int64_t p, int64_t step) const { return x.rows.at(step * 32, x.first + p * 32); }
     int64_t to_lower() const { return x.rows.steps() * 512; }
+    static constexpr bool by_columns = false;
     void panel(int64_t p, int64_t s, int64_t n, char* room, const char*& b0, const char*& b1) const {
         uint16_t *left = (uint16_t*)room, *right = left + n * 512;
         for (int64_t i = 0; i < n; i++)
