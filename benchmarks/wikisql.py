@@ -25,7 +25,9 @@ from pathlib import Path
 
 from benchmarks.environments import mkl
 from benchmarks.sides import PYTHON, ROOT, outside
+from jlora.data.batches import BatchOrder
 from jlora.data.pull_models import pull
+from jlora.data.tokenizer import Tokenizer
 from jlora.runs.recipe import Recipe, find_recipe, load_recipe
 from jlora.system.files import write_text
 from jlora.system.machine import cpu_model, processors
@@ -106,7 +108,7 @@ def main() -> None:
                         run.judged = judge(model, data, job.folder / "adapter")
                 return run
 
-            name = f"{side.replace(',', '').replace(' ', '-')}-{chosen.steps}-steps-seed-{seed}"
+            name = f"{re.sub('[^0-9A-Za-z]+', '-', side)}-{chosen.steps}-steps-seed-{seed}"
             name += "-times.json" if chosen.times else ".json"
             done.append(kept(chosen.keep, name, train))
     print("\n" + table(runs, chosen.steps))
@@ -227,12 +229,13 @@ def jlora(job: Job, precision: str) -> Run:
     )
 
 
-def peft(job: Job, precision: str, by_length: bool = False) -> Run:
+def peft(job: Job, precision: str, batches: str = "drawn") -> Run:
     spec = {
         "model": str(job.model), "data": str(job.data), "precision": precision, "seed": job.seed,
         "steps": job.steps, "batch_size": job.recipe.train.batch_size,
         "lr": job.recipe.train.optim.lr, "lora": adapter_settings(job.recipe),
-        "by_length": by_length, "out": str(job.folder / "adapter"),
+        "batches": batches_of_jlora(job) if batches == "jlora's" else batches,
+        "out": str(job.folder / "adapter"),
     }  # fmt: skip
     command = [str(PYTHON["peft"]), "-W", "ignore", "-m", "benchmarks.wikisql_torch"]
     lines, peak = follow([*command, json.dumps(spec)])
@@ -240,6 +243,15 @@ def peft(job: Job, precision: str, by_length: bool = False) -> Run:
     steps = [(at, row["loss"]) for at, row in found if "step" in row]
     valid = [row["valid"] for _, row in found if "valid" in row]
     return timed(steps, Run(before=valid[0], after=valid[-1], peak_mb=peak))
+
+
+def batches_of_jlora(job: Job) -> list[list[int]]:
+    """The row numbers of each step's batch in jlora's training."""
+    tokenizer = Tokenizer.from_folder(job.model)
+    lines = (job.data / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    lengths = [len(tokenizer.encode(json.loads(line)["text"])) for line in lines]
+    order = BatchOrder(lengths, job.recipe.train.batch_size, job.seed)
+    return [order.batch(step) for step in range(job.steps)]
 
 
 def mlx(job: Job, own_blas: bool = False) -> Run:
@@ -315,7 +327,8 @@ SIDES: dict[str, Callable[[Job], Run]] = {
     "mlx-lm": mlx,
     "mlx-lm, its own BLAS": lambda job: mlx(job, own_blas=True),
     "PEFT fp32": lambda job: peft(job, "fp32"),
-    "PEFT fp32, rows of like length": lambda job: peft(job, "fp32", by_length=True),
+    "PEFT fp32, rows of like length": lambda job: peft(job, "fp32", "like lengths"),
+    "PEFT fp32, jlora's batches": lambda job: peft(job, "fp32", "jlora's"),
     "PEFT bf16": lambda job: peft(job, "bf16"),
 }
 

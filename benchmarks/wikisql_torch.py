@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,20 +30,23 @@ def batches(rows: list[list[int]], size: int) -> list[list[list[int]]]:
     return [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]
 
 
-def epoch(
-    rows: list[list[int]], size: int, by_length: bool, order: random.Random
-) -> list[list[list[int]]]:
-    """The batches of an epoch in random order.
+def training_batches(
+    rows: list[list[int]], size: int, how: str | list[list[int]], order: random.Random
+) -> Iterator[list[list[int]]]:
+    """The batches of training, without end.
 
     Args:
-        by_length: rows of like length together, as mlx-lm does it; else they are drawn, as
-            transformers' Trainer and jlora do it.
+        how: "drawn", as transformers' Trainer does it; "like lengths" together, as mlx-lm does it;
+            or the row numbers of each batch.
     """
-    if by_length:
-        made = batches(sorted(rows, key=len), size)
-        order.shuffle(made)
-        return made
-    return batches(order.sample(rows, len(rows)), size)
+    while True:
+        if isinstance(how, list):
+            yield from ([rows[number] for number in batch] for batch in how)
+        elif how == "drawn":
+            yield from batches(order.sample(rows, len(rows)), size)
+        else:
+            made = batches(sorted(rows, key=len), size)
+            yield from order.sample(made, len(made))
 
 
 def losses(model, rows: list[list[int]]) -> torch.Tensor:
@@ -81,11 +85,9 @@ def main(spec: dict) -> None:
     optimizer = torch.optim.AdamW(trained, lr=spec["lr"], weight_decay=0.0)
     report(valid=validation_loss(model, valid), after=0)
     model.train()
-    left: list[list[list[int]]] = []
+    steps = training_batches(train, size, spec["batches"], order)
     for step in range(1, spec["steps"] + 1):
-        if not left:
-            left = epoch(train, size, spec["by_length"], order)
-        loss = losses(model, left.pop()).mean()
+        loss = losses(model, next(steps)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
