@@ -91,7 +91,8 @@ def prepare(scratch: Path) -> None:
 
     real = Path(pull("smollm2-135m"))
     for name, config in (
-        ("smollm2-135m", TINY), ("gpt2-medium", TINY_GPT2), ("gpt2-large", TINY_GPT2),
+        ("smollm2-135m", TINY), ("llama-2-7b", TINY), ("gpt2-medium", TINY_GPT2),
+        ("gpt2-large", TINY_GPT2),
     ):  # fmt: skip
         write_model(scratch / "cache" / "models" / name, config, real)
     shared = Path(os.environ.get("JLORA_DATA", ROOT.parent / "shared" / "data"))
@@ -152,10 +153,9 @@ def jlora(scratch: Path, *arguments: str) -> None:
 def check(command: Command, scratch: Path) -> tuple[str, float]:
     """Run it; what is wrong, or nothing, and the seconds."""
     line = plain(command.line)
-    if out := re.search(r"--out (\S+)", line):
-        target = scratch / out[1]
-        if line.startswith(("jlora run", "jlora finetune")) and target.exists():
-            shutil.rmtree(target)
+    if line.startswith(("jlora run", "jlora finetune")):  # a page begins anew
+        out = re.search(r"--out (\S+)", line)
+        shutil.rmtree(scratch / (out[1] if out else "runs/finetune"), ignore_errors=True)
     if re.match(r"jlora run .*-gpt2-|jlora sweep", line) and "--smoke" not in line:
         line += " --smoke" if line.startswith("jlora run") else " --set train.steps=2"
     if re.match(r"jlora (run [a-z0-9]+-smollm2|sweep)", line) and "test_limit" not in line:

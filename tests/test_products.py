@@ -216,9 +216,11 @@ def test_few_rows_get_what_they_get_beside_others(kind, size):
         pytest.skip(f"no tiles of {kind} here")
     n, k = size
     packed, x = PackedWeight(jt.array(random(n, k, seed=4)), False, kind), random(40, k, seed=5)
-    together = packed(jt.array(x)).numpy()
-    for count in (1, 2, 3, 4, 5):
-        assert np.array_equal(packed(jt.array(x[:count])).numpy(), together[:count])
+    bias = jt.array(random(n, seed=6)).stop_grad()
+    for offset in (None, bias):
+        together = packed(jt.array(x), offset).numpy()
+        for count in (1, 2, 3, 4, 5):
+            assert np.array_equal(packed(jt.array(x[:count]), offset).numpy(), together[:count])
 
 
 def test_weights_share_pieces_of_memory():
@@ -275,6 +277,9 @@ def test_products_on_other_processors(arch):
     assert run.stdout.splitlines()[-1] == f"True {OTHERS[arch]}", run.stderr[-2000:]
     by_tiles = ["test_int8.py", "test_int4.py", "test_tile_attention.py"]
     by_tiles += ["test_products.py::test_few_rows_get_what_they_get_beside_others"]
+    by_tiles += [
+        "test_topk.py::test_a_rows_words_and_their_log_probabilities_do_not_depend_on_the_others"
+    ]
     more = by_tiles if OTHERS[arch] else []
     run_tests_on(arch, *SAME_TESTS, *more)
 

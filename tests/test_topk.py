@@ -5,7 +5,7 @@ import pytest
 from needs import needs_bf16
 
 from jlora.kernels import packed_linear, topk
-from jlora.kernels.decoder import head_logits, head_topk
+from jlora.kernels.decoder import head_logits, head_logprobs, head_topk
 from jlora.kernels.topk import LARGEST_K, log_softmax_topk, log_softmax_topk_numpy
 from jlora.system.runtime import jt
 
@@ -152,6 +152,27 @@ def test_the_heads_product_and_its_best_words_together(vocabulary, width, rows, 
     values, ids = head_topk(hidden, packed.address, k, banned, penalised, 1.3)
     np.testing.assert_array_equal(ids, expected[1])
     np.testing.assert_allclose(values, expected[0], rtol=1e-6, atol=2e-6)
+
+
+@needs_bf16
+@pytest.mark.parametrize("vocabulary", [64, 5000], ids=str)
+def test_a_rows_words_and_their_log_probabilities_do_not_depend_on_the_others(vocabulary):
+    """Not in a single bit: panels of words go to the same threads however many rows there are."""
+    generator = np.random.default_rng(1)
+    weight = generator.standard_normal((vocabulary, 64)).astype(np.float32)
+    hidden = generator.standard_normal((1000, 64)).astype(np.float32)
+    targets = generator.integers(0, vocabulary, 1000).astype(np.int32)
+    packed = packed_linear.PackedWeight(jt.array(weight), False)
+    best = [head_topk(row[None], packed.address, 3) for row in hidden]
+    values, ids = (np.concatenate(of_all) for of_all in zip(*best))
+    logprobs = [head_logprobs(hidden[i : i + 1], targets[i : i + 1], packed.address)[0]
+                for i in range(1000)]  # fmt: skip
+    for rows in (2, 4, 5, 33, 641, 1000):
+        together = head_topk(hidden[:rows], packed.address, 3)
+        np.testing.assert_array_equal(together[1], ids[:rows])
+        np.testing.assert_array_equal(together[0], values[:rows])
+        found = head_logprobs(hidden[:rows], targets[:rows], packed.address)
+        np.testing.assert_array_equal(found, logprobs[:rows])
 
 
 @needs_bf16

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,31 +162,42 @@ def read_tensors(path: Path, reader: Any) -> dict[str, LazyArray]:
             raise damaged(
                 path, ValueError(f"{tensor.name} has the shape {shape}, of {kind} numbers")
             )
-        read = functools.partial(_dequantized, path, state, tensor.data, kind, shape)
-        blocks = None
-        if len(shape) == 2 and block_size(kind) > 1:
-            blocks = Blocks(kind, functools.partial(_raw, path, state, tensor.data))
+        data = tensor.data
+        place = int(tensor.data_offset), data.dtype, data.shape
+        stored = functools.partial(_stored, path, state, *place)
+        read = functools.partial(_dequantized, path, stored, kind, shape)
+        blocks = Blocks(kind, stored) if len(shape) == 2 and block_size(kind) > 1 else None
         tensors[tensor.name] = LazyArray(shape, np.float32, read, blocks)
     return tensors
 
 
-def _dequantized(
-    path: Path, state: tuple[int, ...], data: np.ndarray, kind: str, shape: tuple[int, ...]
+def _stored(
+    path: Path, state: tuple[int, ...], start: int, dtype: np.dtype, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """The numbers of a tensor whose ``data`` are the file's own, mapped memory."""
+    """A tensor as the file has it; of quantised ones the bytes of each row.
+
+    It is read, not mapped as by the gguf package: pages of a mapped file that have been looked at
+    count as the process's memory.
+    """
+    try:
+        with open(path, "rb") as handle:
+            values = np.fromfile(handle, dtype, int(np.prod(shape)), "", start)
+    except OSError as error:
+        raise os_error("read", path, error) from error
     check_unchanged(path, state)
+    return values.reshape(shape)
+
+
+def _dequantized(
+    path: Path, stored: Callable[[], np.ndarray], kind: str, shape: tuple[int, ...]
+) -> np.ndarray:
+    """The numbers of a tensor."""
+    data = stored()
     try:
         with np.errstate(all="ignore"):  # NaN and infinity come from the file
-            array = dequantize(data, kind).reshape(shape)
-        return np.array(array) if kind == "F32" else np.asarray(array)
+            return np.asarray(dequantize(data, kind)).reshape(shape)
     except Exception as error:
         raise damaged(path, error) from error
-
-
-def _raw(path: Path, state: tuple[int, ...], data: np.ndarray) -> np.ndarray:
-    """The bytes of a matrix, one row after the other."""
-    check_unchanged(path, state)
-    return data
 
 
 def open_gguf(path: Path) -> Any:

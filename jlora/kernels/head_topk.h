@@ -48,7 +48,7 @@ struct Best {
             for (int64_t i = 0; i < count; i++) insert(clean[i], (int)(n + i), k, values, ids);
             left = load16(clean), right = load16(clean + 16);
         }
-        store16(sums, load16(sums) + exp16(left - peak) + exp16(right - peak));
+        store16(sums, add_in_order(add_in_order(load16(sums), exp16(left - peak)), exp16(right - peak)));
         if (++taken % 32 == 0) put_away();
     }
     void put_away() {

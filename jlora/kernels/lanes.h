@@ -30,12 +30,15 @@ inline void store_halves(uint16_t* p, U16 v) {
 }
 inline F16 load16(const int8_t* p) { return (F16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 inline void store_pairs(uint16_t* p, U16 v) { std::memcpy(p, &v, 64); }
-inline I16 load_bytes(const uint8_t* p) { return (I16)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 // The lowest bytes of the numbers.
 inline void store_bytes(char* p, I16 v) {
     typedef int8_t Byte16 __attribute__((vector_size(16)));
     const Byte16 bytes = __builtin_convertvector(v, Byte16);
     std::memcpy(p, &bytes, 16);
+}
+inline F16 kept(F16 v) {
+    asm("" : "+v"(v));
+    return v;
 }
 inline F16 blend(I16 mask, F16 yes, F16 no) { return mask ? yes : no; }
 inline U16 blend(I16 mask, U16 yes, U16 no) { return mask ? yes : no; }
@@ -71,6 +74,8 @@ JLORA_INLINE void load_some(const float* p, F16& left, F16& right, int64_t count
     left = load16(p), right = load16(p + 16);
 }
 JLORA_INLINE F16 blend(I16 mask, F16 yes, float no) { return blend(mask, yes, F16{} + no); }
+// -fassociative-math lets GCC choose the order of sums, in each copy of a function another one.
+JLORA_INLINE F16 add_in_order(F16 a, F16 b) { return kept(a + b); }
 JLORA_INLINE F16 larger(F16 a, F16 b) { return blend(a > b, a, b); }
 // As bf16 in the lower halves; see bf16_of.
 JLORA_INLINE U16 rounded16(F16 v) {

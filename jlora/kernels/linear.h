@@ -158,7 +158,7 @@ void apply(const Linear* layers, int64_t count, const Input& x, const Slots& slo
     };
     if (!packed) return product_of_floats(x, layers[0], sink);
 #if defined(JLORA_TILES)
-    // What the sink reads of branches is fetched with the weights before it.
+    // What the sink reads of branches is fetched with the weights before it, see tiles::product.
     const int64_t factor = low.fetch_factor(weights.list[0]->steps() * 16);
     const auto fetch = [&](int64_t n, int64_t part) {
         int64_t i = 0;

@@ -73,14 +73,6 @@ JLORA_INLINE F16 load16(const uint16_t* p) {
         return (F16::Part)(__builtin_convertvector(half, U16::Part) << 16);
     });
 }
-JLORA_INLINE I16 load_bytes(const uint8_t* p) {
-    typedef uint8_t BytePart __attribute__((vector_size(part_bytes / 4)));
-    return I16::each([&](int i) {
-        BytePart bytes;
-        std::memcpy(&bytes, p + i * 16 / parts, part_bytes / 4);
-        return __builtin_convertvector(bytes, I16::Part);
-    });
-}
 JLORA_INLINE F16 load16(const int8_t* p) {
     typedef int8_t BytePart __attribute__((vector_size(part_bytes / 4)));
     return F16::each([&](int i) {
@@ -104,6 +96,14 @@ JLORA_INLINE void store_bytes(char* p, const I16& v) {
         const BytePart bytes = __builtin_convertvector(v.part[i], BytePart);
         std::memcpy(p + i * 16 / parts, &bytes, part_bytes / 4);
     }
+}
+JLORA_INLINE F16 kept(F16 v) {
+#if defined(__aarch64__)
+    for (int i = 0; i < parts; i++) asm("" : "+w"(v.part[i]));
+#else
+    for (int i = 0; i < parts; i++) asm("" : "+x"(v.part[i]));
+#endif
+    return v;
 }
 JLORA_INLINE F16 blend(const I16& mask, const F16& yes, const F16& no) { return F16::each([&](int i) { return mask.part[i] ? yes.part[i] : no.part[i]; }); }
 JLORA_INLINE U16 blend(const I16& mask, const U16& yes, const U16& no) { return U16::each([&](int i) { return mask.part[i] ? yes.part[i] : no.part[i]; }); }

@@ -27,7 +27,7 @@ struct RowSums {
     void take(F16& left, F16& right, int64_t n, int64_t count, int64_t wanted) {
         if (wanted >= n && wanted < n + count) target = wanted - n < 16 ? left[wanted - n] : right[wanted - n - 16];
         if (count < 32) left = first(left, count), right = first(right, count - 16);
-        store16(last_plain, load16(last_plain) + left + right);
+        store16(last_plain, add_in_order(add_in_order(load16(last_plain), left), right));
         if (count < 32) left = first(left, count, -FLT_MAX), right = first(right, count - 16, -FLT_MAX);
         const F16 both = larger(left, right);
         if (any16(both > peak)) {
@@ -35,7 +35,7 @@ struct RowSums {
             store16(last_total, load16(last_total) * factor), total *= factor, peak = most;
         }
         left = exp16(left - peak), right = exp16(right - peak);
-        store16(last_total, load16(last_total) + left + right);
+        store16(last_total, add_in_order(add_in_order(load16(last_total), left), right));
         if (++taken % 32 == 0) put_away();
     }
     void put_away() {

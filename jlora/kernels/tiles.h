@@ -133,10 +133,10 @@ void product(const char* x, int64_t rows, int64_t panels, int64_t count, const W
             // Chunks of steps whose weights stay in L1.
             const int64_t end = std::min(count, g + group), chunks = (end - g + chunk_steps - 1) / chunk_steps;
             const int64_t size = (end - g + chunks - 1) / chunks;
-            #pragma omp for collapse(2) schedule(runtime)
-            for (int64_t part = 0; part < parts; part++)
+            for (int64_t part = 0; part < parts; part++) {  // of each a thread gets the same panels, where `steady`
+                const int64_t from = part * per_part, to = std::min(blocks, from + per_part);
+                #pragma omp for schedule(runtime) nowait
                 for (int64_t p = 0; p < panels; p++) {
-                    const int64_t from = part * per_part, to = std::min(blocks, from + per_part);
                     if (from >= to) continue;
                     float* c = spill ? waiting + (p * blocks + from) * block_floats : results;
                     for (int64_t s = g; s < end; s += size) {
@@ -177,6 +177,10 @@ void product(const char* x, int64_t rows, int64_t panels, int64_t count, const W
                         if (done) hand_over(0, 32);
                     }
                 }
+            }
+            if (end < count) {
+                #pragma omp barrier
+            }
         }
     }
 }
