@@ -1,6 +1,6 @@
 // int4 weights: 32 inputs of an output share a scale d and a minimum m, and a number is q d + m, q from 0 to
-// 15. On the way into L1, or into registers, they become tiles of int8 forward, in steps of a scale for each output, and of bf16 on
-// the way back. GGUF's Q4_0, Q4_1 and Q4_K have this form too.
+// 15. On the way into L1 or registers they become tiles of int8 forward, in steps of a scale for each output, and
+// of bf16 on the way back. GGUF's Q4_0, Q4_1 and Q4_K have this form too.
 #pragma once
 #include <cmath>
 #include "tile_turns.h"
