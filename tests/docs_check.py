@@ -46,7 +46,7 @@ TINY = {
     "eos_token_id": 2, "pad_token_id": 2,
 }  # fmt: skip
 TINY_GPT2 = {
-    "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 49152,
+    "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 50257,
     "n_positions": 1024, "n_embd": 64, "n_layer": 2, "n_head": 2, "eos_token_id": 0,
 }  # fmt: skip
 LIMIT = 900  # seconds of a command
@@ -97,7 +97,7 @@ def prepare(scratch: Path) -> None:
         write_model(scratch / "cache" / "models" / name, config, real)
     shared = Path(os.environ.get("JLORA_DATA", ROOT.parent / "shared" / "data"))
     (scratch / "data").mkdir()
-    for name in ("e2e", "webnlg", "dart", "boolq", "wikisql"):
+    for name in ("e2e", "webnlg", "dart", "boolq", "wikisql", "chat"):
         shutil.copytree(shared / name, scratch / "data" / name)
         shutil.copytree(shared / name, scratch / name)
     for name, source in (
@@ -154,12 +154,15 @@ def check(command: Command, scratch: Path) -> tuple[str, float]:
     """Run it; what is wrong, or nothing, and the seconds."""
     line = plain(command.line)
     if line.startswith(("jlora run", "jlora finetune")):  # a page begins anew
-        out = re.search(r"--out (\S+)", line)
-        shutil.rmtree(scratch / (out[1] if out else "runs/finetune"), ignore_errors=True)
+        out = re.search(r"--out (\S+)", line) or re.match(r"jlora run (\S+)", line)
+        folder = out[1].removeprefix("runs/") if out else "finetune"
+        shutil.rmtree(scratch / "runs" / folder, ignore_errors=True)
     if re.match(r"jlora run .*-gpt2-|jlora sweep", line) and "--smoke" not in line:
         line += " --smoke" if line.startswith("jlora run") else " --set train.steps=2"
     if re.match(r"jlora (run [a-z0-9]+-smollm2|sweep)", line) and "test_limit" not in line:
         line += " --set data.test_limit=8"  # minutes of beam search otherwise
+    if line.startswith("jlora run wikisql"):
+        line += " --set lora.layers_to_transform=[0,1]"  # all that the small model has
     shell = re.sub(r"(^|\| )jlora ", rf"\1{sys.executable} -m jlora ", line)
     shell = re.sub(r"^python ", f"{sys.executable} ", shell)
     serves = line.startswith("jlora serve")
