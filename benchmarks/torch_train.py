@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import resource
+import time
+
 import numpy as np
+import psutil
 
 from benchmarks.sides import gpu_megabytes
 
@@ -21,7 +25,13 @@ def make(spec: dict):
     )
     settings["fan_in_fan_out"] = spec["config"]["model_type"] == "gpt2"
     device = spec.get("device", "cpu")
+    started = time.perf_counter()
     base = base_model(spec)
+    said = {
+        "load_seconds": time.perf_counter() - started,
+        "loaded_mb": psutil.Process().memory_info().rss / 2**20,
+        "load_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings)).train().to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-4)
@@ -48,7 +58,7 @@ def make(spec: dict):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        result = {"loss": float(loss)}
+        result = {**said, "loss": float(loss)}
         if device == "cuda" and done % 50 == 5:
             result["gpu_mb"] = gpu_megabytes()
         return result
@@ -57,22 +67,32 @@ def make(spec: dict):
 
 
 def base_model(spec: dict):
-    """The model in float32, bf16 or, from the checkpoint ``spec["model"]``, bitsandbytes' NF4."""
+    """The model in float32, bf16 or bitsandbytes' NF4.
+
+    With random weights by ``spec["config"]``, except that NF4 and activation checkpoints read the
+    checkpoint ``spec["model"]``.
+    """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if spec["precision"] != "nf4":
-        dtype = torch.bfloat16 if spec["precision"] == "bf16" else torch.float32
-        config = AutoConfig.for_model(**spec["config"])
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
     from peft import prepare_model_for_kbit_training
-    from transformers import BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+    dtype = torch.float32 if spec["precision"] == "fp32" else torch.bfloat16
+    checkpoints = spec.get("checkpoint_activations", False)
+    if spec["precision"] != "nf4":
+        if not checkpoints:
+            config = AutoConfig.for_model(**spec["config"])
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        return model
     four_bits = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
     )
     model = AutoModelForCausalLM.from_pretrained(
-        spec["model"], quantization_config=four_bits, dtype=torch.bfloat16
+        spec["model"], quantization_config=four_bits, dtype=dtype
     )
-    # Without activation checkpointing, which its default adds.
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    # Its default would add activation checkpoints.
+    return prepare_model_for_kbit_training(
+        model, checkpoints, {"use_reentrant": False} if checkpoints else None
+    )

@@ -234,9 +234,10 @@ def peft(job: Job, precision: str, batches: str = "drawn") -> Run:
         "model": str(job.model), "data": str(job.data), "precision": precision, "seed": job.seed,
         "steps": job.steps, "batch_size": job.recipe.train.batch_size,
         "lr": job.recipe.train.optim.lr, "lora": adapter_settings(job.recipe),
-        "batches": batches_of_jlora(job) if batches == "jlora's" else batches,
-        "out": str(job.folder / "adapter"),
+        "batches": batches, "first": None, "out": str(job.folder / "adapter"),
     }  # fmt: skip
+    if batches == "jlora's":
+        spec.update(batches=batches_of_jlora(job), first=str(first_adapter_of_jlora(job)))
     command = [str(PYTHON["peft"]), "-W", "ignore", "-m", "benchmarks.wikisql_torch"]
     lines, peak = follow([*command, json.dumps(spec)])
     found = [(at, json.loads(line)) for at, line in lines if line.startswith("{")]
@@ -252,6 +253,18 @@ def batches_of_jlora(job: Job) -> list[list[int]]:
     lengths = [len(tokenizer.encode(json.loads(line)["text"])) for line in lines]
     order = BatchOrder(lengths, job.recipe.train.batch_size, job.seed)
     return [order.batch(step) for step in range(job.steps)]
+
+
+def first_adapter_of_jlora(job: Job) -> Path:
+    """The adapter that jlora's training begins with."""
+    from jlora import LoraConfig, get_peft_model, load
+    from jlora.system.runtime import set_seed
+
+    model = load(str(job.model))
+    set_seed(job.seed)
+    tuned = get_peft_model(model, LoraConfig(**adapter_settings(job.recipe)))
+    tuned.save_pretrained(job.folder / "first")
+    return job.folder / "first"
 
 
 def mlx(job: Job, own_blas: bool = False) -> Run:
@@ -328,7 +341,7 @@ SIDES: dict[str, Callable[[Job], Run]] = {
     "mlx-lm, its own BLAS": lambda job: mlx(job, own_blas=True),
     "PEFT fp32": lambda job: peft(job, "fp32"),
     "PEFT fp32, rows of like length": lambda job: peft(job, "fp32", "like lengths"),
-    "PEFT fp32, jlora's batches": lambda job: peft(job, "fp32", "jlora's"),
+    "PEFT fp32, jlora's batches and first adapter": lambda job: peft(job, "fp32", "jlora's"),
     "PEFT bf16": lambda job: peft(job, "bf16"),
 }
 

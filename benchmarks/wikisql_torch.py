@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -80,7 +80,10 @@ def main(spec: dict) -> None:
     valid = batches(sorted(valid, key=len), size)
     dtype = torch.bfloat16 if spec["precision"] == "bf16" else torch.float32
     base = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype)
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **spec["lora"]))
+    if spec["first"]:
+        model = PeftModel.from_pretrained(base, spec["first"], is_trainable=True)
+    else:
+        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **spec["lora"]))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=spec["lr"], weight_decay=0.0)
     report(valid=validation_loss(model, valid), after=0)
