@@ -25,5 +25,17 @@ def needs_products(kind: str) -> pytest.MarkDecorator:
     )
 
 
+def needs_tiles(kind: str) -> pytest.MarkDecorator:
+    """A mark: for what jlora's own products promise, as equal bits whatever the other rows are."""
+    return needs(
+        lambda: (
+            native.problem() is None
+            and packed_linear.available(kind)
+            and packed_linear.tiles() is not None
+        ),
+        f"oneDNN, or nothing, multiplies {kind} here: its sums depend on the number of rows",
+    )
+
+
 needs_bf16 = needs_products("bf16")
 needs_operators = needs(lambda: native.problem() is None, "no compiled operators here")

@@ -14,19 +14,11 @@ from types import SimpleNamespace
 import numpy as np
 import plain_block
 import pytest
-from needs import needs_bf16
+from needs import needs_bf16, needs_tiles
 from test_kernels import assert_close, random, results, run_tests_on
 from tiny_models import round_bf16
 
-from jlora.kernels.packed_linear import (
-    LINE,
-    PIECE,
-    Branch,
-    PackedWeight,
-    available,
-    memory_for,
-    tiles,
-)
+from jlora.kernels.packed_linear import LINE, PIECE, Branch, PackedWeight, memory_for
 from jlora.kernels.target_loss import target_loss
 from jlora.models.head import LanguageHead
 from jlora.system import machine
@@ -208,12 +200,11 @@ def test_target_outside_the_vocabulary_gives_nan_for_it_alone():
     assert np.isnan(gradient).any(1).tolist() == [False, True, True, False]
 
 
-@needs_bf16
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=needs_tiles(kind)) for kind in ("bf16", "int8", "int4")]
+)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_few_rows_get_what_they_get_beside_others(kind, size):
-    if not available(kind) or tiles() is None:
-        pytest.skip(f"no tiles of {kind} here")
     n, k = size
     packed, x = PackedWeight(jt.array(random(n, k, seed=4)), False, kind), random(40, k, seed=5)
     bias = jt.array(random(n, seed=6)).stop_grad()
