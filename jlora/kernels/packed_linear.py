@@ -52,8 +52,8 @@ def memory_for(size: int) -> np.ndarray:
     """``size`` bytes for a packed weight, from a line of the cache on.
 
     Of pieces of `PIECE` bytes, for which numpy asks the system for huge pages: a token that is
-    decoded reads all weights once, up to a third faster than from pages of 4 KB. A piece lives as
-    long as a weight in it.
+    decoded reads all weights once, faster than from pages of 4 KB. A piece lives as long as a
+    weight in it.
     """
     owner, used = (_piece.owner(), _piece.used) if size < PIECE else (None, 0)
     if owner is None or used + size > owner.size:
