@@ -78,12 +78,12 @@ golden: $(PARITY_STAMP)
 
 # Speed and memory beside the peers on one page (docs/benchmarks.md); ARGS=--quick: five minutes. The
 # first word of ARGS may name another part: scale, operators, long_run (one model for many steps),
-# wikisql (docs/results.md), large (the shapes of Qwen2.5 and of Llama 2 7B; makes 18 GB of weights the
+# finetune (docs/results.md), large (the shapes of Qwen2.5 and of Llama 2 7B; makes 18 GB of weights the
 # first time), serve (docs/serve.md). A peer that cannot be installed is on the page with the reason.
-BENCH_PART := $(filter scale operators long_run wikisql large serve,$(firstword $(ARGS)))
+BENCH_PART := $(filter scale operators long_run finetune large serve,$(firstword $(ARGS)))
 PEERS_OF_ := peft mlx jittor2 ctranslate2 openvino llamacpp llamacpp-native
 PEERS_OF_scale := peft
-PEERS_OF_wikisql := peft mlx
+PEERS_OF_finetune := peft mlx
 PEERS_OF_serve := peft mlx llamacpp
 bench: $(STAMP)
 	@for peer in $(PEERS_OF_$(BENCH_PART)); do $(MAKE) --no-print-directory .venv-$$peer/.installed || \

@@ -6,7 +6,7 @@ import importlib
 import sys
 
 #: Parts with a command line of their own: ``make bench ARGS="scale --help"``.
-PARTS = ("scale", "operators", "long_run", "large", "wikisql", "serve")
+PARTS = ("scale", "operators", "long_run", "large", "finetune", "serve")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from benchmarks import lora_code, scale, sides, size, training, wikisql, work
+from benchmarks import finetune, finetune_sides, lora_code, scale, sides, size, training, work
 from jlora.runs.recipe import find_recipe, load_recipe
 
 
@@ -163,11 +163,11 @@ Trainable parameters: 0.968% (1.303M/134.515M)
 
 def test_losses_are_read_from_what_mlx_lm_prints():
     lines = MLX_LM.replace("<", "\x1b[").replace(">", "m").splitlines()
-    steps, valid = wikisql.mlx_losses([(float(i), line) for i, line in enumerate(lines)])
+    steps, valid = finetune_sides.mlx_losses([(float(i), line) for i, line in enumerate(lines)])
     assert steps == [(3.0, 3.39), (4.0, 3.587)] and valid == [3.235, 2.101]
-    many = [(2.0 * i, 3.0) for i in range(wikisql.WARM_UP + 3)]
-    run = wikisql.timed(many, wikisql.Run())
-    assert run.seconds == [2.0] * 3 and len(run.losses) == wikisql.WARM_UP + 3
+    many = [(2.0 * i, 3.0) for i in range(finetune_sides.WARM_UP + 3)]
+    run = finetune_sides.timed(many, finetune_sides.Run())
+    assert run.seconds == [2.0] * 3 and len(run.losses) == finetune_sides.WARM_UP + 3
 
 
 def test_an_adapter_of_mlx_lm_becomes_one_of_peft(tmp_path):
@@ -175,54 +175,58 @@ def test_an_adapter_of_mlx_lm_becomes_one_of_peft(tmp_path):
     a, b = rng.random((576, 8)).astype("f"), rng.random((8, 192)).astype("f")
     name = "model.layers.14.self_attn.k_proj"
     save_file({f"{name}.lora_a": a, f"{name}.lora_b": b}, tmp_path / "mlx.safetensors")
-    recipe = load_recipe(find_recipe(wikisql.RECIPE))
-    wikisql.save_as_peft(tmp_path / "mlx.safetensors", recipe, tmp_path / "peft")
+    recipe = load_recipe(find_recipe("wikisql-smollm2-135m"))
+    finetune_sides.save_as_peft(tmp_path / "mlx.safetensors", recipe, tmp_path / "peft")
     found = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["k_proj"]
     scale = config["lora_alpha"] / config["r"]
     up, down = (found[f"base_model.model.{name}.lora_{x}.weight"] for x in "BA")
     np.testing.assert_allclose(scale * up @ down, 20.0 * (a @ b).T, rtol=1e-6)
 
 
 def test_a_side_without_its_environment_is_left_out_and_said(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(wikisql, "MLX", tmp_path)
-    assert not wikisql.installed("mlx-lm") and wikisql.installed("jlora bf16")
+    monkeypatch.setattr(finetune, "MLX", tmp_path)
+    assert not finetune.installed("mlx-lm") and finetune.installed("jlora bf16")
     assert "mlx-lm: left out" in capsys.readouterr().out
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").touch()
-    assert wikisql.installed("mlx-lm, its own BLAS") and not wikisql.installed("mlx-lm")
+    assert finetune.installed("mlx-lm, its own BLAS") and not finetune.installed("mlx-lm")
     assert "libmkl_rt.so is missing" in capsys.readouterr().out
 
 
 def test_times_alone_need_few_validation_texts(tmp_path):
     for name in ("train", "valid"):
         (tmp_path / f"{name}.jsonl").write_text("{}\n" * 20)
-    folder = wikisql.few_to_validate(tmp_path, tmp_path / "few")
+    folder = finetune.few_to_validate(tmp_path, tmp_path / "few")
     lines = {file.name: len(file.read_text().splitlines()) for file in folder.iterdir()}
-    assert lines == {"train.jsonl": 20, "valid.jsonl": wikisql.FEW}
+    assert lines == {"train.jsonl": 20, "valid.jsonl": finetune.FEW}
 
 
 def test_a_comparison_that_was_cut_goes_on(tmp_path):
     made = []
 
-    def train() -> wikisql.Run:
+    def train() -> finetune.Run:
         made.append(1)
-        return wikisql.Run(losses=[3.0, 2.5], after=2.25, peak_mb=100.0)
+        return finetune.Run(losses=[3.0, 2.5], after=2.25, peak_mb=100.0)
 
-    first = wikisql.kept(tmp_path / "kept", "one.json", train)
-    assert wikisql.kept(tmp_path / "kept", "one.json", train) == first and len(made) == 1
-    assert wikisql.kept(None, "one.json", train) == first and len(made) == 2  # nothing is kept
+    first = finetune.kept(tmp_path / "kept", "one.json", train)
+    assert finetune.kept(tmp_path / "kept", "one.json", train) == first and len(made) == 1
+    assert finetune.kept(None, "one.json", train) == first and len(made) == 2  # nothing is kept
 
 
 def test_a_failed_training_shows_its_last_lines():
-    lines, peak = wikisql.follow([sys.executable, "-c", "print(1); print(2)"])
+    lines, peak = finetune.follow([sys.executable, "-c", "print(1); print(2)"])
     assert [line for _, line in lines] == ["1", "2"] and peak > 1
     with pytest.raises(RuntimeError, match="no such data"):
-        wikisql.follow([sys.executable, "-c", "raise SystemExit('no such data')"])
+        finetune.follow([sys.executable, "-c", "raise SystemExit('no such data')"])
 
 
 def test_the_table_has_means_and_their_spread():
-    runs = [wikisql.Run([9.0] * 10 + [x] * 50, [0.5], None, x, x + 1, 10.0) for x in (1.0, 2.0)]
-    row = wikisql.table({"a": runs, "b": runs[:1]}, 60).splitlines()[-2:]
-    assert row[0] == "| a |  | 1.500 ± 0.707 | 2.500 ± 0.707 | 1.500 ± 0.707 | 0.50 | 10 |"
-    assert row[1] == "| b |  | 1.000 | 2.000 | 1.000 | 0.50 | 10 |"
+    runs = [finetune.Run([9.0] * 10 + [x] * 50, [0.5], None, x, x + 1, x, 10.0) for x in (1.0, 2.0)]
+    row = finetune.table({"a": runs, "b": runs[:1]}, 60).splitlines()[-2:]
+    assert (
+        row[0]
+        == "| a |  | 1.500 ± 0.707 | 2.500 ± 0.707 | 1.500 ± 0.707 | 1.500 ± 0.707 | 0.50 | 10 |"
+    )
+    assert row[1] == "| b |  | 1.000 | 2.000 | 1.000 | 1.000 | 0.50 | 10 |"
