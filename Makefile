@@ -198,6 +198,6 @@ JITTOR_2 ?= git+https://github.com/Jittor/jittor@f87f938ce1337e587ee3e1670b6d369
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-jittor-* $(PARITY) $(LLAMACPP) $(LM_EVAL) $(PEERS_OF_:%=.venv-%) .venv-dist $(DOCS) \
-	  build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .mypy_cache
+	rm -rf $(VENV) .venv-jittor-* $(PARITY) $(LLAMACPP) $(LM_EVAL) $(PEERS_OF_:%=.venv-%) .venv-dist .venv-cuda \
+	  $(DOCS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .mypy_cache
 	find jlora tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -152,7 +151,6 @@ def head(isa: str, arguments: list[str]) -> dict:
         "processor": machine.cpu_model(), "processors": machine.processors(),
         "features": machine.cpu_features(), "memory_gb": round(memory), "isa": isa,
         "date": str(date.today()), "command": used, "commit": commit(),
-        "load": os.getloadavg()[0],
         "versions": {e: versions(e) for e in PACKAGES if missing(e) is None},
         "torch_mb": torch_memory(),
     }  # fmt: skip

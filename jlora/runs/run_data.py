@@ -80,7 +80,7 @@ class RunData:
         if self._has_validation():
             self._examples["valid"] = self._read("valid")[:: recipe.data.valid_stride]
         else:
-            say("no validation data: the last adapter is the one to use")
+            say("no validation data: a training keeps no best adapter, only the last")
 
     @property
     def metrics(self) -> Sequence[str]:
