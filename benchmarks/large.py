@@ -68,7 +68,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     shapes = [name for name in SHAPES if name != "tiny"]
     options.add_argument("--shape", nargs="+", default=shapes, choices=SHAPES)
-    options.add_argument("--precisions", nargs="+", default=["fp32", "bf16", "int8", "int4"])
+    options.add_argument("--precisions", nargs="*", default=["fp32", "bf16", "int8", "int4"])
     options.add_argument(
         "--peers", nargs="*", default=[], choices=["bf16", "nf4"],
         help="also PEFT, in bf16 or by bitsandbytes in four bits",
