@@ -156,7 +156,7 @@ def judged(run: Run, recipe: Recipe, model: Path, data: Path, adapter: Path | No
             "exact-match", model, data, adapter,
             "--split", "test", "--set", cut, "--max-new-tokens", tokens,
         )  # fmt: skip
-        run.exact = found["exact_match"]
+        run.exact = 100 * found["exact_match"]
     return run
 
 
