@@ -76,7 +76,10 @@ def main() -> None:
                     return run if chosen.times else judged(run, recipe, model, data, adapter)
 
             suffix = "-times.json" if chosen.times else ".json"
-            done.append(kept(chosen.keep, name + suffix, train))
+            try:
+                done.append(kept(chosen.keep, name + suffix, train))
+            except RuntimeError as error:  # one side may need more memory than there is
+                print(f"{side}, seed {seed}: {error}", flush=True)
     print("\n" + table(runs, chosen.steps))
 
 
@@ -120,6 +123,9 @@ def table(runs: dict[str, list[Run]], steps: int) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for side, done in runs.items():
+        if not done:
+            lines.append(f"| {side} | failed |" + " |" * 6)
+            continue
         losses = [statistics.mean(run.losses[-LAST:]) for run in done]
         seconds = [each for run in done for each in run.seconds]
         cells = [

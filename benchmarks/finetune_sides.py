@@ -91,7 +91,8 @@ def follow(command: list[str], **variables: str) -> tuple[list[tuple[float, str]
         if process.returncode:
             errors.seek(0)
             said = "\n".join([*(line for _, line in lines), errors.read()])
-            raise RuntimeError(f"{' '.join(command)} failed:\n{said[-2000:]}")
+            how = "was killed, as for want of memory" if process.returncode == -9 else "failed"
+            raise RuntimeError(f"{' '.join(command)} {how}:\n{said[-2000:]}")
     return lines, usage.ru_maxrss / 1024
 
 

@@ -220,13 +220,16 @@ def test_a_failed_training_shows_its_last_lines():
     assert [line for _, line in lines] == ["1", "2"] and peak > 1
     with pytest.raises(RuntimeError, match="no such data"):
         finetune.follow([sys.executable, "-c", "raise SystemExit('no such data')"])
+    with pytest.raises(RuntimeError, match="killed, as for want of memory"):
+        finetune.follow([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
 
 
 def test_the_table_has_means_and_their_spread():
     runs = [finetune.Run([9.0] * 10 + [x] * 50, [0.5], None, x, x + 1, x, 10.0) for x in (1.0, 2.0)]
-    row = finetune.table({"a": runs, "b": runs[:1]}, 60).splitlines()[-2:]
+    row = finetune.table({"a": runs, "b": runs[:1], "c": []}, 60).splitlines()[-3:]
     assert (
         row[0]
         == "| a |  | 1.500 ± 0.707 | 2.500 ± 0.707 | 1.500 ± 0.707 | 1.500 ± 0.707 | 0.50 | 10 |"
     )
     assert row[1] == "| b |  | 1.000 | 2.000 | 1.000 | 1.000 | 0.50 | 10 |"
+    assert row[2] == "| c | failed |" + " |" * 6
