@@ -207,6 +207,18 @@ def test_a_slow_side_does_fewer_rounds(monkeypatch):
     assert (len(fast.seconds), len(slow.seconds)) == (6, sides.FEWEST)
 
 
+def test_a_step_of_minutes_is_done_once_by_avx2(tmp_path):
+    for isa, rounds, left_out in (("native", None, False), ("avx2", 1, True)):
+        made = [
+            sides.Side(name, "torch_train", "", {"precision": name.split()[1].strip(",")})
+            for name in ("PEFT bf16", "PEFT bf16, memory kept", "PEFT fp32")
+        ]
+        bf16, kept, fp32 = Plan(isa, Inputs(tmp_path)).ready(made)
+        assert (bf16.most_rounds, fp32.most_rounds) == (rounds, None)
+        assert bool(kept.problem) == left_out and not bf16.problem and not fp32.problem
+        assert ("DNNL_MAX_CPU_ISA" in fp32.variables) == left_out
+
+
 def test_fewer_rounds_are_compared_with_the_same_batches(monkeypatch, tmp_path):
     """A side that takes ten times as long for every token is ten times as slow."""
     lengths = [200, 400, 100, 600, 300]
