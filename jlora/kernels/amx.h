@@ -25,6 +25,7 @@ struct TileScope {  // every thread configures its own registers
 };
 
 constexpr bool unsigned_rows = true;  // of int8, see int8.h
+template <bool int8>
 inline int64_t passes(int64_t) { return 1; }
 // `count` contraction steps of a block of 32 x 32 results c; a0, a1: tiles of its upper and lower
 // rows, b0, b1: of its left and right columns, one tile a step. between() runs beside each step of each

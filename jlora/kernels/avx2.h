@@ -2,6 +2,7 @@
 // a shift, int8 goes by AVX-VNNI or becomes 16 bits; see tiles.h.
 #pragma once
 #include <immintrin.h>
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include "buffer.h"
@@ -61,11 +62,11 @@ inline __m256i add_pairs(__m256i sums, __m256i x, __m256i w) {
     asm("vpaddd %1, %0, %0" : "+x"(sums) : "x"(products));
     return sums;
 }
-// R rows of `a`, 64 bytes each, with 32 columns; sums of a row and 8 columns in a register.
+// R rows of 64 bytes, at a[i], with 32 columns; sums of a row and 8 columns in a register.
 template <bool int8, int R, typename Between>
-inline void some_rows(const char* a, const char* b0, const char* b1, const char* wide, int64_t count, bool first,
-        float* own, const __m256i* offset, Between between) {
-    const auto place = [&](int i, int j) { return own + i * 16 + j / 2 * 256 + j % 2 * 8; };
+inline void some_rows(const char* const* a, const char* b0, const char* b1, const char* wide, int64_t count, bool first,
+        float* const* own, const __m256i* offset, Between between) {
+    const auto place = [&](int i, int j) { return own[i] + j / 2 * 256 + j % 2 * 8; };
     __m256i sums[R][4];
     for (int i = 0; i < R; i++)
         for (int j = 0; j < 4; j++) {
@@ -74,22 +75,23 @@ inline void some_rows(const char* a, const char* b0, const char* b1, const char*
             if (int8) sums[i][j] = _mm256_sub_epi32(sums[i][j], offset[j]);
 #endif
         }
-    alignas(32) static const uint32_t upper[8] = {~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu};
     for (int64_t k = 0; k < count; k++) {
-        const auto row = [&](int i, int64_t pair) { return a + k * 1024 + i * 64 + pair * 4; };
+        const auto row = [&](int i, int64_t pair) { return a[i] + k * 1024 + pair * 4; };
         if constexpr (!int8) {
-            for (int64_t pair = 0; pair < 16; pair++)
-                for (int odd = 0; odd < 2; odd++) {
-                    __m256i x[R];
-                    for (int i = 0; i < R; i++) {
-                        x[i] = spread(row(i, pair));
-                        x[i] = odd ? _mm256_and_si256(x[i], load_line(upper)) : _mm256_slli_epi32(x[i], 16);
-                    }
-                    for (int j = 0; j < 4; j++) {
-                        const __m256i w = load_line(wide + k * wide_step + pair * 256 + odd * 128 + j * 32);
-                        for (int i = 0; i < R; i++) sums[i][j] = add_floats(sums[i][j], x[i], w);
-                    }
+            alignas(32) float x[R][32];
+            for (int i = 0; i < R; i++)
+                for (int part = 0; part < 4; part++) {
+                    const __m256i v = _mm256_cvtepu16_epi32(_mm_load_si128((const __m128i*)row(i, part * 4)));
+                    store_line(x[i] + part * 8, _mm256_slli_epi32(v, 16));
                 }
+            for (int64_t n = 0; n < 32; n++) {
+                __m256i own_x[R];
+                for (int i = 0; i < R; i++) own_x[i] = spread(x[i] + n);
+                for (int j = 0; j < 4; j++) {
+                    const __m256i w = load_line(wide + k * wide_step + n * 128 + j * 32);
+                    for (int i = 0; i < R; i++) sums[i][j] = add_floats(sums[i][j], own_x[i], w);
+                }
+            }
         } else {
 #if defined(JLORA_VNNI)
             for (int64_t four = 0; four < 16; four++) {
@@ -146,10 +148,13 @@ inline Line dot_bf16(Line sums, Line x, Line w) {
     return add_floats(add_floats(sums, _mm256_slli_epi32(x, 16), _mm256_slli_epi32(w, 16)), odd(x), odd(w));
 }
 
+// Rows whose sums stay in registers: with three, 12 of 16 have sums; int8 needs more for products.
+template <bool int8> constexpr int64_t together = int8 ? 2 : 3;
 // How often `steps` goes through the contraction.
-inline int64_t passes(int64_t rows) { return (rows + 1) / 2; }
-// As the steps of amx.h, with columns that are wide already. Two rows at a time, whose 8 sums stay in registers.
-// A row's sums are the same whichever rows stand beside it.
+template <bool int8>
+inline int64_t passes(int64_t rows) { return (rows + together<int8> - 1) / together<int8>; }
+// As the steps of amx.h, with columns that are wide already. A row's sums are the same whichever rows stand
+// beside it.
 template <bool int8, typename Between>
 inline void wide_steps(const char* a0, const char* a1, const char* b0, const char* b1, const char* wide, int64_t count,
         bool first, float* c, Between between, int64_t rows = 32) {
@@ -160,10 +165,14 @@ inline void wide_steps(const char* a0, const char* a1, const char* b0, const cha
         for (int j = 0; j < 4; j++)
             offset[j] = JLORA_VNNI(offset[j], _mm256_set1_epi32((int)0x80808080), load_line((j < 2 ? b0 : b1) + k + j % 2 * 32));
 #endif
-    for (int64_t row = 0; row < rows; row += 2) {
-        const char* a = (row < 16 ? a0 : a1) + row % 16 * 64;
-        float* own = c + row / 16 * 512 + row % 16 * 16;
-        if (rows - row > 1) some_rows<int8, 2>(a, b0, b1, wide, count, first, own, offset, between);
+    for (int64_t row = 0; row < rows; row += together<int8>) {
+        const char* a[together<int8>];
+        float* own[together<int8>];
+        const int64_t n = std::min(together<int8>, rows - row);
+        for (int64_t i = 0, m = row; i < n; i++, m++)
+            a[i] = (m < 16 ? a0 : a1) + m % 16 * 64, own[i] = c + m / 16 * 512 + m % 16 * 16;
+        if (n == together<int8>) some_rows<int8, together<int8>>(a, b0, b1, wide, count, first, own, offset, between);
+        else if (n == 2) some_rows<int8, 2>(a, b0, b1, wide, count, first, own, offset, between);
         else some_rows<int8, 1>(a, b0, b1, wide, count, first, own, offset, between);
     }
 }

@@ -42,6 +42,7 @@ inline void some_rows(const char* a, const char* b0, const char* b1, int64_t cou
 }
 
 // How often `steps` goes through the contraction.
+template <bool int8>
 inline int64_t passes(int64_t rows) { return (rows + 7) / 8; }
 // As the steps of amx.h. 8 rows at a time, whose 16 sums stay in registers; the last ones, as when a few
 // rows decode, by fewer. A row's sums are the same whichever rows stand beside it.

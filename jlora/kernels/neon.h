@@ -90,6 +90,7 @@ inline void some_rows(const char* a, const char* b, int64_t count, bool first, f
 }
 
 // How often `steps` goes through the contraction.
+template <bool int8>
 inline int64_t passes(int64_t rows) { return (rows + 3) / 4 * 2; }
 // As the steps of amx.h. 4 rows by 16 columns at a time, whose sums stay in registers; the last rows one by one.
 // A row's sums are the same whichever rows stand beside it.

@@ -149,7 +149,7 @@ void product(const char* x, int64_t rows, int64_t panels, int64_t count, const W
                         const int64_t lines = std::min(size, count - next_s) * (tile_bytes / 64);
                         const auto own_rows = [&](int64_t b) { return std::min<int64_t>(32, rows - b * 32); };
                         int64_t turns = 0;
-                        for (int64_t b = from; b < to; b++) turns += passes(own_rows(b));
+                        for (int64_t b = from; b < to; b++) turns += passes<int8>(own_rows(b));
                         const int64_t lines_per_turn = lines / (n * turns) + 1;
                         const float* done = nullptr;  // a finished block
                         int64_t done_row = 0, line = 0;
@@ -163,7 +163,7 @@ void product(const char* x, int64_t rows, int64_t panels, int64_t count, const W
                             const char* a = x + (b * 2 * count + s) * tile_bytes;
                             float* own = c + (b - from) * block_floats;
                             // rows handed over a turn
-                            const int64_t few = 32 / (n * passes(own_rows(b))) + 1;
+                            const int64_t few = 32 / (n * passes<int8>(own_rows(b))) + 1;
                             int64_t handed = 0;
                             wide_steps<int8>(a, a + count * tile_bytes, b0, b1, wide, n, s == 0, own, [&] {
                                 for (const int64_t until = std::min(lines, line + lines_per_turn); line < until; line++)
