@@ -63,9 +63,9 @@ inline __m256i add_pairs(__m256i sums, __m256i x, __m256i w) {
     return sums;
 }
 // R rows of 64 bytes, at a[i], with 32 columns; sums of a row and 8 columns in a register.
-template <bool int8, int R, typename Between>
+template <bool int8, int R>
 inline void some_rows(const char* const* a, const char* b0, const char* b1, const char* wide, int64_t count, bool first,
-        float* const* own, const __m256i* offset, Between between) {
+        float* const* own, const __m256i* offset) {
     const auto place = [&](int i, int j) { return own[i] + j / 2 * 256 + j % 2 * 8; };
     __m256i sums[R][4];
     for (int i = 0; i < R; i++)
@@ -121,7 +121,6 @@ inline void some_rows(const char* const* a, const char* b0, const char* b1, cons
                 }
 #endif
         }
-        between();
     }
     for (int i = 0; i < R; i++)
         for (int j = 0; j < 4; j++) store_line(place(i, j), sums[i][j]);
@@ -171,9 +170,11 @@ inline void wide_steps(const char* a0, const char* a1, const char* b0, const cha
         const int64_t n = std::min(together<int8>, rows - row);
         for (int64_t i = 0, m = row; i < n; i++, m++)
             a[i] = (m < 16 ? a0 : a1) + m % 16 * 64, own[i] = c + m / 16 * 512 + m % 16 * 16;
-        if (n == together<int8>) some_rows<int8, together<int8>>(a, b0, b1, wide, count, first, own, offset, between);
-        else if (n == 2) some_rows<int8, 2>(a, b0, b1, wide, count, first, own, offset, between);
-        else some_rows<int8, 1>(a, b0, b1, wide, count, first, own, offset, between);
+        if (n == together<int8>) some_rows<int8, together<int8>>(a, b0, b1, wide, count, first, own, offset);
+        else if (n == 2) some_rows<int8, 2>(a, b0, b1, wide, count, first, own, offset);
+        else some_rows<int8, 1>(a, b0, b1, wide, count, first, own, offset);
+        // Not among the products, where it would take the registers of the sums.
+        for (int64_t k = 0; k < count; k++) between();
     }
 }
 template <bool int8, typename Between>
