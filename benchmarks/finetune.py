@@ -72,7 +72,9 @@ def main() -> None:
                     run = SIDES[side](Job(chosen.recipe, settings, Path(folder)))
                     adapter = Path(folder) / "adapter"
                     if chosen.keep:
-                        adapter = shutil.move(adapter, chosen.keep / f"{name}-adapter")
+                        place = chosen.keep / f"{name}-adapter"
+                        shutil.rmtree(place, ignore_errors=True)  # of a run that was cut
+                        adapter = shutil.move(adapter, place)
                     return run if chosen.times else judged(run, recipe, model, data, adapter)
 
             suffix = "-times.json" if chosen.times else ".json"
