@@ -78,8 +78,9 @@ def train(model: str, precision: str, seed: int, run: Path, chosen: argparse.Nam
         settings = [
             "--recipe", RECIPE, "--model", model, "--precision", precision,
             "--steps", str(chosen.steps), "--batch-size", str(chosen.batch_size),
-            "--set", f"train.valid_every={chosen.steps}", f"train.seed={seed}",
-            f"train.optim.max_grad_norm={chosen.max_grad_norm}",
+            "--set", f"train.valid_every={chosen.steps}",
+            "--set", f"train.seed={seed}",
+            "--set", f"train.optim.max_grad_norm={chosen.max_grad_norm}",
         ]  # fmt: skip
     command = [sys.executable, "-m", "jlora", "finetune", *settings, "--out", str(run)]
     subprocess.run(command, check=True)
