@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -217,9 +218,16 @@ def test_jsonl_without_validation_and_resume(tmp_path, tiny_model, capsys):
     assert not (run / "best").exists()
     before = read_safetensors(run / "adapter" / ADAPTER)
     assert main(["finetune", "--resume", "--out", str(run)]) == 0
+    assert "the run began elsewhere" not in capsys.readouterr().err
     after = read_safetensors(run / "adapter" / ADAPTER)
     for name, array in before.items():
         np.testing.assert_array_equal(after[name], array)
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["threads"] == os.environ["OMP_NUM_THREADS"]
+    environment["threads"] = "77"
+    (run / "environment.json").write_text(json.dumps(environment))
+    assert main(["finetune", "--resume", "--out", str(run)]) == 0
+    assert "the run began elsewhere (threads 77 -> " in capsys.readouterr().err
 
 
 def generate(model, *more):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import html
 import html.parser
+import importlib.metadata
 import json
 import math
 import random
@@ -242,6 +243,21 @@ def test_environment_keeps_the_highest_peak(run):
     assert environment.read(run)["peak_memory_bytes"] == 3 * 2**40
     text = page_of(run).text
     assert "Peak memory 3072.0 GiB" in text and "that wrote this report" not in text
+
+
+def test_what_rounds_otherwise_than_at_a_runs_beginning(run, monkeypatch):
+    assert environment.rounding_changes(run) == []  # nothing is known of its beginning
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    environment.record(run)
+    assert environment.rounding_changes(run) == []
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    found = environment.read(run) | {"numpy": "1.0", "system": "another", "peak_memory_bytes": 1}
+    (run / "environment.json").write_text(json.dumps(found))
+    numpy = importlib.metadata.version("numpy")
+    assert environment.rounding_changes(run) == ["threads 3 -> 2", f"NumPy 1.0 -> {numpy}"]
+    del found["threads"]  # written by an older jlora
+    (run / "environment.json").write_text(json.dumps(found))
+    assert environment.rounding_changes(run) == [f"NumPy 1.0 -> {numpy}"]
 
 
 def test_trends_know_which_way_is_better():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -20,6 +21,8 @@ from jlora.system.json_files import read_object
 
 ENVIRONMENT_NAME = "environment.json"
 PACKAGES = ("jlora", "jittor", "numpy", "tokenizers", "safetensors")
+#: What changes how sums are rounded, and its name in a message.
+ROUNDING = {"processor": "processor", "threads": "threads", "jittor": "Jittor", "numpy": "NumPy"}
 
 
 def describe() -> dict[str, Any]:
@@ -31,6 +34,7 @@ def describe() -> dict[str, Any]:
         "processor": machine.cpu_model(),
         "processor_features": ", ".join(machine.cpu_features()) or None,
         "cores_used": machine.processors(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),  # set by jlora.system.runtime
         "memory_bytes": machine.memory_limit(),
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -82,6 +86,22 @@ def record(
     if peaks:
         found["peak_memory_bytes"] = max(peaks)
     write_text(path, json.dumps(found, indent=2) + "\n")
+
+
+def rounding_changes(run_folder: str | Path) -> list[str]:
+    """How this process differs from the one that a run began in, where its sums are rounded.
+
+    Returns:
+        One ``threads 2 -> 1`` for each; nothing of what either side does not say.
+
+    Raises:
+        UserError: environment.json is damaged.
+    """
+    if not (Path(run_folder) / ENVIRONMENT_NAME).exists():
+        return []
+    then, now = read(run_folder), describe()
+    known = [key for key in ROUNDING if key in then and key in now]
+    return [f"{ROUNDING[k]} {then[k]} -> {now[k]}" for k in known if then[k] != now[k]]
 
 
 def read(run_folder: str | Path) -> dict[str, Any]:

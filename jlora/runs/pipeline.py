@@ -152,6 +152,13 @@ def finetune(
         services = [make_logger(name, run.name, settings, run, start) for name in recipe.log]
         return [ProgressLogger(steps, start), *services]
 
+    if resume and world().is_first:
+        changes = environment.rounding_changes(run)
+        if changes:
+            say(
+                f"the run began elsewhere ({', '.join(changes)}): from here on it equals an "
+                "unbroken one up to rounding, not bit for bit"
+            )
     result = train(model, data.train, data.valid, recipe.train, run, loggers, resume)
     if world().is_first:
         environment.record(run, total_steps=result.total_steps)
