@@ -30,7 +30,7 @@ from jlora.system.files import atomic_path, write_text
 RECIPE, MODEL = "e2e-smollm2-135m", "smollm2-135m"
 #: Model and precision; what takes longest comes last.
 CASES = [
-    *(("4 bits", precision) for precision in ("bf16", "int8", "int4")),
+    *(("4 bits", precision) for precision in ("bf16", "int8", "int4", "int8-both")),
     *(("float", precision) for precision in ("int4", "bf16")),
     ("4 bits", "fp32"),
     ("float", "fp32"),
@@ -41,7 +41,8 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--steps", type=int, default=300)
     options.add_argument("--batch-size", type=int, default=8)
-    options.add_argument("--precisions", nargs="+", default=["fp32", "bf16", "int8", "int4"])
+    every = ["fp32", "bf16", "int8", "int8-both", "int4"]
+    options.add_argument("--precisions", nargs="+", default=every)
     options.add_argument("--seeds", type=int, nargs="+", default=[110, 111])
     options.add_argument("--max-grad-norm", type=float, default=1.0)
     options.add_argument("--out", type=Path, default=ROOT / "runs" / "precisions")

@@ -41,7 +41,7 @@ PEERS = {
 REFERENCE = "jlora bf16"
 #: jlora's precisions and the peers that alternate; what stands together fits in 16 GB.
 GROUPS = (
-    (("bf16", "int8"), ("PEFT bf16", "PEFT bf16, memory kept", "PEFT bf16, compiled")),
+    (("bf16", "int8", "int8-both"), ("PEFT bf16", "PEFT bf16, memory kept", "PEFT bf16, compiled")),
     (("bf16", "fp32", "int4"), ("PEFT fp32",)),
     (("bf16",), ("mlx-lm", "PEFT NF4", "PEFT on Jittor 2.0")),
 )
