@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jlora.formats import gguf_file, torch_file
+from jlora.formats import gguf_file, safetensors_file, torch_file
 from jlora.formats.gguf_file import read_gguf
 from jlora.formats.safetensors_file import (
     read_metadata,
@@ -76,6 +76,23 @@ def test_safetensors_bfloat16_is_widened_to_float32(tmp_path):
     path = raw_safetensors(tmp_path / "m.safetensors", header, bits.tobytes())
     expected = np.array([[1.0, -2.0], [3.140625, np.inf]], np.float32)
     assert_same(read_safetensors(path), {"w": expected})
+
+
+@pytest.mark.parametrize("piece", [1, 5, 12, 13])
+def test_safetensors_bfloat16_is_read_by_the_piece(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(safetensors_file, "PIECE", piece)
+    bits = RANDOM.integers(0, 1 << 16, 14).astype("<u2")
+    tensors = {
+        "none": {"dtype": "BF16", "shape": [0, 4], "data_offsets": [0, 0]},
+        "a": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]},
+        "w": {"dtype": "BF16", "shape": [4, 3], "data_offsets": [4, 28]},
+    }
+    found = read_safetensors(raw_safetensors(tmp_path / "m", tensors, bits.tobytes()))
+    wide = bits.astype(np.uint32) << 16
+    for name, expected in (("a", wide[:2]), ("w", wide[2:].reshape(4, 3))):
+        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name].view(np.uint32), expected)
+    assert found["none"].shape == (0, 4)
 
 
 def test_safetensors_of_an_unknown_dtype_name_the_tensor(tmp_path):

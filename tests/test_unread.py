@@ -97,6 +97,17 @@ def test_a_model_is_merged_and_written_by_the_piece(folder, read, tmp_path):
 
 
 @needs_bf16
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_the_head_which_is_largest_is_packed_first(folder, read, precision):
+    model = get_peft_model(load(folder), LoraConfig(r=2))
+    remember_base(model)
+    read.clear()
+    engine.prepare(model, precision, keep_weights=False)
+    matrices = [name for name in read if gpt2_tensors()[name].ndim == 2]
+    assert matrices[0].endswith("wte.weight") and len(matrices) > 8
+
+
+@needs_bf16
 def test_a_weight_is_packed_before_the_next_is_read(folder, read, monkeypatch):
     model = get_peft_model(load(folder), LoraConfig(r=2))
     remember_base(model)  # reads four, whose hashes an adapter is known by, and keeps none

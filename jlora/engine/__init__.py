@@ -198,27 +198,21 @@ def _pack(model, precision: str, keep_weights: bool) -> None:
     trainable, follows = _trainable(model), packed_linear.tiles() is not None
     if not keep_weights:
         remember_base(model)
-    head = getattr(model, "output_embedding", None)
     head_layer = getattr(model, "head_layer", None)
-    for module in progress(model.modules(), "packing weights", "layer"):
+    for module in progress(_to_pack(model), "packing weights", "layer"):
         is_lora = type(module) in LORA
+        is_head = type(module) is LanguageHead or module is head_layer
         if type(module) is LanguageHead:
-            if head_layer is not None:
-                continue  # the layer is called in its place
-            weight, bias, transposed = head, None, False
-        elif is_lora or type(module) in PACKED:
+            weight, bias, transposed = model.output_embedding, None, False
+        else:
             weight, bias = module.weight, module.bias
             transposed = module.fan_in_fan_out if is_lora else isinstance(module, layers.Conv1D)
-            if weight is head and module is not head_layer:
-                continue  # the models hand its weight to LanguageHead and never call the layer
-        else:
-            continue
         if id(weight) in trainable:
             if follows and not is_lora:
                 TrainedProduct(weight, bias, transposed).install(module)
             continue
         # The head decides between words by small differences, and embeds them: int8 is too coarse.
-        kind = "bf16" if weight is head else precision
+        kind = "bf16" if is_head else precision
         product = FrozenProduct(weight, bias, transposed, kind)
         product.install(module)
         # Another variant than plain LoRA may read the weight in its forward pass, unless it is
@@ -234,6 +228,26 @@ def _pack(model, precision: str, keep_weights: bool) -> None:
             release(model, product, module)
             del weight
             jt.gc()  # at once, so that the two copies of all weights are never there together
+
+
+def _to_pack(model) -> list:
+    """The modules that multiply by a weight of their own, in the order to pack them.
+
+    The head first: the largest weight in float32 then stands beside as little as can be.
+    """
+    head = getattr(model, "output_embedding", None)
+    head_layer = getattr(model, "head_layer", None)
+    heads, others = [], []
+    for module in model.modules():
+        if type(module) is LanguageHead:
+            if head_layer is None:  # else the layer is called in its place
+                heads.append(module)
+        elif type(module) in LORA or type(module) in PACKED:
+            if module is head_layer:
+                heads.append(module)
+            elif module.weight is not head:  # models give it to LanguageHead, and call no layer
+                others.append(module)
+    return heads + others
 
 
 def _release(model, product: FrozenProduct, module) -> None:

@@ -34,13 +34,17 @@ DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+#: Numbers of a tensor that are read at a time where they are converted.
+PIECE = 1 << 20
 #: What is written, and the bytes of a number.
 BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 def bfloat16_to_float32(raw: np.ndarray) -> np.ndarray:
     """The float32 values of bfloat16 bit patterns (uint16 array): their upper 16 bits."""
-    return (raw.astype(np.uint32) << 16).view(np.float32)
+    bits = raw.astype(np.uint32)
+    bits <<= 16  # in place: an embedding takes a gigabyte
+    return bits.view(np.float32)
 
 
 def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
@@ -142,15 +146,25 @@ def _read_tensor(path: Path, name: str, entry: dict, start: int, state: tuple) -
         state: the file's, see `check_unchanged`.
     """
     kind, (first, last) = entry["dtype"], entry["data_offsets"]
-    dtype = np.dtype(DTYPES.get(kind, "<u2"))
+    stored = np.dtype(DTYPES.get(kind, "<u2"))
+    count = (last - first) // stored.itemsize
     try:
         with open(path, "rb") as handle:
-            values = np.fromfile(handle, dtype, (last - first) // dtype.itemsize, "", start + first)
+            handle.seek(start + first)
+            if kind == "BF16":
+                values, read = np.empty(count, np.float32), 0
+                for at in range(0, count, PIECE):  # so that nothing as large stands beside it
+                    raw = np.fromfile(handle, stored, min(PIECE, count - at))
+                    values[at : at + len(raw)] = bfloat16_to_float32(raw)
+                    read += len(raw)
+            else:
+                values = np.fromfile(handle, stored, count)
+                read = len(values)
     except OSError as error:
         raise os_error("read", path, error) from error
     check_unchanged(path, state)
-    assert values.nbytes == last - first, f"{path}: tensor {name} lies beyond its end"
-    return (bfloat16_to_float32(values) if kind == "BF16" else values).reshape(entry["shape"])
+    assert read == count, f"{path}: tensor {name} lies beyond its end"
+    return values.reshape(entry["shape"])
 
 
 def read_sharded(

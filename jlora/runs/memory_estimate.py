@@ -127,7 +127,7 @@ def estimate(recipe: Recipe, outline: Outline, texts: Texts, java: bool = False)
     adapter = own if recipe.method == "lora" else 0
     batch = largest_batch(recipe, texts, padded=precision == "plain")
     kept = {"process": PROCESS, "data": texts.stored * BYTES_A_TOKEN}
-    checkpoint = {"checkpoint": loading_bytes(outline, weights)}
+    checkpoint = {"checkpoint": loading_bytes(outline.model, precision, weights)}
     held = {**kept, "weights": weights, "adapter": adapter}
     packs = precision in packed_linear.KINDS and follows()
     stages = {
@@ -163,12 +163,16 @@ def trainable(recipe: Recipe, model) -> set[str]:
     return trained_names(model, recipe.method, recipe.top_layers)
 
 
-def loading_bytes(outline: Outline, weights: int) -> int:
-    """A checkpoint at the height of its way from the file to ``weights`` bytes of packed ones."""
-    named = outline.model.named_parameters()
-    parameters = [FLOAT * size(p) for name, p in named if not is_lora_name(name)]
-    # One after the other, in float32.
-    return weights + max(parameters)
+def loading_bytes(model, precision: str, weights: int) -> int:
+    """A checkpoint at the height of its way from the file to ``weights`` bytes of packed ones.
+
+    One after the other is read in float32, the head first where they are packed (`engine.prepare`).
+    """
+    named = {name: p for name, p in model.named_parameters() if not is_lora_name(name)}
+    head, packs = model.output_embedding, precision in packed_linear.KINDS
+    others = [FLOAT * size(p) for p in named.values() if not (packs and p is head)]
+    first = packed_linear.packed_bytes(*head.shape, "bf16") + FLOAT * size(head) if packs else 0
+    return max(first, weights + max(others))
 
 
 def weight_bytes(model, precision: str, trained: set[str]) -> int:
