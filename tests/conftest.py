@@ -8,6 +8,12 @@ import traceback
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same cases on each run, so that no test fails by chance; `--hypothesis-profile=default` draws
+# new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and the processes that
 # they start inherit that; some tests press it.

@@ -134,6 +134,8 @@ class Rounded(FusedFunction):
 class RoundedWeight:
     """Takes the place of `PackedWeight`."""
 
+    taken = None
+
     def __init__(self, weight, transposed, kind):
         weight = round_bf16(weight.numpy())
         self.weight = weight.T if transposed else weight

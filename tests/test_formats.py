@@ -484,6 +484,26 @@ def test_a_changed_byte_never_gives_anything_but_tensors_or_a_user_error(
     assert all(isinstance(array, np.ndarray) for array in found.values())
 
 
+@pytest.mark.parametrize("layout", ["zip", "legacy", "safetensors"])
+def test_a_turned_bit_gives_tensors_or_a_user_error(
+    small_torch_files, small_safetensors, tmp_path, layout
+):
+    files = dict(zip(("zip", "legacy", "safetensors"), [*small_torch_files, small_safetensors]))
+    content = bytearray(files[layout].read_bytes())
+    reader = read_safetensors if layout == "safetensors" else read_torch
+    changed = tmp_path / files[layout].name
+    for position in range(len(content)):
+        for bit in range(8):
+            content[position] ^= 1 << bit
+            changed.write_bytes(content)
+            content[position] ^= 1 << bit
+            try:
+                found = reader(changed)
+            except UserError:
+                continue
+            assert all(isinstance(array, np.ndarray) for array in found.values())
+
+
 def test_sharded_torch(tmp_path):
     index, tensors = write_shards(tmp_path, "bin", write_arrays)
     assert_same(read_torch_sharded(index), tensors)

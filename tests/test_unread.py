@@ -15,7 +15,7 @@ from jlora import LoraConfig, engine, get_peft_model
 from jlora.adapters.base_model import remember_base
 from jlora.adapters.export_folder import write_merged
 from jlora.adapters.export_gguf import export_gguf
-from jlora.engine.products import PackedOnly
+from jlora.engine.products import FrozenProduct, PackedOnly
 from jlora.formats import safetensors_file
 from jlora.formats.safetensors_file import write_safetensors
 from jlora.models.hub import load
@@ -105,6 +105,16 @@ def test_the_head_which_is_largest_is_packed_first(folder, read, precision):
     engine.prepare(model, precision, keep_weights=False)
     matrices = [name for name in read if gpt2_tensors()[name].ndim == 2]
     assert matrices[0].endswith("wte.weight") and len(matrices) > 8
+
+
+@needs_bf16
+def test_weights_that_are_kept_beside_the_packed_ones_are_read(folder):
+    model = get_peft_model(load(folder), LoraConfig(r=2))
+    engine.prepare(model, "bf16", keep_weights=True)
+    for module in model.base_model.modules():
+        product = vars(module).get("_engine") or vars(module).get("_packed")
+        if isinstance(product, FrozenProduct):
+            assert source_of(product.weight) is None
 
 
 @needs_bf16

@@ -215,6 +215,8 @@ def _pack(model, precision: str, keep_weights: bool) -> None:
         kind = "bf16" if is_head else precision
         product = FrozenProduct(weight, bias, transposed, kind)
         product.install(module)
+        if keep_weights and product.packed.taken is None:
+            weight.sync()  # packed from its file, and still to be read
         # Another variant than plain LoRA may read the weight in its forward pass, unless it is
         # folded into a copy now, while the weight is not rounded.
         runs_itself = (

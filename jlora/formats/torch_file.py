@@ -350,7 +350,8 @@ def _zip_values(path: Path, state: tuple, member: str, dtype: np.dtype) -> np.nd
             values = np.frombuffer(archive.read(member), dtype)
     except OSError as error:
         raise os_error("read", path, error) from error
-    except (zipfile.BadZipFile, KeyError) as error:  # a wrong checksum, too
+    # A wrong checksum, a flag or a form of compression that zipfile lacks: each has its own error.
+    except Exception as error:
         raise damaged(path, error) from error
     check_unchanged(path, state)
     return values

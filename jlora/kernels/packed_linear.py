@@ -23,7 +23,7 @@ from jlora.kernels.native import (
 )
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt
-from jlora.system.unread import source_of
+from jlora.system.unread import source_of, values
 
 LINE = 64  # bytes; packed weights begin on a line of the cache
 PIECE = 32 << 20  # bytes
@@ -130,9 +130,11 @@ class PackedWeight:
             sizes = (self.n, self.k)
             call("pack_blocks", None, rows.ctypes.data, *form, begin, self.address, *sizes)
             return
-        values = np.ascontiguousarray(weight.data)  # no copy of Jittor's memory
+        # Jittor's memory itself, or the file's numbers without a copy in Jittor's memory.
+        given = weight.data if source_of(weight) is None else values(weight)
+        numbers = np.ascontiguousarray(given)
         sizes = (self.n, self.k, KINDS[kind], transposed)
-        call("pack_weight", None, values.ctypes.data, begin, self.address, *sizes)
+        call("pack_weight", None, numbers.ctypes.data, begin, self.address, *sizes)
 
     def __del__(self, retire=retire):  # bound here: at Python's exit the module is emptied first
         if hasattr(self, "address"):
