@@ -134,13 +134,13 @@ def commit() -> str:
 
 def torch_memory() -> float | None:
     """MB that importing torch takes; the wheel for graphics cards brings much that is not used."""
-    code = (
-        "import torch, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
-    )
+    code = "import torch; from benchmarks.sides import peak_mb; print(peak_mb())"
     command = [str(PYTHON["peft"]), "-W", "ignore", "-c", code]
     if missing("peft"):
         return None
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return float(
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    )
 
 
 def head(isa: str, arguments: list[str]) -> dict:

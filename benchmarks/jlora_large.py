@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import resource
 import time
 
 import psutil
+
+from benchmarks.sides import peak_mb
 
 
 def make(spec: dict):
@@ -21,7 +22,7 @@ def make(spec: dict):
     said = {
         "load_seconds": time.perf_counter() - started,
         "loaded_mb": psutil.Process().memory_info().rss / 2**20,
-        "load_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "load_peak_mb": peak_mb(),
     }
     update = updates(model, spec)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import work
-from benchmarks.sides import ROOT
+from benchmarks.sides import ROOT, peak_mb
 from jlora.system.machine import cpu_model, processors
 
 E2E_ROWS = 42_061  # of its training split
@@ -118,7 +117,7 @@ def report(chosen, seconds: list[float], resident: list[float]) -> None:
             f"{start + 1:>6}-{start + len(own):<5} {statistics.mean(own):8.3f} "
             f"{statistics.median(own):9.3f} {resident[start + len(own) - 1]:12.0f}"
         )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_mb()
     epochs = 5 * -(-E2E_ROWS // chosen.rows) * statistics.mean(seconds) / 3600
     print(f"peak {peak:.0f} MB; five epochs of E2E at the mean pace: {epochs:.2f} hours")
     chosen.out.mkdir(parents=True, exist_ok=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 import time
 
 import numpy as np
 import psutil
 
-from benchmarks.sides import gpu_megabytes
+from benchmarks.sides import gpu_megabytes, peak_mb
 
 
 def make(spec: dict):
@@ -30,7 +29,7 @@ def make(spec: dict):
     said = {
         "load_seconds": time.perf_counter() - started,
         "loaded_mb": psutil.Process().memory_info().rss / 2**20,
-        "load_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "load_peak_mb": peak_mb(),
     }
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings)).train().to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]

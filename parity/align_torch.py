@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
+from benchmarks.sides import peak_mb
 from parity.training import mean_loss
 
 
@@ -33,7 +33,7 @@ def main(out: Path, name: str) -> None:
     config.lora_dropout = settings["dropout"] if name == "on" else 0.0
     model = PeftModel.from_pretrained(base, out / "start", is_trainable=True, config=config)
     train(model, settings, inputs, folder)
-    trained_mb = megabytes()
+    trained_mb = peak_mb()
     model.save_pretrained(folder / "adapter")
     model.eval()
     valid_loss = validation_loss(model, settings, inputs)
@@ -133,10 +133,6 @@ def answer(model, settings: dict, inputs: dict[str, np.ndarray], path: Path) -> 
         print(f"{path.parent.name}: {len(texts)} of {len(order)} inputs answered", flush=True)
     lines = [json.dumps(texts[row], ensure_ascii=False) + "\n" for row in range(len(order))]
     replace(path, "".join(lines))
-
-
-def megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def save(path: Path, state: dict) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from jlora.system import cgroup, machine
 
+ROOT = Path(__file__).resolve().parents[1]
 GIB = 1 << 30
 MEMINFO = "MemTotal: 16777216 kB\nMemFree: 1048576 kB\nMemAvailable: 4194304 kB\n"
 V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
@@ -38,6 +43,24 @@ def v2(own: str, groups: dict[str, dict[str, str]], mounts: str = V2) -> dict[st
         for name, text in values.items():
             files[f"sys/fs/cgroup{group}/{name}"] = f"{text}\n"
     return files
+
+
+@pytest.mark.parametrize(
+    "module, name, unit",
+    [("jlora.system.machine", "peak_memory", 1), ("benchmarks.sides", "peak_mb", 1 << 20)],
+)
+def test_peak_memory_is_that_of_the_process_alone(module, name, unit):
+    here = bytearray(b"x") * (256 << 20)
+    for own in (0, 160):
+        code = f"from {module} import {name}; x = bytearray(b'x') * ({own} << 20); print({name}())"
+        child = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+        )
+        assert own << 20 < float(child.stdout) * unit < own + 80 << 20 < len(here)
+
+
+def test_peak_memory_where_proc_does_not_tell(tree):
+    assert machine.peak_memory(tree({})) > 0.9 * machine.peak_memory()
 
 
 def test_a_machine_without_limits(tree):

@@ -38,7 +38,7 @@ def describe() -> dict[str, Any]:
         "memory_bytes": machine.memory_limit(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": machine.peak_memory(),
     }
     for package in PACKAGES:
         try:
@@ -147,13 +147,3 @@ def command_line() -> str:
 def _utc(seconds: float) -> str:
     """``2026-01-31T12:00:00+00:00``"""
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
-
-
-def peak_memory() -> int | None:
-    """The peak memory of this process in bytes; None if the system does not report it."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -159,7 +159,7 @@ def memory_limit(root: Path = Path("/")) -> int:
     Args:
         root: the folder with /proc and /sys; tests use another one.
     """
-    total = _meminfo(root, "MemTotal", "total")
+    total = _memory(root, "MemTotal", "total")
     return min(total, cgroup.memory_limit(root) or total)
 
 
@@ -168,21 +168,43 @@ def available_memory(root: Path = Path("/")) -> int:
 
     Memory of file caches counts as available.
     """
-    available = _meminfo(root, "MemAvailable", "available")
+    available = _memory(root, "MemAvailable", "available")
     left = cgroup.memory_left(root)
     return available if left is None else min(available, left)
 
 
-def _meminfo(root: Path, key: str, otherwise: str) -> int:
-    """A value of /proc/meminfo in bytes; without that file, psutil's value ``other``."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in (root / "proc/meminfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name == key:
-                return int(value.split()[0]) * 1024  # "16384256 kB"
+def peak_memory(root: Path = Path("/")) -> int | None:
+    """The largest resident memory of this process in bytes; None: the system does not report it."""
+    # Linux's ru_maxrss is at least that of the program which started this one.
+    peak = _kilobytes(root / "proc/self/status", "VmHWM")
+    if peak is not None:
+        return peak
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found if sys.platform == "darwin" else found * 1024
+
+
+def _memory(root: Path, key: str, otherwise: str) -> int:
+    """A value of /proc/meminfo in bytes; without that file, psutil's value ``otherwise``."""
+    found = _kilobytes(root / "proc/meminfo", key)
+    if found is not None:
+        return found
     import psutil
 
     return getattr(psutil.virtual_memory(), otherwise)
+
+
+def _kilobytes(path: Path, key: str) -> int | None:
+    """The bytes in a line such as ``MemTotal: 16384256 kB``."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in path.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == key:
+                return int(value.split()[0]) * 1024
+    return None
 
 
 def usable_memory(processes: int = 1) -> int:
