@@ -58,6 +58,11 @@ function usedAvx512() {
     return found;
 }
 
+// The largest resident memory of this process alone, see `peak_mb` of sides.py.
+function peakMb() {
+    return Number(fs.readFileSync("/proc/self/status", "utf8").match(/VmHWM:\s*(\d+) kB/)[1]) / 1024;
+}
+
 for await (const line of readline.createInterface({input: process.stdin})) {
     const [, command, args] = line.match(/^(\w+) ?(.*)$/);
     let said = {};
@@ -66,7 +71,7 @@ for await (const line of readline.createInterface({input: process.stdin})) {
         const extra = await round(JSON.parse(args || "{}"));
         said = {
             seconds: (performance.now() - started) / 1000,
-            peak_mb: process.resourceUsage().maxRSS / 1024,
+            peak_mb: peakMb(),
             extra: {...extra, avx512: usedAvx512()},
         };
     }

@@ -31,6 +31,7 @@ from jlora.system import machine
 from jlora.system.errors import UserError
 from jlora.system.progress import progress
 from jlora.system.runtime import jt, nn, release_memory
+from jlora.system.unread import source_of
 
 PRECISIONS = ("plain", "fp32", "bf16", "int8", "int8-both", "int4")
 
@@ -235,7 +236,8 @@ def _pack(model, precision: str, keep_weights: bool) -> None:
 def _to_pack(model) -> list:
     """The modules that multiply by a weight of their own, in the order to pack them.
 
-    The head first: the largest weight in float32 then stands beside as little as can be.
+    The head, which is largest, comes first while it is still in its file, so that its float32
+    numbers stand beside as little as can be. A head in memory comes last, when the others are gone.
     """
     head = getattr(model, "output_embedding", None)
     head_layer = getattr(model, "head_layer", None)
@@ -249,7 +251,7 @@ def _to_pack(model) -> list:
                 heads.append(module)
             elif module.weight is not head:  # models give it to LanguageHead, and call no layer
                 others.append(module)
-    return heads + others
+    return others + heads if head is None or source_of(head) is None else heads + others
 
 
 def _release(model, product: FrozenProduct, module) -> None:
