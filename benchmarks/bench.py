@@ -128,8 +128,9 @@ def code() -> str:
 
 
 def commit() -> str:
-    """The commit, with + where the tree differs from it."""
-    return git(ROOT, "rev-parse", "--short", "HEAD") + "+" * bool(git(ROOT, "status", "--short"))
+    """The commit, with + where a file of it differs."""
+    changed = git(ROOT, "status", "--short", "--untracked-files=no")
+    return git(ROOT, "rev-parse", "--short", "HEAD") + "+" * bool(changed)
 
 
 def torch_memory() -> float | None:
