@@ -241,7 +241,8 @@ def _to_pack(model) -> list:
     """
     head = getattr(model, "output_embedding", None)
     head_layer = getattr(model, "head_layer", None)
-    heads, others = [], []
+    heads: list[nn.Module] = []
+    others: list[nn.Module] = []
     for module in model.modules():
         if type(module) is LanguageHead:
             if head_layer is None:  # else the layer is called in its place
