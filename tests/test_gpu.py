@@ -35,7 +35,7 @@ EMULATOR = Path(__file__).parent / "cuda_emulator"
 def emulator(tmp_path_factory) -> Path:
     library = tmp_path_factory.mktemp("cuda") / "operators.so"
     options = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-fPIC", "-shared", "-w"]
-    options += ["-DJLORA_CUDA_EMULATOR", f"-I{EMULATOR}", "-x", "c++"]
+    options += ["-DJLORA_CUDA_EMULATOR", f"-I{EMULATOR}", f"-I{EMULATOR / 'jlora'}", "-x", "c++"]
     command = [machine.compiler(), *options, str(gpu_library.SOURCE), "-o", str(library)]
     subprocess.run(command, check=True)
     return library

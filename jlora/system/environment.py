@@ -120,8 +120,9 @@ def jittor_variables() -> dict[str, str]:
     if toolkit is not None:
         # Downloads, all of them: faster transpositions, and sums over several cards.
         defaults.update(use_cutt="0", use_nccl="0", conv_opt=str(int(not toolkit.has_cudnn)))
-        cache = Path.home() / ".cache" / "jittor" / "jlora-cuda"
-        defaults["nvcc_path"] = str(cuda_toolkit.set_up(toolkit, cache))
+        if "nvcc_path" not in os.environ:  # else the user's, or that of the jlora that started this
+            cache = Path.home() / ".cache" / "jittor" / "jlora-cuda"
+            defaults["nvcc_path"] = str(cuda_toolkit.set_up(toolkit, cache))
     elif not (Path.home() / ".cache" / "jittor" / "jtcuda").is_dir():
         # An empty path also keeps Jittor from downloading gigabytes of CUDA by itself.
         defaults["nvcc_path"] = ""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
+import sys
+import types
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 
+from jlora.system.errors import UserError
 from jlora.system.runtime import jt
 
 
@@ -36,7 +41,7 @@ class _Reader:
 
     def __call__(self, numpy, data) -> None:
         if self.source is not None:
-            data["outputs"][0][...] = self.source.read()
+            _fill(data["outputs"][0], self.source.read())
             self.end()
 
     def end(self) -> None:
@@ -44,6 +49,30 @@ class _Reader:
         self.waiting.pop(self._number, None)
         if not self.waiting:
             jt.flags.use_threading = 0
+
+
+def _fill(output: Any, values: np.ndarray) -> None:
+    """Give what Jittor has made room for its values: on a GPU in the card's memory."""
+    if not jt.flags.use_cuda:
+        output[...] = values
+        return
+    values = np.ascontiguousarray(values, np.float32)
+    if not isinstance(output, np.ndarray):
+        output.set(values)  # CuPy's
+        return
+    pointers = map(ctypes.c_void_p, (output.ctypes.data, values.ctypes.data))
+    to_card = 1  # cudaMemcpyHostToDevice, of the library that Jittor has loaded
+    code = ctypes.CDLL(None).cudaMemcpy(*pointers, ctypes.c_size_t(values.nbytes), to_card)
+    if code:
+        raise UserError(f"a weight could not be copied to the GPU (CUDA error {code})")
+
+
+def _stand_in_for_cupy() -> None:
+    """On a GPU Jittor imports CuPy for `jt.numpy_code`; without it the arrays are NumPy's, of the
+    card's addresses, which is all that `_fill` needs.
+    """
+    if "cupy" not in sys.modules and importlib.util.find_spec("cupy") is None:
+        sys.modules["cupy"] = types.ModuleType("cupy", "A stand-in of jlora's, for Jittor alone.")
 
 
 class _Call:
@@ -66,6 +95,8 @@ def unread(source: Source) -> jt.Var:
     Args:
         source: its ``read`` gives them; errors come to whoever asks.
     """
+    if jt.has_cuda:
+        _stand_in_for_cupy()
     reader = _Reader(source)
     call = _Call(reader)
     var = jt.numpy_code(tuple(source.shape), "float32", [], lambda *arguments: call(*arguments))

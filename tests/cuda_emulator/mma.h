@@ -1,6 +1,6 @@
 // Products of 16 x 16 tiles: here every thread of a warp has the whole tile.
 #pragma once
-#include "cuda_bf16.h"
+#include <cuda_bf16.h>
 namespace nvcuda::wmma {
 struct matrix_a {};
 struct matrix_b {};
