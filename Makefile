@@ -27,7 +27,7 @@ JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all test-threads parity align llamacpp lm-eval golden bench docs docs-check gpu-check \
-	gpu-inputs gpu-wheels gpu-compile arm-check lint types dist install clean
+	gpu-inputs gpu-wheels gpu-compile gpu-rehearsal arm-check lint types dist install clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -102,15 +102,15 @@ gpu-inputs: $(STAMP)
 gpu-wheels: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu_wheels runs/gpu/wheels --python $(GPU_PYTHON)
 
-# The CUDA operators for three kinds of cards by NVIDIA's compiler from PyPI; no card is needed.
-gpu-compile: $(STAMP)
-	$(PYTHON) -m venv .venv-cuda
-	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check \
-	  'nvidia-cuda-nvcc==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-nvvm==13.0.*' \
-	  'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-cccl==13.0.*' 'nvidia-cublas==13.1.*' \
-	  'nvidia-curand==10.4.0.*'
+# The CUDA operators for three kinds of cards by NVIDIA's compiler; no card is needed. With
+# ARGS="--rehearsed runs/gpu/rehearsal/compiled.jsonl" also those that Jittor made in a rehearsal.
+gpu-compile: $(STAMP) .venv-cuda/.installed
 	PYTHONPATH=$$(echo .venv-cuda/lib/python*/site-packages) \
-	  $(BIN)/python -m benchmarks.gpu_compile 80 89 90
+	  $(BIN)/python -m benchmarks.gpu_compile 80 89 90 $(ARGS)
+
+# The check of a card on an emulated one, all of Jittor included: some ten minutes.
+gpu-rehearsal: $(STAMP) .venv-cuda/.installed
+	$(BIN)/python -m benchmarks.gpu_rehearsal $(ARGS)
 
 # The kernels on an emulated Arm, in three versions of its instructions.
 arm-check: $(STAMP)
@@ -173,7 +173,7 @@ $(LM_EVAL_STAMP): parity/lm-eval-requirements.txt
 	$(LM_EVAL)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-# The environments of the benchmarks' peers.
+# The environments of the benchmarks' peers, and CUDA's.
 .venv-%/.installed: benchmarks/requirements/%.txt
 	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -r $< > .venv-$*/install.log 2>&1

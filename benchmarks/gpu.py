@@ -21,7 +21,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +32,40 @@ from benchmarks.sides import ROOT, Side, problems_of, start, stop, take_turns
 INPUTS = ROOT / "runs" / "gpu" / "inputs"
 #: Limit of each in seconds; what they took or should take is in docs/gpu.md.
 STAGES = {
-    "compile": 200, "twins": 90, "fixtures": 130, "epochs": 70, "decode": 140, "train": 200,
+    "compile": 200, "twins": 90, "fixtures": 200, "epochs": 70, "decode": 140, "train": 200,
 }  # fmt: skip
 #: Largest relative difference allowed: of float32 results, and of gradients in bf16.
 FLOAT32, BF16 = 1e-4, 2e-2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is computed; `REHEARSAL` is for a card that is emulated.
+
+    Attributes:
+        configs: of the models that are trained; the first one decodes, too.
+        even: rows and tokens of the batches of equal rows.
+        rows: of E2E's batches.
+        steps: of training beside the peer; `epoch_steps` is how many the five epochs are told from.
+        inputs, beams, new_tokens: of decoding.
+    """
+
+    configs: dict[str, dict]
+    even: tuple[int, int] = (8, 512)
+    rows: int = 8
+    steps: int = 50
+    epoch_steps: int = 200
+    inputs: int = 64
+    beams: int = 10
+    new_tokens: int = 64
+
+
+FULL = Sizes({name: work.MODELS[name] for name in ("gpt2-medium", "gpt2-small")})
+_SMALL = {**work.MODELS["gpt2-small"], "n_embd": 64, "n_layer": 2, "n_head": 2}
+REHEARSAL = Sizes(
+    {"gpt2-medium": _SMALL}, even=(2, 40), rows=2, steps=3, epoch_steps=4, inputs=3, beams=2,
+    new_tokens=4,
+)  # fmt: skip
 
 
 def main() -> None:
@@ -48,9 +78,11 @@ def main() -> None:
     options.add_argument("--limit", type=float, help="of --stage: where it stands after so long")
     options.add_argument("--seconds", type=float, default=560, help="of all stages together")
     options.add_argument("--torch-path", help="PYTHONPATH of the processes of PyTorch")
+    options.add_argument("--rehearsal", action="store_true", help="small, for an emulated card")
     chosen = options.parse_args()
+    chosen.sizes = REHEARSAL if chosen.rehearsal else FULL
     if chosen.prepare:
-        prepare(chosen.inputs)
+        prepare(chosen.inputs, chosen.sizes)
     elif chosen.stage:
         sides.PYTHON.update(jlora=Path(sys.executable), peft=Path(sys.executable))
         if chosen.limit is not None:
@@ -87,6 +119,7 @@ def run_stages(chosen: argparse.Namespace) -> None:
             command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", "--stage", stage]
             command += ["--out", str(chosen.out), "--inputs", str(chosen.inputs)]
             command += ["--limit", str(limit - 2)]
+            command += ["--rehearsal"] * chosen.rehearsal
             if chosen.torch_path is not None:
                 command += ["--torch-path", chosen.torch_path]
             started = time.monotonic()
@@ -133,18 +166,19 @@ def run_limited(command: Sequence[str], limit: float, say: Callable[[str], None]
     return ended
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, sizes: Sizes) -> None:
     """Write what the stages read besides the code: batches and prompts of E2E."""
     from benchmarks.decoding import make_spec
 
     folder.mkdir(parents=True, exist_ok=True)
     data = Path(os.environ.get("JLORA_DATA", ROOT.parent / "shared" / "data"))
-    work.e2e_batches(folder / "e2e-8.npz", data, "gpt2-medium", 8, 200)
-    work.even_batches(folder / "8x512.npz", 50257, 8, 512)
+    work.e2e_batches(folder / "e2e.npz", data, "gpt2-medium", sizes.rows, sizes.epoch_steps)
+    work.even_batches(folder / "even.npz", work.GPT2["vocab_size"], *sizes.even)
     options = argparse.Namespace(
-        model="gpt2-medium", adapter=None, beams=10, new_tokens=64, rank_up_to=None
-    )
-    spec = make_spec(options, folder / "prompts.json")
+        model="gpt2-medium", adapter=None, beams=sizes.beams, new_tokens=sizes.new_tokens,
+        rank_up_to=None,
+    )  # fmt: skip
+    spec = {**make_spec(options, folder / "prompts.json"), "config": sizes.configs["gpt2-medium"]}
     (folder / "decode.json").write_text(json.dumps(spec))
     for name, (config, lora) in TWINS.items():
         loss, gradients, states, best, _ = computed(config, dict(lora), "plain")
@@ -303,7 +337,7 @@ def run_sides(
     spec = {**spec, "device": "cuda", "precision": "bf16"}
     ours = Side("jlora bf16", f"jlora_{module}", "jlora", spec)
     theirs = Side(peer, f"torch_{module}", "peft", spec, variables=path)
-    for side in (ours, theirs):
+    for side in (ours,) if chosen.rehearsal else (ours, theirs):
         started = time.monotonic()
         start([side])
         take_turns([side], 1, warmup)
@@ -322,39 +356,47 @@ def run_sides(
             continue
         ratio = f", ratio {side.median / ours.median:.2f}" if ours.problem is None else ""
         memory = f", {side.extra['gpu_mb']:.0f} MB of the card" if "gpu_mb" in side.extra else ""
-        print(
-            f"  {side.name:20} {1000 * side.median / inputs:9.2f} ms{memory}{ratio}",
-            flush=True,
-        )
+        print(f"  {side.name:20} {1000 * side.median / inputs:9.2f} ms{memory}{ratio}", flush=True)
 
 
 def stage_train(chosen: argparse.Namespace) -> None:
-    """50 training steps of each side; batches of E2E have another length at each step."""
-    for model, batch in (
-        ("gpt2-medium", "8x512"),
-        ("gpt2-medium", "e2e-8"),
-        ("gpt2-small", "e2e-8"),
-    ):
-        print(f"{model}, {batch}, 50 steps each:", flush=True)
-        spec = {
-            "config": work.MODELS[model], "lora": work.lora_settings(model),
-            "batches": str(chosen.inputs / f"{batch}.npz"), "label_smoothing": 0.1,
-        }  # fmt: skip
-        run_sides(chosen, "train", spec, "PEFT bf16", rounds=50, warmup=6, inputs=1)
+    """Training steps of each side; batches of E2E have another length at each step."""
+    sizes = chosen.sizes
+    shapes = {"even": f"{sizes.even[0]} x {sizes.even[1]} tokens", "e2e": f"E2E, {sizes.rows} rows"}
+    pairs = [("gpt2-medium", "even"), *((model, "e2e") for model in sizes.configs)]
+    for model, batch in pairs:
+        print(f"{model}, {shapes[batch]}, {sizes.steps} steps each:", flush=True)
+        spec = training_spec(chosen, model, batch)
+        run_sides(chosen, "train", spec, "PEFT bf16", rounds=sizes.steps, warmup=6, inputs=1)
+
+
+def training_spec(chosen: argparse.Namespace, model: str, batch: str) -> dict:
+    return {
+        "config": chosen.sizes.configs[model], "lora": work.lora_settings(model),
+        "batches": str(chosen.inputs / f"{batch}.npz"), "label_smoothing": 0.1, "device": "cuda",
+        "precision": "bf16",
+    }  # fmt: skip
 
 
 def stage_decode(chosen: argparse.Namespace) -> None:
-    """Steps by their parts; beam search, 10 beams, 64 tokens, of 64 inputs at a time."""
+    """Steps by their parts; beam search of many inputs at a time."""
     from jlora.system.runtime import use_gpu
 
     use_gpu(True)
-    step_times(work.MODELS["gpt2-medium"], "bf16", inputs=64, beams=10, steps=20)
-    print("gpt2-medium, 64 inputs at a time, 10 beams, 64 tokens; for each input:", flush=True)
+    sizes = chosen.sizes
+    inputs, beams = sizes.inputs, sizes.beams
+    step_times(sizes.configs["gpt2-medium"], "bf16", inputs=inputs, beams=beams, steps=20)
+    print(
+        f"gpt2-medium, {inputs} inputs at a time, {beams} beams, {sizes.new_tokens} tokens; for "
+        "each input:",
+        flush=True,
+    )
     spec = json.loads((chosen.inputs / "decode.json").read_text())
     spec.update(
-        prompts=str(chosen.inputs / "prompts.json"), batch_size=64, inputs=64, early_stopping=False
-    )
-    run_sides(chosen, "decode", spec, "transformers bf16", rounds=2, warmup=1, inputs=64)
+        prompts=str(chosen.inputs / "prompts.json"), batch_size=inputs, inputs=inputs,
+        early_stopping=False,
+    )  # fmt: skip
+    run_sides(chosen, "decode", spec, "transformers bf16", rounds=2, warmup=1, inputs=inputs)
 
 
 def step_times(config: dict, precision: str, inputs: int, beams: int, steps: int) -> None:
@@ -393,23 +435,19 @@ def step_times(config: dict, precision: str, inputs: int, beams: int, steps: int
 
 
 def stage_epochs(chosen: argparse.Namespace) -> None:
-    """Five epochs of E2E with GPT-2 medium, from 200 steps of its batches."""
+    """Five epochs of E2E with GPT-2 medium, from some hundred steps of its batches."""
     from benchmarks import jlora_train
 
-    spec = {
-        "config": work.MODELS["gpt2-medium"], "lora": work.lora_settings("gpt2-medium"),
-        "batches": str(chosen.inputs / "e2e-8.npz"), "label_smoothing": 0.1, "device": "cuda",
-        "precision": "bf16",
-    }  # fmt: skip
-    step = jlora_train.make(spec)
+    step = jlora_train.make(training_spec(chosen, "gpt2-medium", "e2e"))
     for _ in range(5):
         step()
     started = time.monotonic()
     losses = []
-    steps = 5 * 42061 / 8  # E2E's training rows
-    for done in range(1, 201):
+    wanted = chosen.sizes.epoch_steps
+    steps = 5 * 42061 / chosen.sizes.rows  # E2E's training rows
+    for done in range(1, wanted + 1):
         losses.append(step()["loss"])
-        if done % 50 == 0:
+        if done % (wanted // 4) == 0:
             each = (time.monotonic() - started) / done
             print(
                 f"{done} steps: {1000 * each:.1f} ms each, loss {losses[0]:.3f} to "
@@ -440,13 +478,17 @@ def stage_fixtures(chosen: argparse.Namespace) -> None:
     """Stored results of loralib, transformers and PEFT against Jittor's float32 on the card."""
     from safetensors.numpy import load_file
 
-    from jlora.system.runtime import use_gpu
+    from jlora.system.runtime import jt, use_gpu
     from parity.case import compare
     from parity.files import INPUTS as ARRAYS
     from parity.files import topic_module
     from parity.golden import FIXTURES, golden_cases, reference_file
 
     use_gpu(True)
+
+    def operators() -> int:
+        return len(list(Path(jt.flags.cache_path).glob("jit/*.so")))
+
     with tempfile.TemporaryDirectory() as scratch, float32_is_plain():
         for topic in ("models", "adapters", "training", "layers", "families"):
             zipfile.ZipFile(FIXTURES / f"{topic}.zip").extractall(Path(scratch) / topic)
@@ -455,7 +497,7 @@ def stage_fixtures(chosen: argparse.Namespace) -> None:
             for case in cases:
                 case = replace(case, tolerance=max(case.tolerance, FLOAT32))
                 print(f"  {topic} {case.name}: ", end="", flush=True)  # the one that hangs is named
-                started = time.monotonic()
+                started, before = time.monotonic(), operators()
                 folder = Path(scratch) / topic / case.name
                 try:
                     found = function(case, load_file(folder / ARRAYS), folder)
@@ -467,7 +509,8 @@ def stage_fixtures(chosen: argparse.Namespace) -> None:
                     passed += outcome.passed
                 except Exception as error:
                     word = f"FAILED: {type(error).__name__}: {str(error)[:300]}"
-                print(f"{word} ({time.monotonic() - started:.0f} s)", flush=True)
+                seconds, new = time.monotonic() - started, operators() - before
+                print(f"{word} ({seconds:.0f} s, {new} new operators)", flush=True)
             print(f"{topic}: {passed} of {len(cases)} passed", flush=True)
 
 

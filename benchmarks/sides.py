@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 import re
 import statistics
@@ -223,9 +224,12 @@ def with_arguments(side: Side, **arguments) -> Side:
 
 
 def gpu_megabytes() -> float:
-    """Memory of the card in use, of all programs together."""
+    """Memory of the card in use, of all programs together; NaN where nvidia-smi does not say."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return float(subprocess.run(command, capture_output=True, text=True).stdout.split()[0])
+    try:
+        return float(subprocess.run(command, capture_output=True, text=True).stdout.split()[0])
+    except (OSError, ValueError, IndexError):
+        return math.nan
 
 
 def peak_mb() -> float:

@@ -24,7 +24,7 @@ from jlora.engine.blocks import BLOCKS
 from jlora.kernels import elementwise, gpu_library, native, packed_linear
 from jlora.kernels.topk import Draw, log_softmax_topk_numpy
 from jlora.models.hub import build_model
-from jlora.system import cuda_toolkit, machine, runtime
+from jlora.system import cuda_toolkit, environment, machine, runtime
 from jlora.system.runtime import jt
 from jlora.training.loop import batch_loss
 
@@ -367,6 +367,22 @@ def test_nvcc_gets_flags_that_it_knows(tmp_path: Path):
     ]  # fmt: skip
 
 
+def test_a_jlora_started_by_another_takes_its_toolkit(tmp_path: Path, monkeypatch):
+    """Which is in its environment; of the links to it no second folder of links is made."""
+    monkeypatch.setattr(machine, "gpu_problem", lambda: None)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(cuda_toolkit, "_compilers", lambda: iter([str(found.nvcc)]))
+    monkeypatch.delenv("nvcc_path", raising=False)
+    found = toolkit(tmp_path / "cuda")
+    nvcc = environment.jittor_variables()["nvcc_path"]
+    assert nvcc.startswith(str(tmp_path / ".cache"))
+    monkeypatch.setattr(cuda_toolkit, "_compilers", lambda: iter([nvcc]))
+    monkeypatch.setenv("nvcc_path", nvcc)
+    variables = environment.jittor_variables()
+    assert "nvcc_path" not in variables and variables["conv_opt"] == "1"
+    assert len(list((tmp_path / ".cache" / "jittor" / "jlora-cuda").iterdir())) == 1
+
+
 def test_parts_that_are_missing_are_named(tmp_path: Path, monkeypatch):
     found = toolkit(tmp_path / "cuda")
     (tmp_path / "cuda" / "include" / "curand.h").unlink()
@@ -381,7 +397,16 @@ def test_parts_that_are_missing_are_named(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(cuda_toolkit, "find", lambda: None)
     assert "no CUDA compiler" in machine.gpu_problem()
     # Only what `find` looks for helps; Jittor's own download is nowhere in it.
-    assert "pip install nvidia-cuda-nvcc" in doctor._gpu().fix
+    assert "pip install nvidia-cuda-nvcc" in doctor._gpu(True).fix
+
+
+def test_the_doctor_says_where_jittor_was_compiled_without_cuda(monkeypatch):
+    monkeypatch.setattr(machine, "gpu_problem", lambda: None)
+    monkeypatch.setattr(runtime.jt, "has_cuda", False)
+    found = doctor._gpu(True)
+    assert not found.ok and "did not compile for CUDA: the CPU is used" in found.detail
+    assert re.search(r"rm /.*/jlora-\*\.json; the next start tries again", found.fix)
+    assert list(Path(found.fix.split()[1]).parent.glob("jlora-*.json"))
 
 
 def test_packages_of_nvidia_are_a_toolkit(tmp_path: Path, monkeypatch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +21,7 @@ from jlora.engine.products import FrozenProduct, PackedOnly
 from jlora.formats import safetensors_file
 from jlora.formats.safetensors_file import write_safetensors
 from jlora.models.hub import load
+from jlora.system import unread as unread_module
 from jlora.system.errors import UserError
 from jlora.system.runtime import jt
 from jlora.system.unread import is_waiting, source_of, unread
@@ -141,3 +144,40 @@ def test_a_file_that_changes_before_it_is_read_is_refused(folder):
     write_safetensors(folder / "model.safetensors", gpt2_tensors())
     with pytest.raises(UserError, match="it was changed while it was being read; load it again"):
         model(jt.array([[1, 2, 3]])).numpy()
+
+
+class Card:
+    """Stands for CUDA's library, whose memory is memory."""
+
+    def __init__(self, code: int):
+        self.code, self.kinds = code, []
+
+    def cudaMemcpy(self, to, source, size, kind):
+        self.kinds.append(kind)
+        ctypes.memmove(to, source, size.value)
+        return self.code
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_on_a_gpu_values_are_copied_to_its_memory(monkeypatch, code):
+    card, flags = Card(code), SimpleNamespace(use_cuda=1)
+    monkeypatch.setattr(unread_module, "jt", SimpleNamespace(flags=flags))
+    monkeypatch.setattr(unread_module.ctypes, "CDLL", lambda name: card)
+    values, output = np.arange(6, dtype=np.float64).reshape(2, 3).T, np.zeros((3, 2), np.float32)
+    if code:
+        with pytest.raises(UserError, match=r"could not be copied to the GPU \(CUDA error 2\)"):
+            unread_module._fill(output, values)
+    else:
+        unread_module._fill(output, values)
+        np.testing.assert_array_equal(output, values)
+    assert card.kinds == [1]
+
+
+def test_cupy_is_replaced_only_where_it_is_not_installed(monkeypatch):
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.setattr(unread_module.importlib.util, "find_spec", lambda name: object())
+    unread_module._stand_in_for_cupy()
+    assert "cupy" not in sys.modules
+    monkeypatch.setattr(unread_module.importlib.util, "find_spec", lambda name: None)
+    unread_module._stand_in_for_cupy()
+    assert "of jlora's" in sys.modules.pop("cupy").__doc__

@@ -53,7 +53,8 @@ def checks() -> list[Check]:
         jittor = _jittor()
     else:
         jittor = Check("Jittor", False, "not tried: it needs what is missing above")
-    return [*found, jittor, _onednn(jittor.ok), _precision(jittor.ok), _java(), _gpu(), _mpi()]
+    works = jittor.ok
+    return [*found, jittor, _onednn(works), _precision(works), _java(), _gpu(works), _mpi()]
 
 
 def _compiler() -> Check:
@@ -235,8 +236,17 @@ def _java() -> Check:
         return Check("Java", False, f"{error}", f"{fix}, or {command}" if command else fix)
 
 
-def _gpu() -> Check:
+def _gpu(jittor_works: bool) -> Check:
     problem = machine.gpu_problem()
+    if problem is None and jittor_works and not runtime.jt.has_cuda:
+        stamps = Path(sys.modules["jittor_utils"].cache_path) / "jlora-*.json"
+        return Check(
+            "GPU",
+            False,
+            "an NVIDIA GPU and nvcc, but Jittor did not compile for CUDA: the CPU is used",
+            f"rm {stamps}; the next start tries again and says what fails",
+            required=False,
+        )
     if problem is None:
         return Check("GPU", True, f"NVIDIA, nvcc at {cuda_toolkit.find().nvcc}", required=False)
     fix = ""

@@ -96,7 +96,8 @@ def _compile(stamp: Path, ours: set[str], verbose: bool) -> dict[str, str]:
     if output is not None and os.environ.get("nvcc_path") and "nvcc_path" in ours:
         why = cause(output)
         print(
-            f"jlora: warning: Jittor does not work with CUDA here ({why}); using the CPU",
+            f"jlora: warning: Jittor does not work with CUDA here ({why}); using the CPU from now "
+            "on (`jlora doctor` says how to try again)",
             file=sys.stderr,
         )
         overrides["nvcc_path"] = ""
