@@ -365,9 +365,33 @@ def stage_train(chosen: argparse.Namespace) -> None:
     shapes = {"even": f"{sizes.even[0]} x {sizes.even[1]} tokens", "e2e": f"E2E, {sizes.rows} rows"}
     pairs = [("gpt2-medium", "even"), *((model, "e2e") for model in sizes.configs)]
     for model, batch in pairs:
-        print(f"{model}, {shapes[batch]}, {sizes.steps} steps each:", flush=True)
         spec = training_spec(chosen, model, batch)
+        print(
+            f"{model}, {shapes[batch]}, {sizes.steps} steps each; estimated: "
+            f"{estimated_mb(spec):.0f} MB of the card",
+            flush=True,
+        )
         run_sides(chosen, "train", spec, "PEFT bf16", rounds=sizes.steps, warmup=6, inputs=1)
+
+
+def estimated_mb(spec: dict) -> float:
+    """What `jlora estimate` would say of this training, in MiB."""
+    from jlora.models.hub import Outline, build_model
+    from jlora.runs.memory_check import on_card
+    from jlora.runs.memory_estimate import Texts, estimate
+    from jlora.runs.recipe import make_recipe
+
+    batches = np.load(spec["batches"])
+    numbers = range(int(batches["count"]))
+    lengths = np.concatenate([batches[f"lengths{i}"] for i in numbers]).tolist()
+    targets = np.concatenate([batches[f"mask{i}"].sum(1) for i in numbers]).astype(int).tolist()
+    settings = {"lora": spec["lora"], "precision": spec["precision"], "model": "any"}
+    settings["train"] = {"batch_size": len(lengths) // len(numbers)}
+    model = build_model(spec["config"])
+    model.name_or_path = "any"
+    texts = Texts(lengths, targets, 0, [1], 0)
+    found = estimate(make_recipe(settings, "the check"), Outline(model, None), texts)
+    return on_card(found).total("train") / 2**20
 
 
 def training_spec(chosen: argparse.Namespace, model: str, batch: str) -> dict:

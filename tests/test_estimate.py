@@ -344,6 +344,30 @@ def test_data_that_are_not_at_hand_are_taken_as_the_longest(recipe_file, tmp_pat
     assert said["batch_tokens"] == 16 * 512
 
 
+def test_on_a_gpu_its_own_memory_counts(recipe_file, tmp_path, capsys, monkeypatch):
+    limited(monkeypatch, 1 << 20)  # the machine's, which is not asked for
+    monkeypatch.setattr(pipeline, "load", lambda name: pytest.fail("the weights were read"))
+    monkeypatch.setattr(memory_check, "on_gpu", lambda: True)
+    monkeypatch.setattr(memory_check.machine, "free_gpu_memory", lambda: 8 << 30)
+    arguments = [recipe_file, "--set", "precision=bf16"]
+    assert main(["estimate", *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "the GPU has 8.00 GiB free" in text and text.endswith("It fits.\n")
+    main(["estimate", *arguments, "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert set(said["stages"]) == {"train", "decode"}
+    for parts in said["stages"].values():
+        assert parts["CUDA"] == memory_check.CARD and "weights" in parts
+        assert not {"process", "data", "Java"} & set(parts)
+    monkeypatch.setattr(memory_check.machine, "free_gpu_memory", lambda: memory_check.CARD)
+    assert main(["run", *arguments, "--out", str(tmp_path / "run")]) == 2
+    refused = capsys.readouterr().err
+    assert "and the GPU has 1.00 GiB free" in refused and "precision" not in refused
+    monkeypatch.setattr(memory_check.machine, "free_gpu_memory", lambda: None)
+    assert main(["estimate", *arguments]) == 0
+    assert "nvidia-smi does not say" in capsys.readouterr().out
+
+
 def test_advice_by_stage(monkeypatch):
     recipe = recipe_of(precision="bf16", decode={"batch_size": 8, "num_beams": 4})
     seen = found(precision="bf16")

@@ -1,7 +1,10 @@
-"""Does a run fit this machine? `jlora estimate`, and the check before a run's weights are read."""
+"""Does a run fit this machine, or its GPU? `jlora estimate`, and the check before a run's weights
+are read.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,6 +22,10 @@ from jlora.system.distributed import world
 from jlora.system.errors import UserError
 
 GIB = 1 << 30
+#: What CUDA, cuBLAS and Jittor take of a card besides the run's own arrays, about.
+CARD = GIB
+#: Parts of an estimate that are in the processor's memory alone; a GPU's weights come by the piece.
+_NOT_ON_CARD = ("process", "data", "checkpoint", "Java")
 #: A change of settings that lowers a stage's memory: ``KEY=VALUE`` for --set, as many as it takes.
 Change = tuple[str, ...]
 
@@ -59,11 +66,25 @@ def assumed_texts(recipe: Recipe) -> Texts:
 
 
 def estimate_recipe(recipe: Recipe, texts: Texts) -> Estimate:
-    """`estimate` of a recipe whose data are known."""
+    """`estimate` of a recipe whose data are known; on a GPU, of what it holds."""
     task = get_task(recipe.data.task)
     names = recipe.data.metrics or task.metrics
     java = not task.choices and any(find_metric(name).meteor for name in names)
-    return estimate(recipe, outline(recipe.model), texts, java)
+    found = estimate(recipe, outline(recipe.model), texts, java)
+    return on_card(found) if on_gpu() else found
+
+
+def on_card(found: Estimate) -> Estimate:
+    """What of a run's memory is a GPU's."""
+    stages = {
+        stage: {
+            "CUDA": CARD,
+            **{part: size for part, size in parts.items() if part not in _NOT_ON_CARD},
+        }
+        for stage, parts in found.stages.items()
+        if stage in ("train", "decode")
+    }
+    return replace(found, stages=stages)
 
 
 def changes(recipe: Recipe, found: Estimate) -> Iterator[tuple[Change, Recipe]]:
@@ -85,7 +106,7 @@ def changes(recipe: Recipe, found: Estimate) -> Iterator[tuple[Change, Recipe]]:
             (f"decode.batch_size={batch}",),
             replace(recipe, decode=replace(decode, batch_size=batch)),
         )
-    if found.precision == "bf16":
+    if found.precision == "bf16" and not on_gpu():
         yield ("precision=int8",), replace(recipe, precision="int8")
     if found.precision in ("int8", "int8-both"):
         yield ("precision=int4",), replace(recipe, precision="int4")
@@ -140,11 +161,11 @@ def check_fits(recipe: Recipe, data: RunData) -> None:
     Raises:
         UserError: it does not, with the settings that would make it fit.
     """
-    if on_gpu():
-        _check_card(recipe, data)
-        return
     here = world()
-    limit = machine.usable_memory(here.local_size)
+    where = "the GPU" if on_gpu() else "this machine"
+    limit = machine.free_gpu_memory() if on_gpu() else machine.usable_memory(here.local_size)
+    if limit is None:
+        return
     share = -(-recipe.train.batch_size // here.size)
     recipe = replace(recipe, train=replace(recipe.train, batch_size=share))
     texts = texts_of(data)
@@ -155,33 +176,9 @@ def check_fits(recipe: Recipe, data: RunData) -> None:
     advice = way_out(found, advise(recipe, texts, limit), limit)
     raise UserError(
         f"this run takes about {gigabytes(found.peak)} of memory{each} (to {found.peak_stage}), "
-        f"and this machine has {gigabytes(limit)} free{each}; {advice}. "
+        f"and {where} has {gigabytes(limit)} free{each}; {advice}. "
         "`jlora estimate` shows the parts; --no-memory-check runs it all the same"
     )
-
-
-#: What CUDA, cuBLAS and Jittor take of a card besides the run's own arrays, about.
-CARD = GIB
-
-
-def _check_card(recipe: Recipe, data: RunData) -> None:
-    """The same for a GPU, by the parts that the estimate has for a processor: training alone.
-
-    Raises:
-        UserError: the run does not fit the card.
-    """
-    limit = machine.free_gpu_memory()
-    if limit is None:
-        return
-    texts = texts_of(data)
-    found = estimate_recipe(recipe, texts)
-    needed = found.total("train") + CARD
-    if needed > limit:
-        raise UserError(
-            f"this run takes about {gigabytes(needed)} of the GPU's memory, of which "
-            f"{gigabytes(limit)} is free; lower train.batch_size and raise "
-            "train.grad_accumulation. --no-memory-check runs it all the same"
-        )
 
 
 def gigabytes(size: int) -> str:
@@ -206,9 +203,21 @@ def _cell(size: int | None) -> str:
     return "" if size is None else f"{size / MIB:,.0f}"
 
 
+def _room() -> tuple[str, int]:
+    """The memory that there is, in words, and how much of it a run may take."""
+    if not on_gpu():
+        limit, free = machine.memory_limit(), machine.available_memory()
+        return f"this machine has {gigabytes(limit)}, {gigabytes(free)} of it free", limit
+    card = machine.free_gpu_memory()
+    if card is None:
+        return "nvidia-smi does not say what the GPU has", sys.maxsize
+    return f"the GPU has {gigabytes(card)} free", card
+
+
 def report(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     """What `jlora estimate` says: as text, and as JSON."""
-    limit, assumed = machine.memory_limit(), None
+    room, limit = _room()
+    assumed = None
     try:
         texts = measure_texts(recipe)
     except UserError as error:
@@ -222,8 +231,7 @@ def report(recipe: Recipe) -> tuple[str, dict[str, Any]]:
         )
     lines.append(
         f"precision {found.precision}; largest batch {found.batch.tokens:,} tokens. Peak "
-        f"{gigabytes(found.peak)}, to {found.peak_stage}; this machine has {gigabytes(limit)}, "
-        f"{gigabytes(machine.available_memory())} of it free."
+        f"{gigabytes(found.peak)}, to {found.peak_stage}; {room}."
     )
     fits = found.peak <= limit
     for settings, smaller in steps:
