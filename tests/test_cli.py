@@ -119,6 +119,30 @@ def test_what_argparse_refuses(argv, capsys):
     assert "error: " in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("jittors", "said"),
+    [
+        ("[f log.cc:608] Check failed Run cmd failed: g++ x.cc", "a compiler failed"),
+        ("Error happend during compilation:\n [Error] source", "a compiler failed"),
+        ("*****\nGPU memory is overflow, please reduce", "the GPU's memory ran out; lower train."),
+        ("[Reason]: the GPU failed in the card's memory: out of memory", "the GPU's memory ran"),
+    ],
+)
+def test_jittors_errors_that_a_user_can_do_something_about(jittors, said, monkeypatch, capsys):
+    def fails(arguments):
+        raise RuntimeError(jittors)
+
+    monkeypatch.setattr("jlora.cli.setup.run_doctor", fails)
+    assert main(["doctor"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("jlora: error: ") and said in line
+    with pytest.raises(RuntimeError):
+        main(["doctor", "-v"])
+    jittors = "Wrong inputs arguments"
+    with pytest.raises(RuntimeError, match="Wrong inputs"):
+        main(["doctor"])
+
+
 def test_options_stand_for_settings(tmp_path):
     recipe, run = recipe_of(
         "finetune", "--model", "m", "--data", str(tmp_path), "--task", "jsonl", "--rank", "3",

@@ -57,18 +57,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         drop_output()
         return fail(os_error("use", error.filename or "the standard output", error))
     except RuntimeError as error:
-        if arguments.verbose or "cmd failed" not in str(error):
+        meaning = meaning_of(error)
+        if arguments.verbose or meaning is None:
             distributed.world().abort(traceback.format_exc(), 1)
             raise
-        return fail(
-            UserError(
-                "the C++ compiler failed on an operator, most often because memory ran out; free "
-                "some; -v shows its output"
-            )
-        )
+        return fail(UserError(f"{meaning}; -v shows Jittor's message"))
     except Exception:
         distributed.world().abort(traceback.format_exc(), 1)
         raise
+
+
+_COMPILER = "a compiler failed on an operator, most often because memory ran out; free some"
+_CARD = (
+    "the GPU's memory ran out; lower train.batch_size and raise train.grad_accumulation, set "
+    "checkpoint_activations=true, or to generate lower decode.batch_size; nvidia-smi shows what "
+    "other programs hold"
+)
+#: What is in Jittor's message -> what the user can do.
+MEANINGS = {
+    "cmd failed": _COMPILER,
+    "Error happend during compilation": _COMPILER,
+    "GPU memory is overflow": _CARD,
+    "Unable to alloc cuda device memory": _CARD,
+    "the GPU failed in the card's memory": _CARD,  # of an operator of jlora's
+}
+
+
+def meaning_of(error: RuntimeError) -> str | None:
+    """What an error of Jittor's says to the user; None if only a traceback helps."""
+    text = str(error)
+    return next((meaning for sign, meaning in MEANINGS.items() if sign in text), None)
 
 
 def fail(error: UserError) -> int:

@@ -25,22 +25,24 @@ constexpr size_t all = (size_t)64 << 30, page = 4096;
 struct Card {
     std::recursive_mutex alone;  // kernels and copies run one after the other
     char* memory;
-    size_t used = 0, open = 0;
+    size_t used = 0, held = 0, most = all, open = 0;  // held: without what was given back
     std::map<void*, size_t> sizes;
     std::multimap<size_t, void*> freed;
     Card() {
         memory = (char*)mmap(nullptr, all, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) std::abort();
+        if (const char* mib = std::getenv("EMULATED_CARD_MIB")) most = (size_t)std::atoll(mib) << 20;
     }
     void* allocate(size_t bytes) {
         const std::lock_guard<std::recursive_mutex> lock(alone);
         bytes = std::max<size_t>((bytes + page - 1) / page * page, page);
+        if (held + bytes > most) return nullptr;
         void* found = nullptr;
         auto place = freed.find(bytes);
         if (place != freed.end()) found = place->second, freed.erase(place);
         else if (used + bytes <= all) found = memory + used, used += bytes;
         else return nullptr;
-        sizes[found] = bytes;
+        sizes[found] = bytes, held += bytes;
         return found;
     }
     bool free(void* at) {
@@ -48,7 +50,7 @@ struct Card {
         auto found = sizes.find(at);
         if (found == sizes.end()) return false;
         madvise(at, found->second, MADV_DONTNEED);
-        freed.emplace(found->second, at);
+        freed.emplace(found->second, at), held -= found->second;
         sizes.erase(found);
         return true;
     }
@@ -89,7 +91,7 @@ cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* to, int) {
     std::memset(to, 0, sizeof *to);
     std::snprintf(to->name, sizeof to->name, "this processor");
-    to->major = 9, to->multiProcessorCount = 16, to->totalGlobalMem = all, to->warpSize = 32;
+    to->major = 9, to->multiProcessorCount = 16, to->totalGlobalMem = card().most, to->warpSize = 32;
     to->maxThreadsPerBlock = 1024, to->maxThreadsPerMultiProcessor = 2048;
     return cudaSuccess;
 }
@@ -101,7 +103,7 @@ const char* cudaGetErrorName(cudaError_t error) { return error ? "an emulated er
 const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
 
 cudaError_t cudaMemGetInfo(size_t* left, size_t* total) {
-    *total = all, *left = all - card().used;
+    *total = card().most, *left = card().most - card().held;
     return cudaSuccess;
 }
 cudaError_t cudaMalloc(void** at, size_t bytes) {
