@@ -180,6 +180,7 @@ def prepare(folder: Path, sizes: Sizes) -> None:
     )  # fmt: skip
     spec = {**make_spec(options, folder / "prompts.json"), "config": sizes.configs["gpt2-medium"]}
     (folder / "decode.json").write_text(json.dumps(spec))
+    np.savez(folder / "packed.npz", **packed_weights())
     for name, (config, lora) in TWINS.items():
         loss, gradients, states, best, _ = computed(config, dict(lora), "plain")
         arrays = {"loss": loss, "states": states, "best": best}
@@ -246,6 +247,22 @@ def stage_twins(chosen: argparse.Namespace) -> None:
             flush=True,
         )
         print(f"  {compare_words(*made)}", flush=True)
+    processors = np.load(chosen.inputs / "packed.npz")
+    for kind, kept in packed_weights().items():
+        far = relative(kept, processors[kind])
+        word = "passed" if far < FLOAT32 else "FAILED"
+        print(f"{kind} weights differ from the processor's by {far:.1e} ({word})", flush=True)
+
+
+def packed_weights() -> dict[str, np.ndarray]:
+    """What is kept of a weight in fewer bits, by precision."""
+    from jlora.kernels.packed_linear import PackedWeight
+    from jlora.system.runtime import jt
+
+    weight = np.random.default_rng(0).standard_normal((300, 512)).astype("f")
+    weight *= np.geomspace(1e-6, 9, 300, dtype="f")[:, None]
+    kinds = ("int8", "int4")
+    return {kind: PackedWeight(jt.array(weight), False, kind).unpack(False) for kind in kinds}
 
 
 def compare_words(model, decoder) -> str:
@@ -335,9 +352,12 @@ def run_sides(
     """
     path = {} if chosen.torch_path is None else {"PYTHONPATH": chosen.torch_path}
     spec = {**spec, "device": "cuda", "precision": "bf16"}
-    ours = Side("jlora bf16", f"jlora_{module}", "jlora", spec)
+    ours, less = (
+        Side(f"jlora {p}", f"jlora_{module}", "jlora", {**spec, "precision": p})
+        for p in ("bf16", "int4")
+    )
     theirs = Side(peer, f"torch_{module}", "peft", spec, variables=path)
-    for side in (ours,) if chosen.rehearsal else (ours, theirs):
+    for side in (ours, less) if chosen.rehearsal else (ours, theirs, less):
         started = time.monotonic()
         start([side])
         take_turns([side], 1, warmup)
@@ -409,7 +429,9 @@ def stage_decode(chosen: argparse.Namespace) -> None:
     use_gpu(True)
     sizes = chosen.sizes
     inputs, beams = sizes.inputs, sizes.beams
-    step_times(sizes.configs["gpt2-medium"], "bf16", inputs=inputs, beams=beams, steps=20)
+    for precision in ("bf16", "int4"):
+        print(f"{precision}: ", end="")
+        step_times(sizes.configs["gpt2-medium"], precision, inputs=inputs, beams=beams, steps=20)
     print(
         f"gpt2-medium, {inputs} inputs at a time, {beams} beams, {sizes.new_tokens} tokens; for "
         "each input:",

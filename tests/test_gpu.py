@@ -13,6 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, quants
+from needs import needs_products
+from tiny_models import round_bf16
 
 from jlora import LoraConfig, UserError, engine, get_peft_model
 from jlora.cli import doctor
@@ -21,11 +24,13 @@ from jlora.decoding.decoder import Decoder
 from jlora.decoding.native_decoder import NativeDecoder
 from jlora.decoding.native_weights import native_model
 from jlora.engine.blocks import BLOCKS
+from jlora.formats.lazy import Blocks, LazyArray
 from jlora.kernels import elementwise, gpu_library, native, packed_linear
 from jlora.kernels.topk import Draw, log_softmax_topk_numpy
 from jlora.models.hub import build_model
 from jlora.system import cuda_toolkit, environment, machine, runtime
 from jlora.system.runtime import jt
+from jlora.system.unread import unread
 from jlora.training.loop import batch_loss
 
 EMULATOR = Path(__file__).parent / "cuda_emulator"
@@ -280,12 +285,98 @@ def test_packed_weights_come_back_rounded(gpu):
         np.testing.assert_allclose(packed.unpack(transposed), weight, rtol=2**-8)
 
 
-def test_only_bf16_and_plain_are_there(gpu):
+FEWER_BITS = [pytest.param(k, marks=needs_products(k)) for k in ("int8", "int4")]
+
+
+def hard_rows(n: int, k: int) -> np.ndarray:
+    """Rows that are hard to round: far numbers, tiny ones, equal ones, zeros, one that is NaN."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((n, k)) * np.geomspace(1e-7, 30, n)[:, None]
+    weight[3], weight[4, :40], weight[5, 7] = 0, 0.5, 90 * weight[5].std()
+    weight[6] = rng.choice([-0.25, 0.25, 0.5], k)
+    weight[7, 50] = np.nan
+    return weight.astype("f")
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("kind", FEWER_BITS)
+def test_weights_in_fewer_bits_are_the_processors(kind, transposed, emulator, monkeypatch):
+    weight = hard_rows(32, 96)
+    found = []
+    for library in (None, emulator):
+        monkeypatch.setattr(gpu_library, "emulated", library)
+        given = jt.array(weight.T.copy() if transposed else weight)
+        packed = packed_linear.PackedWeight(given, transposed, kind)
+        kept = packed.unpack(transposed)
+        found.append(kept.T if transposed else kept)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6, atol=1e-12)
+    assert np.isnan(found[1][7]).any() and np.isfinite(np.delete(found[1], 7, 0)).all()
+    # The last packed weight is the card's.
+    x, dy = (np.random.default_rng(1).standard_normal((5, w)).astype("f") for w in (96, 32))
+    kept = round_bf16(found[1][8:])
+    y = packed(jt.array(x)).numpy()[:, 8:]
+    np.testing.assert_allclose(y, round_bf16(x) @ kept.T, rtol=1e-4, atol=1e-4)
+
+
+@needs_products("int4")
+@pytest.mark.parametrize("kind", packed_linear.FORMS)
+def test_a_gguf_files_blocks_are_taken_as_the_processor_takes_them(kind, emulator, monkeypatch):
+    rng = np.random.default_rng(0)
+    if kind == "Q4_K":  # any bytes, with scales of a usual size
+        rows = rng.integers(0, 256, (9, 2, 144), np.uint8)
+        rows[..., :4] = (rng.random((9, 2, 2)) / 64).astype(np.float16).view(np.uint8)
+        rows = rows.reshape(9, -1)
+    else:
+        rows = quants.quantize(hard_rows(9, 512)[:7], GGMLQuantizationType[kind])
+    source = LazyArray((len(rows), 512), "f", None, Blocks(kind, lambda: rows))
+    found = []
+    for library in (None, emulator):
+        monkeypatch.setattr(gpu_library, "emulated", library)
+        packed = packed_linear.PackedWeight(unread(source), False, "int4")
+        assert packed.taken == kind
+        found.append(packed.unpack(False))
+    np.testing.assert_array_equal(found[1], found[0])
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_models_in_fewer_bits_compute_with_the_numbers_kept(name, precision, emulator, monkeypatch):
+    """Against the plain layers with these numbers, which `restore` gives back."""
+    config, lora = CASES[name]
+    monkeypatch.setattr(gpu_library, "emulated", emulator)
+    model = make(config, lora)
+    assert engine.prepare(model, precision, keep_weights=False) == precision
+    found, fast = loss_and_gradients(model)
+    assert len(plans_of(model)) == 2 and None not in plans_of(model)
+    model.eval()
+    decoder = NativeDecoder(native_model(model), model)
+    with jt.no_grad():
+        decoder.enter([[1, 2, 3, 4, 5, 6, 7], [7, 8, 9]])
+        decoder.advance(np.array([0, 0, 1]), np.array([4, 5, 6]))
+    states = np.array(decoder.hidden)
+    model.train()
+    engine.restore(model)
+    monkeypatch.setattr(gpu_library, "emulated", None)
+    loss, gradients = loss_and_gradients(model)
+    assert found == pytest.approx(loss, rel=2e-3)
+    for name, gradient in gradients.items():
+        assert relative(fast[name], gradient) < 3e-2, name
+    model.eval()
+    plain = Decoder(model)
+    with jt.no_grad():
+        plain.enter([[1, 2, 3, 4, 5, 6, 7], [7, 8, 9]])
+        plain.advance(np.array([0, 0, 1]), np.array([4, 5, 6]))
+    assert relative(states, np.array(plain.hidden)) < 2e-2
+
+
+def test_what_the_card_has_not_is_refused(gpu):
     model = make(*CASES["gpt2"])
-    with pytest.raises(UserError, match="on a GPU use bf16 or plain"):
-        engine.prepare(model, "int8")
-    with pytest.raises(UserError, match="no bf16 product of 24 by 41"):
-        packed_linear.PackedWeight(jt.zeros((24, 41)), False)
+    for precision in ("fp32", "int8-both"):
+        with pytest.raises(UserError, match="on a GPU use bf16, int8, int4 or plain"):
+            engine.prepare(model, precision)
+    for kind, columns in (("bf16", 41), ("int8", 41), ("int4", 40)):
+        with pytest.raises(UserError, match=f"no {kind} product of 24 by {columns}"):
+            packed_linear.PackedWeight(jt.zeros((24, columns)), False, kind)
 
 
 def test_what_fails_on_the_card_is_one_line(gpu):

@@ -81,7 +81,8 @@ def prepare(
             bits a number, scales included, and multiplies as int8 does; "fp32" fuses what stands
             between the products and keeps every number float32; "plain" changes nothing; "auto" is
             `choose_precision`. A GGUF file's own blocks of 4 bits are taken over by "int4" as they
-            are, see `taken_forms`.
+            are, see `taken_forms`. On a GPU all of these multiply in bf16, and what is kept in
+            fewer bits becomes bf16 for each product.
         keep_weights: False lets go of the float32 weights that were packed, which saves two thirds
             of the memory; `restore` and merging give them back to the precision kept.
         checkpoint_activations: compute each block's forward pass again in the backward pass instead
@@ -171,8 +172,10 @@ def restore(model) -> None:
 
 
 def _check(model, precision: str) -> None:
-    if on_gpu() and precision != "bf16":
-        raise UserError(f"precision {precision} is for CPUs; on a GPU use bf16 or plain")
+    if on_gpu() and precision in ("fp32", "int8-both"):
+        raise UserError(
+            f"precision {precision} is for CPUs; on a GPU use bf16, int8, int4 or plain"
+        )
     problem = native.problem()
     if problem is not None:
         raise UserError(f"precision {precision} is not to be had: {problem}")

@@ -106,7 +106,7 @@ def changes(recipe: Recipe, found: Estimate) -> Iterator[tuple[Change, Recipe]]:
             (f"decode.batch_size={batch}",),
             replace(recipe, decode=replace(decode, batch_size=batch)),
         )
-    if found.precision == "bf16" and not on_gpu():
+    if found.precision == "bf16":
         yield ("precision=int8",), replace(recipe, precision="int8")
     if found.precision in ("int8", "int8-both"):
         yield ("precision=int4",), replace(recipe, precision="int4")

@@ -8,9 +8,11 @@
 #include <cuda_runtime.h>
 #include <mma.h>
 #include <algorithm>
+#include <cfloat>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 #include "../native.h"
 
@@ -57,6 +59,9 @@ inline void launch(void (*kernel)(Takes...), dim3 blocks, int threads, size_t sh
     check(cudaGetLastError(), "a kernel");
 }
 inline int blocks_for(int64_t items, int64_t each) { return (int)((items + each - 1) / each); }
+// A thread for each of `count` items.
+constexpr int each_threads = 256;
+#define JLORA_EACH(kernel, count, ...) launch(kernel, dim3(blocks_for(count, each_threads)), each_threads, 0, __VA_ARGS__)
 
 // Memory of the card that is used again from call to call and only grows.
 template <typename T>

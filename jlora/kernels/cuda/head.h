@@ -1,6 +1,5 @@
 // The language-model head: losses with their gradient, and the likeliest words of each row.
 #pragma once
-#include <cfloat>
 #include "product.h"
 #include "rows.h"
 

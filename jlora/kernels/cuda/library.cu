@@ -31,24 +31,30 @@ extern "C" void gpu_copy(void* to, const void* from, int64_t bytes, int64_t back
     copy(to, from, bytes, back ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice, "a copy");
 }
 
-// Packed weights: (n, k) in bf16; kind 0 alone.
-extern "C" int64_t packed_bytes(int64_t n, int64_t k, int64_t kind) { return kind == 0 && k % 8 == 0 ? n * k * 2 : 0; }
-extern "C" void pack_weight(const float* w, char* memory, Weight* out, int64_t n, int64_t k, int64_t, int64_t transposed) {
+extern "C" int64_t packed_bytes(int64_t n, int64_t k, int64_t kind) { return bytes_of(n, k, kind); }
+extern "C" void pack_weight(const float* w, char* memory, Weight* out, int64_t n, int64_t k, int64_t kind, int64_t transposed) {
     const std::lock_guard<std::mutex> alone(running);
     Scratch<float> plain;  // not kept: the largest weight, in float32, has gigabytes
-    *out = {(bf16*)memory, n, k, 0, nullptr, 0};
-    JLORA_EACH(pack_kernel, n * k, to_card(plain, w, n * k), out->tiles, n, k, transposed != 0);
+    *out = weight_in(memory, n, k, kind);
+    const Plain from{to_card(plain, w, n * k), n, k, transposed != 0};
+    if (kind == int4_kind) JLORA_EACH(pack_int4_kernel, n * k / group, from, *out);
+    else launch(kind == int8_kind ? pack_int8_kernel : pack_bf16_kernel, dim3(n), each_threads, 0, from, *out);
     plain.free();
+}
+extern "C" void pack_blocks(const uint8_t* blocks, int64_t stride, int64_t form, char* memory, Weight* out, int64_t n, int64_t k) {
+    const std::lock_guard<std::mutex> alone(running);
+    Scratch<uint8_t> rows;
+    *out = weight_in(memory, n, k, int4_kind);
+    JLORA_EACH(take_blocks_kernel, n * k / group, to_card(rows, blocks, n * stride), stride, form, *out);
+    rows.free();
 }
 extern "C" void unpack_weight(const Weight* w, float* out, int64_t transposed) {
     const std::lock_guard<std::mutex> alone(running);
-    std::vector<uint16_t> packed(w->n * w->k);
-    copy(packed.data(), w->tiles, packed.size() * 2, cudaMemcpyDeviceToHost, "a copy");
-    for (int64_t i = 0; i < w->n; i++)
-        for (int64_t j = 0; j < w->k; j++) {
-            const uint32_t bits = (uint32_t)packed[i * w->k + j] << 16;
-            std::copy_n((const char*)&bits, 4, (char*)(out + (transposed ? j * w->n + i : i * w->k + j)));
-        }
+    Scratch<float> plain;
+    float* there = plain.of(w->n * w->k);
+    launch(unpack_kernel, dim3(w->n), each_threads, 0, *w, there, transposed != 0);
+    copy(out, there, w->n * w->k * sizeof(float), cudaMemcpyDeviceToHost, "a copy");
+    plain.free();
 }
 static const Weight& weight_at(const int64_t* integer) { return *(const Weight*)(uintptr_t)integer[0]; }
 

@@ -1,16 +1,8 @@
 // Matrix products by cuBLAS: operands in bf16, sums in float32.
 #pragma once
-#include "gpu.h"
+#include "weights.h"
 
 namespace jlora {
-// A frozen weight (n, k) in bf16; mirrored in structs.py as Weight.
-struct Weight {
-    bf16* tiles;  // (n, k) on the card
-    int64_t n, k, stride;
-    const float* scales;
-    int64_t kind;
-};
-
 inline cublasHandle_t cublas() {
     static cublasHandle_t handle = [] {
         cublasHandle_t made = nullptr;
@@ -46,5 +38,12 @@ inline void product(const Matrix<A>& a, bool turn_a, const Matrix<B>& b, bool tu
         a.data, type_of(a.data), (int)a.stride, &keep, y.data, type_of(y.data), (int)y.stride,
         CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT), "a matrix product");
 }
-inline Matrix<bf16> matrix_of(const Weight& w) { return {w.tiles, w.n, w.k}; }
+// In bf16; of a weight in fewer bits until the next one is asked for.
+inline Matrix<bf16> matrix_of(const Weight& w) {
+    static Scratch<bf16> memory;
+    if (w.kind == bf16_kind) return {(bf16*)w.tiles, w.n, w.k};
+    bf16* widened = memory.of(w.n * w.k);
+    launch(widen_kernel, dim3(w.n), each_threads, 0, w, widened);
+    return {widened, w.n, w.k};
+}
 }  // namespace jlora

@@ -135,18 +135,12 @@ inline void norm_gradients(const float* x, const Norm& norm, double eps, const f
     launch(column_sums_kernel<float>, dim3(blocks_for(C, 32)), 256, 0, dy, x, norm, (float)eps, moments, dw, db, rows, C);
 }
 
-constexpr int each_threads = 256;
 __global__ void round_kernel(const float* x, bf16* y, int64_t n) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) y[i] = bf16(x[i]);
 }
 inline void round(const float* x, bf16* y, int64_t n) {
     launch(round_kernel, dim3(blocks_for(n, each_threads)), each_threads, 0, x, y, n);
-}
-// x (n, k) stored so, or (k, n) where `turned`, to y (n, k)
-__global__ void pack_kernel(const float* x, bf16* y, int64_t n, int64_t k, bool turned) {
-    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n * k) y[i] = bf16(turned ? x[i % k * n + i / k] : x[i]);
 }
 // y = x where the dropout keeps it
 template <typename X>
@@ -226,5 +220,4 @@ __global__ void activate_back_kernel(const float* dactive, const bf16* kept, bf1
     }
     dkept[at] = bf16(dactive[i] * slope);
 }
-#define JLORA_EACH(kernel, count, ...) launch(kernel, dim3(blocks_for(count, each_threads)), each_threads, 0, __VA_ARGS__)
 }  // namespace jlora
