@@ -173,11 +173,17 @@ def test_on_a_gpu_values_are_copied_to_its_memory(monkeypatch, code):
     assert card.kinds == [1]
 
 
-def test_cupy_is_replaced_only_where_it_is_not_installed(monkeypatch):
+def test_cupy_is_replaced_where_jittor_has_found_none(monkeypatch):
+    """One that is installed and cannot be imported is none."""
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
-    monkeypatch.setattr(unread_module.importlib.util, "find_spec", lambda name: object())
-    unread_module._stand_in_for_cupy()
+    unread_module._stand_in_for_cupy(True)
     assert "cupy" not in sys.modules
-    monkeypatch.setattr(unread_module.importlib.util, "find_spec", lambda name: None)
-    unread_module._stand_in_for_cupy()
+    unread_module._stand_in_for_cupy(False)
     assert "of jlora's" in sys.modules.pop("cupy").__doc__
+
+
+def test_arrays_of_cupy_are_set(monkeypatch):
+    monkeypatch.setattr(unread_module, "jt", SimpleNamespace(flags=SimpleNamespace(use_cuda=1)))
+    given = []
+    unread_module._fill(SimpleNamespace(set=given.append), np.arange(3))
+    assert given[0].dtype == np.float32 and given[0].tolist() == [0, 1, 2]

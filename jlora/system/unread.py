@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
+import importlib
 import sys
 import types
 from collections.abc import Callable
@@ -67,11 +67,11 @@ def _fill(output: Any, values: np.ndarray) -> None:
         raise UserError(f"a weight could not be copied to the GPU (CUDA error {code})")
 
 
-def _stand_in_for_cupy() -> None:
-    """On a GPU Jittor imports CuPy for `jt.numpy_code`; without it the arrays are NumPy's, of the
-    card's addresses, which is all that `_fill` needs.
+def _stand_in_for_cupy(has_cupy: bool) -> None:
+    """On a GPU Jittor imports CuPy for `jt.numpy_code`. Where it has found none that works, the
+    arrays are NumPy's, of the card's addresses, which is all that `_fill` needs.
     """
-    if "cupy" not in sys.modules and importlib.util.find_spec("cupy") is None:
+    if "cupy" not in sys.modules and not has_cupy:
         sys.modules["cupy"] = types.ModuleType("cupy", "A stand-in of jlora's, for Jittor alone.")
 
 
@@ -96,7 +96,7 @@ def unread(source: Source) -> jt.Var:
         source: its ``read`` gives them; errors come to whoever asks.
     """
     if jt.has_cuda:
-        _stand_in_for_cupy()
+        _stand_in_for_cupy(importlib.import_module("jittor.init_cupy").has_cupy)
     reader = _Reader(source)
     call = _Call(reader)
     var = jt.numpy_code(tuple(source.shape), "float32", [], lambda *arguments: call(*arguments))
