@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_models import tiny_gpt2
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_exact, gpu_speed
 from jlora import UserError, engine
 from jlora.decoding.decoder import decoder_of
 
@@ -40,7 +40,7 @@ def test_words_of_a_decoder_are_compared(monkeypatch):
     model.eval()
     decoder = decoder_of(model)
     decoder.enter([[1, 2, 3], [4, 5]])
-    assert gpu.compare_words(model, decoder).count("100.0% the same") == 2
+    assert gpu_exact.compare_words(model, decoder).count("100.0% the same") == 2
     best = decoder.best
 
     def wrong(*arguments, **named):
@@ -48,7 +48,7 @@ def test_words_of_a_decoder_are_compared(monkeypatch):
         return values + 1, ids
 
     monkeypatch.setattr(decoder, "best", wrong)
-    assert "FAILED" in gpu.compare_words(model, decoder)
+    assert "FAILED" in gpu_exact.compare_words(model, decoder)
 
 
 def test_stored_cases_run_where_there_is_no_fp32(monkeypatch):
@@ -59,14 +59,14 @@ def test_stored_cases_run_where_there_is_no_fp32(monkeypatch):
     arrays["lengths"] = np.array([9, 7])
     with pytest.raises(UserError, match="fp32 is for CPUs"):
         our_logits(model, arrays)
-    with gpu.float32_is_plain():
+    with gpu_exact.float32_is_plain():
         found = our_logits(model, arrays)
     np.testing.assert_array_equal(found["logits, fused"], found["logits"])
 
 
 def test_a_step_is_timed_by_its_parts(capsys):
     config = {**GPT2, "n_embd": 32, "n_layer": 1, "n_head": 1}
-    gpu.step_times(config, "fp32", inputs=2, beams=3, steps=2)
+    gpu_speed.step_times(config, "fp32", inputs=2, beams=3, steps=2)
     assert "a step of 6 rows: layers" in capsys.readouterr().out
 
 

@@ -338,8 +338,15 @@ def test_a_gguf_files_blocks_are_taken_as_the_processor_takes_them(kind, emulato
     np.testing.assert_array_equal(found[1], found[0])
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("gpt2", "int4"),
+        pytest.param("gpt2", "int8", marks=pytest.mark.slow),
+        pytest.param("llama", "int4", marks=pytest.mark.slow),
+        ("llama", "int8"),
+    ],
+)
 def test_models_in_fewer_bits_compute_with_the_numbers_kept(name, precision, emulator, monkeypatch):
     """Against the plain layers with these numbers, which `restore` gives back."""
     config, lora = CASES[name]
