@@ -55,9 +55,9 @@ class Sizes:
 
 
 FULL = Sizes({name: work.MODELS[name] for name in ("gpt2-medium", "gpt2-small")})
-_SMALL = {**work.MODELS["gpt2-small"], "n_embd": 64, "n_layer": 2, "n_head": 2}
+_SMALL = {**work.MODELS["gpt2-small"], "n_embd": 64, "n_layer": 1, "n_head": 2}
 REHEARSAL = Sizes(
-    {"gpt2-medium": _SMALL}, even=(2, 40), rows=2, steps=3, epoch_steps=4, inputs=3, beams=2,
+    {"gpt2-medium": _SMALL}, even=(2, 40), rows=1, steps=2, epoch_steps=4, inputs=2, beams=2,
     new_tokens=4,
 )  # fmt: skip
 

@@ -33,7 +33,15 @@ def train(chosen: argparse.Namespace) -> None:
             f"{estimated_mb(spec):.0f} MB of the card",
             flush=True,
         )
-        run_sides(chosen, "train", spec, "PEFT bf16", rounds=sizes.steps, warmup=6, inputs=1)
+        run_sides(
+            chosen,
+            "train",
+            spec,
+            "PEFT bf16",
+            rounds=sizes.steps,
+            warmup=min(6, sizes.steps),
+            inputs=1,
+        )
 
 
 def training_spec(chosen: argparse.Namespace, model: str, batch: str) -> dict:
