@@ -18,6 +18,8 @@ from pathlib import Path
 from benchmarks.gpu import STAGES
 from benchmarks.sides import ROOT
 from jlora.system import machine
+from jlora.system.environment import jittor_variables
+from jlora.system.operator_compiler import FLAGS
 
 EMULATOR = ROOT / "tests" / "cuda_emulator"
 OUT = ROOT / "runs" / "gpu" / "rehearsal"
@@ -114,8 +116,9 @@ def environment(folder: Path, packages: Path) -> dict[str, str]:
         folder: of `make_toolkit`.
         packages: where CUDA's headers are, as Python's packages.
     """
+    ours = {*jittor_variables(), *FLAGS, "log_silent"}  # set if this process has imported Jittor
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name not in ours},
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "LD_LIBRARY_PATH": str(folder / "lib64"),
         "PYTHONPATH": f"{folder / 'python'}:{packages}",

@@ -478,6 +478,8 @@ def test_a_jlora_started_by_another_takes_its_toolkit(tmp_path: Path, monkeypatc
     monkeypatch.setenv("nvcc_path", nvcc)
     variables = environment.jittor_variables()
     assert "nvcc_path" not in variables and variables["conv_opt"] == "1"
+    # Apart from a build for the processor, which Jittor would take instead.
+    assert variables["cache_name"] == "jlora2-cuda"
     assert len(list((tmp_path / ".cache" / "jittor" / "jlora-cuda").iterdir())) == 1
 
 

@@ -295,23 +295,45 @@ def test_jittor_that_asks_to_be_run_again_is_run_again(stand_in):
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_cuda_that_does_not_work_falls_back_to_the_cpu_and_is_remembered(stand_in, tmp_path: Path):
+ON_A_GPU = """
+    import os, pathlib, types
+    from jlora.system import cuda_toolkit, machine
+    machine.gpu_problem = lambda: None
+    cuda_toolkit.find = lambda: types.SimpleNamespace(has_cudnn=False)
+    cuda_toolkit.set_up = lambda toolkit, cache: pathlib.Path("/cuda/bin/nvcc")
+    from jlora.system.runtime import jt
+    print(repr(os.environ["nvcc_path"]))
+"""
+
+
+def test_cuda_that_does_not_work_falls_back_to_the_cpu_and_is_remembered(stand_in):
     folder = stand_in(every_import="if os.environ['nvcc_path']: raise OSError('libcudart.so: no')")
-    script = f"""
-        import pathlib
-        from jlora.system import machine
-        machine.gpu_problem = lambda: None
-        machine.find_nvcc = lambda: pathlib.Path({str(tmp_path)!r}, "nvcc")
-        from jlora.system.runtime import jt
-        import os
-        print(repr(os.environ["nvcc_path"]))
-    """
-    first = run(script, folder)
+    first = run(ON_A_GPU, folder)
     assert first.stdout == "''\n", first.stderr
     assert "warning: Jittor does not work with CUDA here" in first.stderr
     assert "libcudart.so: no" in first.stderr
-    second = run(script, folder)
+    second = run(ON_A_GPU, folder)
     assert (second.stdout, second.stderr) == ("''\n", "")
+
+
+def test_a_build_without_cuda_does_not_hide_one_with_it(stand_in, tmp_path: Path):
+    """It stands above it in the cache after an attempt with CUDA that failed."""
+    folder = stand_in(
+        every_import="""
+        if os.environ['nvcc_path']:
+            there = [os.path.exists(name) for name in (core, cache + '/cuda', cache + '/built')]
+            if there != [there[2], True, there[2]]:  # a core that is not this build's
+                raise OSError('no')
+            open(cache + '/built', 'w').close()
+        """
+    )
+    assert run(ON_A_GPU, folder).stdout == "''\n"
+    assert (tmp_path / "cache" / "jittor_core.so").exists()
+    (tmp_path / "cache" / "cuda").touch()  # now it works
+    for stamp in (tmp_path / "cache").glob("jlora-*.json"):  # as `jlora doctor` says
+        stamp.unlink()
+    again = run(ON_A_GPU, folder)
+    assert again.stdout == "'/cuda/bin/nvcc'\n", again.stderr
 
 
 def test_sources_that_do_not_go_with_the_compiled_header_are_compiled_without(stand_in, tmp_path):

@@ -127,6 +127,10 @@ def jittor_variables() -> dict[str, str]:
         # An empty path also keeps Jittor from downloading gigabytes of CUDA by itself.
         defaults["nvcc_path"] = ""
     on_cpu = not os.environ.get("nvcc_path", defaults.get("nvcc_path", ""))
+    if not on_cpu:
+        # Of two builds in one cache Jittor takes the one without CUDA, and then fails: a home
+        # folder may be shared by machines without a GPU and machines with one.
+        defaults["cache_name"] += "-cuda"
     # Compilers of operators at a time. Jittor's threads for them are known to break a process now
     # and then (KI-COMPILER-001 of its 2.0 branch), and one after another costs some seconds, once:
     # 25 s instead of 15 for a first training step on two cores. By nvcc it would be minutes.

@@ -87,6 +87,10 @@ def _compiled(cache: Path, stamp: Path) -> dict[str, str] | None:
 
 def _compile(stamp: Path, ours: set[str], verbose: bool) -> dict[str, str]:
     overrides: dict[str, str] = {}
+    if os.environ.get("nvcc_path"):
+        # Of an attempt with CUDA that has failed; Jittor would take it for its build with CUDA.
+        for core in stamp.parent.glob("jittor_core*.so"):
+            core.unlink(missing_ok=True)
     output = _first_import(overrides, verbose)
     plain = dict(os.environ)
     if output is not None and operator_compiler.remove_header(plain):
