@@ -25,6 +25,8 @@ EMULATOR = ROOT / "tests" / "cuda_emulator"
 OUT = ROOT / "runs" / "gpu" / "rehearsal"
 #: What the emulated libraries are called; the numbers are CUDA 13's.
 LIBRARIES = ("libcudart.so.13", "libcublas.so.13", "libcublasLt.so.13", "libcurand.so.10")
+#: Headers of cub that Jittor's operators name.
+CUB = ("cub.cuh", "block/block_scan.cuh", "device/device_segmented_radix_sort.cuh")
 # Python runs this first; jlora looks for a card there.
 _CARD = """import glob
 _glob = glob.glob
@@ -78,16 +80,18 @@ def make_toolkit(folder: Path, headers: Path) -> Path:
         headers: CUDA's own.
     """
     source = EMULATOR / "jittor"
-    for name in ("bin", "include/cccl/cub", "lib64", "python", "home"):
+    for name in ("bin", "include/cccl", "lib64", "python", "home"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     nvcc = f'exec {sys.executable} {source / "nvcc.py"} "$@"'
     for name, does in (("nvcc", nvcc), ("nvidia-smi", "echo 65536")):  # MiB, used and free
         program = folder / "bin" / name
         program.write_text(f"#!/bin/sh\n{does}\n")
         program.chmod(0o755)
-    cub, wmma = folder / "include" / "cccl" / "cub" / "cub.cuh", folder / "include" / "mma.h"
-    cub.write_text(f'#include "{source}/cub.cuh"\n')
-    wmma.write_text(f'#include "{EMULATOR}/mma.h"\n')
+    cub = folder / "include" / "cccl" / "cub"
+    for header in CUB:
+        (cub / header).parent.mkdir(parents=True, exist_ok=True)
+        (cub / header).write_text(f'#include "{source}/cub.cuh"\n')
+    (folder / "include" / "mma.h").write_text(f'#include "{EMULATOR}/mma.h"\n')
     for name in ("thrust", "cuda", "nv"):
         link(folder / "include" / "cccl" / name, headers / "cccl" / name)
     (folder / "python" / "sitecustomize.py").write_text(_CARD)

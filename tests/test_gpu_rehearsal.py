@@ -54,6 +54,9 @@ np.testing.assert_allclose(soft, exact / exact.sum(-1, keepdims=True), rtol=1e-6
 np.testing.assert_allclose((a @ a.transpose()).numpy(), x @ x.T)
 np.testing.assert_allclose(a.sum(0).numpy(), x.sum(0))
 assert jt.argmax(a, 1)[0].numpy().tolist() == [3, 3, 3]
+assert jt.argsort(-a, 1)[0].numpy().tolist() == 3 * [[3, 2, 1, 0]]
+np.testing.assert_allclose(jt.cumsum(a, 1).numpy(), x.cumsum(1))
+assert [i.numpy().tolist() for i in jt.where(a > 8)] == [[2, 2, 2], [1, 2, 3]]
 print("on the card:", jt.flags.use_cuda)
 """
 
