@@ -63,7 +63,8 @@ print("on the card:", jt.flags.use_cuda)
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not (ROOT / ".venv-cuda" / ".installed").exists(), reason="make .venv-cuda/.installed"
+    not (ROOT / ".venv-cuda" / ".installed").exists(),
+    reason="no headers of CUDA; make .venv-cuda/.installed fetches them",
 )
 def test_jittor_computes_on_the_emulated_card():
     command = [sys.executable, "-m", "benchmarks.gpu_rehearsal", "--", sys.executable, "-c", JITTOR]

@@ -30,7 +30,7 @@ struct Model {
     int64_t layers, C, H, G, D, inner;
     double eps;
     const float* tokens;
-    const Weight* packed_tokens;  // in bf16, as heads are
+    const Weight* packed_tokens;
     const float *positions, *frequencies;
     Norm last;
     int64_t activation, gated, ropes, rotary, neighbours, long_from, grouped, whole;
@@ -46,10 +46,10 @@ struct Tokens {
     const int *sizes, *places;
 };
 
-__global__ void embed_kernel(const float* tokens, const bf16* packed, const float* positions, const int* ids, const int* at, float scale, float* x, int64_t C) {
+__global__ void embed_kernel(const float* tokens, Weight packed, const float* positions, const int* ids, const int* at, float scale, float* x, int64_t C) {
     const int64_t row = ids[blockIdx.x] * C, place = at[blockIdx.x] * C;
     for (int64_t j = threadIdx.x; j < C; j += blockDim.x)
-        x[blockIdx.x * C + j] = (tokens ? tokens[row + j] : (float)packed[row + j]) * scale + (positions ? positions[place + j] : 0.0f);
+        x[blockIdx.x * C + j] = (tokens ? tokens[row + j] : number_at(packed, ids[blockIdx.x], j)) * scale + (positions ? positions[place + j] : 0.0f);
 }
 __global__ void angles_kernel(const float* frequencies, const int* positions, float* cos, float* sin, int64_t half) {
     for (int64_t j = threadIdx.x; j < half; j += blockDim.x) {
@@ -151,7 +151,7 @@ inline void run_tokens(const Model& m, const Block* blocks, const Tokens& tokens
     float *x = for_x.of(R * C), *y = for_wide.of(R * std::max({heads, parts * m.inner, C}));
     float *cos = m.frequencies ? for_turns.of(R * m.D) : nullptr, *sin = cos ? cos + R * half : nullptr;
     bf16 *rows = for_rows.of(R * std::max(C, m.inner)), *qkv = for_qkv.of(R * heads), *attended = for_attended.of(R * wide);
-    launch(embed_kernel, dim3(R), 256, 0, m.tokens, m.packed_tokens ? (const bf16*)m.packed_tokens->tiles : nullptr, m.positions, tokens.ids,
+    launch(embed_kernel, dim3(R), 256, 0, m.tokens, m.packed_tokens ? *m.packed_tokens : Weight{}, m.positions, tokens.ids,
         tokens.positions, (float)m.embedding_scale, x, C);
     if (cos) launch(angles_kernel, dim3(R), 64, 0, m.frequencies, tokens.positions, cos, sin, half);
     // x += y + bias, and its norm
